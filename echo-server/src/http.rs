@@ -1,0 +1,118 @@
+//! The echo server's HTTP routes.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+
+use crate::Server;
+
+const BODY_LIMIT: usize = 16 * 1024 * 1024;
+
+/// Serves one HTTP connection until it ends, or until the request under way ends when the server stops.
+pub(crate) async fn serve(server: &Arc<Server>, stream: TcpStream) -> io::Result<()> {
+    let service = service_fn(|request| {
+        let server = Arc::clone(server);
+        async move { Ok::<_, std::convert::Infallible>(answer(&server, request).await) }
+    });
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .half_close(true)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = server.stopping.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    ended.map_err(io::Error::other)
+}
+
+async fn answer(server: &Server, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    if !server.delay.is_zero() {
+        tokio::time::sleep(server.delay).await;
+    }
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let allowed = match path.as_str() {
+        "/api/request" => Method::POST,
+        "/api/status" | "/heartbeat" | "/home" => Method::GET,
+        _ => {
+            return reply(
+                server,
+                StatusCode::NOT_FOUND,
+                &json!({"error": {"code": "not_found", "message": format!("no such path: {path}")}}),
+            );
+        }
+    };
+    if method != allowed && !(method == Method::HEAD && allowed == Method::GET) {
+        let message = format!("{path} takes {allowed}");
+        let mut refusal = reply(
+            server,
+            StatusCode::METHOD_NOT_ALLOWED,
+            &json!({"error": {"code": "method_not_allowed", "message": message}}),
+        );
+        let allow = if allowed == Method::GET { "GET, HEAD" } else { "POST" };
+        refusal.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
+        return refusal;
+    }
+    match path.as_str() {
+        "/api/request" => echo(server, request.into_body()).await,
+        "/api/status" => reply(server, StatusCode::OK, &status(server)),
+        "/home" => reply(
+            server,
+            StatusCode::OK,
+            &json!({"message": format!("Hello from Server: {}", server.name), "status": "successful"}),
+        ),
+        _ => signed(server, Response::new(Full::default())),
+    }
+}
+
+/// The body as JSON where it is JSON, else as text.
+async fn echo(server: &Server, body: Incoming) -> Response<Full<Bytes>> {
+    let bytes = match Limited::new(body, BODY_LIMIT).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) => {
+            let refusal = json!({"error": {"code": "bad_body", "message": error.to_string()}});
+            return reply(server, StatusCode::BAD_REQUEST, &refusal);
+        }
+    };
+    let data: Value =
+        serde_json::from_slice(&bytes).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&bytes).into_owned()));
+    reply(server, StatusCode::OK, &json!({"server": server.name, "data": data}))
+}
+
+fn status(server: &Server) -> Value {
+    json!({
+        "server": server.name,
+        "uptime_seconds": server.started.elapsed().as_secs_f64(),
+        "connections": {
+            "active": server.active.load(Ordering::Relaxed),
+            "total": server.total.load(Ordering::Relaxed),
+        },
+    })
+}
+
+fn reply(server: &Server, status: StatusCode, body: &Value) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(Bytes::from(format!("{body}\n"))));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    signed(server, response)
+}
+
+fn signed(server: &Server, mut response: Response<Full<Bytes>>) -> Response<Full<Bytes>> {
+    if let Ok(name) = HeaderValue::from_str(&server.name) {
+        response.headers_mut().insert("x-server", name);
+    }
+    response
+}

@@ -1,0 +1,130 @@
+//! The demo backend: one port that speaks HTTP and echoes everything else.
+//!
+//! A connection whose first bytes begin an HTTP/1.x request is served by hyper; any other bytes are
+//! sent back as they came, half-close included. Every answer says which server gave it, so that a
+//! person (or a test) behind a balancer sees where a connection went.
+//!
+//! # Layout
+//!
+//! - this file: options, the accept loop and its shutdown
+//! - [`sniff`]: which of the two protocols a connection speaks
+//! - [`http`]: the routes
+//! - [`raw`]: the echo
+
+mod http;
+mod raw;
+mod sniff;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// How the echo server is run.
+#[derive(Debug, Clone, clap::Parser)]
+#[command(name = "echo-server", version, about = "Demo backend: HTTP and a byte-for-byte echo on one port")]
+pub struct Options {
+    /// Address to listen on; port 0 lets the system choose
+    #[arg(long, default_value = "127.0.0.1:9000")]
+    pub listen: SocketAddr,
+    /// Name in answers and in the header `x-server`
+    #[arg(long, default_value = "echo")]
+    pub name: String,
+    /// Wait this many milliseconds before each HTTP answer (simulated work)
+    #[arg(long, default_value_t = 0, value_name = "MS")]
+    pub delay_ms: u64,
+    /// On SIGTERM, let open connections finish for this many milliseconds
+    #[arg(long, default_value_t = 3000, value_name = "MS")]
+    pub grace_ms: u64,
+}
+
+/// What all connections of one server share.
+#[derive(Debug)]
+struct Server {
+    name: String,
+    delay: Duration,
+    started: Instant,
+    active: AtomicU64,
+    total: AtomicU64,
+    stopping: CancellationToken,
+}
+
+/// Runs until SIGTERM or SIGINT, prints the address it listens on to standard output.
+///
+/// # Errors
+/// When the address cannot be bound or a signal handler cannot be installed.
+pub async fn run_until_signalled(options: Options) -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let listener =
+        bind(options.listen).map_err(|error| anyhow::anyhow!("cannot listen on {}: {error}", options.listen))?;
+    println!("{} listens on {}", options.name, listener.local_addr()?);
+    run(listener, options, async {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+    .await;
+    Ok(())
+}
+
+/// A listener with a backlog that survives a burst of connections.
+fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { tokio::net::TcpSocket::new_v4()? } else { tokio::net::TcpSocket::new_v6()? };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(4096)
+}
+
+/// Serves `listener` until `shutdown` completes, then lets open connections finish within the grace.
+pub async fn run(listener: TcpListener, options: Options, shutdown: impl Future<Output = ()>) {
+    let server = Arc::new(Server {
+        name: options.name,
+        delay: Duration::from_millis(options.delay_ms),
+        started: Instant::now(),
+        active: AtomicU64::new(0),
+        total: AtomicU64::new(0),
+        stopping: CancellationToken::new(),
+    });
+    let connections = TaskTracker::new();
+    let mut shutdown = std::pin::pin!(shutdown);
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = &mut shutdown => break,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                connections.spawn(serve(Arc::clone(&server), stream));
+            }
+            // Out of descriptors or memory: nothing to accept with; pause instead of spinning.
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+    drop(listener);
+    server.stopping.cancel();
+    connections.close();
+    let grace = Duration::from_millis(options.grace_ms);
+    // Past the grace the tasks are dropped with the runtime, which closes their connections.
+    let _ = tokio::time::timeout(grace, connections.wait()).await;
+}
+
+async fn serve(server: Arc<Server>, stream: TcpStream) {
+    server.total.fetch_add(1, Ordering::Relaxed);
+    server.active.fetch_add(1, Ordering::Relaxed);
+    let _ = stream.set_nodelay(true);
+    // A peer that breaks off is the peer's affair: the connection ends, the server goes on.
+    let _ = match sniff::protocol(&stream).await {
+        Ok(sniff::Protocol::Http) => http::serve(&server, stream).await,
+        Ok(sniff::Protocol::Raw) => raw::echo(stream).await,
+        Err(error) => Err(error),
+    };
+    server.active.fetch_sub(1, Ordering::Relaxed);
+}

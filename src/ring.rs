@@ -1,0 +1,339 @@
+//! The consistent-hash ring: build, lookup, walk. Pure: no I/O, no clock, integers only.
+//!
+//! Every member owns `virtual_nodes × weight` points on a circle of 2^64. A key belongs to the member
+//! whose point is the next one clockwise. Hashing the key several times (`probes`) and taking the
+//! probe with the shortest way to its next point evens the shares out without more points:
+//! Appleton and O'Reilly, "Multi-probe consistent hashing", arXiv 1505.00062. The ring itself is
+//! Karger et al., "Consistent hashing and random trees", STOC 1997.
+//!
+//! `docs/consistent-hashing.md` describes the algorithm byte for byte; the golden vectors in
+//! `ring/tests.rs` hold this file to it.
+
+use std::sync::OnceLock;
+
+#[cfg(test)]
+mod tests;
+
+/// Ends the bytes of a point's hash, so that no key can be built that hashes like a point.
+const TAG_POINT: u8 = 0;
+/// Ends the bytes of a key's hash.
+const TAG_KEY: u8 = 1;
+
+/// What shapes a ring beside its members. Equal parameters and members give equal rings everywhere.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parameters {
+    /// Points per unit of weight, 1 to 65,536. More points: more even shares, more memory.
+    pub virtual_nodes: u32,
+    /// How often a key is hashed, 1 to 64. More probes: more even shares, slower lookups.
+    pub probes: u32,
+    /// Goes into every hash; rings with different seeds are unrelated.
+    pub seed: u64,
+}
+
+/// A member as the ring sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Member<'a> {
+    /// The identity that is hashed; distinct among the members of a ring.
+    pub id: &'a str,
+    /// A multiple of `virtual_nodes`; 0 puts the member on the ring with no point.
+    pub weight: u32,
+}
+
+/// An immutable ring. Owners are indices into the members that it was built from.
+#[derive(Debug)]
+pub struct Ring {
+    parameters: Parameters,
+    members: usize,
+    /// Sorted clockwise.
+    hashes: Vec<u64>,
+    /// The upper halves of `hashes`, then `WINDOW` times the circle's end: all that a lookup reads but for
+    /// ties. Half the size stays in a core's cache where the whole hashes would not.
+    tops: Vec<u32>,
+    owners: Vec<u32>,
+    /// For each value of a hash's top bits the first point not before it: where a lookup starts to scan.
+    starts: Vec<u32>,
+    /// How far a hash is shifted right to index `starts`.
+    shift: u32,
+    digest: u64,
+    shares: OnceLock<Vec<f64>>,
+}
+
+impl Ring {
+    /// Builds the ring of `members`. Their order only names the owners; it never moves a point.
+    ///
+    /// # Panics
+    /// With more than `u32::MAX` points; the config allows 2^22.
+    pub fn build(parameters: Parameters, members: &[Member<'_>]) -> Self {
+        let by_id = order_by_id(members);
+        let mut points = Vec::new();
+        let mut bytes = Vec::new();
+        for (rank, &member) in by_id.iter().enumerate() {
+            let Member { id, weight } = members[member];
+            for i in 0..parameters.virtual_nodes.saturating_mul(weight) {
+                points.push((hash_point(&mut bytes, parameters.seed, id.as_bytes(), i), rank));
+            }
+        }
+        // By hash, and among equal hashes by id: the order of discovery must never matter.
+        points.sort_unstable();
+        assert!(u32::try_from(points.len()).is_ok(), "more points than a ring can number");
+
+        let digest = digest(parameters, members, &by_id, &points);
+        let (starts, shift) = start_index(&points);
+        Self {
+            parameters,
+            members: members.len(),
+            hashes: points.iter().map(|&(hash, _)| hash).collect(),
+            tops: points.iter().map(|&(hash, _)| top(hash)).chain([u32::MAX; WINDOW]).collect(),
+            owners: points.iter().map(|&(_, rank)| narrow(by_id[rank])).collect(),
+            starts,
+            shift,
+            digest,
+            shares: OnceLock::new(),
+        }
+    }
+
+    /// The member that `key` belongs to; `None` on a ring without points.
+    pub fn lookup(&self, key: &[u8]) -> Option<usize> {
+        self.nearest(key).map(|point| self.owner(point))
+    }
+
+    /// The members in the order in which `key` tries them: its own first, then clockwise, each once.
+    pub fn walk(&self, key: &[u8]) -> Walk<'_> {
+        Walk { ring: self, point: self.nearest(key), left: self.owners.len(), first: None, seen: Vec::new() }
+    }
+
+    /// A fingerprint of all points and parameters: instances that show the same one pick alike.
+    pub fn digest(&self) -> u64 {
+        self.digest
+    }
+
+    /// How many points the ring has.
+    pub fn points(&self) -> usize {
+        self.owners.len()
+    }
+
+    /// What the ring was built with.
+    pub fn parameters(&self) -> Parameters {
+        self.parameters
+    }
+
+    /// The part of all keys that belongs to each member, in the members' order; they add up to 1.
+    ///
+    /// Exact, not sampled. Computed at the first call, then kept.
+    pub fn shares(&self) -> &[f64] {
+        self.shares.get_or_init(|| self.compute_shares())
+    }
+
+    /// The point with the shortest clockwise way from any of the key's probes; the first such probe wins.
+    fn nearest(&self, key: &[u8]) -> Option<usize> {
+        if self.owners.is_empty() {
+            return None;
+        }
+        let key = hash_key(self.parameters.seed, key);
+        let mut best = Landing { at: key, point: self.next_point(key) };
+        for probe in 1..self.parameters.probes {
+            let at = probe_of(key, probe);
+            let landing = Landing { at, point: self.next_point(at) };
+            best = if self.is_nearer(landing, best) { landing } else { best };
+        }
+        Some(best.point)
+    }
+
+    /// The first point at or clockwise after `at`, wrapping past the top of the circle.
+    fn next_point(&self, at: u64) -> usize {
+        let mut point = self.starts[(at >> self.shift) as usize] as usize;
+        // Counted rather than searched: how many points lie before `at` is a matter of chance, and a
+        // branch on it would be mispredicted every other time.
+        loop {
+            let window = &self.tops[point..point + WINDOW];
+            let before: usize = window.iter().map(|&other| usize::from(other < top(at))).sum();
+            point += before;
+            if before < WINDOW {
+                break;
+            }
+        }
+        while self.hashes.get(point).is_some_and(|&hash| top(hash) == top(at) && hash < at) {
+            point += 1;
+        }
+        if point < self.hashes.len() { point } else { 0 }
+    }
+
+    fn is_nearer(&self, one: Landing, other: Landing) -> bool {
+        let roughly = |landing: Landing| self.tops[landing.point].wrapping_sub(top(landing.at));
+        let exactly = |landing: Landing| self.hashes[landing.point].wrapping_sub(landing.at);
+        // Upper halves subtract to the true way's upper half, or one more.
+        let (a, b) = (roughly(one), roughly(other));
+        if a.abs_diff(b) > 1 { a < b } else { exactly(one) < exactly(other) }
+    }
+
+    fn owner(&self, point: usize) -> usize {
+        self.owners[point] as usize
+    }
+
+    /// With `k` probes, point `j` with gap `g_j` before it wins at distance `d < g_j` when one probe falls
+    /// there and the others all need more than `d`. The chance that one needs more than `d` is
+    /// `S(d) = Σ max(g - d, 0)` over all gaps, so the point's share is `∫ k·S(d)^(k-1) dd` from 0 to
+    /// `g_j`. `S` is linear between neighbouring gap lengths, so the integral is a sum over sorted gaps.
+    fn compute_shares(&self) -> Vec<f64> {
+        let mut shares = vec![0.0; self.members];
+        let count = self.owners.len();
+        if count == 1 {
+            shares[self.owner(0)] = 1.0;
+            return shares;
+        }
+        let mut gaps: Vec<(u64, usize)> = (0..count)
+            .map(|point| {
+                let before = self.hashes[(point + count - 1) % count];
+                (self.hashes[point].wrapping_sub(before), self.owner(point))
+            })
+            .collect();
+        gaps.sort_unstable();
+        let circle = 2.0_f64.powi(64);
+        let probes = self.parameters.probes.cast_signed();
+        let (mut survival, mut won, mut from) = (1.0_f64, 0.0, 0.0);
+        for (shorter, &(gap, owner)) in gaps.iter().enumerate() {
+            let to = gap as f64 / circle;
+            let reaching = (count - shorter) as f64;
+            let next = (survival - reaching * (to - from)).max(0.0);
+            won += (survival.powi(probes) - next.powi(probes)) / reaching;
+            (survival, from) = (next, to);
+            shares[owner] += won;
+        }
+        shares
+    }
+}
+
+/// Distinct members clockwise from a key's point. The first costs no allocation.
+#[derive(Debug)]
+pub struct Walk<'a> {
+    ring: &'a Ring,
+    point: Option<usize>,
+    /// Points not looked at yet.
+    left: usize,
+    first: Option<usize>,
+    /// A bit per member that was yielded; empty until a second one is asked for.
+    seen: Vec<u64>,
+}
+
+impl Iterator for Walk<'_> {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        let mut point = self.point?;
+        let Some(first) = self.first else {
+            let owner = self.ring.owner(point);
+            self.first = Some(owner);
+            return Some(owner);
+        };
+        if self.seen.is_empty() {
+            self.seen = vec![0; self.ring.members.div_ceil(64)];
+            self.seen[first / 64] |= 1 << (first % 64);
+        }
+        while self.left > 0 {
+            self.left -= 1;
+            point = if point + 1 == self.ring.owners.len() { 0 } else { point + 1 };
+            let owner = self.ring.owner(point);
+            let (word, bit) = (owner / 64, 1 << (owner % 64));
+            if self.seen[word] & bit == 0 {
+                self.seen[word] |= bit;
+                self.point = Some(point);
+                return Some(owner);
+            }
+        }
+        self.point = None;
+        None
+    }
+}
+
+/// Where a probe of a key fell, and the point that it found.
+#[derive(Clone, Copy)]
+struct Landing {
+    at: u64,
+    point: usize,
+}
+
+/// A point: seahash of seed (8 bytes, little-endian), id, tag (1 byte), number (4 bytes, little-endian).
+fn hash_point(bytes: &mut Vec<u8>, seed: u64, id: &[u8], number: u32) -> u64 {
+    bytes.clear();
+    bytes.extend_from_slice(&seed.to_le_bytes());
+    bytes.extend_from_slice(id);
+    bytes.push(TAG_POINT);
+    bytes.extend_from_slice(&number.to_le_bytes());
+    seahash::hash(bytes)
+}
+
+/// A key: seahash of seed (8 bytes, little-endian), key, tag (1 byte).
+fn hash_key(seed: u64, key: &[u8]) -> u64 {
+    /// Room for any address key; longer ones take the heap.
+    const INLINE: usize = 32;
+    let mut stack = [0; INLINE];
+    let mut heap = Vec::new();
+    let bytes = if key.len() + 9 <= INLINE {
+        &mut stack[..key.len() + 9]
+    } else {
+        heap.resize(key.len() + 9, 0);
+        &mut heap[..]
+    };
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    bytes[8..8 + key.len()].copy_from_slice(key);
+    bytes[8 + key.len()] = TAG_KEY;
+    seahash::hash(bytes)
+}
+
+/// Where probe `number` ≥ 1 of a key falls: seahash's diffusion of the key's hash moved on by `number` steps
+/// of 2^64 divided by the golden ratio. A tenth of the cost of hashing the key again, and as even.
+fn probe_of(key: u64, number: u32) -> u64 {
+    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+    const PRIME: u64 = 0x6eed_0e9d_a4d9_4a4f;
+    let x = key.wrapping_add(STEP.wrapping_mul(u64::from(number))).wrapping_mul(PRIME);
+    (x ^ ((x >> 32) >> (x >> 60))).wrapping_mul(PRIME)
+}
+
+fn top(hash: u64) -> u32 {
+    (hash >> 32) as u32
+}
+
+fn order_by_id(members: &[Member<'_>]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..members.len()).collect();
+    order.sort_by_key(|&member| members[member].id);
+    order
+}
+
+fn digest(parameters: Parameters, members: &[Member<'_>], by_id: &[usize], points: &[(u64, usize)]) -> u64 {
+    let mut bytes = Vec::with_capacity(16 + points.len() * 12);
+    bytes.extend_from_slice(&parameters.seed.to_le_bytes());
+    bytes.extend_from_slice(&parameters.virtual_nodes.to_le_bytes());
+    bytes.extend_from_slice(&parameters.probes.to_le_bytes());
+    for &member in by_id {
+        let id = members[member].id.as_bytes();
+        bytes.extend_from_slice(&(id.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(id);
+    }
+    for &(hash, rank) in points {
+        bytes.extend_from_slice(&hash.to_le_bytes());
+        bytes.extend_from_slice(&narrow(rank).to_le_bytes());
+    }
+    seahash::hash(&bytes)
+}
+
+/// Points that a lookup compares at a time.
+const WINDOW: usize = 8;
+
+/// One start for every two to four points: a lookup nearly always ends within its first window.
+fn start_index(points: &[(u64, usize)]) -> (Vec<u32>, u32) {
+    let bits = points.len().next_power_of_two().trailing_zeros().max(3) - 2;
+    let shift = 64 - bits;
+    let mut starts = Vec::with_capacity(1 << bits);
+    let mut point = 0;
+    for top in 0..1_u64 << bits {
+        while point < points.len() && points[point].0 < top << shift {
+            point += 1;
+        }
+        starts.push(narrow(point));
+    }
+    (starts, shift)
+}
+
+fn narrow(index: usize) -> u32 {
+    u32::try_from(index).expect("members and points are numbered within 32 bits")
+}
