@@ -1,2 +1,29 @@
-//! x
-fn main() {}
+//! The `ringway` program: arguments, command, exit code.
+//!
+//! Exit codes: 0 fine, 1 failed while starting or running, 2 bad arguments or config.
+
+mod cli;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+use crate::cli::{Arguments, Command};
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let outcome = match arguments.command {
+        None | Some(Command::Run) => cli::run::run(&arguments.common),
+        Some(Command::Check) => cli::check(&arguments.common),
+        Some(Command::Status(ref options)) => cli::status::status(&arguments.common, options),
+        Some(Command::EchoServer(options)) => cli::echo_server(options),
+        Some(Command::Launch(ref launch)) => cli::launch(launch),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("ringway: {failure}");
+            failure.exit_code()
+        }
+    }
+}

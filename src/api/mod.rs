@@ -1,0 +1,115 @@
+//! The side port: status, forwarded requests, metrics and health of Ringway itself, over HTTP/1.1.
+//!
+//! # Layout
+//!
+//! - this file: what the routes see, and the routes
+//! - [`status`]: `/api/status`, and the same on a listener that answers it
+//! - [`request`]: `/api/request`
+//! - [`scrape`]: `/metrics`
+//! - [`error`]: errors as JSON
+
+pub mod status;
+
+mod error;
+mod request;
+mod scrape;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::State as Extract;
+use axum::http::{Method, StatusCode, Uri};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::{get, post};
+use tracing_appender::non_blocking::ErrorCounter;
+
+use self::error::Error;
+use crate::metrics::Exporter;
+use crate::proxy::WorkerStats;
+use crate::proxy::account::ListenerStats;
+use crate::proxy::key::KeyKind;
+use crate::table::TableCell;
+
+/// What the routes see of the running app.
+#[derive(Debug)]
+pub struct State {
+    /// When the app started.
+    pub started: Instant,
+    /// True once every pool has had a healthy backend, false again while stopping.
+    pub ready: AtomicBool,
+    /// In the config's order.
+    pub listeners: Vec<ListenerView>,
+    /// In the config's order.
+    pub pools: Vec<PoolView>,
+    /// In the workers' order.
+    pub workers: Vec<Arc<WorkerStats>>,
+    /// Renders the metrics.
+    pub exporter: Exporter,
+    /// Counts lines that the access log dropped.
+    pub access_log_dropped: Option<ErrorCounter>,
+    /// Connections of the whole process.
+    pub max_connections: usize,
+}
+
+/// A listener as the side port shows it.
+#[derive(Debug, Clone)]
+pub struct ListenerView {
+    /// Its name in the config.
+    pub name: Arc<str>,
+    /// Where it really listens.
+    pub address: SocketAddr,
+    /// The pool behind it.
+    pub pool: Arc<str>,
+    /// Counters.
+    pub stats: Arc<ListenerStats>,
+}
+
+/// A pool as the side port shows it.
+#[derive(Debug)]
+pub struct PoolView {
+    /// Its name in the config.
+    pub name: Arc<str>,
+    /// What of a connection is hashed.
+    pub key: KeyKind,
+    /// Its table.
+    pub table: TableCell,
+    /// Longest time for one connect.
+    pub connect_timeout: Duration,
+    /// Backends tried for one request.
+    pub connect_attempts: usize,
+}
+
+/// Every route of the side port.
+pub fn router(state: Arc<State>) -> Router {
+    Router::new()
+        .route("/api/request", post(request::forward))
+        .route("/api/status", get(status::status))
+        .route("/metrics", get(scrape::metrics))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .fallback(not_found)
+        .method_not_allowed_fallback(not_allowed)
+        .with_state(state)
+}
+
+async fn ready(Extract(state): Extract<Arc<State>>) -> Response {
+    if state.ready.load(Ordering::Relaxed) {
+        return "ready\n".into_response();
+    }
+    let message = "stopping, or a pool has had no healthy backend yet";
+    Error::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message).into_response()
+}
+
+async fn not_found(uri: Uri) -> Error {
+    let known = "/api/request, /api/status, /metrics, /healthz, /readyz";
+    Error::new(StatusCode::NOT_FOUND, "not_found", format!("there is no {}; there are {known}", uri.path()))
+}
+
+/// The router adds the header `allow`.
+async fn not_allowed(method: Method, uri: Uri) -> Error {
+    let message = format!("{} does not take {method}; see the header allow", uri.path());
+    Error::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
+}

@@ -1,0 +1,99 @@
+//! `GET /metrics`: copies every source's counters into the exporter and renders them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use axum::extract::State as Extract;
+use axum::http::header::CONTENT_TYPE;
+use axum::response::IntoResponse;
+
+use super::State;
+use crate::backend::{Backend, ConnectFailure, Moved, State as BackendState};
+use crate::labels::{Label, Tally};
+use crate::limits;
+use crate::metrics::{self, Exporter, Metric};
+use crate::proxy::account::ListenerStats;
+use crate::table::Table;
+
+pub(super) async fn metrics(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text(&state))
+}
+
+fn text(state: &State) -> String {
+    let exporter = &state.exporter;
+    for listener in &state.listeners {
+        of_listener(exporter, &listener.name, &listener.stats);
+    }
+    for pool in &state.pools {
+        of_pool(exporter, &pool.name, &pool.table.load());
+    }
+    for (index, stats) in state.workers.iter().enumerate() {
+        let worker = [index.to_string()];
+        let worker = [worker[0].as_str()];
+        exporter.set(&metrics::WORKER_CONNECTIONS, &worker, load(&stats.connections));
+        exporter.set(&metrics::PIPES, &worker, load(&stats.pipes));
+        exporter.set(&metrics::PIPE_SHORTAGES, &worker, load(&stats.pipe_shortages));
+    }
+    let dropped = state.access_log_dropped.as_ref().map_or(0, |dropped| dropped.dropped_lines() as u64);
+    exporter.set(&metrics::ACCESS_LOG_DROPPED, &[], dropped);
+    exporter.set(&metrics::OPEN_FILES, &[], limits::open_files_now());
+    exporter.set(&metrics::OPEN_FILES_LIMIT, &[], limits::open_files());
+    exporter.set(&metrics::MAX_CONNECTIONS, &[], state.max_connections as u64);
+    exporter.set(&metrics::READY, &[], state.ready.load(Ordering::Relaxed).into());
+    exporter.set_fraction(&metrics::UPTIME, state.started.elapsed().as_secs_f64());
+    exporter.set(&metrics::BUILD_INFO, &[crate::VERSION], 1);
+    exporter.render()
+}
+
+fn of_listener(exporter: &Exporter, name: &str, stats: &ListenerStats) {
+    exporter.set(&metrics::ACCEPTED, &[name], load(&stats.accepted));
+    exporter.set(&metrics::ACTIVE, &[name], load(&stats.active));
+    tally(exporter, &metrics::ENDED, &[name], &stats.ended);
+    tally(exporter, &metrics::REFUSED, &[name], &stats.refused);
+    tally(exporter, &metrics::ACCEPT_ERRORS, &[name], &stats.accept_errors);
+}
+
+fn of_pool(exporter: &Exporter, pool: &str, table: &Table) {
+    exporter.set(&metrics::RING_POINTS, &[pool], table.ring().points() as u64);
+    // A gauge is a double: its 53 bits hold this part of the digest exactly.
+    exporter.set(&metrics::RING_DIGEST, &[pool], table.ring().digest() >> 12);
+    exporter.set(&metrics::TABLE_GENERATION, &[pool], table.generation());
+    for backend in table.backends() {
+        of_backend(exporter, pool, backend);
+    }
+}
+
+fn of_backend(exporter: &Exporter, pool: &str, backend: &Backend) {
+    let labels = [pool, &*backend.id];
+    let live = &backend.live;
+    let is = |state| u64::from(backend.state == state);
+    exporter.set(&metrics::BACKEND_UP, &labels, is(BackendState::Healthy));
+    exporter.set(&metrics::BACKEND_DRAINING, &labels, is(BackendState::Draining));
+    exporter.set(&metrics::CRASH_LOOP, &labels, is(BackendState::CrashLoop));
+    exporter.set(&metrics::REPLICA_RESTARTS, &labels, backend.restarts);
+    exporter.set(&metrics::BACKEND_CONNECTIONS, &labels, load(&live.active));
+    exporter.set(&metrics::BACKEND_CONNECTIONS_TOTAL, &labels, load(&live.total));
+    exporter.set(&metrics::CONNECT_ATTEMPTS, &labels, load(&live.attempts));
+    tally::<ConnectFailure>(exporter, &metrics::CONNECT_FAILURES, &labels, &live.failures);
+    for (result, count) in [("ok", &live.checks_passed), ("failed", &live.checks_failed)] {
+        exporter.set(&metrics::HEALTH_CHECKS, &[labels[0], labels[1], result], load(count));
+    }
+    for (direction, moved) in [("from_client", &live.from_client), ("to_client", &live.to_client)] {
+        let Moved { copied, spliced } = moved;
+        for (path, bytes) in [("copied", copied), ("spliced", spliced)] {
+            exporter.set(&metrics::BYTES, &[labels[0], labels[1], direction, path], load(bytes));
+        }
+    }
+}
+
+fn tally<L: Label>(exporter: &Exporter, metric: &Metric, labels: &[&str], tally: &Tally<L>) {
+    for &label in L::ALL {
+        let mut values = labels.to_vec();
+        values.push(label.as_str());
+        exporter.set(metric, &values, tally.of(label));
+    }
+}
+
+fn load(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}

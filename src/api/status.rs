@@ -1,0 +1,243 @@
+//! `GET /api/status`, on the side port and on listeners that answer it themselves.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use axum::Json;
+use axum::extract::State as Extract;
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::Response;
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+
+use super::{ListenerView, PoolView, State};
+use crate::backend::{Backend, Replica};
+use crate::labels::Label as _;
+use crate::proxy::{Intercept, Intercepted};
+use crate::table::Table;
+
+/// Connections that may wait for an answer on listeners; with more, the next goes to a backend.
+const WAITING: usize = 64;
+
+/// Longest time for one such answer; the client has sent its request's first line already.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The answer. Fields are added as they come and never renamed.
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Status {
+    pub version: String,
+    pub uptime_seconds: f64,
+    pub ready: bool,
+    pub listeners: Vec<Listener>,
+    pub pools: Vec<Pool>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Listener {
+    pub name: String,
+    pub address: String,
+    pub pool: String,
+    pub connections: Connections,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Connections {
+    pub active: u64,
+    pub total: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Pool {
+    pub name: String,
+    pub key: String,
+    pub ring: Ring,
+    pub table_generation: u64,
+    pub backends: Vec<Member>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Ring {
+    pub digest: String,
+    pub points: usize,
+    pub virtual_nodes: u32,
+    pub probes: u32,
+    pub seed: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Member {
+    pub id: String,
+    pub address: Option<String>,
+    pub state: String,
+    pub weight: u32,
+    pub share: f64,
+    pub replica: Option<Pid>,
+    pub restarts: u64,
+    pub connections: BackendConnections,
+    pub bytes: Moved,
+    pub health: Health,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Pid {
+    pub pid: u32,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct BackendConnections {
+    pub active: u64,
+    pub total: u64,
+    pub failed: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Moved {
+    pub from_client: u64,
+    pub to_client: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Health {
+    pub last: Option<String>,
+    pub since_seconds: f64,
+}
+
+pub(super) async fn status(Extract(state): Extract<Arc<State>>) -> Json<Status> {
+    Json(Status::of(&state))
+}
+
+impl Status {
+    /// The app as it is at the moment.
+    pub fn of(state: &State) -> Self {
+        Self {
+            version: crate::VERSION.to_owned(),
+            uptime_seconds: state.started.elapsed().as_secs_f64(),
+            ready: state.ready.load(Ordering::Relaxed),
+            listeners: state.listeners.iter().map(Listener::of).collect(),
+            pools: state.pools.iter().map(Pool::of).collect(),
+        }
+    }
+}
+
+impl Listener {
+    fn of(listener: &ListenerView) -> Self {
+        let connections = Connections {
+            active: listener.stats.active.load(Ordering::Relaxed),
+            total: listener.stats.accepted.load(Ordering::Relaxed),
+        };
+        Self {
+            name: listener.name.to_string(),
+            address: listener.address.to_string(),
+            pool: listener.pool.to_string(),
+            connections,
+        }
+    }
+}
+
+impl Pool {
+    fn of(pool: &PoolView) -> Self {
+        let table = pool.table.load();
+        let parameters = table.ring().parameters();
+        let ring = Ring {
+            digest: format!("{:016x}", table.ring().digest()),
+            points: table.ring().points(),
+            virtual_nodes: parameters.virtual_nodes,
+            probes: parameters.probes,
+            seed: parameters.seed,
+        };
+        let backends = members(&table);
+        Self {
+            name: pool.name.to_string(),
+            key: pool.key.as_str().to_owned(),
+            ring,
+            table_generation: table.generation(),
+            backends,
+        }
+    }
+}
+
+fn members(table: &Table) -> Vec<Member> {
+    let now = Instant::now();
+    std::iter::zip(table.backends(), table.ring().shares())
+        .map(|(backend, &share)| Member::of(backend, share, now))
+        .collect()
+}
+
+impl Member {
+    fn of(backend: &Backend, share: f64, now: Instant) -> Self {
+        let live = &backend.live;
+        Self {
+            id: backend.id.to_string(),
+            address: backend.address.map(|address| address.to_string()),
+            state: backend.state.as_str().to_owned(),
+            weight: backend.weight,
+            // Four digits: what a person compares.
+            share: (share * 1e4).round() / 1e4,
+            replica: backend.replica.as_ref().map(|replica| match replica {
+                Replica::Process { pid } => Pid { pid: *pid },
+            }),
+            restarts: backend.restarts,
+            connections: BackendConnections {
+                active: live.active.load(Ordering::Relaxed),
+                total: live.total.load(Ordering::Relaxed),
+                failed: live.failures.total(),
+            },
+            bytes: Moved { from_client: live.from_client.total(), to_client: live.to_client.total() },
+            health: Health {
+                last: backend.health.last.as_deref().map(str::to_owned),
+                since_seconds: now.saturating_duration_since(backend.health.since).as_secs_f64(),
+            },
+        }
+    }
+}
+
+/// An [`Intercept`] for listeners with `answer_status`, and the queue of what it takes over.
+pub fn intercept() -> (Intercept, mpsc::Receiver<Intercepted>) {
+    let (taker, taken) = mpsc::channel(WAITING);
+    (Intercept { first_bytes: &[b"GET /api/status ", b"GET /api/status?"], taker }, taken)
+}
+
+/// Answers the connections that listeners hand over.
+pub async fn answer(state: Arc<State>, mut taken: mpsc::Receiver<Intercepted>) {
+    while let Some(connection) = taken.recv().await {
+        let state = Arc::clone(&state);
+        tokio::spawn(async move {
+            // The client's affair if it does not take its answer.
+            let _ = tokio::time::timeout(ANSWER_TIMEOUT, answer_one(&state, connection)).await;
+        });
+    }
+}
+
+/// One answer, then the connection is closed: its next request may be the backend's to answer.
+async fn answer_one(state: &State, connection: Intercepted) -> Result<(), hyper::Error> {
+    let _permit = connection.permit;
+    let Ok(stream) = TcpStream::from_std(connection.stream) else { return Ok(()) };
+    let service = service_fn(|_request| async {
+        let body = serde_json::to_vec(&Status::of(state)).unwrap_or_default();
+        let mut response = Response::new(Full::new(Bytes::from(body)));
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        Ok::<_, Infallible>(response)
+    });
+    hyper::server::conn::http1::Builder::new()
+        .keep_alive(false)
+        .timer(TokioTimer::new())
+        .serve_connection(TokioIo::new(stream), service)
+        .await
+}

@@ -1,0 +1,138 @@
+//! The command line: its arguments, and the small commands.
+//!
+//! - [`run`]: the main job
+//! - [`status`]: a running Ringway's state as a table
+
+pub(crate) mod run;
+pub(crate) mod status;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ringway::app::StartError;
+use ringway::config::{self, BUILT_IN, Config};
+use ringway::control::supervisor::launch::{self, Launch};
+
+/// The config that is used without `--config`, where the current folder has it.
+const CONFIG_FILE: &str = "config.yaml";
+
+/// A Layer-4 TCP load balancer on a consistent-hash ring, with self-healing replicas
+#[derive(Debug, Parser)]
+#[command(name = "ringway", version, after_help = "Without a command, `run`.")]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+}
+
+/// Arguments of every command.
+#[derive(Debug, Args)]
+pub(crate) struct Common {
+    /// Config file; without it ./config.yaml, and where there is none the built-in one
+    #[arg(long, short, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// What is logged: error, warn, info, debug, trace, or a filter like info,ringway::proxy=debug
+    #[arg(long, global = true, env = "RINGWAY_LOG", default_value = "info", value_name = "FILTER")]
+    log: String,
+    /// How it is logged, to standard error
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+/// How log lines are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Balance connections (the default)
+    Run,
+    /// Validate the config and print it with every default filled in
+    Check,
+    /// Show pools and backends of a running Ringway
+    Status(status::Options),
+    /// Run the demo backend
+    EchoServer(echo_server::Options),
+    /// Become a replica's program, tied to the life of Ringway
+    #[command(hide = true)]
+    Launch(Launch),
+}
+
+/// Why a command failed, in words for a person.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    #[error(transparent)]
+    Config(#[from] config::Error),
+    #[error("--log {filter:?}: {error}")]
+    Log { filter: String, error: tracing_subscriber::filter::ParseError },
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error(transparent)]
+    Other(#[from] anyhow::Error),
+}
+
+impl Failure {
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Config(_) | Self::Log { .. } => ExitCode::from(2),
+            Self::Start(_) | Self::Other(_) => ExitCode::FAILURE,
+        }
+    }
+}
+
+impl Common {
+    /// The config and a name for where it came from.
+    fn config(&self) -> Result<(Config, String), config::Error> {
+        let file = self.config.clone().or_else(|| Path::new(CONFIG_FILE).exists().then(|| CONFIG_FILE.into()));
+        if let Some(path) = file {
+            return Ok((Config::load(&path)?, path.display().to_string()));
+        }
+        let name = "the built-in config";
+        Ok((Config::parse(BUILT_IN, name)?, name.to_owned()))
+    }
+
+    fn start_logging(&self) -> Result<(), Failure> {
+        use std::io::IsTerminal as _;
+        use tracing_subscriber::EnvFilter;
+
+        let filter = EnvFilter::try_new(&self.log)
+            .map_err(|error| Failure::Log { filter: self.log.clone(), error })?;
+        let builder = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            .with_ansi(std::io::stderr().is_terminal());
+        match self.log_format {
+            LogFormat::Text => builder.with_target(false).init(),
+            LogFormat::Json => builder.json().init(),
+        }
+        Ok(())
+    }
+}
+
+pub(crate) fn check(common: &Common) -> Result<(), Failure> {
+    let (config, origin) = common.config()?;
+    print!("# {origin}, with every default filled in\n{}", config.to_yaml());
+    Ok(())
+}
+
+pub(crate) fn echo_server(options: echo_server::Options) -> Result<(), Failure> {
+    Ok(runtime()?.block_on(::echo_server::run_until_signalled(options))?)
+}
+
+pub(crate) fn launch(launch: &Launch) -> Result<(), Failure> {
+    let program = launch.command.first().map(|program| program.display().to_string()).unwrap_or_default();
+    Err(anyhow::anyhow!("cannot run {program}: {}", launch::launch(launch)).into())
+}
+
+/// One thread: the control plane's children live as long as the thread that started them.
+fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    Ok(runtime.map_err(|error| anyhow::anyhow!("cannot start the runtime: {error}"))?)
+}

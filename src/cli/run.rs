@@ -1,0 +1,80 @@
+//! `ringway run`: the main job, from the config to the exit code.
+
+use std::path::PathBuf;
+
+use ringway::api::status::Status;
+use ringway::app::{App, Environment};
+use ringway::limits;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::{Common, Failure, LogFormat, runtime};
+
+pub(crate) fn run(common: &Common) -> Result<(), Failure> {
+    let (config, origin) = common.config()?;
+    common.start_logging()?;
+    let (before, _) = limits::raise_open_files();
+    let executable = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
+    let environment = Environment { executable, replica_open_files: Some(before) };
+    runtime()?.block_on(async {
+        let mut signals = Signals::new().map_err(|error| anyhow::anyhow!("cannot listen for signals: {error}"))?;
+        let app = App::start(config, environment).await?;
+        if common.log_format == LogFormat::Text {
+            eprint!("{}", banner(&app, &origin));
+        }
+        let shutdown = async {
+            let name = signals.next().await;
+            tracing::info!(signal = name, "stopping: open connections may finish; once more to exit at once");
+            tokio::spawn(async move {
+                signals.next().await;
+                tracing::warn!("exiting at once");
+                std::process::exit(1);
+            });
+        };
+        app.run(shutdown).await.map_err(|error| Failure::Other(error.into()))?;
+        tracing::info!("stopped");
+        Ok(())
+    })
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+    }
+
+    /// Waits for SIGTERM or SIGINT.
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
+    }
+}
+
+/// What listens where, and what to try.
+fn banner(app: &App, origin: &str) -> String {
+    use std::fmt::Write as _;
+
+    let status = Status::of(app.state());
+    let api = app.api_address();
+    let mut text = format!("Ringway {}, with {origin}\n\n", status.version);
+    // Writing to a String cannot fail.
+    for listener in &status.listeners {
+        let pool = status.pools.iter().find(|pool| pool.name == listener.pool);
+        let (backends, key) = pool.map_or((0, ""), |pool| (pool.backends.len(), pool.key.as_str()));
+        let (address, name, pool) = (&listener.address, &listener.name, &listener.pool);
+        let _ = writeln!(text, "  {address:<21} {name}: pool {pool}, {backends} backends, key {key}");
+    }
+    let _ = writeln!(text, "  {:<21} side port: /api/request /api/status /metrics /healthz /readyz\n", api.to_string());
+    let port = app.state().listeners.first().map_or(0, |listener| listener.address.port());
+    let _ = writeln!(
+        text,
+        "Try:\n  curl -X POST -d '{{\"data\": \"example\"}}' http://localhost:{port}/api/request\n  \
+         curl http://localhost:{port}/api/status\n  printf hello | nc -N localhost {port}\n  ringway status\n"
+    );
+    text
+}

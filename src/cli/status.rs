@@ -1,0 +1,122 @@
+//! `ringway status`: asks a running Ringway's side port and shows the answer as a table.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use bytes::Bytes;
+use clap::Args;
+use http_body_util::Full;
+use hyper::Request;
+use hyper::header::{CONNECTION, HOST};
+use ringway::api::status::{Member, Status};
+use ringway::http_client::exchange;
+use tokio::net::TcpStream;
+
+use super::{Common, Failure, runtime};
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// The answer as JSON
+    #[arg(long)]
+    json: bool,
+    /// The side port's address; without it the config's
+    #[arg(long, value_name = "ADDRESS")]
+    api: Option<SocketAddr>,
+}
+
+pub(crate) fn status(common: &Common, options: &Options) -> Result<(), Failure> {
+    let address = match options.api {
+        Some(address) => address,
+        None => common.config()?.0.api.listen,
+    };
+    let answer = runtime()?.block_on(ask(reachable(address)))?;
+    if options.json {
+        print!("{}", String::from_utf8_lossy(&answer));
+    } else {
+        let status = serde_json::from_slice(&answer).context("the side port's answer is not a status")?;
+        print!("{}", table(&status));
+    }
+    Ok(())
+}
+
+async fn ask(address: SocketAddr) -> anyhow::Result<Bytes> {
+    let request = Request::get("/api/status")
+        .header(HOST, address.to_string())
+        .header(CONNECTION, "close")
+        .body(Full::default())?;
+    let answer = tokio::time::timeout(TIMEOUT, async {
+        let stream = TcpStream::connect(address).await?;
+        anyhow::Ok(exchange(stream, request, ANSWER_LIMIT).await?)
+    });
+    let answer = answer.await.context("no answer in time").flatten();
+    let answer = answer.with_context(|| format!("cannot reach the side port at {address}; is Ringway running there"));
+    let answer = answer.map_err(|error| anyhow::anyhow!("{error:#}"))?;
+    anyhow::ensure!(answer.status().is_success(), "the side port at {address} answers {}", answer.status());
+    Ok(answer.into_body())
+}
+
+/// Where a side port that listens on every address can be reached.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}
+
+fn table(status: &Status) -> String {
+    let mut rows = vec![
+        ["POOL", "BACKEND", "STATE", "ADDRESS", "REPLICA", "RESTARTS", "ACTIVE", "TOTAL", "FAILED", "SHARE", "CHECK"]
+            .map(str::to_owned),
+    ];
+    for pool in &status.pools {
+        rows.extend(pool.backends.iter().map(|backend| row(&pool.name, backend)));
+    }
+    let mut widths = [0; 11];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.len());
+        }
+    }
+    let listeners: String = status
+        .listeners
+        .iter()
+        .map(|listener| {
+            let connections = &listener.connections;
+            format!(
+                "{} on {} -> {}: {} connections, {} in all\n",
+                listener.name, listener.address, listener.pool, connections.active, connections.total
+            )
+        })
+        .collect();
+    let ready = if status.ready { "ready" } else { "not ready" };
+    let mut text = format!("Ringway {}, up {:.0} s, {ready}\n{listeners}\n", status.version, status.uptime_seconds);
+    for row in &rows {
+        let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        text.push_str(cells.join("  ").trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+fn row(pool: &str, backend: &Member) -> [String; 11] {
+    [
+        pool.to_owned(),
+        backend.id.clone(),
+        backend.state.clone(),
+        backend.address.clone().unwrap_or_else(|| "-".to_owned()),
+        backend.replica.as_ref().map_or("-".to_owned(), |replica| format!("pid {}", replica.pid)),
+        backend.restarts.to_string(),
+        backend.connections.active.to_string(),
+        backend.connections.total.to_string(),
+        backend.connections.failed.to_string(),
+        format!("{:.1} %", backend.share * 100.0),
+        backend.health.last.clone().unwrap_or_else(|| "-".to_owned()),
+    ]
+}

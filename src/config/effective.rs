@@ -1,0 +1,138 @@
+//! The config as YAML, every default filled in; loading it gives the same config.
+
+use std::time::Duration;
+
+use serde_yaml::{Mapping, Value};
+
+use super::parse::join_host;
+use super::{Config, HealthCheck, Listener, Pool, Process, Provider};
+use crate::labels::Label as _;
+
+pub(super) fn yaml(config: &Config) -> String {
+    let mut root = vec![
+        ("workers", auto(config.workers)),
+        ("max_connections", auto(config.max_connections)),
+        ("relay", map([("splice", config.relay.splice.into()), ("max_pipes", auto(config.relay.max_pipes))])),
+        ("tcp", tcp(config)),
+    ];
+    if let Some(log) = &config.access_log {
+        let path = log.path.display().to_string();
+        root.push(("access_log", map([("path", path.into()), ("format", log.format.as_str().into())])));
+    }
+    root.push(("api", map([("listen", config.api.listen.to_string().into())])));
+    root.push(("listeners", list(config.listeners.iter().map(listener))));
+    root.push(("pools", list(config.pools.iter().map(pool))));
+    // Text, numbers and lists of them always serialize.
+    serde_yaml::to_string(&map(root)).unwrap_or_default()
+}
+
+fn tcp(config: &Config) -> Value {
+    let keepalive = config.tcp.keepalive.map_or("off".into(), |keepalive| {
+        map([
+            ("idle", duration(keepalive.idle)),
+            ("interval", duration(keepalive.interval)),
+            ("probes", keepalive.probes.into()),
+        ])
+    });
+    map([("keepalive", keepalive), ("user_timeout", duration(config.tcp.user_timeout))])
+}
+
+fn listener(listener: &Listener) -> Value {
+    map([
+        ("name", listener.name.as_str().into()),
+        ("listen", listener.listen.to_string().into()),
+        ("pool", listener.pool.as_str().into()),
+        ("answer_status", listener.answer_status.into()),
+        ("backlog", listener.backlog.into()),
+    ])
+}
+
+fn pool(pool: &Pool) -> Value {
+    let ring = map([
+        ("virtual_nodes", pool.ring.virtual_nodes.into()),
+        ("probes", pool.ring.probes.into()),
+        ("seed", pool.ring.seed.into()),
+    ]);
+    let connect =
+        map([("timeout", duration(pool.connect.timeout)), ("attempts", pool.connect.attempts.into())]);
+    let timeouts =
+        map([("idle", duration(pool.timeouts.idle)), ("half_closed", duration(pool.timeouts.half_closed))]);
+    map([
+        ("name", pool.name.as_str().into()),
+        ("key", pool.key.as_str().into()),
+        ("ring", ring),
+        ("provider", provider(&pool.provider)),
+        ("connect", connect),
+        ("timeouts", timeouts),
+        ("health_check", health_check(pool.health_check.as_ref())),
+        ("drain", duration(pool.drain)),
+    ])
+}
+
+fn provider(provider: &Provider) -> Value {
+    match provider {
+        Provider::Static(backends) => {
+            let backends = backends.iter().map(|backend| {
+                map([
+                    ("address", join_host(&backend.host, backend.port).into()),
+                    ("id", backend.id.as_str().into()),
+                    ("weight", backend.weight.into()),
+                ])
+            });
+            map([("static", list(backends))])
+        }
+        Provider::Process(settings) => map([("process", process(settings))]),
+    }
+}
+
+fn process(process: &Process) -> Value {
+    let restart = &process.restart;
+    let ports = process.ports.map_or("auto".to_owned(), |(first, last)| format!("{first}-{last}"));
+    map([
+        ("replicas", process.replicas.into()),
+        ("command", list(process.command.iter().map(|word| word.as_str().into()))),
+        ("env", Value::Mapping(process.env.iter().map(|(name, value)| (name.as_str().into(), value.as_str().into())).collect())),
+        ("ports", ports.into()),
+        (
+            "restart",
+            map([
+                ("backoff", duration(restart.backoff)),
+                ("max_backoff", duration(restart.max_backoff)),
+                ("stable_after", duration(restart.stable_after)),
+                ("crash_loop_after", restart.crash_loop_after.into()),
+            ]),
+        ),
+        ("stop_grace", duration(process.stop_grace)),
+    ])
+}
+
+fn health_check(check: Option<&HealthCheck>) -> Value {
+    let Some(check) = check else { return map([("kind", "none".into())]) };
+    let mut entries = match &check.http_path {
+        Some(path) => vec![("kind", "http".into()), ("path", path.as_str().into())],
+        None => vec![("kind", "tcp".into())],
+    };
+    entries.extend([
+        ("interval", duration(check.interval)),
+        ("timeout", duration(check.timeout)),
+        ("rise", check.rise.into()),
+        ("fall", check.fall.into()),
+    ]);
+    map(entries)
+}
+
+fn map(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
+    Value::Mapping(entries.into_iter().map(|(key, value)| (key.into(), value)).collect::<Mapping>())
+}
+
+fn list(items: impl Iterator<Item = Value>) -> Value {
+    Value::Sequence(items.collect())
+}
+
+fn auto(number: Option<usize>) -> Value {
+    number.map_or("auto".into(), |number| (number as u64).into())
+}
+
+fn duration(duration: Duration) -> Value {
+    humantime::format_duration(duration).to_string().into()
+}

@@ -1,0 +1,239 @@
+//! Typed access to YAML. Every fault is collected with its key path, and reading goes on.
+
+use std::cell::RefCell;
+use std::fmt::Display;
+use std::ops::RangeInclusive;
+use std::rc::Rc;
+use std::time::Duration;
+
+use serde_yaml::{Mapping, Value};
+
+use super::Fault;
+use crate::labels::Label;
+
+/// Where the faults of a document are collected.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Faults(Rc<RefCell<Vec<Fault>>>);
+
+impl Faults {
+    pub(super) fn add(&self, path: &str, problem: impl Display) {
+        self.0.borrow_mut().push(Fault { path: path.to_owned(), problem: problem.to_string() });
+    }
+
+    pub(super) fn into_vec(self) -> Vec<Fault> {
+        self.0.take()
+    }
+}
+
+/// A value and its key path.
+#[derive(Debug, Clone)]
+pub(super) struct Item<'a> {
+    pub(super) value: &'a Value,
+    pub(super) path: String,
+    faults: Faults,
+}
+
+impl<'a> Item<'a> {
+    pub(super) fn root(value: &'a Value, faults: &Faults) -> Self {
+        Self { value, path: String::new(), faults: faults.clone() }
+    }
+
+    pub(super) fn fault(&self, problem: impl Display) {
+        self.faults.add(if self.path.is_empty() { "config" } else { &self.path }, problem);
+    }
+
+    /// The value as a mapping whose keys are read one by one; an empty one where it is something else.
+    pub(super) fn section(self) -> Section<'a> {
+        let map = self.value.as_mapping();
+        if map.is_none() {
+            self.fault(format_args!("{} is not a section of `key: value` lines", show(self.value)));
+        }
+        Section { map, path: self.path, faults: self.faults, known: Vec::new() }
+    }
+
+    /// A value of this mapping whose key is the user's own.
+    pub(super) fn entry(&self, key: &str, value: &'a Value) -> Item<'a> {
+        Item { value, path: join(&self.path, key), faults: self.faults.clone() }
+    }
+
+    pub(super) fn list(&self) -> Vec<Item<'a>> {
+        let Some(list) = self.value.as_sequence() else {
+            self.fault(format_args!("{} is not a list", show(self.value)));
+            return Vec::new();
+        };
+        let item =
+            |(n, value)| Item { value, path: format!("{}[{n}]", self.path), faults: self.faults.clone() };
+        list.iter().enumerate().map(item).collect()
+    }
+
+    /// Text. A number or truth value counts as text too: `command: [nc, -p, 80]`.
+    pub(super) fn text(&self) -> Option<String> {
+        match self.value {
+            Value::String(text) => Some(text.clone()),
+            Value::Number(number) => Some(number.to_string()),
+            Value::Bool(truth) => Some(truth.to_string()),
+            other => {
+                self.fault(format_args!("{} is not text", show(other)));
+                None
+            }
+        }
+    }
+
+    pub(super) fn integer(&self, range: &RangeInclusive<u64>) -> Option<u64> {
+        let number = self.value.as_u64().filter(|number| range.contains(number));
+        if number.is_none() {
+            let (least, most) = (range.start(), range.end());
+            self.fault(format_args!("{} is not a whole number from {least} to {most}", show(self.value)));
+        }
+        number
+    }
+
+    fn truth(&self) -> Option<bool> {
+        let truth = self.value.as_bool();
+        if truth.is_none() {
+            self.fault(format_args!("{} is neither true nor false", show(self.value)));
+        }
+        truth
+    }
+
+    fn duration(&self, range: &RangeInclusive<Duration>) -> Option<Duration> {
+        let duration = self.value.as_str().and_then(|text| humantime::parse_duration(text).ok());
+        let Some(duration) = duration else {
+            self.fault(format_args!("{} is not a duration: write it like 500ms, 10s or 5m", show(self.value)));
+            return None;
+        };
+        if range.contains(&duration) {
+            return Some(duration);
+        }
+        let [least, most] = [range.start(), range.end()].map(|&bound| humantime::format_duration(bound));
+        self.fault(format_args!("{} is not between {least} and {most}", show(self.value)));
+        None
+    }
+}
+
+/// A mapping that is being read. [`Section::finish`] reports the keys that nobody asked for.
+#[derive(Debug)]
+pub(super) struct Section<'a> {
+    map: Option<&'a Mapping>,
+    pub(super) path: String,
+    faults: Faults,
+    known: Vec<&'static str>,
+}
+
+impl<'a> Section<'a> {
+    pub(super) fn fault(&self, problem: impl Display) {
+        self.faults.add(if self.path.is_empty() { "config" } else { &self.path }, problem);
+    }
+
+    /// The value of `key`, where there is one.
+    pub(super) fn item(&mut self, key: &'static str) -> Option<Item<'a>> {
+        self.known.push(key);
+        let value = self.map?.get(key)?;
+        let item = Item { value, path: join(&self.path, key), faults: self.faults.clone() };
+        if value.is_null() {
+            item.fault("has no value: give it one, or leave the key out for its default");
+            return None;
+        }
+        Some(item)
+    }
+
+    /// The value of `key`; a fault where there is none.
+    pub(super) fn required(&mut self, key: &'static str, what: &str) -> Option<Item<'a>> {
+        let item = self.item(key);
+        let is_missing = self.map.is_some_and(|map| !map.contains_key(key));
+        if is_missing {
+            self.faults.add(&join(&self.path, key), format_args!("missing: give {what}"));
+        }
+        item
+    }
+
+    /// A section within this one; empty where the key is missing.
+    pub(super) fn section(&mut self, key: &'static str) -> Section<'a> {
+        let path = join(&self.path, key);
+        match self.item(key) {
+            Some(item) => item.section(),
+            None => Section { map: None, path, faults: self.faults.clone(), known: Vec::new() },
+        }
+    }
+
+    pub(super) fn integer(&mut self, key: &'static str, range: RangeInclusive<u64>, default: u64) -> u64 {
+        self.item(key).and_then(|item| item.integer(&range)).unwrap_or(default)
+    }
+
+    /// A number, or `auto` for `None`.
+    pub(super) fn auto_or_integer(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<usize> {
+        let item = self.item(key)?;
+        if item.value.as_str() == Some("auto") {
+            return None;
+        }
+        let number = item.value.as_u64().filter(|number| range.contains(number));
+        if number.is_none() {
+            let (least, most) = (range.start(), range.end());
+            item.fault(format_args!("{} is neither auto nor a whole number from {least} to {most}", show(item.value)));
+        }
+        number.and_then(|number| usize::try_from(number).ok())
+    }
+
+    pub(super) fn truth(&mut self, key: &'static str, default: bool) -> bool {
+        self.item(key).and_then(|item| item.truth()).unwrap_or(default)
+    }
+
+    pub(super) fn duration(
+        &mut self,
+        key: &'static str,
+        range: RangeInclusive<Duration>,
+        default: Duration,
+    ) -> Duration {
+        self.item(key).and_then(|item| item.duration(&range)).unwrap_or(default)
+    }
+
+    /// One of a label's names.
+    pub(super) fn choice<L: Label>(&mut self, key: &'static str, default: L) -> L {
+        let Some(item) = self.item(key) else { return default };
+        let names: Vec<_> = L::ALL.iter().map(|label| label.as_str()).collect();
+        let found = item.value.as_str().and_then(|text| names.iter().position(|&name| name == text));
+        if found.is_none() {
+            item.fault(format_args!("{} is not one of {}{}", show(item.value), names.join(", "), hint(item.value, &names)));
+        }
+        found.map_or(default, |index| L::ALL[index])
+    }
+
+    /// Reports every key that was not asked for.
+    pub(super) fn finish(self) {
+        for key in self.map.into_iter().flat_map(Mapping::keys) {
+            let name = key.as_str().map_or_else(|| show(key), str::to_owned);
+            if !self.known.contains(&name.as_str()) {
+                let hint = hint(key, &self.known);
+                let known = self.known.join(", ");
+                self.faults.add(&join(&self.path, &name), format_args!("unknown key{hint}; known here: {known}"));
+            }
+        }
+    }
+}
+
+/// `, did you mean "name"?` for a near miss.
+pub(super) fn hint(value: &Value, names: &[&str]) -> String {
+    let Some(text) = value.as_str() else { return String::new() };
+    let near = names.iter().map(|name| (strsim::damerau_levenshtein(text, name), name)).min();
+    match near {
+        Some((distance, name)) if distance <= 3 && distance < name.len() => format!(", did you mean {name:?}?"),
+        _ => String::new(),
+    }
+}
+
+/// A value as the person who wrote it would know it again.
+pub(super) fn show(value: &Value) -> String {
+    match value {
+        Value::Null => "nothing".to_owned(),
+        Value::String(text) => format!("{text:?}"),
+        Value::Number(number) => number.to_string(),
+        Value::Bool(truth) => truth.to_string(),
+        Value::Sequence(_) => "a list".to_owned(),
+        Value::Mapping(_) => "a section".to_owned(),
+        Value::Tagged(tagged) => format!("a value with the tag {}", tagged.tag),
+    }
+}
+
+fn join(path: &str, key: &str) -> String {
+    if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+}

@@ -1,0 +1,58 @@
+//! What replicas say on their standard output and error: lines into Ringway's log, with the slot's name.
+
+use std::sync::Arc;
+
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+
+/// Longest line; the rest of a longer one comes as further lines.
+const LONGEST: usize = 8 * 1024;
+
+/// Logs every line of `stream` until it ends. Bytes that are not UTF-8 are replaced.
+pub(super) async fn log_lines(slot: Arc<str>, mut stream: impl AsyncRead + Unpin) {
+    let mut pending: Vec<u8> = Vec::new();
+    let mut buffer = vec![0; LONGEST];
+    loop {
+        let read = stream.read(&mut buffer).await.unwrap_or(0);
+        pending.extend_from_slice(&buffer[..read]);
+        let mut rest = pending.as_slice();
+        while let Some(end) = line_end(rest, read == 0) {
+            let (line, after) = rest.split_at(end);
+            let line = String::from_utf8_lossy(line);
+            tracing::info!(target: "ringway::replica", slot = %slot, "{}", line.trim_end());
+            rest = after;
+        }
+        pending = rest.to_vec();
+        if read == 0 {
+            return;
+        }
+    }
+}
+
+/// Where the first line of `bytes` ends, if it does.
+fn line_end(bytes: &[u8], is_last: bool) -> Option<usize> {
+    let newline = bytes.iter().position(|&byte| byte == b'\n').map(|at| at + 1);
+    let longest = (bytes.len() >= LONGEST).then_some(LONGEST);
+    let last = (is_last && !bytes.is_empty()).then_some(bytes.len());
+    newline.filter(|&at| at <= LONGEST).or(longest).or(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(mut bytes: &[u8]) -> Vec<usize> {
+        let mut lengths = Vec::new();
+        while let Some(end) = line_end(bytes, true) {
+            lengths.push(end);
+            bytes = &bytes[end..];
+        }
+        lengths
+    }
+
+    #[test]
+    fn lines_end_at_newlines_at_the_limit_and_at_the_end() {
+        assert_eq!(lines(b"one\ntwo\n\nthree"), [4, 4, 1, 5]);
+        assert_eq!(lines(&[b'x'; LONGEST + 5]), [LONGEST, 5]);
+        assert_eq!(line_end(b"half a li", false), None);
+    }
+}

@@ -1,0 +1,163 @@
+//! Every metric's name, labels and help, in one place, and the exporter that renders them.
+//!
+//! The data plane counts in atomics of its own; a scrape copies them into the exporter. Only histograms are
+//! recorded as they happen, once or twice a connection.
+
+use ::metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder as _, SharedString};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+
+/// A metric as it is documented and exported.
+#[derive(Debug, Clone, Copy)]
+pub struct Metric {
+    /// Full name, with prefix and unit.
+    pub name: &'static str,
+    /// How its value behaves.
+    pub kind: Kind,
+    /// The names of its labels; their values come from the config and from enums only.
+    pub labels: &'static [&'static str],
+    /// One line for a person.
+    pub help: &'static str,
+}
+
+/// How a metric's value behaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Only grows.
+    Counter,
+    /// Goes up and down.
+    Gauge,
+    /// Durations in seconds, in buckets.
+    Histogram,
+}
+
+macro_rules! metrics {
+    ($($id:ident: $kind:ident $name:literal [$($label:literal),*] $help:literal;)+) => {
+        $(
+            #[doc = $help]
+            pub const $id: Metric =
+                Metric { name: concat!("ringway_", $name), kind: Kind::$kind, labels: &[$($label),*], help: $help };
+        )+
+
+        /// Every metric there is.
+        pub const ALL: &[Metric] = &[$($id),+];
+    };
+}
+
+metrics! {
+    ACCEPTED: Counter "connections_accepted_total" ["listener"] "Connections accepted; each is active, ended or refused";
+    ACTIVE: Gauge "connections_active" ["listener"] "Connections open at the moment";
+    ENDED: Counter "connections_ended_total" ["listener", "reason"] "Connections that were served and ended, by reason";
+    REFUSED: Counter "connections_refused_total" ["listener", "reason"] "Connections reset because no backend could serve them, by reason";
+    ACCEPT_ERRORS: Counter "accept_errors_total" ["listener", "error"] "Failed accepts, by error";
+    CONNECTION_SECONDS: Histogram "connection_seconds" ["listener"] "Time from accept to the end of a connection";
+    CONNECT_ATTEMPTS: Counter "connect_attempts_total" ["pool", "backend"] "Connects to backends that were tried";
+    CONNECT_FAILURES: Counter "connect_failures_total" ["pool", "backend", "cause"] "Connects to backends that failed, by cause";
+    CONNECT_SECONDS: Histogram "connect_seconds" ["pool"] "Time of successful connects to backends";
+    BYTES: Counter "bytes_total" ["pool", "backend", "direction", "path"] "Payload moved, by direction (from_client, to_client) and path (copied, spliced)";
+    BACKEND_UP: Gauge "backend_up" ["pool", "backend"] "1 for a healthy backend, else 0";
+    BACKEND_DRAINING: Gauge "backend_draining" ["pool", "backend"] "1 for a backend that gets no new connections, else 0";
+    BACKEND_CONNECTIONS: Gauge "backend_connections_active" ["pool", "backend"] "Connections to a backend open at the moment";
+    BACKEND_CONNECTIONS_TOTAL: Counter "backend_connections_total" ["pool", "backend"] "Connections made to a backend";
+    REPLICA_RESTARTS: Counter "replica_restarts_total" ["pool", "backend"] "Replicas started in place of a dead one";
+    CRASH_LOOP: Gauge "replica_crash_loop" ["pool", "backend"] "1 while a slot waits because its replicas keep dying, else 0";
+    HEALTH_CHECKS: Counter "health_checks_total" ["pool", "backend", "result"] "Health checks done, by result (ok, failed)";
+    RING_POINTS: Gauge "ring_points" ["pool"] "Points on the ring";
+    RING_DIGEST: Gauge "ring_digest" ["pool"] "Upper 52 bits of the ring's digest: equal where instances pick alike";
+    TABLE_GENERATION: Gauge "table_generation" ["pool"] "Tables published since the start";
+    WORKER_CONNECTIONS: Gauge "worker_connections_active" ["worker"] "Connections that a worker serves at the moment";
+    PIPES: Gauge "splice_pipes" ["worker"] "Pipes that a worker holds for splicing, in use or pooled";
+    PIPE_SHORTAGES: Counter "splice_pipe_shortages_total" ["worker"] "Times a stream was copied because no pipe was to be had";
+    ACCESS_LOG_DROPPED: Counter "access_log_dropped_lines_total" [] "Lines of the access log dropped because its writer was behind";
+    OPEN_FILES: Gauge "open_files" [] "File descriptors open at the moment";
+    OPEN_FILES_LIMIT: Gauge "open_files_limit" [] "Most file descriptors that this process may have open";
+    MAX_CONNECTIONS: Gauge "max_connections" [] "Most connections that are open at a time; more wait in the backlog";
+    READY: Gauge "ready" [] "1 once every pool has had a healthy backend, 0 before and while stopping";
+    UPTIME: Gauge "uptime_seconds" [] "Time since the start";
+    BUILD_INFO: Gauge "build_info" ["version"] "1, with the version of this binary";
+}
+
+/// Bounds of the histograms' buckets, in seconds: from a connect on loopback to a long-lived connection.
+const BUCKETS: [f64; 14] =
+    [0.0001, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 10.0, 60.0, 600.0];
+
+/// Holds the metrics of one app and renders them. Not global: several apps may live in one process.
+pub struct Exporter {
+    recorder: PrometheusRecorder,
+    handle: PrometheusHandle,
+}
+
+impl std::fmt::Debug for Exporter {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Exporter")
+    }
+}
+
+impl Exporter {
+    /// An exporter that knows every metric and shows none yet.
+    ///
+    /// # Errors
+    /// When the exporter does not take the buckets.
+    pub fn new() -> Result<Self, BuildError> {
+        let mut builder = PrometheusBuilder::new();
+        for metric in ALL.iter().filter(|metric| metric.kind == Kind::Histogram) {
+            builder = builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), &BUCKETS)?;
+        }
+        let recorder = builder.build_recorder();
+        for metric in ALL {
+            let (name, help) = (metric.name.into(), SharedString::const_str(metric.help));
+            match metric.kind {
+                Kind::Counter => recorder.describe_counter(name, None, help),
+                Kind::Gauge => recorder.describe_gauge(name, None, help),
+                Kind::Histogram => recorder.describe_histogram(name, None, help),
+            }
+        }
+        let handle = recorder.handle();
+        Ok(Self { recorder, handle })
+    }
+
+    /// Sets a counter or gauge to what its source says; `values` in the order of the metric's labels.
+    pub fn set(&self, metric: &Metric, values: &[&str], value: u64) {
+        let key = key(metric, values);
+        match metric.kind {
+            Kind::Counter => self.counter(&key).absolute(value),
+            Kind::Gauge => self.gauge(&key).set(value as f64),
+            Kind::Histogram => debug_assert!(false, "{} is recorded, not set", metric.name),
+        }
+    }
+
+    /// Sets a gauge that is not a whole number.
+    pub fn set_fraction(&self, metric: &Metric, value: f64) {
+        self.gauge(&key(metric, &[])).set(value);
+    }
+
+    /// The handle that a histogram's durations are recorded with.
+    pub fn histogram(&self, metric: &Metric, values: &[&str]) -> Histogram {
+        self.recorder.register_histogram(&key(metric, values), &METADATA)
+    }
+
+    /// Everything as Prometheus text.
+    pub fn render(&self) -> String {
+        self.handle.render()
+    }
+
+    /// Folds recorded durations into buckets. Without it they pile up between scrapes.
+    pub fn upkeep(&self) {
+        self.handle.run_upkeep();
+    }
+
+    fn counter(&self, key: &Key) -> Counter {
+        self.recorder.register_counter(key, &METADATA)
+    }
+
+    fn gauge(&self, key: &Key) -> Gauge {
+        self.recorder.register_gauge(key, &METADATA)
+    }
+}
+
+static METADATA: Metadata<'static> = Metadata::new("ringway", Level::INFO, None);
+
+fn key(metric: &Metric, values: &[&str]) -> Key {
+    debug_assert_eq!(metric.labels.len(), values.len(), "{} has other labels", metric.name);
+    let labels = std::iter::zip(metric.labels, values).map(|(&name, &value)| Label::new(name, value.to_owned()));
+    Key::from_parts(metric.name, labels.collect::<Vec<_>>())
+}

@@ -1,0 +1,93 @@
+//! Stage accept: a permit, then a connection; errors pause the loop and never end it.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener as StdListener};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::account::AcceptError;
+use super::session::session;
+use super::worker::Lane;
+use crate::labels::Label as _;
+
+/// Pause after an error that would come again at once. Short: room returns without a signal.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// Connections accepted before the worker's other tasks get their turn.
+const ACCEPTS_PER_TURN: u32 = 16;
+
+/// Accepts for one lane until `stop`, and then what the kernel has already queued.
+pub(super) async fn accept(
+    lane: Rc<Lane>,
+    listener: TcpListener,
+    limit: Arc<Semaphore>,
+    sessions: TaskTracker,
+    stop: CancellationToken,
+) {
+    let start = |(client, peer): (TcpStream, SocketAddr), permit: OwnedSemaphorePermit| {
+        tokio::task::spawn_local(sessions.track_future(session(client, peer, permit, Rc::clone(&lane))));
+    };
+    let mut turn = 0;
+    loop {
+        // The permit first: connections over the limit wait in the backlog, not in here.
+        let permit = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            permit = Arc::clone(&limit).acquire_owned() => permit,
+        };
+        let Ok(permit) = permit else { break };
+        let accepted = tokio::select! {
+            biased;
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok(accepted) => start(accepted, permit),
+            Err(error) => {
+                let kind = classify(&error);
+                lane.stats.accept_errors.count(kind);
+                if kind != AcceptError::Aborted {
+                    tracing::debug!(listener = %lane.name, kind = kind.as_str(), %error, "cannot accept");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        }
+        turn += 1;
+        if turn == ACCEPTS_PER_TURN {
+            turn = 0;
+            tokio::task::yield_now().await;
+        }
+    }
+    // Closing the socket would reset the connections queued on it: they came before the end, serve them.
+    for queued in queued(listener) {
+        let Ok(permit) = Arc::clone(&limit).try_acquire_owned() else { break };
+        if let Ok(stream) = TcpStream::from_std(queued.0) {
+            start((stream, queued.1), permit);
+        }
+    }
+}
+
+fn queued(listener: TcpListener) -> impl Iterator<Item = (std::net::TcpStream, SocketAddr)> {
+    let listener: Option<StdListener> = listener.into_std().ok();
+    std::iter::from_fn(move || {
+        let (stream, peer) = listener.as_ref()?.accept().ok()?;
+        stream.set_nonblocking(true).ok()?;
+        Some((stream, peer))
+    })
+}
+
+fn classify(error: &io::Error) -> AcceptError {
+    match Errno::from_io_error(error) {
+        Some(Errno::MFILE | Errno::NFILE) => AcceptError::NoDescriptors,
+        Some(Errno::NOBUFS | Errno::NOMEM) => AcceptError::NoMemory,
+        Some(Errno::CONNABORTED) => AcceptError::Aborted,
+        _ => AcceptError::Other,
+    }
+}

@@ -1,0 +1,134 @@
+//! A line per connection, through a writer that never makes a worker wait.
+
+use std::io::{self, Write as _};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use serde::Serialize;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
+
+use crate::label_enum;
+
+label_enum! {
+    /// How a line is written.
+    pub enum Format {
+        /// `key=value` pairs.
+        Text => "text",
+        /// One JSON object a line.
+        Json => "json",
+    }
+}
+
+/// Lines that wait for the writer; more are dropped and counted.
+const QUEUED_LINES: usize = 16_384;
+
+/// The log. Clones share one writer.
+#[derive(Debug, Clone)]
+pub struct AccessLog {
+    format: Format,
+    writer: NonBlocking,
+}
+
+impl AccessLog {
+    /// Opens the log at `path` (`stdout`, `stderr` or a file, which is appended to). The guard writes what
+    /// is queued when it is dropped.
+    ///
+    /// # Errors
+    /// When the file cannot be opened for appending.
+    pub fn open(path: &Path, format: Format) -> io::Result<(Self, WorkerGuard)> {
+        let sink: Box<dyn io::Write + Send> = match path.to_str() {
+            Some("stdout") => Box::new(io::stdout()),
+            Some("stderr") => Box::new(io::stderr()),
+            _ => Box::new(std::fs::OpenOptions::new().create(true).append(true).open(path)?),
+        };
+        let (writer, guard) =
+            NonBlockingBuilder::default().buffered_lines_limit(QUEUED_LINES).thread_name("access-log").finish(sink);
+        Ok((Self { format, writer }, guard))
+    }
+
+    /// Counts the lines that were dropped because the writer was behind.
+    pub fn dropped(&self) -> ErrorCounter {
+        self.writer.error_counter()
+    }
+
+    pub(super) fn write(&self, line: &Line<'_>) {
+        let text = match self.format {
+            Format::Text => line.text(),
+            Format::Json => line.json(),
+        };
+        // Never fails: what does not fit in the queue is dropped and counted.
+        let _ = self.writer.clone().write_all(text.as_bytes());
+    }
+}
+
+/// What is known of a connection when it ends.
+#[derive(Debug)]
+pub(super) struct Line<'a> {
+    pub(super) listener: &'a str,
+    pub(super) pool: &'a str,
+    pub(super) client: SocketAddr,
+    pub(super) backend: Option<(&'a str, SocketAddr)>,
+    pub(super) outcome: &'static str,
+    pub(super) from_client: u64,
+    pub(super) to_client: u64,
+    /// From accept until the backend was connected.
+    pub(super) connect: Option<Duration>,
+    pub(super) duration: Duration,
+}
+
+impl Line<'_> {
+    fn text(&self) -> String {
+        let (id, address) = self.backend.map_or(("-", "-".to_owned()), |(id, address)| (id, address.to_string()));
+        let connect = self.connect.map_or("-".to_owned(), |time| format!("{:.6}", time.as_secs_f64()));
+        format!(
+            "{} listener={} pool={} client={} backend={id} address={address} end={} from_client={} to_client={} \
+             connect={connect} duration={:.6}\n",
+            now(),
+            self.listener,
+            self.pool,
+            self.client,
+            self.outcome,
+            self.from_client,
+            self.to_client,
+            self.duration.as_secs_f64(),
+        )
+    }
+
+    fn json(&self) -> String {
+        #[derive(Serialize)]
+        struct Json<'a> {
+            time: String,
+            listener: &'a str,
+            pool: &'a str,
+            client: SocketAddr,
+            backend: Option<&'a str>,
+            address: Option<SocketAddr>,
+            end: &'static str,
+            from_client: u64,
+            to_client: u64,
+            connect_seconds: Option<f64>,
+            duration_seconds: f64,
+        }
+        let json = serde_json::to_string(&Json {
+            time: now(),
+            listener: self.listener,
+            pool: self.pool,
+            client: self.client,
+            backend: self.backend.map(|(id, _)| id),
+            address: self.backend.map(|(_, address)| address),
+            end: self.outcome,
+            from_client: self.from_client,
+            to_client: self.to_client,
+            connect_seconds: self.connect.map(|time| time.as_secs_f64()),
+            duration_seconds: self.duration.as_secs_f64(),
+        });
+        // Strings, numbers and addresses always serialize; an empty line would show if they did not.
+        json.unwrap_or_default() + "\n"
+    }
+}
+
+/// Wall time: for people who read the log, never for measuring.
+fn now() -> String {
+    humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+}

@@ -1,0 +1,68 @@
+//! Stage admit: looks at a connection's first bytes where the listener asks for it, consuming none.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
+
+use super::{Intercept, Intercepted};
+
+/// Longest wait for first bytes. A protocol in which the server speaks first is late by this much on a
+/// listener that looks; clients that speak first are never late.
+const FIRST_BYTES: Duration = Duration::from_millis(200);
+
+/// Pause before looking again while the bytes may still become what is looked for.
+const AGAIN: Duration = Duration::from_millis(5);
+
+/// Longest of all first bytes looked for.
+const LONGEST: usize = 64;
+
+/// Where a connection goes.
+#[derive(Debug)]
+pub(super) enum Admission {
+    /// On to a backend.
+    Relay(TcpStream, OwnedSemaphorePermit),
+    /// It was taken over.
+    HandedOver,
+}
+
+/// Hands the connection over where its first bytes say so.
+pub(super) async fn admit(
+    client: TcpStream,
+    peer: SocketAddr,
+    permit: OwnedSemaphorePermit,
+    intercept: Option<&Intercept>,
+) -> Admission {
+    let Some(intercept) = intercept else { return Admission::Relay(client, permit) };
+    let wanted = Instant::now() + FIRST_BYTES;
+    match tokio::time::timeout_at(wanted, begins_with(&client, intercept.first_bytes)).await {
+        Ok(Ok(true)) => {}
+        // Other bytes, none in time, or a broken connection, which the relay will meet and pass on.
+        Ok(Ok(false) | Err(_)) | Err(_) => return Admission::Relay(client, permit),
+    }
+    let Ok(place) = intercept.taker.try_reserve() else { return Admission::Relay(client, permit) };
+    if let Ok(stream) = client.into_std() {
+        place.send(Intercepted { stream, peer, permit });
+    }
+    Admission::HandedOver
+}
+
+/// Whether the first bytes are one of `wanted`; waits as long as they may still become it.
+async fn begins_with(client: &TcpStream, wanted: &[&[u8]]) -> io::Result<bool> {
+    let mut first = [0; LONGEST];
+    loop {
+        let seen = client.peek(&mut first).await?;
+        let seen = &first[..seen];
+        if wanted.iter().any(|wanted| seen.starts_with(wanted)) {
+            return Ok(true);
+        }
+        if seen.is_empty() || !wanted.iter().any(|wanted| wanted.starts_with(seen)) {
+            return Ok(false);
+        }
+        // What was seen stays readable, so readiness tells nothing of new bytes.
+        tokio::time::sleep(AGAIN).await;
+    }
+}

@@ -1,0 +1,71 @@
+//! Stage key: the bytes of a connection that are hashed.
+
+use std::net::{IpAddr, SocketAddr};
+
+use crate::label_enum;
+
+label_enum! {
+    /// What of a connection is hashed.
+    pub enum KeyKind {
+        /// Address and port of the client: each connection for itself, evenly spread.
+        Source => "source",
+        /// Address of the client: all connections of a host go to one backend.
+        SourceIp => "source_ip",
+    }
+}
+
+/// A key: 4 or 16 bytes of address in network order, then, for [`KeyKind::Source`], 2 of port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Key {
+    bytes: [u8; 18],
+    length: u8,
+}
+
+impl Key {
+    /// The key of a client. An IPv4 address that came in by an IPv6 socket is the same as without.
+    pub fn of(kind: KeyKind, client: SocketAddr) -> Self {
+        let mut key = Self { bytes: [0; 18], length: 0 };
+        match client.ip().to_canonical() {
+            IpAddr::V4(ip) => key.push(&ip.octets()),
+            IpAddr::V6(ip) => key.push(&ip.octets()),
+        }
+        if kind == KeyKind::Source {
+            key.push(&client.port().to_be_bytes());
+        }
+        key
+    }
+
+    /// What is hashed.
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.length)]
+    }
+
+    fn push(&mut self, part: &[u8]) {
+        for &byte in part {
+            self.bytes[usize::from(self.length)] = byte;
+            self.length += 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(kind: KeyKind, client: &str) -> Vec<u8> {
+        Key::of(kind, client.parse().unwrap()).as_bytes().to_vec()
+    }
+
+    #[test]
+    fn keys_are_address_and_port_in_network_order() {
+        assert_eq!(key(KeyKind::Source, "10.1.2.3:258"), [10, 1, 2, 3, 1, 2]);
+        assert_eq!(key(KeyKind::SourceIp, "10.1.2.3:258"), [10, 1, 2, 3]);
+        assert_eq!(key(KeyKind::Source, "[2001:db8::1]:80").len(), 18);
+        assert_eq!(key(KeyKind::SourceIp, "[2001:db8::1]:80").len(), 16);
+    }
+
+    #[test]
+    fn a_mapped_address_is_the_same_client() {
+        assert_eq!(key(KeyKind::Source, "[::ffff:10.1.2.3]:258"), key(KeyKind::Source, "10.1.2.3:258"));
+    }
+}

@@ -1,0 +1,142 @@
+//! Stage relay: drives both directions of a connection from one struct, and closes as transparently as TCP
+//! allows: an end of stream becomes one after everything before it, a reset becomes a reset.
+
+use std::future::poll_fn;
+use std::io;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+
+use rustix::io::Errno;
+use tokio::net::TcpStream;
+
+use super::account::{End, Progress};
+use super::direction::{Broken, Direction};
+
+/// Relays until both sides have ended, one breaks, or the sweep says so.
+pub(super) async fn relay(client: TcpStream, backend: TcpStream, progress: Rc<Progress>) -> End {
+    let mut relay = Relay {
+        client,
+        backend,
+        up: Direction::default(),
+        down: Direction::default(),
+        breaking: None,
+        progress,
+    };
+    let end = poll_fn(|cx| relay.poll(cx)).await;
+    relay.close(end);
+    end
+}
+
+/// Closes so that the peer gets RST, as where nothing was listening.
+pub(super) fn reset(stream: TcpStream) {
+    // Fails only on a socket that is already gone.
+    let _ = stream.set_zero_linger();
+    drop(stream);
+}
+
+struct Relay {
+    client: TcpStream,
+    backend: TcpStream,
+    /// Client to backend.
+    up: Direction,
+    /// Backend to client.
+    down: Direction,
+    /// One side has broken; what it had said before is still being delivered to the other.
+    breaking: Option<Breaking>,
+    progress: Rc<Progress>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Breaking {
+    side: Side,
+    end: End,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Client,
+    Backend,
+}
+
+impl Relay {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        let progress = Rc::clone(&self.progress);
+        if let Some(verdict) = progress.verdict.get() {
+            return Poll::Ready(verdict);
+        }
+        let before = progress.from_client.total() + progress.to_client.total();
+        let polled = self.poll_directions(cx);
+        if progress.from_client.total() + progress.to_client.total() != before {
+            progress.last_active.set(progress.lane.worker.clock.get());
+        }
+        progress.half_closed.set(self.up.has_ended() != self.down.has_ended());
+        if polled.is_pending() {
+            let mut waker = progress.waker.borrow_mut();
+            if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+                *waker = Some(cx.waker().clone());
+            }
+        }
+        polled
+    }
+
+    fn poll_directions(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+        if self.breaking.is_none() {
+            let (up, down) = (self.poll_up(cx), self.poll_down(cx));
+            let (from, to, broken) = match (up, down) {
+                (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(End::Finished),
+                (Poll::Ready(Err(broken)), _) => (Side::Client, Side::Backend, broken),
+                (_, Poll::Ready(Err(broken))) => (Side::Backend, Side::Client, broken),
+                _ => return Poll::Pending,
+            };
+            match broken {
+                // A read meets a reset behind all bytes that came before it: they are through.
+                Broken::Source(error) => return Poll::Ready(reason(from, &error)),
+                Broken::Sink(error) => self.breaking = Some(Breaking { side: to, end: reason(to, &error) }),
+            }
+        }
+        let Some(Breaking { side, end }) = self.breaking else { return Poll::Pending };
+        let last_words = match side {
+            Side::Client => {
+                self.up.last_words = true;
+                self.poll_up(cx)
+            }
+            Side::Backend => {
+                self.down.last_words = true;
+                self.poll_down(cx)
+            }
+        };
+        // However their delivery ends, the connection ends as it broke.
+        last_words.map(|_| end)
+    }
+
+    fn poll_up(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let progress = &self.progress;
+        self.up.poll(cx, &mut self.client, &mut self.backend, &progress.lane.worker, &progress.from_client)
+    }
+
+    fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
+        let progress = &self.progress;
+        self.down.poll(cx, &mut self.backend, &mut self.client, &progress.lane.worker, &progress.to_client)
+    }
+
+    fn close(mut self, end: End) {
+        let worker = &self.progress.lane.worker;
+        self.up.release(worker);
+        self.down.release(worker);
+        if end != End::Finished {
+            // Neither side may take what it got for all there was.
+            reset(self.client);
+            reset(self.backend);
+        }
+    }
+}
+
+fn reason(side: Side, error: &io::Error) -> End {
+    match (side, Errno::from_io_error(error)) {
+        (_, Some(Errno::NOMEM | Errno::NOBUFS)) => End::LocalError,
+        (Side::Client, Some(Errno::TIMEDOUT | Errno::HOSTUNREACH | Errno::NETUNREACH)) => End::ClientLost,
+        (Side::Backend, Some(Errno::TIMEDOUT | Errno::HOSTUNREACH | Errno::NETUNREACH)) => End::BackendLost,
+        (Side::Client, _) => End::ClientReset,
+        (Side::Backend, _) => End::BackendReset,
+    }
+}

@@ -1,0 +1,38 @@
+//! The corridor: the whole way of one connection, a line for each stage.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+
+use tokio::net::TcpStream;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::account::{Account, End, Outcome};
+use super::admit::{self, Admission};
+use super::connect;
+use super::key::Key;
+use super::relay;
+use super::worker::Lane;
+
+/// Serves one accepted connection. The permit is its place under `max_connections`.
+pub(super) async fn session(client: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit, lane: Rc<Lane>) {
+    let mut account = Account::open(&lane, peer);
+
+    let (client, _permit) = match admit::admit(client, peer, permit, lane.intercept.as_ref()).await {
+        Admission::Relay(client, permit) => (client, permit),
+        Admission::HandedOver => return account.close(Outcome::Ended(End::Answered)),
+    };
+    let key = Key::of(lane.route.key, peer);
+    let table = lane.table();
+    let candidates = table.candidates(key.as_bytes());
+    let (backend, progress) = match connect::connect(candidates, &lane.route, &lane.worker.tcp).await {
+        Ok(connected) => (connected.stream, account.serve(connected.backend, connected.address)),
+        Err(refusal) => {
+            relay::reset(client);
+            return account.close(Outcome::Refused(refusal));
+        }
+    };
+    drop(table);
+    let end = relay::relay(client, backend, progress).await;
+
+    account.close(Outcome::Ended(end));
+}

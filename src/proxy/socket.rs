@@ -1,0 +1,131 @@
+//! Listening sockets and TCP options.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+
+/// TCP options of both sides of a connection. `TCP_NODELAY` is always on: the relay writes what it has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TcpOptions {
+    /// Probes of a silent peer; `None` leaves them off.
+    pub keepalive: Option<Keepalive>,
+    /// How long sent data may stay unacknowledged before the connection counts as lost
+    /// (`TCP_USER_TIMEOUT`); zero leaves it to the system.
+    pub user_timeout: Duration,
+}
+
+/// When and how often a silent peer is probed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keepalive {
+    /// Silence before the first probe; at least a second.
+    pub idle: Duration,
+    /// Between probes; at least a second.
+    pub interval: Duration,
+    /// Unanswered probes after which the peer counts as lost; 1 to 127.
+    pub probes: u32,
+}
+
+impl TcpOptions {
+    /// Sets the options on a socket. Accepted sockets inherit those of their listening socket.
+    pub(crate) fn apply(&self, socket: SockRef<'_>) -> io::Result<()> {
+        socket.set_tcp_nodelay(true)?;
+        if let Some(keepalive) = self.keepalive {
+            let options = TcpKeepalive::new()
+                .with_time(keepalive.idle)
+                .with_interval(keepalive.interval)
+                .with_retries(keepalive.probes);
+            socket.set_tcp_keepalive(&options)?;
+        }
+        if !self.user_timeout.is_zero() {
+            socket.set_tcp_user_timeout(Some(self.user_timeout))?;
+        }
+        Ok(())
+    }
+}
+
+/// Binds `address` once for each of `count` workers, and to nobody else.
+///
+/// With `SO_REUSEPORT` a second process of the same user would bind the same address without an error and
+/// take half the connections. So the first socket listens without it, which fails where anyone else
+/// listens, and only then opens the port for its siblings.
+///
+/// # Errors
+/// The system's, as from `bind` and `listen`.
+pub fn listen(address: SocketAddr, count: usize, backlog: i32, options: &TcpOptions) -> io::Result<Vec<TcpListener>> {
+    let first = unbound(address, options)?;
+    first.bind(&address.into())?;
+    first.listen(backlog)?;
+    first.set_reuse_port(true)?;
+    let address = first.local_addr()?;
+    let mut sockets = vec![first.into()];
+    for _ in 1..count {
+        let sibling = unbound(address.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?, options)?;
+        sibling.set_reuse_port(true)?;
+        sibling.bind(&address)?;
+        sibling.listen(backlog)?;
+        sockets.push(sibling.into());
+    }
+    Ok(sockets)
+}
+
+fn unbound(address: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_nonblocking(true)?;
+    // Connections of an earlier run may still be in TIME_WAIT.
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // `[::]` and `0.0.0.0` are two listeners, as in nginx: neither takes the other's port in silence.
+        socket.set_only_v6(true)?;
+    }
+    options.apply(SockRef::from(&socket))?;
+    Ok(socket)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OPTIONS: TcpOptions = TcpOptions {
+        keepalive: Some(Keepalive { idle: Duration::from_secs(77), interval: Duration::from_secs(11), probes: 3 }),
+        user_timeout: Duration::from_secs(99),
+    };
+
+    fn any_port() -> SocketAddr {
+        SocketAddr::from(([127, 0, 0, 1], 0))
+    }
+
+    #[test]
+    fn siblings_share_a_port_and_strangers_are_refused() {
+        let sockets = listen(any_port(), 3, 16, &OPTIONS).unwrap();
+        let address = sockets[0].local_addr().unwrap();
+        assert!(sockets.iter().all(|socket| socket.local_addr().unwrap() == address));
+        let error = listen(address, 1, 16, &OPTIONS).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
+        drop(sockets);
+        listen(address, 2, 16, &OPTIONS).unwrap();
+    }
+
+    #[test]
+    fn of_many_at_once_one_gets_the_port() {
+        let address = listen(any_port(), 1, 16, &OPTIONS).unwrap()[0].local_addr().unwrap();
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| listen(address, 2, 16, &OPTIONS))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
+    }
+
+    #[test]
+    fn accepted_sockets_inherit_the_options() {
+        let sockets = listen(any_port(), 1, 16, &OPTIONS).unwrap();
+        sockets[0].set_nonblocking(false).unwrap();
+        let _client = std::net::TcpStream::connect(sockets[0].local_addr().unwrap()).unwrap();
+        let (accepted, _) = sockets[0].accept().unwrap();
+        let accepted = SockRef::from(&accepted);
+        assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());
+        assert_eq!(accepted.tcp_keepalive_time().unwrap(), Duration::from_secs(77));
+        assert_eq!(accepted.tcp_user_timeout().unwrap(), Some(Duration::from_secs(99)));
+    }
+}

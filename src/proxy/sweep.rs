@@ -1,0 +1,63 @@
+//! A worker's coarse clock: brings shared counters up to date and ends what has been silent for too long,
+//! so that no connection needs a timer of its own.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use tokio::time::MissedTickBehavior;
+use tokio_util::sync::CancellationToken;
+
+use super::Route;
+use super::account::{End, Progress};
+use super::worker::Worker;
+
+/// Longest time between sweeps: how far the counters of a long connection may lag.
+pub(super) const SLOWEST: Duration = Duration::from_secs(1);
+
+/// The sweep that a route's timeouts need: an eighth of the shortest, so that none is late by much.
+pub(super) fn tick(route: &Route) -> Duration {
+    (route.idle.min(route.half_closed) / 8).clamp(Duration::from_millis(10), SLOWEST)
+}
+
+/// Sweeps every `tick` until the worker ends.
+pub(super) async fn sweep(worker: Rc<Worker>, tick: Duration, stop: CancellationToken) {
+    let started = Instant::now();
+    let mut interval = tokio::time::interval(tick);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut stopped = None;
+    loop {
+        tokio::select! {
+            _ = interval.tick() => {}
+            () = stop.cancelled(), if stopped.is_none() => {}
+        }
+        let now = started.elapsed();
+        worker.clock.set(now);
+        if stop.is_cancelled() {
+            stopped.get_or_insert(now);
+        }
+        for (_, progress) in worker.open.borrow().iter() {
+            progress.report();
+            if let Some(end) = verdict(progress, now, tick, stopped) {
+                progress.verdict.set(Some(end));
+                if let Some(waker) = progress.waker.take() {
+                    waker.wake();
+                }
+            }
+        }
+    }
+}
+
+/// Activity is stamped with the time of the sweep before it, so a timeout counts from one tick later: a
+/// connection may live a little longer than configured, never shorter.
+fn verdict(progress: &Progress, now: Duration, tick: Duration, stopped: Option<Duration>) -> Option<End> {
+    let route = &progress.lane.route;
+    let silent = now.saturating_sub(progress.last_active.get()).saturating_sub(tick);
+    if progress.half_closed.get() && silent >= route.half_closed {
+        return Some(End::HalfClosedTimeout);
+    }
+    if silent >= route.idle {
+        return Some(End::IdleTimeout);
+    }
+    let draining = stopped.map(|stopped| now.saturating_sub(stopped));
+    draining.filter(|&draining| draining >= route.drain).map(|_| End::Shutdown)
+}
