@@ -93,7 +93,9 @@ pub enum StartError {
 
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::AddrInUse => "; another program listens there, perhaps another Ringway: stop it, or choose another port",
+        io::ErrorKind::AddrInUse => {
+            "; another program listens there, perhaps another Ringway: stop it, or choose another port"
+        }
         io::ErrorKind::PermissionDenied => "; ports below 1024 need root or CAP_NET_BIND_SERVICE: choose a higher one",
         io::ErrorKind::AddrNotAvailable => "; this machine does not have that address: see `ip address`",
         _ => "",
@@ -162,7 +164,8 @@ impl App {
         }
         drop(intercept);
         let opened = config.access_log.as_ref().map(|log| {
-            AccessLog::open(&log.path, log.format).map_err(|error| StartError::AccessLog { path: log.path.clone(), error })
+            AccessLog::open(&log.path, log.format)
+                .map_err(|error| StartError::AccessLog { path: log.path.clone(), error })
         });
         let (access_log, log_guard) = opened.transpose()?.unzip();
 
@@ -254,7 +257,9 @@ fn capacity(config: &Config) -> (usize, usize) {
     let wanted = config.max_connections.unwrap_or(most);
     if wanted > most {
         tracing::warn!(
-            max_connections = wanted, open_files, using = most,
+            max_connections = wanted,
+            open_files,
+            using = most,
             "max_connections is more than the limit on open files allows: raise it (ulimit -n), or lower max_connections"
         );
     }

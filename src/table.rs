@@ -163,8 +163,12 @@ mod tests {
 
     #[test]
     fn where_none_is_healthy_all_with_an_address_are_tried_but_draining_ones() {
-        let table =
-            table(&[(State::Unhealthy, true), (State::Starting, false), (State::CrashLoop, true), (State::Draining, true)]);
+        let table = table(&[
+            (State::Unhealthy, true),
+            (State::Starting, false),
+            (State::CrashLoop, true),
+            (State::Draining, true),
+        ]);
         let mut found = ids(&table, b"key");
         found.sort();
         assert_eq!(found, ["b0", "b2"]);

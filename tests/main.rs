@@ -1,1 +1,17 @@
-fn main() {}
+//! Black-box tests over real sockets, in one binary.
+//!
+//! Each starts the real app: in-process ([`harness::Ringway`]) or, where signals, limits or memory matter, as
+//! the built program ([`harness::Program`]). Random tests print their seed; `RINGWAY_TEST_SEED` gives it again.
+
+mod harness;
+
+mod bytes;
+mod closing;
+mod command_line;
+mod configs;
+mod documents;
+mod failover;
+mod limits;
+mod replicas;
+mod serving;
+mod side_port;

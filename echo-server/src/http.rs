@@ -11,6 +11,7 @@ use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
@@ -78,6 +79,13 @@ async fn answer(server: &Server, request: Request<Incoming>) -> Response<Full<By
     }
 }
 
+/// The answer to `POST /api/request`, in this order.
+#[derive(Serialize)]
+struct Echo<'a> {
+    server: &'a str,
+    data: Value,
+}
+
 /// The body as JSON where it is JSON, else as text.
 async fn echo(server: &Server, body: Incoming) -> Response<Full<Bytes>> {
     let bytes = match Limited::new(body, BODY_LIMIT).collect().await {
@@ -89,7 +97,7 @@ async fn echo(server: &Server, body: Incoming) -> Response<Full<Bytes>> {
     };
     let data: Value =
         serde_json::from_slice(&bytes).unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&bytes).into_owned()));
-    reply(server, StatusCode::OK, &json!({"server": server.name, "data": data}))
+    reply(server, StatusCode::OK, &Echo { server: &server.name, data })
 }
 
 fn status(server: &Server) -> Value {
@@ -103,8 +111,11 @@ fn status(server: &Server) -> Value {
     })
 }
 
-fn reply(server: &Server, status: StatusCode, body: &Value) -> Response<Full<Bytes>> {
-    let mut response = Response::new(Full::new(Bytes::from(format!("{body}\n"))));
+fn reply(server: &Server, status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {
+    // Text, numbers and maps with text keys always serialize.
+    let mut bytes = serde_json::to_vec(body).unwrap_or_default();
+    bytes.push(b'\n');
+    let mut response = Response::new(Full::new(Bytes::from(bytes)));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     signed(server, response)

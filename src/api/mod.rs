@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::State as Extract;
+use axum::extract::{DefaultBodyLimit, State as Extract};
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
@@ -32,6 +32,9 @@ use crate::proxy::WorkerStats;
 use crate::proxy::account::ListenerStats;
 use crate::proxy::key::KeyKind;
 use crate::table::TableCell;
+
+/// Longest body of a request to the side port.
+const BODY_LIMIT: usize = 1024 * 1024;
 
 /// What the routes see of the running app.
 #[derive(Debug)]
@@ -92,6 +95,7 @@ pub fn router(state: Arc<State>) -> Router {
         .route("/readyz", get(ready))
         .fallback(not_found)
         .method_not_allowed_fallback(not_allowed)
+        .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(state)
 }
 

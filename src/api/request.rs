@@ -100,7 +100,9 @@ async fn connect(pool: &PoolView, key: &[u8]) -> Result<(Arc<str>, TcpStream), E
     }
     let name = &pool.name;
     Err(match (tried, all_late) {
-        (0, _) => Error::new(StatusCode::BAD_GATEWAY, "no_backend", format!("pool {name} has no backend at the moment")),
+        (0, _) => {
+            Error::new(StatusCode::BAD_GATEWAY, "no_backend", format!("pool {name} has no backend at the moment"))
+        }
         (_, true) => {
             let message = format!("none of {tried} backends of pool {name} took the connection in time");
             Error::new(StatusCode::GATEWAY_TIMEOUT, "connect_timeout", message)

@@ -102,8 +102,7 @@ impl Common {
         use std::io::IsTerminal as _;
         use tracing_subscriber::EnvFilter;
 
-        let filter = EnvFilter::try_new(&self.log)
-            .map_err(|error| Failure::Log { filter: self.log.clone(), error })?;
+        let filter = EnvFilter::try_new(&self.log).map_err(|error| Failure::Log { filter: self.log.clone(), error })?;
         let builder = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(std::io::stderr)

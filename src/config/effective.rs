@@ -53,10 +53,8 @@ fn pool(pool: &Pool) -> Value {
         ("probes", pool.ring.probes.into()),
         ("seed", pool.ring.seed.into()),
     ]);
-    let connect =
-        map([("timeout", duration(pool.connect.timeout)), ("attempts", pool.connect.attempts.into())]);
-    let timeouts =
-        map([("idle", duration(pool.timeouts.idle)), ("half_closed", duration(pool.timeouts.half_closed))]);
+    let connect = map([("timeout", duration(pool.connect.timeout)), ("attempts", pool.connect.attempts.into())]);
+    let timeouts = map([("idle", duration(pool.timeouts.idle)), ("half_closed", duration(pool.timeouts.half_closed))]);
     map([
         ("name", pool.name.as_str().into()),
         ("key", pool.key.as_str().into()),
@@ -91,7 +89,12 @@ fn process(process: &Process) -> Value {
     map([
         ("replicas", process.replicas.into()),
         ("command", list(process.command.iter().map(|word| word.as_str().into()))),
-        ("env", Value::Mapping(process.env.iter().map(|(name, value)| (name.as_str().into(), value.as_str().into())).collect())),
+        (
+            "env",
+            Value::Mapping(
+                process.env.iter().map(|(name, value)| (name.as_str().into(), value.as_str().into())).collect(),
+            ),
+        ),
         ("ports", ports.into()),
         (
             "restart",

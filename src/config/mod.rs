@@ -258,8 +258,7 @@ impl Config {
     /// # Errors
     /// When it is not a valid config.
     pub fn parse(text: &str, origin: &str) -> Result<Self, Error> {
-        let value =
-            serde_yaml::from_str(text).map_err(|error| Error::NotYaml { origin: origin.to_owned(), error })?;
+        let value = serde_yaml::from_str(text).map_err(|error| Error::NotYaml { origin: origin.to_owned(), error })?;
         parse::config(&value).map_err(|faults| Error::Faulty { origin: origin.to_owned(), faults })
     }
 

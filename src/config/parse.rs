@@ -69,10 +69,8 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
 }
 
 fn relay(mut section: Section<'_>) -> Relay {
-    let relay = Relay {
-        splice: section.truth("splice", true),
-        max_pipes: section.auto_or_integer("max_pipes", 0..=1_000_000),
-    };
+    let relay =
+        Relay { splice: section.truth("splice", true), max_pipes: section.auto_or_integer("max_pipes", 0..=1_000_000) };
     section.finish();
     relay
 }
@@ -126,7 +124,11 @@ fn listener(mut section: Section<'_>, pools: &[Pool]) -> Listener {
         let names: Vec<_> = pools.iter().map(|pool| pool.name.as_str()).collect();
         let name = item.text()?;
         if !names.contains(&name.as_str()) {
-            item.fault(format_args!("there is no pool {name:?}{}; there are: {}", hint(item.value, &names), names.join(", ")));
+            item.fault(format_args!(
+                "there is no pool {name:?}{}; there are: {}",
+                hint(item.value, &names),
+                names.join(", ")
+            ));
         }
         Some(name)
     });
@@ -202,7 +204,9 @@ fn provider_of(mut section: Section<'_>) -> Provider {
         (None, Some(item)) => Provider::Process(process_of(item.section())),
         (one, _) => {
             let what = if one.is_some() { "has both" } else { "needs one of" };
-            section.fault(format_args!("{what} static (a list of addresses) and process (child processes): give exactly one"));
+            section.fault(format_args!(
+                "{what} static (a list of addresses) and process (child processes): give exactly one"
+            ));
             Provider::Static(Vec::new())
         }
     };

@@ -61,8 +61,7 @@ impl<'a> Item<'a> {
             self.fault(format_args!("{} is not a list", show(self.value)));
             return Vec::new();
         };
-        let item =
-            |(n, value)| Item { value, path: format!("{}[{n}]", self.path), faults: self.faults.clone() };
+        let item = |(n, value)| Item { value, path: format!("{}[{n}]", self.path), faults: self.faults.clone() };
         list.iter().enumerate().map(item).collect()
     }
 
@@ -193,7 +192,12 @@ impl<'a> Section<'a> {
         let names: Vec<_> = L::ALL.iter().map(|label| label.as_str()).collect();
         let found = item.value.as_str().and_then(|text| names.iter().position(|&name| name == text));
         if found.is_none() {
-            item.fault(format_args!("{} is not one of {}{}", show(item.value), names.join(", "), hint(item.value, &names)));
+            item.fault(format_args!(
+                "{} is not one of {}{}",
+                show(item.value),
+                names.join(", "),
+                hint(item.value, &names)
+            ));
         }
         found.map_or(default, |index| L::ALL[index])
     }

@@ -48,8 +48,7 @@ impl Publisher {
     ) -> Self {
         let ring = Arc::new(Ring::build(parameters, &[]));
         let cell = TableCell::new(Table::new(0, Arc::clone(&ring), Box::default()));
-        let mut publisher =
-            Self { pool, parameters, is_checked, backends: BTreeMap::new(), ring, generation: 0, cell };
+        let mut publisher = Self { pool, parameters, is_checked, backends: BTreeMap::new(), ring, generation: 0, cell };
         publisher.take(known, now);
         publisher
     }
@@ -98,7 +97,8 @@ impl Publisher {
     fn apply(&mut self, event: Event, now: Instant) -> bool {
         let id = match event {
             Event::Joined { id, weight } => {
-                let tracked = self.backends.entry(Arc::clone(&id)).or_insert_with(|| Tracked::new(Arc::clone(&id), now));
+                let tracked =
+                    self.backends.entry(Arc::clone(&id)).or_insert_with(|| Tracked::new(Arc::clone(&id), now));
                 tracked.backend.weight = weight;
                 id
             }

@@ -1,9 +1,11 @@
 //! Stage accept: a permit, then a connection; errors pause the loop and never end it.
 
+use std::future::poll_fn;
 use std::io;
-use std::net::{SocketAddr, TcpListener as StdListener};
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -46,11 +48,12 @@ pub(super) async fn accept(
         let accepted = tokio::select! {
             biased;
             () = stop.cancelled() => break,
-            accepted = listener.accept() => accepted,
+            accepted = accept_or_wait(&listener, permit) => accepted,
         };
         match accepted {
-            Ok(accepted) => start(accepted, permit),
-            Err(error) => {
+            Some((Ok(accepted), permit)) => start(accepted, permit),
+            Some((Err(error), permit)) => {
+                drop(permit);
                 let kind = classify(&error);
                 lane.stats.accept_errors.count(kind);
                 if kind != AcceptError::Aborted {
@@ -58,6 +61,7 @@ pub(super) async fn accept(
                     tokio::time::sleep(PAUSE).await;
                 }
             }
+            None => continue,
         }
         turn += 1;
         if turn == ACCEPTS_PER_TURN {
@@ -74,8 +78,22 @@ pub(super) async fn accept(
     }
 }
 
+type Accepted = (io::Result<(TcpStream, SocketAddr)>, OwnedSemaphorePermit);
+
+/// Accepts with the permit, or gives it back and waits; `None` when there may be a connection now. A worker
+/// that waits for connections must not sit on a permit that another one's connections wait for.
+async fn accept_or_wait(listener: &TcpListener, permit: OwnedSemaphorePermit) -> Option<Accepted> {
+    let mut permit = Some(permit);
+    poll_fn(move |cx| {
+        let Some(kept) = permit.take() else { return Poll::Ready(None) };
+        let accepted = ready!(listener.poll_accept(cx));
+        Poll::Ready(Some((accepted, kept)))
+    })
+    .await
+}
+
 fn queued(listener: TcpListener) -> impl Iterator<Item = (std::net::TcpStream, SocketAddr)> {
-    let listener: Option<StdListener> = listener.into_std().ok();
+    let listener = listener.into_std().ok();
     std::iter::from_fn(move || {
         let (stream, peer) = listener.as_ref()?.accept().ok()?;
         stream.set_nonblocking(true).ok()?;

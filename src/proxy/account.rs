@@ -114,10 +114,9 @@ impl Traffic {
     }
 
     fn report(&self, moved: &Moved) {
-        for (here, reported, shared) in [
-            (&self.copied, &self.reported.0, &moved.copied),
-            (&self.spliced, &self.reported.1, &moved.spliced),
-        ] {
+        for (here, reported, shared) in
+            [(&self.copied, &self.reported.0, &moved.copied), (&self.spliced, &self.reported.1, &moved.spliced)]
+        {
             let new = here.get() - reported.replace(here.get());
             if new > 0 {
                 shared.fetch_add(new, Ordering::Relaxed);

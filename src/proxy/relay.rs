@@ -14,14 +14,8 @@ use super::direction::{Broken, Direction};
 
 /// Relays until both sides have ended, one breaks, or the sweep says so.
 pub(super) async fn relay(client: TcpStream, backend: TcpStream, progress: Rc<Progress>) -> End {
-    let mut relay = Relay {
-        client,
-        backend,
-        up: Direction::default(),
-        down: Direction::default(),
-        breaking: None,
-        progress,
-    };
+    let mut relay =
+        Relay { client, backend, up: Direction::default(), down: Direction::default(), breaking: None, progress };
     let end = poll_fn(|cx| relay.poll(cx)).await;
     relay.close(end);
     end

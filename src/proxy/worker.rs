@@ -14,8 +14,8 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::access_log::AccessLog;
 use super::accept::accept;
+use super::access_log::AccessLog;
 use super::account::{ListenerStats, Progress};
 use super::pipe::PipePool;
 use super::socket::TcpOptions;

@@ -87,9 +87,8 @@ impl Ports {
 pub fn is_runnable(program: &str) -> bool {
     use std::os::unix::fs::PermissionsExt as _;
 
-    let is_executable = |path: &Path| {
-        path.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
-    };
+    let is_executable =
+        |path: &Path| path.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0);
     if program == THIS_BINARY {
         return true;
     }
@@ -104,8 +103,7 @@ pub fn is_runnable(program: &str) -> bool {
 pub async fn supervise(settings: Settings, ports: Ports, events: mpsc::Sender<Event>, stop: CancellationToken) {
     let now = Instant::now();
     let slots = settings.slots.iter().map(|name| Slot::new(Arc::clone(name), now)).collect();
-    let mut supervisor =
-        Supervisor { settings, ports, slots, events, children: JoinSet::new(), pids: HashMap::new() };
+    let mut supervisor = Supervisor { settings, ports, slots, events, children: JoinSet::new(), pids: HashMap::new() };
     while !stop.is_cancelled() {
         let wake = supervisor.carry_out().await;
         let due = tokio::time::sleep_until(wake.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600)).into());
@@ -210,7 +208,9 @@ impl Supervisor {
         let pool = &self.settings.pool;
         match (was_crash_loop, crash_loop) {
             (_, false) => tracing::warn!(%pool, slot = %name, how, again_in = ?wait, "replica ended"),
-            (false, true) => tracing::error!(%pool, slot = %name, how, again_in = ?wait, "replica keeps dying: crash loop"),
+            (false, true) => {
+                tracing::error!(%pool, slot = %name, how, again_in = ?wait, "replica keeps dying: crash loop")
+            }
             (true, true) => tracing::debug!(%pool, slot = %name, how, again_in = ?wait, "replica ended again"),
         }
         let _ = self.events.send(Event::Stopped { id: name, crash_loop }).await;

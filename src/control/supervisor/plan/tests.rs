@@ -42,7 +42,11 @@ fn the_first_restart_is_at_once_and_further_ones_back_off() {
     }
     assert!(slot.is_crash_loop(&POLICY));
     slot.started(now);
-    assert_eq!(slot.ended(&POLICY, now + POLICY.stable_after), Duration::ZERO, "a replica that lasted clears the record");
+    assert_eq!(
+        slot.ended(&POLICY, now + POLICY.stable_after),
+        Duration::ZERO,
+        "a replica that lasted clears the record"
+    );
     assert!(!slot.is_crash_loop(&POLICY));
 }
 

@@ -1,0 +1,285 @@
+//! Byte-exactness on both paths and across switches between them, and what the paths are used for.
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+
+use crate::harness::backends::Server;
+use crate::harness::program::Program;
+use crate::harness::{Random, Ringway, eventually_async, seed, soon, static_config};
+
+const MIB: usize = 1 << 20;
+
+/// What is sent: a block of random bytes over and over, from an offset that is the stream's own. Its length is a
+/// prime, so that bytes lost, doubled or moved show.
+static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let mut random = Random(1);
+    (0..1_048_583).map(|_| random.next().to_le_bytes()[0]).collect()
+});
+
+/// `length` bytes of the stream from `at`, up to the block's end.
+fn piece(at: usize, length: usize) -> &'static [u8] {
+    let from = at % BLOCK.len();
+    &BLOCK[from..BLOCK.len().min(from + length)]
+}
+
+/// Sends `count` bytes of the stream that begins at `offset` in random slices, then ends it.
+async fn send(mut half: OwnedWriteHalf, offset: usize, count: usize, seed: u64) {
+    let mut random = Random(seed);
+    let mut sent = 0;
+    // Calm and torrent in turns, so that the relay changes its path and back.
+    let mut slices = 0;
+    while sent < count {
+        let is_calm = slices / 40 % 2 == 1;
+        slices += 1;
+        let most = if is_calm { 3_000 } else { 400_000 };
+        let slice = piece(offset + sent, (1 + random.below(most)).min(count - sent));
+        half.write_all(slice).await.unwrap();
+        sent += slice.len();
+        if is_calm {
+            tokio::task::yield_now().await;
+        }
+    }
+    half.shutdown().await.unwrap();
+}
+
+/// Expects just that stream and its end, read in random slices.
+async fn receive(mut half: OwnedReadHalf, offset: usize, count: usize, seed: u64) {
+    let mut random = Random(seed);
+    let mut buffer = vec![0; 300_000];
+    let mut got = 0;
+    loop {
+        let room = 1 + random.below(buffer.len());
+        let n = half
+            .read(&mut buffer[..room])
+            .await
+            .unwrap_or_else(|error| panic!("after {got} of {count} bytes: {error}"));
+        if n == 0 {
+            assert_eq!(got, count, "the stream ended early");
+            return;
+        }
+        let mut checked = 0;
+        while checked < n {
+            let expected = piece(offset + got + checked, n - checked);
+            assert!(
+                buffer[checked..checked + expected.len()] == *expected,
+                "other bytes after {} of {count}",
+                got + checked
+            );
+            checked += expected.len();
+        }
+        got += n;
+        if random.below(50) == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+/// The sizes and offsets of one connection, told to the backend in its first bytes.
+#[derive(Clone, Copy)]
+struct Order {
+    up: usize,
+    down: usize,
+    seed: u64,
+}
+
+impl Order {
+    fn random(random: &mut Random) -> Self {
+        // Mostly small, up to 8 MiB: each half of that is as likely as the next.
+        let size = |random: &mut Random| {
+            let scale = random.below(16);
+            random.below(8 * MIB >> scale)
+        };
+        Self { up: size(random), down: size(random), seed: random.next() }
+    }
+
+    fn to_bytes(self) -> Vec<u8> {
+        [self.up as u64, self.down as u64, self.seed].iter().flat_map(|number| number.to_le_bytes()).collect()
+    }
+
+    async fn read(stream: &mut TcpStream) -> Self {
+        let up = stream.read_u64_le().await.unwrap() as usize;
+        let down = stream.read_u64_le().await.unwrap() as usize;
+        Self { up, down, seed: stream.read_u64_le().await.unwrap() }
+    }
+
+    fn offsets(self) -> (usize, usize) {
+        (self.seed as usize % BLOCK.len(), (self.seed >> 32) as usize % BLOCK.len())
+    }
+}
+
+async fn exchange(stream: TcpStream, order: Order, is_client: bool) {
+    let (from, to) = stream.into_split();
+    let (up, down) = order.offsets();
+    if is_client {
+        tokio::join!(send(to, up, order.up, order.seed), receive(from, down, order.down, order.seed ^ 1));
+    } else {
+        tokio::join!(send(to, down, order.down, order.seed ^ 2), receive(from, up, order.up, order.seed ^ 3));
+    }
+}
+
+/// A backend whose failures fail the test.
+async fn serve(listener: TcpListener, connections: usize) {
+    let mut exchanges = JoinSet::new();
+    for _ in 0..connections {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        exchanges.spawn(async move {
+            let order = Order::read(&mut stream).await;
+            exchange(stream, order, false).await;
+        });
+    }
+    while let Some(exchange) = exchanges.join_next().await {
+        exchange.unwrap();
+    }
+}
+
+async fn orders(splice: bool, orders: Vec<Order>) -> Ringway {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let yaml = static_config(&[listener.local_addr().unwrap()], "health_check: { kind: none }");
+    let ringway = Ringway::start(&format!("relay: {{ splice: {splice} }}\n{yaml}")).await;
+    let backend = tokio::spawn(serve(listener, orders.len()));
+    let mut clients = JoinSet::new();
+    for order in orders {
+        if clients.len() == 24 {
+            clients.join_next().await.unwrap().unwrap();
+        }
+        let web = ringway.web();
+        clients.spawn(async move {
+            let mut stream = TcpStream::connect(web).await.unwrap();
+            stream.write_all(&order.to_bytes()).await.unwrap();
+            soon("an exchange", exchange(stream, order, true)).await;
+        });
+    }
+    while let Some(client) = clients.join_next().await {
+        client.unwrap();
+    }
+    soon("the backend", backend).await.unwrap();
+    ringway
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_connections_are_exact_with_splicing() {
+    let mut random = Random(seed());
+    let mut list: Vec<_> = (0..2000).map(|_| Order::random(&mut random)).collect();
+    list.extend((0..3).map(|_| Order { up: 64 * MIB, down: 64 * MIB, seed: random.next() }));
+    let ringway = orders(true, list).await;
+    for path in ["path=\"copied\"", "path=\"spliced\""] {
+        assert!(ringway.metric("ringway_bytes_total", &[path]).await > MIB as f64, "{path}: not used");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn thousands_of_connections_are_exact_without_splicing() {
+    let mut random = Random(seed());
+    let mut list: Vec<_> = (0..1000).map(|_| Order::random(&mut random)).collect();
+    list.extend((0..2).map(|_| Order { up: 64 * MIB, down: 64 * MIB, seed: random.next() }));
+    let ringway = orders(false, list).await;
+    assert_eq!(ringway.metric("ringway_bytes_total", &["path=\"spliced\""]).await, 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bulk_is_spliced_and_small_messages_are_not() {
+    let order = Order { up: 0, down: 1024 * MIB, seed: 5 };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let yaml = static_config(&[listener.local_addr().unwrap()], "health_check: { kind: none }");
+    let ringway = Ringway::start(&yaml).await;
+    let backend = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut sent = 0;
+        while sent < order.down {
+            let slice = piece(sent, 512 * 1024);
+            let slice = &slice[..slice.len().min(order.down - sent)];
+            stream.write_all(slice).await.unwrap();
+            sent += slice.len();
+        }
+    });
+    let mut client = TcpStream::connect(ringway.web()).await.unwrap();
+    let mut buffer = vec![0; 512 * 1024];
+    let mut got = 0;
+    loop {
+        match soon("a read", client.read(&mut buffer)).await.unwrap() {
+            0 => break,
+            n => got += n,
+        }
+    }
+    assert_eq!(got, order.down);
+    drop(client);
+    backend.await.unwrap();
+    let down = "direction=\"to_client\"";
+    eventually_async("all accounted for", async || {
+        ringway.metric("ringway_bytes_total", &[down]).await == order.down as f64
+    })
+    .await;
+    let spliced = ringway.metric("ringway_bytes_total", &[down, "path=\"spliced\""]).await;
+    assert!(spliced > 0.9 * order.down as f64, "{spliced} of {}", order.down);
+
+    let echo = Server::echo("a").await;
+    let ringway = Ringway::start(&static_config(&[echo.address], "health_check: { kind: none }")).await;
+    let mut client = TcpStream::connect(ringway.web()).await.unwrap();
+    let message = piece(0, 4096);
+    for _ in 0..2000 {
+        client.write_all(message).await.unwrap();
+        soon("the echo", client.read_exact(&mut buffer[..message.len()])).await.unwrap();
+    }
+    drop(client);
+    eventually_async("all accounted for", async || {
+        ringway.metric("ringway_bytes_total", &[]).await == 2.0 * 2000.0 * 4096.0
+    })
+    .await;
+    assert_eq!(ringway.metric("ringway_bytes_total", &["path=\"spliced\""]).await, 0.0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn with_fewer_pipes_than_streams_transfers_still_finish() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let yaml = static_config(&[listener.local_addr().unwrap()], "health_check: { kind: none }");
+    let ringway = Ringway::start(&format!("relay: {{ max_pipes: 2 }}\n{yaml}")).await;
+    let backend = tokio::spawn(serve(listener, 24));
+    let mut clients = JoinSet::new();
+    for n in 0..24 {
+        let web = ringway.web();
+        clients.spawn(async move {
+            let order = Order { up: 8 * MIB, down: 8 * MIB, seed: n };
+            let mut stream = TcpStream::connect(web).await.unwrap();
+            stream.write_all(&order.to_bytes()).await.unwrap();
+            soon("an exchange", exchange(stream, order, true)).await;
+        });
+    }
+    while let Some(client) = clients.join_next().await {
+        client.unwrap();
+    }
+    soon("the backend", backend).await.unwrap();
+    assert!(ringway.metric("ringway_splice_pipe_shortages_total", &[]).await > 0.0);
+}
+
+/// A backend that sends for ever, and clients that do not read: what waits, waits in the kernel.
+#[tokio::test]
+async fn slow_readers_keep_memory_flat() {
+    const READERS: u64 = 60;
+    let torrent =
+        Server::start(|mut stream| async move { while stream.write_all(piece(0, 256 * 1024)).await.is_ok() {} }).await;
+    for splice in [true, false] {
+        let yaml = static_config(&[torrent.address], "health_check: { kind: none }");
+        let program = Program::start(&format!("relay: {{ splice: {splice} }}\n{yaml}")).await;
+        let before = program.memory();
+        let readers = loadtest::open(program.web(), READERS as usize).await.unwrap();
+        let mut last = -1.0;
+        eventually_async("the streams are stuck", async || {
+            tokio::time::sleep(Duration::from_millis(1200)).await;
+            let text = crate::harness::get(program.api(), "/metrics").await.1;
+            let moved = crate::harness::metric_in(&text, "ringway_bytes_total", &[]);
+            let is_stuck = moved > 0.0 && moved == last;
+            last = moved;
+            is_stuck
+        })
+        .await;
+        let grown = program.memory().saturating_sub(before);
+        // A remainder of at most 64 KiB for each, and some room for the allocator.
+        assert!(grown < READERS * 80 * 1024 + 4 * MIB as u64, "splice {splice}: {grown} bytes");
+        drop(readers);
+    }
+}

@@ -1,0 +1,271 @@
+//! Closing is transparent: FIN becomes FIN after everything before it, RST becomes RST, and a clean end never
+//! turns into RST. Each case in both directions, on the copy path and on the splice path.
+
+use std::io;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::harness::{Ringway, eventually_async, soon, static_config};
+
+const MIB: usize = 1 << 20;
+
+/// A stream through Ringway, as its two ends see it.
+struct Line {
+    ringway: Ringway,
+    near: TcpStream,
+    far: TcpStream,
+}
+
+/// Which end acts first, and on which path its direction is at that moment.
+#[derive(Debug, Clone, Copy)]
+struct Case {
+    client_first: bool,
+    spliced: bool,
+}
+
+const CASES: [Case; 4] = [
+    Case { client_first: true, spliced: false },
+    Case { client_first: true, spliced: true },
+    Case { client_first: false, spliced: false },
+    Case { client_first: false, spliced: true },
+];
+
+impl Line {
+    /// `near` is the end that acts first.
+    async fn new(case: Case, pool: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let yaml = static_config(&[listener.local_addr().unwrap()], &format!("health_check: {{ kind: none }}\n{pool}"));
+        let yaml = format!("relay: {{ splice: {} }}\n{yaml}", case.spliced);
+        let ringway = Ringway::start(&yaml).await;
+        let client = TcpStream::connect(ringway.web()).await.unwrap();
+        let (backend, _) = soon("the backend's accept", listener.accept()).await.unwrap();
+        let (near, far) = if case.client_first { (client, backend) } else { (backend, client) };
+        let mut line = Self { ringway, near, far };
+        if case.spliced {
+            line.stream(16 * MIB).await;
+            assert!(line.ringway.metric("ringway_splice_pipes", &[]).await > 0.0, "{case:?}: not spliced");
+        }
+        line
+    }
+
+    /// Sends `count` bytes from the near to the far end.
+    async fn stream(&mut self, count: usize) {
+        let (near, far) = (&mut self.near, &mut self.far);
+        let sent = async { near.write_all(&vec![7; count]).await.unwrap() };
+        let received = async { far.read_exact(&mut vec![0; count]).await.unwrap() };
+        soon("a stream", async { tokio::join!(sent, received) }).await;
+    }
+
+    async fn ends_as(&self, reason: &str) {
+        let label = format!("reason=\"{reason}\"");
+        eventually_async(reason, async || {
+            self.ringway.metric("ringway_connections_ended_total", &[&label]).await == 1.0
+        })
+        .await;
+    }
+}
+
+/// Every byte until the end, and how the end looked.
+async fn read_all(stream: &mut TcpStream) -> (usize, io::Result<()>) {
+    let mut buffer = vec![0; 256 * 1024];
+    let mut count = 0;
+    loop {
+        match soon("a read", stream.read(&mut buffer)).await {
+            Ok(0) => return (count, Ok(())),
+            Ok(n) => count += n,
+            Err(error) => return (count, Err(error)),
+        }
+    }
+}
+
+fn reset(stream: TcpStream) {
+    stream.set_zero_linger().unwrap();
+    drop(stream);
+}
+
+fn is_reset(end: &io::Result<()>) -> bool {
+    end.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionReset)
+}
+
+#[tokio::test]
+async fn an_answer_after_fin_arrives_whole() {
+    for case in CASES {
+        let mut line = Line::new(case, "").await;
+        line.near.write_all(b"question").await.unwrap();
+        line.near.shutdown().await.unwrap();
+        let (count, end) = read_all(&mut line.far).await;
+        assert!(count == 8 && end.is_ok(), "{case:?}: {count} {end:?}");
+        let Line { mut near, mut far, .. } = line;
+        let answer = tokio::spawn(async move {
+            far.write_all(&vec![9; 50 * MIB]).await.unwrap();
+            far.shutdown().await.unwrap();
+            far
+        });
+        let (count, end) = read_all(&mut near).await;
+        assert!(count == 50 * MIB && end.is_ok(), "{case:?}: {count} {end:?}");
+        drop(answer.await.unwrap());
+    }
+}
+
+#[tokio::test]
+async fn fin_behind_queued_data_waits_for_a_slow_reader() {
+    for case in CASES {
+        let mut line = Line::new(case, "").await;
+        // More than the sockets on the way hold, then FIN, and nobody reads yet.
+        let Line { ref mut near, ref mut far, .. } = line;
+        let sender = async {
+            near.write_all(&vec![5; 12 * MIB]).await.unwrap();
+            near.shutdown().await.unwrap();
+        };
+        let reader = async {
+            let mut count = 0;
+            let mut piece = vec![0; 64 * 1024];
+            loop {
+                tokio::task::yield_now().await;
+                match far.read(&mut piece).await.unwrap() {
+                    0 => return count,
+                    n => count += n,
+                }
+            }
+        };
+        let ((), count) = soon("a slow reader", async { tokio::join!(sender, reader) }).await;
+        assert_eq!(count, 12 * MIB, "{case:?}");
+        line.far.shutdown().await.unwrap();
+        let (_, end) = read_all(&mut line.near).await;
+        assert!(end.is_ok(), "{case:?}: {end:?}");
+        line.ends_as("finished").await;
+    }
+}
+
+#[tokio::test]
+async fn a_close_with_queued_data_delivers_all_of_it() {
+    for case in CASES {
+        let mut line = Line::new(case, "").await;
+        line.far.shutdown().await.unwrap();
+        let (_, end) = read_all(&mut line.near).await;
+        assert!(end.is_ok());
+        // The last side closes both its directions at once, its data still on the way.
+        let Line { mut near, mut far, ringway } = line;
+        let closing = tokio::spawn(async move {
+            near.write_all(&vec![5; 12 * MIB]).await.unwrap();
+            drop(near);
+        });
+        let (count, end) = read_all(&mut far).await;
+        assert!(count == 12 * MIB && end.is_ok(), "{case:?}: {count} {end:?}");
+        closing.await.unwrap();
+        drop(ringway);
+    }
+}
+
+#[tokio::test]
+async fn a_reset_in_mid_stream_arrives_as_a_reset() {
+    for case in CASES {
+        let mut line = Line::new(case, "").await;
+        line.near.write_all(b"half a sen").await.unwrap();
+        line.far.read_exact(&mut [0; 10]).await.unwrap();
+        let Line { near, mut far, ringway } = line;
+        reset(near);
+        let (_, end) = read_all(&mut far).await;
+        assert!(is_reset(&end), "{case:?}: {end:?}");
+        let reason = if case.client_first { "reason=\"client_reset\"" } else { "reason=\"backend_reset\"" };
+        eventually_async(reason, async || ringway.metric("ringway_connections_ended_total", &[reason]).await == 1.0)
+            .await;
+    }
+}
+
+#[tokio::test]
+async fn what_was_said_before_a_reset_is_delivered_before_it() {
+    for case in CASES {
+        let line = Line::new(case, "").await;
+        let Line { mut near, mut far, ringway: _ringway } = line;
+        // The near end answers without reading the question and closes: its unread input makes that a reset.
+        // The far end meanwhile keeps sending, so the relay may meet the reset when it writes.
+        far.write_all(&vec![1; MIB]).await.unwrap();
+        near.write_all(b"413 too much").await.unwrap();
+        let mut answer = [0; 12];
+        soon("the answer", far.read_exact(&mut answer)).await.unwrap();
+        soon("unread input", near.peek(&mut [0])).await.unwrap();
+        drop(near);
+        // A socket tells of a reset once, to whichever call comes first.
+        let written = soon("a write", far.write_all(&vec![1; MIB])).await;
+        let (_, end) = read_all(&mut far).await;
+        assert_eq!(&answer, b"413 too much");
+        assert!(written.is_err() || end.is_err(), "{case:?}: {end:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_clean_end_is_never_a_reset() {
+    for case in CASES {
+        for _ in 0..5 {
+            let mut line = Line::new(case, "").await;
+            line.near.write_all(b"bye").await.unwrap();
+            line.near.shutdown().await.unwrap();
+            let (count, end) = read_all(&mut line.far).await;
+            assert!(count == 3 && end.is_ok(), "{case:?}: {end:?}");
+            line.far.write_all(b"bye bye").await.unwrap();
+            line.far.shutdown().await.unwrap();
+            let (count, end) = read_all(&mut line.near).await;
+            assert!(count == 7 && end.is_ok(), "{case:?}: {end:?}");
+            line.ends_as("finished").await;
+            for stream in [&line.near, &line.far] {
+                assert!(stream.take_error().unwrap().is_none(), "{case:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn both_sides_may_end_at_once() {
+    for case in CASES {
+        let mut line = Line::new(case, "").await;
+        let Line { ref mut near, ref mut far, .. } = line;
+        let end = async |stream: &mut TcpStream| {
+            let (mut reader, mut writer) = stream.split();
+            let write = async {
+                writer.write_all(&vec![3; 3 * MIB]).await.unwrap();
+                writer.shutdown().await.unwrap();
+            };
+            let read = async {
+                let mut all = Vec::new();
+                reader.read_to_end(&mut all).await.unwrap();
+                all.len()
+            };
+            tokio::join!(write, read).1
+        };
+        let counts = soon("both ends", async { tokio::join!(end(near), end(far)) }).await;
+        assert_eq!(counts, (3 * MIB, 3 * MIB), "{case:?}");
+        line.ends_as("finished").await;
+    }
+}
+
+#[tokio::test]
+async fn half_closed_leftovers_are_reaped() {
+    for case in CASES {
+        let mut line = Line::new(case, "timeouts: { idle: 1h, half_closed: 300ms }").await;
+        line.near.shutdown().await.unwrap();
+        let (_, end) = read_all(&mut line.far).await;
+        assert!(end.is_ok());
+        // The far end neither speaks nor ends.
+        let (_, end) = read_all(&mut line.near).await;
+        assert!(is_reset(&end), "{case:?}: {end:?}");
+        line.ends_as("half_closed_timeout").await;
+        assert_eq!(line.ringway.metric("ringway_connections_active", &[]).await, 0.0);
+    }
+}
+
+#[tokio::test]
+async fn idle_connections_are_reset_and_busy_ones_are_not() {
+    let case = Case { client_first: true, spliced: false };
+    let mut line = Line::new(case, "timeouts: { idle: 500ms, half_closed: 1h }").await;
+    let began = std::time::Instant::now();
+    while began.elapsed() < std::time::Duration::from_millis(1500) {
+        line.near.write_all(b"x").await.unwrap();
+        line.far.read_exact(&mut [0]).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    let (_, end) = read_all(&mut line.near).await;
+    assert!(is_reset(&end), "{end:?}");
+    line.ends_as("idle_timeout").await;
+}

@@ -1,0 +1,150 @@
+//! Commands, exit codes, and one clear line for what goes wrong.
+
+use crate::harness::backends::Server;
+use crate::harness::program::{Program, file, run};
+use crate::harness::{THREE_REPLICAS, config, static_config};
+use ringway::config::Config;
+
+/// `run` with this config: its exit code and standard error.
+fn run_config(yaml: &str) -> (Option<i32>, String) {
+    let file = file(yaml);
+    let (code, _, stderr) = run(&["--config", file.path().to_str().unwrap()]);
+    (code, stderr)
+}
+
+#[track_caller]
+fn fails(yaml: &str, code: i32, parts: &[&str]) {
+    let (got, stderr) = run_config(yaml);
+    assert_eq!(got, Some(code), "{stderr}");
+    for part in parts {
+        assert!(stderr.contains(part), "{stderr:?} lacks {part:?}");
+    }
+    assert_eq!(stderr.lines().filter(|line| line.starts_with("ringway:")).count(), 1, "{stderr}");
+}
+
+#[test]
+fn what_is_wrong_with_the_machine_is_one_line_and_exit_code_1() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let usual = config(THREE_REPLICAS, "", "");
+
+    let port_taken = usual.replacen("listen: 127.0.0.1:0", &format!("listen: {address}"), 1);
+    fails(&port_taken, 1, &["listeners[0].listen: cannot listen on", &address.to_string(), "choose another port"]);
+    let api_taken = usual.replacen("\"127.0.0.1:0\"", &format!("{address}"), 1);
+    fails(&api_taken, 1, &["api.listen: cannot listen on"]);
+    let not_ours = usual.replacen("listen: 127.0.0.1:0", "listen: 192.0.2.1:8000", 1);
+    fails(&not_ours, 1, &["listeners[0].listen", "does not have that address"]);
+    let no_program = config("process: { replicas: 1, command: [no-such-program, \"{port}\"] }", "", "");
+    fails(&no_program, 1, &["pools[0].provider.process.command", "\"no-such-program\"", "install it"]);
+    let no_host = config("static: [{ address: \"no-such-host.invalid:80\" }]", "", "");
+    fails(&no_host, 1, &["pools[0].provider.static[0].address", "no-such-host.invalid", "check the name"]);
+    let no_log = format!("access_log: {{ path: /no/such/folder/log }}\n{usual}");
+    fails(&no_log, 1, &["access_log.path: cannot write /no/such/folder/log"]);
+}
+
+/// As another user than root, which may bind any port.
+#[test]
+fn no_permission_for_a_low_port_is_one_line_and_exit_code_1() {
+    let yaml = config(THREE_REPLICAS, "", "").replacen("listen: 127.0.0.1:0", "listen: 127.0.0.1:81", 1);
+    let folder = tempfile::tempdir().unwrap();
+    let (binary, config) = (folder.path().join("ringway"), folder.path().join("config.yaml"));
+    std::fs::copy(env!("CARGO_BIN_EXE_ringway"), &binary).unwrap();
+    std::fs::write(&config, yaml).unwrap();
+    std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let is_root = rustix::process::geteuid().is_root();
+    let mut command = if is_root {
+        let mut command = std::process::Command::new("setpriv");
+        command.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all"]).arg(&binary);
+        command
+    } else {
+        std::process::Command::new(&binary)
+    };
+    let lowest = std::fs::read_to_string("/proc/sys/net/ipv4/ip_unprivileged_port_start").unwrap();
+    if lowest.trim() != "1024" {
+        println!("any user may bind any port here: nothing to see");
+        return;
+    }
+    let output = command.arg("--config").arg(&config).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("listeners[0].listen: cannot listen on 127.0.0.1:81: Permission denied"), "{stderr}");
+    assert!(stderr.contains("CAP_NET_BIND_SERVICE"), "{stderr}");
+}
+
+#[test]
+fn bad_arguments_and_bad_configs_are_exit_code_2() {
+    for arguments in [&["--no-such-flag"][..], &["dance"], &["--log-format", "xml"], &["--config", "/no/such/file"]] {
+        let (code, _, stderr) = run(arguments);
+        assert_eq!(code, Some(2), "{arguments:?}: {stderr}");
+    }
+    let (code, stderr) = run_config("listeners: []\nworkers: many\n");
+    assert_eq!(code, Some(2));
+    for fault in ["3 faults", "workers: \"many\" is neither auto", "listeners: is empty", "pools: missing"] {
+        assert!(stderr.contains(fault), "{stderr:?} lacks {fault:?}");
+    }
+    let (code, _, stderr) = run(&["--log", "ringway=loud", "--config", "config.yaml"]);
+    assert_eq!(code, Some(2), "{stderr}");
+}
+
+#[test]
+fn check_prints_a_config_that_loads_again_and_is_the_same() {
+    let (code, stdout, stderr) = run(&["check", "--config", "config.yaml"]);
+    assert_eq!(code, Some(0), "{stderr}");
+    let again = Config::parse(&stdout, "check").unwrap();
+    assert_eq!(again, Config::load("config.yaml".as_ref()).unwrap());
+    assert!(stdout.contains("user_timeout: 5m"), "defaults are filled in:\n{stdout}");
+}
+
+#[tokio::test]
+async fn status_is_a_table_or_json() {
+    let server = Server::echo("a").await;
+    let program = Program::start(&static_config(&[server.address], "")).await.ready().await;
+    let api = program.api().to_string();
+    let (code, stdout, stderr) = tokio::task::spawn_blocking({
+        let api = api.clone();
+        move || run(&["status", "--api", &api])
+    })
+    .await
+    .unwrap();
+    assert_eq!(code, Some(0), "{stderr}");
+    let row = stdout.lines().find(|line| line.starts_with("echo")).unwrap_or_else(|| panic!("{stdout}"));
+    for cell in ["b0", "healthy", &server.address.to_string(), "100.0 %", "ok"] {
+        assert!(row.contains(cell), "{row:?} lacks {cell:?}");
+    }
+    let (code, stdout, _) = run(&["status", "--json", "--api", &api]);
+    assert_eq!(code, Some(0));
+    assert!(serde_json::from_str::<serde_json::Value>(&stdout).unwrap()["pools"].is_array());
+}
+
+#[test]
+fn status_of_nobody_says_so() {
+    let nobody = crate::harness::backends::Refusing::new();
+    let (code, _, stderr) = run(&["status", "--api", &nobody.address.to_string()]);
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains("is Ringway running there"), "{stderr}");
+}
+
+#[tokio::test]
+async fn json_logs_are_json() {
+    let server = Server::echo("a").await;
+    let file = file(&static_config(&[server.address], ""));
+    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_ringway"))
+        .args(["--log-format", "json", "--config"])
+        .arg(file.path())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let line = tokio::task::spawn_blocking({
+        let stderr = child.stderr.take().unwrap();
+        move || {
+            let mut line = String::new();
+            std::io::BufRead::read_line(&mut std::io::BufReader::new(stderr), &mut line).unwrap();
+            line
+        }
+    });
+    let line = crate::harness::soon("a line", line).await.unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+    assert!(line["level"] == "INFO" && line["fields"]["message"].is_string(), "{line}");
+}

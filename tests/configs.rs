@@ -1,0 +1,50 @@
+//! The fixture folders: every invalid config with its message, every valid one loads.
+//!
+//! An invalid config says in its comments what is expected: each line `# fault: <text>` must be a fault of
+//! its own, and there are no others.
+
+use std::path::{Path, PathBuf};
+
+use ringway::config::{Config, Error};
+
+fn fixtures(kind: &str) -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/configs").join(kind);
+    let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn invalid_configs_are_refused_with_key_path_and_remedy() {
+    let files = fixtures("invalid");
+    assert!(files.len() >= 20, "only {} fixtures", files.len());
+    for file in files {
+        let name = file.file_name().unwrap().to_string_lossy().into_owned();
+        let text = std::fs::read_to_string(&file).unwrap();
+        let expected: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("# fault: ")).collect();
+        assert!(!expected.is_empty(), "{name} does not say what is wrong with it");
+        let faults: Vec<String> = match Config::load(&file) {
+            Ok(_) => panic!("{name} is taken for valid"),
+            Err(Error::Faulty { faults, .. }) => faults.iter().map(ToString::to_string).collect(),
+            Err(error) => vec![error.to_string()],
+        };
+        for expected in &expected {
+            assert!(
+                faults.iter().any(|fault| fault.contains(expected)),
+                "{name}: {expected:?} is not among\n{faults:#?}"
+            );
+        }
+        assert_eq!(faults.len(), expected.len(), "{name}: {faults:#?}");
+    }
+}
+
+#[test]
+fn valid_configs_load_and_survive_being_printed() {
+    let mut files = fixtures("valid");
+    files.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("config.yaml"));
+    for file in files {
+        let config = Config::load(&file).unwrap_or_else(|error| panic!("{error}"));
+        let printed = config.to_yaml();
+        assert_eq!(Config::parse(&printed, "printed").unwrap(), config, "{printed}");
+    }
+}

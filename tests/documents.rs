@@ -1,0 +1,109 @@
+//! The documents say what the code does: the README's tables against the metrics and the config.
+
+use std::collections::BTreeMap;
+
+use ringway::config::Config;
+use ringway::metrics::{self, Kind};
+
+const README: &str = include_str!("../README.md");
+
+/// The cells of the table below `heading`, without its first two rows.
+fn table(heading: &str) -> Vec<Vec<String>> {
+    let section = README.split(heading).nth(1).unwrap_or_else(|| panic!("no {heading:?}"));
+    let rows = section.lines().skip_while(|line| !line.starts_with('|')).take_while(|line| line.starts_with('|'));
+    let cells = |row: &str| -> Vec<String> {
+        row.trim_matches('|').split(" | ").map(|cell| cell.trim().trim_matches('`').to_owned()).collect()
+    };
+    rows.skip(2).map(cells).collect()
+}
+
+#[test]
+fn the_metrics_table_lists_what_is_registered() {
+    let documented: BTreeMap<String, (String, String)> = table("\n## Metrics\n")
+        .into_iter()
+        .map(|row| (row[0].clone(), (row[1].clone(), row[2].replace('`', ""))))
+        .collect();
+    let registered: BTreeMap<String, (String, String)> = metrics::ALL
+        .iter()
+        .map(|metric| {
+            let kind = match metric.kind {
+                Kind::Counter => "counter",
+                Kind::Gauge => "gauge",
+                Kind::Histogram => "histogram",
+            };
+            (metric.name.to_owned(), (kind.to_owned(), metric.labels.join(", ")))
+        })
+        .collect();
+    assert_eq!(documented, registered);
+}
+
+#[tokio::test]
+async fn every_registered_metric_is_exported_once_there_was_a_connection() {
+    let server = crate::harness::backends::Server::echo("a").await;
+    let yaml = crate::harness::static_config(&[server.address], "");
+    let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
+    crate::harness::http(ringway.web(), "GET", "/heartbeat", b"").await;
+    crate::harness::eventually_async("all metrics", async || {
+        let text = crate::harness::get(ringway.api(), "/metrics").await.1;
+        metrics::ALL.iter().all(|metric| text.contains(&format!("# TYPE {} ", metric.name)))
+    })
+    .await;
+}
+
+/// Every key of the effective config, flattened: `pools[].connect.timeout`.
+fn flatten(prefix: &str, value: &serde_yaml::Value, into: &mut BTreeMap<String, String>) {
+    match value {
+        serde_yaml::Value::Mapping(map) if !map.is_empty() => {
+            for (key, value) in map {
+                let key = key.as_str().unwrap();
+                flatten(&if prefix.is_empty() { key.to_owned() } else { format!("{prefix}.{key}") }, value, into);
+            }
+        }
+        serde_yaml::Value::Sequence(list) if list.first().is_some_and(serde_yaml::Value::is_mapping) => {
+            flatten(&format!("{prefix}[]"), &list[0], into);
+        }
+        other => {
+            let text = serde_yaml::to_string(other).unwrap();
+            into.insert(prefix.to_owned(), text.trim().trim_matches('\'').to_owned());
+        }
+    }
+}
+
+/// The keys and defaults of the two providers and both kinds of check, as the code has them.
+fn defaults() -> BTreeMap<String, String> {
+    let mut keys = BTreeMap::new();
+    for provider in ["static: [{ address: \"h:1\" }]", "process: { replicas: 1, command: [x, \"{port}\"] }"] {
+        for check in ["{ kind: tcp }", "{ kind: http }"] {
+            let yaml = format!(
+                "access_log: {{ path: stdout }}\nlisteners: [{{ name: a, listen: 0.0.0.0:1, pool: p }}]\n\
+                 pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check} }}]"
+            );
+            let config = Config::parse(&yaml, "test").unwrap();
+            flatten("", &serde_yaml::from_str(&config.to_yaml()).unwrap(), &mut keys);
+        }
+    }
+    keys
+}
+
+#[test]
+fn the_config_table_lists_every_key_with_its_default() {
+    let defaults = defaults();
+    let documented: BTreeMap<String, String> =
+        table("\n## Config\n").into_iter().map(|row| (row[0].clone(), row[1].clone())).collect();
+    assert_eq!(documented.keys().collect::<Vec<_>>(), defaults.keys().collect::<Vec<_>>());
+    for (key, default) in defaults {
+        // What has no default says so; what depends on the rest says it in words.
+        let stated = &documented[&key];
+        let has_none = ["(required)", "(off)", "(the address)", "(tcp)"].contains(&stated.as_str());
+        assert!(has_none || *stated == default, "{key}: the README says {stated}, the code {default}");
+    }
+}
+
+#[test]
+fn nothing_in_the_readme_links_to_a_file_that_is_not_there() {
+    let links = README.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+    for link in links.filter(|link| !link.contains("://") && !link.starts_with('#')) {
+        let file = link.split('#').next().unwrap();
+        assert!(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file).exists(), "{link}");
+    }
+}

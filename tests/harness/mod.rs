@@ -1,0 +1,233 @@
+//! Starts and ends what the tests need. Every `Drop` here leaves nothing behind.
+
+pub(crate) mod backends;
+pub(crate) mod program;
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use ringway::api::State;
+use ringway::app::{App, Environment};
+use ringway::config::Config;
+use tokio_util::sync::CancellationToken;
+
+/// How long anything may take before a test gives up on it. Never how long it should take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The real app, in-process, on a thread of its own.
+pub(crate) struct Ringway {
+    state: Arc<State>,
+    api: SocketAddr,
+    stop: CancellationToken,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Ringway {
+    /// Starts the app with this config and waits until it listens.
+    pub(crate) async fn start(yaml: &str) -> Self {
+        Self::try_start(yaml).await.unwrap_or_else(|error| panic!("{error}\n{yaml}"))
+    }
+
+    /// The same, where the start may fail.
+    pub(crate) async fn try_start(yaml: &str) -> Result<Self, String> {
+        let config = Config::parse(yaml, "test").map_err(|error| error.to_string())?;
+        let (started, start) = tokio::sync::oneshot::channel();
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                match App::start(config, environment()).await {
+                    Ok(app) => {
+                        let _ = started.send(Ok((Arc::clone(app.state()), app.api_address())));
+                        app.run(stopped.cancelled()).await.unwrap();
+                    }
+                    Err(error) => drop(started.send(Err(error.to_string()))),
+                }
+            });
+        });
+        match start.await.unwrap() {
+            Ok((state, api)) => Ok(Self { state, api, stop, thread: Some(thread) }),
+            Err(error) => {
+                thread.join().unwrap();
+                Err(error)
+            }
+        }
+    }
+
+    /// The address of the first listener.
+    pub(crate) fn web(&self) -> SocketAddr {
+        let mut address = self.state.listeners[0].address;
+        if address.ip().is_unspecified() {
+            address.set_ip([127, 0, 0, 1].into());
+        }
+        address
+    }
+
+    pub(crate) fn api(&self) -> SocketAddr {
+        self.api
+    }
+
+    pub(crate) fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Waits until every pool has had a healthy backend.
+    pub(crate) async fn ready(self) -> Self {
+        eventually("ready", || self.state.ready.load(std::sync::atomic::Ordering::Relaxed)).await;
+        self
+    }
+
+    /// Waits until every backend of every pool is healthy.
+    pub(crate) async fn all_healthy(self) -> Self {
+        eventually("all healthy", || {
+            let healthy = |backend: &ringway::backend::Backend| backend.state == ringway::backend::State::Healthy;
+            self.state.pools.iter().all(|pool| pool.table.load().backends().iter().all(healthy))
+        })
+        .await;
+        self
+    }
+
+    /// A metric's value, summed over all series whose labels contain each of `labels`.
+    pub(crate) async fn metric(&self, name: &str, labels: &[&str]) -> f64 {
+        let text = get(self.api, "/metrics").await.1;
+        metric_in(&text, name, labels)
+    }
+
+    /// Begins the shutdown.
+    pub(crate) fn stop(&self) {
+        self.stop.cancel();
+    }
+
+    /// Whether the app has ended after [`Ringway::stop`].
+    pub(crate) fn has_ended(&self) -> bool {
+        self.thread.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
+impl Drop for Ringway {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+            && !std::thread::panicking()
+        {
+            panic!("the app panicked");
+        }
+    }
+}
+
+pub(crate) fn environment() -> Environment {
+    Environment { executable: PathBuf::from(env!("CARGO_BIN_EXE_ringway")), replica_open_files: None }
+}
+
+/// A config with one listener and one pool of static backends. `extra` is further lines of the pool.
+pub(crate) fn static_config(backends: &[SocketAddr], extra: &str) -> String {
+    let members: Vec<_> =
+        backends.iter().enumerate().map(|(n, address)| format!("{{ address: \"{address}\", id: b{n} }}")).collect();
+    config(&format!("static: [{}]", members.join(", ")), "", extra)
+}
+
+/// A config with one listener and one pool. `listener` and `pool` are further lines of theirs, `drain` is short.
+pub(crate) fn config(provider: &str, listener: &str, pool: &str) -> String {
+    let mut lines = vec![
+        "api: { listen: \"127.0.0.1:0\" }".to_owned(),
+        "workers: 2".to_owned(),
+        "listeners:".to_owned(),
+        "  - name: web".to_owned(),
+        "    listen: 127.0.0.1:0".to_owned(),
+        "    pool: echo".to_owned(),
+    ];
+    lines.extend(listener.lines().map(|line| format!("    {}", line.trim_start())));
+    lines.push("pools:".to_owned());
+    lines.push("  - name: echo".to_owned());
+    lines.push(format!("    provider: {{ {provider} }}"));
+    if !pool.contains("drain:") {
+        lines.push("    drain: 100ms".to_owned());
+    }
+    lines.extend(pool.lines().map(|line| format!("    {}", line.trim_start())));
+    lines.join("\n")
+}
+
+/// Three replicas of the demo server.
+pub(crate) const THREE_REPLICAS: &str =
+    "process: { replicas: 3, command: [ringway, echo-server, --listen, \"127.0.0.1:{port}\", --name, \"{slot}\"] }";
+
+/// Waits until `condition` holds, and fails with `what` when it does not within [`PATIENCE`].
+pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    eventually_async(what, async || condition()).await;
+}
+
+/// The same for a condition that itself waits.
+pub(crate) async fn eventually_async(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !condition().await {
+        assert!(Instant::now() < deadline, "not within {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Fails instead of hanging.
+pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("not within {PATIENCE:?}: {what}"))
+}
+
+/// Status and body of a `GET`.
+pub(crate) async fn get(address: SocketAddr, path: &str) -> (u16, String) {
+    let answer = http(address, "GET", path, b"").await;
+    (answer.status().as_u16(), String::from_utf8(answer.into_body().to_vec()).unwrap())
+}
+
+/// One request on a connection of its own.
+pub(crate) async fn http(address: SocketAddr, method: &str, path: &str, body: &[u8]) -> hyper::Response<bytes::Bytes> {
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let request = hyper::Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", address.to_string())
+        .body(http_body_util::Full::new(bytes::Bytes::copy_from_slice(body)))
+        .unwrap();
+    soon(path, ringway::http_client::exchange(stream, request, 1 << 30)).await.unwrap()
+}
+
+pub(crate) fn metric_in(text: &str, name: &str, labels: &[&str]) -> f64 {
+    let series = |line: &&str| {
+        line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']))
+            && labels.iter().all(|label| line.contains(label))
+    };
+    text.lines().filter(series).map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
+}
+
+/// The seed of this run's random tests, printed so that a failure can be had again.
+pub(crate) fn seed() -> u64 {
+    let given = std::env::var("RINGWAY_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed =
+        given.unwrap_or_else(|| u64::from(std::process::id()) ^ (Instant::now().elapsed().as_nanos() as u64) ^ now());
+    println!("RINGWAY_TEST_SEED={seed}");
+    seed
+}
+
+fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |time| u64::from(time.subsec_nanos()))
+}
+
+/// A small generator of random numbers: splitmix64 (Steele, Lea, Flood, OOPSLA 2014).
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// From 0 to `below - 1`.
+    pub(crate) fn below(&mut self, below: usize) -> usize {
+        (self.next() % below as u64) as usize
+    }
+}

@@ -1,0 +1,164 @@
+//! The built program as a child process.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::SocketAddr;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::NamedTempFile;
+
+use super::{PATIENCE, eventually};
+
+/// A running `ringway`. Dropping it kills it, and with it its replicas.
+pub(crate) struct Program {
+    child: Child,
+    log: Arc<Mutex<String>>,
+    _config: NamedTempFile,
+}
+
+impl Program {
+    /// Starts `ringway run` with this config and waits until it listens.
+    pub(crate) async fn start(yaml: &str) -> Self {
+        let config = file(yaml);
+        let mut child = Command::new(env!("CARGO_BIN_EXE_ringway"))
+            .arg("--config")
+            .arg(config.path())
+            .stderr(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let log = Arc::new(Mutex::new(String::new()));
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let sink = Arc::clone(&log);
+        std::thread::spawn(move || {
+            for line in stderr.lines().map_while(Result::ok) {
+                let mut log = sink.lock().unwrap();
+                log.push_str(&line);
+                log.push('\n');
+            }
+        });
+        let mut program = Self { child, log, _config: config };
+        eventually("the banner", || {
+            assert!(program.child.try_wait().unwrap().is_none(), "it ended:\n{}", program.log());
+            program.log().contains("ringway status\n")
+        })
+        .await;
+        program
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    pub(crate) fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// The address of the first listener, as the banner says.
+    pub(crate) fn web(&self) -> SocketAddr {
+        self.address_before("web:")
+    }
+
+    pub(crate) fn api(&self) -> SocketAddr {
+        self.address_before("side port:")
+    }
+
+    fn address_before(&self, what: &str) -> SocketAddr {
+        let log = self.log();
+        let line = log.lines().find(|line| line.contains(what)).unwrap();
+        line.split_whitespace().next().unwrap().parse().unwrap()
+    }
+
+    /// The process ids of the replicas, by slot.
+    pub(crate) async fn replicas(&self) -> Vec<Pid> {
+        let status: serde_json::Value = serde_json::from_str(&super::get(self.api(), "/api/status").await.1).unwrap();
+        let backends = status["pools"][0]["backends"].as_array().unwrap();
+        backends
+            .iter()
+            .filter_map(|backend| Pid::from_raw(i32::try_from(backend["replica"]["pid"].as_i64()?).unwrap()))
+            .collect()
+    }
+
+    /// Waits until the side port says ready.
+    pub(crate) async fn ready(self) -> Self {
+        super::eventually_async("ready", async || super::get(self.api(), "/readyz").await.0 == 200).await;
+        self
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).unwrap();
+    }
+
+    /// The exit status, once there is one.
+    pub(crate) async fn ended(&mut self) -> ExitStatus {
+        let mut status = None;
+        eventually("the program's end", || {
+            status = self.child.try_wait().unwrap();
+            status.is_some()
+        })
+        .await;
+        status.unwrap()
+    }
+
+    /// CPU time used so far, in clock ticks of 10 ms.
+    pub(crate) fn cpu_ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+    }
+
+    /// Anonymous memory in bytes: what the program itself has allocated.
+    pub(crate) fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A config file that is gone with the test.
+pub(crate) fn file(yaml: &str) -> NamedTempFile {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(yaml.as_bytes()).unwrap();
+    file
+}
+
+/// Runs `ringway` to its end: exit code, standard output, standard error.
+pub(crate) fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ringway"))
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status;
+        }
+        if Instant::now() > deadline {
+            let _ = child.kill();
+            panic!("ringway {arguments:?} does not end");
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    };
+    let (mut stdout, mut stderr) = (String::new(), String::new());
+    child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
+    child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+    (status.code(), stdout, stderr)
+}
+
+/// Whether a process is there and not a zombie.
+pub(crate) fn is_alive(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+    stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next()).is_some_and(|state| state != "Z")
+}

@@ -1,0 +1,141 @@
+//! Replicas: replaced when they die, and gone when Ringway is.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Signal, kill_process};
+
+use crate::harness::program::{Program, is_alive};
+use crate::harness::{Ringway, THREE_REPLICAS, config, eventually, eventually_async, get, soon};
+use ringway::backend::State;
+
+/// Which backend each of some keys belongs to, by the real ring and the states of the moment.
+fn mapping(ringway: &Ringway) -> BTreeMap<u32, String> {
+    let table = ringway.state().pools[0].table.load();
+    let owner = |key: u32| table.candidates(&key.to_le_bytes()).next().map(|(backend, _)| backend.id.to_string());
+    (0..2000).filter_map(|key| Some((key, owner(key)?))).collect()
+}
+
+fn pid_of(ringway: &Ringway, slot: usize) -> Option<rustix::process::Pid> {
+    let table = ringway.state().pools[0].table.load();
+    let ringway::backend::Replica::Process { pid } = table.backends()[slot].replica.clone()?;
+    rustix::process::Pid::from_raw(i32::try_from(pid).ok()?)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_replica_is_replaced_and_only_its_own_connections_fail() {
+    let check = "health_check: { kind: http, path: /heartbeat }";
+    let ringway = Ringway::start(&config(THREE_REPLICAS, "", check)).await.all_healthy().await;
+    let before = mapping(&ringway);
+    let victim = pid_of(&ringway, 1).unwrap();
+    let state = || ringway.state().pools[0].table.load().backends()[1].clone();
+    let load = tokio::spawn(loadtest::churn(ringway.web(), 200, Duration::from_secs(4), Duration::from_secs(10)));
+    eventually("load on the victim", || state().live.total.load(std::sync::atomic::Ordering::Relaxed) > 20).await;
+
+    let open_on_it = state().live.active.load(std::sync::atomic::Ordering::Relaxed);
+    kill_process(victim, Signal::KILL).unwrap();
+    let killed = Instant::now();
+    eventually("replaced", || pid_of(&ringway, 1).is_some_and(|pid| pid != victim)).await;
+    eventually("healthy again", || state().state == State::Healthy).await;
+    println!("healthy again after {:?}", killed.elapsed());
+
+    let report = soon("the load", load).await.unwrap();
+    let failed = report.failures();
+    // Those that it had open, and those that the kernel had completed but it had not accepted yet.
+    let count: usize = failed.values().sum();
+    assert!(count as u64 <= open_on_it + 8, "{failed:?}, with {open_on_it} open on it");
+    assert!(report.outcomes.len() > 500 && report.servers().len() == 3);
+    assert_eq!(mapping(&ringway), before, "every key is where it was");
+    assert_eq!(ringway.metric("ringway_replica_restarts_total", &[]).await, 1.0);
+}
+
+#[tokio::test]
+async fn a_replica_that_keeps_dying_is_a_crash_loop_and_the_others_serve_on() {
+    let provider = "process: { replicas: 2, command: [sh, -c, \"case {slot} in *-1) exit 3;; esac; exec sleep 600 {port}\"], \
+                    restart: { backoff: 10ms, max_backoff: 1s, crash_loop_after: 3 } }";
+    let ringway = Ringway::start(&config(provider, "", "health_check: { kind: none }")).await;
+    let states = || -> Vec<State> {
+        ringway.state().pools[0].table.load().backends().iter().map(|backend| backend.state).collect()
+    };
+    eventually("the breaker", || states() == [State::CrashLoop, State::Healthy]).await;
+    assert_eq!(ringway.metric("ringway_replica_crash_loop", &["echo-1"]).await, 1.0);
+    assert_eq!(ringway.metric("ringway_replica_crash_loop", &["echo-2"]).await, 0.0);
+    let status = get(ringway.api(), "/api/status").await.1;
+    assert!(status.contains(r#""state":"crash_loop""#), "{status}");
+}
+
+#[tokio::test]
+async fn replicas_get_their_slot_port_environment_and_range() {
+    // A range that was free a moment ago; its ports come back in the status.
+    let free: Vec<u16> =
+        (0..40).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()).collect();
+    let first = free.iter().copied().find(|port| (10_000..60_000).contains(port)).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let provider = format!(
+        "process: {{ replicas: 2, ports: \"{first}-{}\", env: {{ SAYS: \"{{slot}} on {{port}}\" }}, \
+         command: [sh, -c, \"echo $SAYS > {}/{{slot}}; exec sleep 600\"] }}",
+        first + 20,
+        folder.path().display(),
+    );
+    let ringway = Ringway::start(&config(&provider, "", "health_check: { kind: none }")).await.all_healthy().await;
+    let table = ringway.state().pools[0].table.load();
+    for backend in table.backends() {
+        let port = backend.address.unwrap().port();
+        assert!((first..=first + 20).contains(&port));
+        let file = folder.path().join(&*backend.id);
+        let said = || std::fs::read_to_string(&file).unwrap_or_default();
+        eventually("what it says", || said() == format!("{} on {port}\n", backend.id)).await;
+    }
+}
+
+fn program_config() -> String {
+    config(THREE_REPLICAS, "", "")
+}
+
+#[tokio::test]
+async fn a_killed_ringway_leaves_no_child() {
+    let program = Program::start(&program_config()).await.ready().await;
+    let replicas = program.replicas().await;
+    assert_eq!(replicas.len(), 3);
+    program.signal(Signal::KILL);
+    eventually("no child left", || !replicas.iter().any(|&pid| is_alive(pid))).await;
+}
+
+#[tokio::test]
+async fn sigterm_and_ctrl_c_end_it_in_order_with_exit_code_0() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let mut program = Program::start(&program_config()).await.ready().await;
+        let replicas = program.replicas().await;
+        program.signal(signal);
+        let status = program.ended().await;
+        assert_eq!(status.code(), Some(0), "{}", program.log());
+        assert!(!replicas.iter().any(|&pid| is_alive(pid)), "a replica outlived it");
+        assert!(program.log().contains("stopped"));
+    }
+}
+
+#[tokio::test]
+async fn a_second_signal_exits_at_once() {
+    let yaml = config(THREE_REPLICAS, "", "drain: 1h");
+    let mut program = Program::start(&yaml).await.ready().await;
+    let replicas = program.replicas().await;
+    let open = loadtest::open(program.web(), 1).await.unwrap();
+    eventually_async("accepted", async || {
+        crate::harness::metric_in(&get(program.api(), "/metrics").await.1, "ringway_connections_active", &[]) == 1.0
+    })
+    .await;
+    program.signal(Signal::TERM);
+    eventually("the first signal is seen", || program.log().contains("stopping")).await;
+    eventually_async("not ready while it drains", async || get(program.api(), "/readyz").await.0 == 503).await;
+    program.signal(Signal::TERM);
+    assert_eq!(program.ended().await.code(), Some(1));
+    eventually("no child left", || !replicas.iter().any(|&pid| is_alive(pid))).await;
+    drop(open);
+}
+
+#[tokio::test]
+async fn what_replicas_say_is_in_the_log_with_their_slot() {
+    let program = Program::start(&program_config()).await.ready().await;
+    eventually("a line of a replica", || program.log().contains("echo-2 listens on 127.0.0.1")).await;
+    assert!(program.log().lines().any(|line| line.contains("echo-2 listens on") && line.contains("slot=echo-2")));
+}

@@ -1,0 +1,241 @@
+//! The main job: connections are spread over live backends, and answers come back.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::harness::backends::Server;
+use crate::harness::{Ringway, THREE_REPLICAS, config, eventually, get, http, soon, static_config};
+
+#[tokio::test]
+async fn three_embedded_replicas_answer_the_lines_of_the_readme() {
+    let ringway = Ringway::start(&config(THREE_REPLICAS, "answer_status: true", "")).await.all_healthy().await;
+    for address in [ringway.web(), ringway.api()] {
+        let answer = http(address, "POST", "/api/request", br#"{"data": "example"}"#).await;
+        assert_eq!(answer.status(), 200);
+        let server = answer.headers()["x-server"].to_str().unwrap().to_owned();
+        assert!(server.starts_with("echo-"), "{server}");
+        let body = std::str::from_utf8(answer.body()).unwrap().trim();
+        assert_eq!(body, format!(r#"{{"server":"{server}","data":{{"data":"example"}}}}"#));
+
+        let (status, body) = get(address, "/api/status").await;
+        let body: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!((status, &body["ready"]), (200, &true.into()), "answered by Ringway, not by a replica");
+        assert_eq!(body["pools"][0]["backends"].as_array().unwrap().len(), 3);
+    }
+    let mut echo = TcpStream::connect(ringway.web()).await.unwrap();
+    echo.write_all(b"hello").await.unwrap();
+    echo.shutdown().await.unwrap();
+    let mut text = String::new();
+    soon("the echo", echo.read_to_string(&mut text)).await.unwrap();
+    assert_eq!(text, "hello");
+}
+
+/// How many of `count` connections, each from a port of its own, every backend got.
+async fn spread(ringway: &Ringway, count: usize) -> BTreeMap<String, usize> {
+    let mut servers = BTreeMap::new();
+    for _ in 0..count {
+        let answer = http(ringway.web(), "GET", "/heartbeat", b"").await;
+        *servers.entry(answer.headers()["x-server"].to_str().unwrap().to_owned()).or_insert(0) += 1;
+    }
+    servers
+}
+
+async fn three_servers() -> [Server; 3] {
+    [Server::echo("a").await, Server::echo("b").await, Server::echo("c").await]
+}
+
+#[tokio::test]
+async fn connections_of_one_address_are_spread_evenly() {
+    let servers = three_servers().await;
+    let addresses = servers.each_ref().map(|server| server.address);
+    let ringway = Ringway::start(&static_config(&addresses, "key: source")).await.all_healthy().await;
+    let servers = spread(&ringway, 3000).await;
+    assert_eq!(servers.len(), 3, "{servers:?}");
+    for (server, count) in servers {
+        assert!((850..=1150).contains(&count), "{server} got {count} of 3000");
+    }
+}
+
+#[tokio::test]
+async fn with_source_ip_a_client_stays_where_it_is() {
+    let servers = three_servers().await;
+    let addresses = servers.each_ref().map(|server| server.address);
+    let ringway = Ringway::start(&static_config(&addresses, "key: source_ip")).await.all_healthy().await;
+    let servers = spread(&ringway, 300).await;
+    assert_eq!(servers.len(), 1, "{servers:?}");
+}
+
+#[tokio::test]
+async fn ipv6_on_both_sides() {
+    let listener = tokio::net::TcpListener::bind("[::1]:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let task = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(b"six").await.unwrap();
+    });
+    let yaml = static_config(&[address], "health_check: { kind: none }").replace("127.0.0.1:0", "[::1]:0");
+    let yaml = yaml.replace("listen: [::1]:0", "listen: \"[::1]:0\"");
+    let ringway = Ringway::start(&yaml).await;
+    assert!(ringway.web().is_ipv6());
+    let mut client = TcpStream::connect(ringway.web()).await.unwrap();
+    let mut text = String::new();
+    soon("the greeting", client.read_to_string(&mut text)).await.unwrap();
+    assert_eq!(text, "six");
+    task.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_host_name_is_resolved_at_start() {
+    let server = Server::echo("a").await;
+    let provider = format!("static: [{{ address: \"localhost:{}\" }}]", server.address.port());
+    let ringway = Ringway::start(&config(&provider, "", "")).await.all_healthy().await;
+    let backends = ringway.state().pools[0].table.load();
+    assert_eq!(*backends.backends()[0].id, *format!("localhost:{}", server.address.port()));
+    assert_eq!(spread(&ringway, 1).await.len(), 1);
+}
+
+/// A server that speaks first, as MariaDB, SSH and SMTP do.
+async fn greeter() -> Server {
+    Server::start(|mut stream| async move {
+        let _ = stream.write_all(b"220 hello\r\n").await;
+        let mut line = [0; 64];
+        while let Ok(1..) = stream.read(&mut line).await {}
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_server_may_speak_first_also_where_status_is_answered() {
+    let server = greeter().await;
+    for listener in ["", "answer_status: true"] {
+        let provider = format!("static: [{{ address: \"{}\" }}]", server.address);
+        let ringway = Ringway::start(&config(&provider, listener, "")).await;
+        let mut client = TcpStream::connect(ringway.web()).await.unwrap();
+        let mut line = [0; 11];
+        soon("the greeting", client.read_exact(&mut line)).await.unwrap();
+        assert_eq!(&line, b"220 hello\r\n");
+    }
+}
+
+#[tokio::test]
+async fn status_is_told_by_its_first_bytes_and_all_else_goes_through_untouched() {
+    let server = Server::start(|mut stream| async move {
+        let mut bytes = Vec::new();
+        let _ = stream.read_to_end(&mut bytes).await;
+        let _ = stream.write_all(&bytes).await;
+    })
+    .await;
+    let provider = format!("static: [{{ address: \"{}\" }}]", server.address);
+    let ringway = Ringway::start(&config(&provider, "answer_status: true", "")).await;
+
+    // In pieces, as a slow terminal would send it.
+    let mut client = TcpStream::connect(ringway.web()).await.unwrap();
+    client.set_nodelay(true).unwrap();
+    for piece in ["GET /ap", "i/status", "?pretty HTTP/1.1\r\nhost: x\r\n\r\n"] {
+        client.write_all(piece.as_bytes()).await.unwrap();
+        tokio::task::yield_now().await;
+    }
+    let mut answer = String::new();
+    soon("the status", client.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.contains("\"pools\""), "{answer}");
+
+    for other in ["GET /api/statusquo HTTP/1.1\r\n\r\n", "GET /api", "POST /api/status HTTP/1.1\r\n\r\n", "G", ""] {
+        let mut client = TcpStream::connect(ringway.web()).await.unwrap();
+        client.write_all(other.as_bytes()).await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut back = String::new();
+        soon(other, client.read_to_string(&mut back)).await.unwrap();
+        assert_eq!(back, other);
+    }
+    assert!(ringway.metric("ringway_connections_ended_total", &["reason=\"answered\""]).await >= 1.0);
+}
+
+#[tokio::test]
+async fn a_second_ringway_on_the_same_address_is_refused() {
+    let server = Server::echo("a").await;
+    let ringway = Ringway::start(&static_config(&[server.address], "")).await;
+    let second =
+        static_config(&[server.address], "").replacen("listen: 127.0.0.1:0", &format!("listen: {}", ringway.web()), 1);
+    let error = Ringway::try_start(&second).await.err().expect("the address is taken");
+    assert!(error.starts_with(&format!("listeners[0].listen: cannot listen on {}", ringway.web())), "{error}");
+    assert!(error.contains("another Ringway"), "{error}");
+}
+
+/// Several workers share one limit: none may sit on a permit that another one's connections wait for.
+#[tokio::test]
+async fn connections_over_the_limit_wait_in_the_backlog_and_are_served() {
+    let server = Server::echo("a").await;
+    let yaml = format!("max_connections: 1\n{}", static_config(&[server.address], ""));
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    let stats = std::sync::Arc::clone(&ringway.state().listeners[0].stats);
+    let accepted = || stats.accepted.load(std::sync::atomic::Ordering::Relaxed);
+    for round in 0..8 {
+        let first = TcpStream::connect(ringway.web()).await.unwrap();
+        eventually("the first is accepted", || accepted() == 2 * round + 1).await;
+        let mut waiting = TcpStream::connect(ringway.web()).await.unwrap();
+        waiting.write_all(b"late").await.unwrap();
+        let mut late = [0; 4];
+        let early = tokio::time::timeout(Duration::from_millis(50), waiting.read_exact(&mut late)).await;
+        assert!(early.is_err() && accepted() == 2 * round + 1, "the limit does not hold");
+        drop(first);
+        soon("its turn", waiting.read_exact(&mut late)).await.unwrap();
+        assert_eq!(&late, b"late");
+    }
+}
+
+#[tokio::test]
+async fn every_connection_is_counted_once() {
+    let servers = three_servers().await;
+    let addresses = servers.each_ref().map(|server| server.address);
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let yaml = static_config(&addresses, "");
+    let yaml = format!("access_log: {{ path: {:?}, format: json }}\n{yaml}", log.path().display().to_string());
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    spread(&ringway, 50).await;
+    let ended = ["reason=\"finished\""];
+    crate::harness::eventually_async("all ended", async || {
+        ringway.metric("ringway_connections_ended_total", &ended).await >= 50.0
+    })
+    .await;
+    assert_eq!(ringway.metric("ringway_connections_accepted_total", &[]).await, 50.0);
+    assert_eq!(ringway.metric("ringway_connections_active", &[]).await, 0.0);
+    assert_eq!(ringway.metric("ringway_connections_ended_total", &[]).await, 50.0);
+    assert_eq!(ringway.metric("ringway_backend_connections_total", &[]).await, 50.0);
+    assert_eq!(ringway.metric("ringway_backend_connections_active", &[]).await, 0.0);
+    assert_eq!(ringway.metric("ringway_connect_seconds_count", &[]).await, 50.0);
+    assert_eq!(ringway.metric("ringway_connection_seconds_count", &[]).await, 50.0);
+    drop(ringway);
+
+    let lines = std::fs::read_to_string(log.path()).unwrap();
+    assert_eq!(lines.lines().count(), 50);
+    for line in lines.lines() {
+        let line: serde_json::Value = serde_json::from_str(line).unwrap();
+        assert_eq!(
+            (&line["listener"], &line["pool"], &line["end"]),
+            (&"web".into(), &"echo".into(), &"finished".into())
+        );
+        assert!(line["to_client"].as_u64().unwrap() > 30 && line["duration_seconds"].as_f64().unwrap() > 0.0, "{line}");
+    }
+}
+
+#[tokio::test]
+async fn the_access_log_has_a_text_form() {
+    let server = Server::echo("a").await;
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let yaml = static_config(&[server.address], "");
+    let yaml = format!("access_log: {{ path: {:?} }}\n{yaml}", log.path().display().to_string());
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    spread(&ringway, 1).await;
+    drop(ringway);
+    let line = std::fs::read_to_string(log.path()).unwrap();
+    for part in [
+        " listener=web pool=echo client=127.0.0.1:",
+        &format!(" backend=b0 address={} end=", server.address),
+        " duration=0.",
+    ] {
+        assert!(line.contains(part), "{line:?} lacks {part:?}");
+    }
+}
