@@ -229,11 +229,13 @@ async fn the_access_log_has_a_text_form() {
     let yaml = format!("access_log: {{ path: {:?} }}\n{yaml}", log.path().display().to_string());
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     spread(&ringway, 1).await;
+    let stats = std::sync::Arc::clone(&ringway.state().listeners[0].stats);
+    eventually("its end", || stats.ended.total() == 1).await;
     drop(ringway);
     let line = std::fs::read_to_string(log.path()).unwrap();
     for part in [
         " listener=web pool=echo client=127.0.0.1:",
-        &format!(" backend=b0 address={} end=", server.address),
+        &format!(" backend=b0 address={} end=finished from_client=", server.address),
         " duration=0.",
     ] {
         assert!(line.contains(part), "{line:?} lacks {part:?}");

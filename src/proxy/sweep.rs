@@ -14,6 +14,9 @@ use super::worker::Worker;
 /// Longest time between sweeps: how far the counters of a long connection may lag.
 pub(super) const SLOWEST: Duration = Duration::from_secs(1);
 
+/// Time between sweeps once the worker stops: a drain may be short.
+const STOPPING: Duration = Duration::from_millis(50);
+
 /// The sweep that a route's timeouts need: an eighth of the shortest, so that none is late by much.
 pub(super) fn tick(route: &Route) -> Duration {
     (route.idle.min(route.half_closed) / 8).clamp(Duration::from_millis(10), SLOWEST)
@@ -32,8 +35,9 @@ pub(super) async fn sweep(worker: Rc<Worker>, tick: Duration, stop: Cancellation
         }
         let now = started.elapsed();
         worker.clock.set(now);
-        if stop.is_cancelled() {
-            stopped.get_or_insert(now);
+        if stop.is_cancelled() && stopped.is_none() {
+            stopped = Some(now);
+            interval = tokio::time::interval(tick.min(STOPPING));
         }
         for (_, progress) in worker.open.borrow().iter() {
             progress.report();
