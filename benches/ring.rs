@@ -37,8 +37,9 @@ fn ring(ids: &[String], virtual_nodes: u32, probes: u32) -> Ring {
 }
 
 fn key(n: u64) -> [u8; 6] {
-    let [a, b, c, d, e, f, ..] = n.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes();
-    [a, b, c, d, e, f]
+    let mut key = [0; 6];
+    key.copy_from_slice(&n.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[..6]);
+    key
 }
 
 fn quality(members: usize, virtual_nodes: u32, probes: u32) -> String {

@@ -53,7 +53,7 @@ metrics! {
     CONNECT_ATTEMPTS: Counter "connect_attempts_total" ["pool", "backend"] "Connects to backends that were tried";
     CONNECT_FAILURES: Counter "connect_failures_total" ["pool", "backend", "cause"] "Connects to backends that failed, by cause";
     CONNECT_SECONDS: Histogram "connect_seconds" ["pool"] "Time of successful connects to backends";
-    BYTES: Counter "bytes_total" ["pool", "backend", "direction", "path"] "Payload moved, by direction (from_client, to_client) and path (copied, spliced)";
+    BYTES: Counter "bytes_total" ["pool", "backend", "direction", "path"] "Payload moved, by direction and by path (copied, spliced)";
     BACKEND_UP: Gauge "backend_up" ["pool", "backend"] "1 for a healthy backend, else 0";
     BACKEND_DRAINING: Gauge "backend_draining" ["pool", "backend"] "1 for a backend that gets no new connections, else 0";
     BACKEND_CONNECTIONS: Gauge "backend_connections_active" ["pool", "backend"] "Connections to a backend open at the moment";

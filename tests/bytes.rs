@@ -92,7 +92,7 @@ impl Order {
         // Mostly small, up to 8 MiB: each half of that is as likely as the next.
         let size = |random: &mut Random| {
             let scale = random.below(16);
-            random.below(8 * MIB >> scale)
+            random.below((8 * MIB) >> scale)
         };
         Self { up: size(random), down: size(random), seed: random.next() }
     }

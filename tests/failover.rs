@@ -37,7 +37,7 @@ async fn expect_reset(ringway: &Ringway) {
 
 #[tokio::test]
 async fn a_backend_that_refuses_or_is_silent_costs_the_client_nothing() {
-    let (refusing, silent, good) = (Refusing::new(), Silent::new().await, exact().await);
+    let (refusing, silent, good) = (Refusing::new(), Silent::new(), exact().await);
     let yaml = static_config(
         &[refusing.address, silent.address, good.address],
         "health_check: { kind: none }\nconnect: { timeout: 200ms, attempts: 3 }",
@@ -164,7 +164,7 @@ async fn shutdown_lets_connections_finish_until_the_drain_has_passed() {
 
 #[tokio::test]
 async fn a_connect_may_take_its_time_but_no_longer_than_its_timeout() {
-    let silent = Silent::new().await;
+    let silent = Silent::new();
     let yaml =
         static_config(&[silent.address], "health_check: { kind: none }\nconnect: { timeout: 300ms, attempts: 3 }");
     let ringway = Ringway::start(&yaml).await;

@@ -97,7 +97,7 @@ async fn a_host_name_is_resolved_at_start() {
     assert_eq!(spread(&ringway, 1).await.len(), 1);
 }
 
-/// A server that speaks first, as MariaDB, SSH and SMTP do.
+/// A server that speaks first, as `MariaDB`, SSH and SMTP do.
 async fn greeter() -> Server {
     Server::start(|mut stream| async move {
         let _ = stream.write_all(b"220 hello\r\n").await;

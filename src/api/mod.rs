@@ -3,9 +3,9 @@
 //! # Layout
 //!
 //! - this file: what the routes see, and the routes
-//! - [`status`]: `/api/status`, and the same on a listener that answers it
-//! - [`request`]: `/api/request`
-//! - [`scrape`]: `/metrics`
+//! - [`status`] answers `/api/status`, and the same on a listener that answers it
+//! - [`request`] answers `/api/request`
+//! - [`scrape`] answers `/metrics`
 //! - [`error`]: errors as JSON
 
 pub mod status;

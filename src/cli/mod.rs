@@ -33,7 +33,7 @@ pub(crate) struct Common {
     /// Config file; without it ./config.yaml, and where there is none the built-in one
     #[arg(long, short, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// What is logged: error, warn, info, debug, trace, or a filter like info,ringway::proxy=debug
+    /// What is logged: error, warn, info, debug, trace, or a filter like `info,ringway::proxy=debug`
     #[arg(long, global = true, env = "RINGWAY_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
     /// How it is logged, to standard error

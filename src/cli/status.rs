@@ -9,7 +9,7 @@ use clap::Args;
 use http_body_util::Full;
 use hyper::Request;
 use hyper::header::{CONNECTION, HOST};
-use ringway::api::status::{Member, Status};
+use ringway::api::status::{Connections, Member, Status};
 use ringway::http_client::exchange;
 use tokio::net::TcpStream;
 
@@ -84,25 +84,19 @@ fn table(status: &Status) -> String {
             *width = (*width).max(cell.len());
         }
     }
-    let listeners: String = status
-        .listeners
-        .iter()
-        .map(|listener| {
-            let connections = &listener.connections;
-            format!(
-                "{} on {} -> {}: {} connections, {} in all\n",
-                listener.name, listener.address, listener.pool, connections.active, connections.total
-            )
-        })
-        .collect();
     let ready = if status.ready { "ready" } else { "not ready" };
-    let mut text = format!("Ringway {}, up {:.0} s, {ready}\n{listeners}\n", status.version, status.uptime_seconds);
+    let mut lines = vec![format!("Ringway {}, up {:.0} s, {ready}", status.version, status.uptime_seconds)];
+    for listener in &status.listeners {
+        let Connections { active, total } = listener.connections;
+        let (name, address, pool) = (&listener.name, &listener.address, &listener.pool);
+        lines.push(format!("{name} on {address}, pool {pool}: {active} connections, {total} in all"));
+    }
+    lines.push(String::new());
     for row in &rows {
         let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        text.push_str(cells.join("  ").trim_end());
-        text.push('\n');
+        lines.push(cells.join("  ").trim_end().to_owned());
     }
-    text
+    lines.join("\n") + "\n"
 }
 
 fn row(pool: &str, backend: &Member) -> [String; 11] {

@@ -63,7 +63,7 @@ pub(super) async fn connect<'a>(
 
 async fn open(address: SocketAddr, tcp: &TcpOptions) -> io::Result<TcpStream> {
     let socket = socket(address).await?;
-    tcp.apply(SockRef::from(&socket))?;
+    tcp.apply(&SockRef::from(&socket))?;
     let stream = socket.connect(address).await?;
     // A local port on which nobody listens may be picked as our own source port; then TCP connects the
     // socket to itself, and the relay would echo the client.

@@ -29,7 +29,7 @@ pub struct Keepalive {
 
 impl TcpOptions {
     /// Sets the options on a socket. Accepted sockets inherit those of their listening socket.
-    pub(crate) fn apply(&self, socket: SockRef<'_>) -> io::Result<()> {
+    pub(crate) fn apply(&self, socket: &SockRef<'_>) -> io::Result<()> {
         socket.set_tcp_nodelay(true)?;
         if let Some(keepalive) = self.keepalive {
             let options = TcpKeepalive::new()
@@ -79,7 +79,7 @@ fn unbound(address: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
         // `[::]` and `0.0.0.0` are two listeners, as in nginx: neither takes the other's port in silence.
         socket.set_only_v6(true)?;
     }
-    options.apply(SockRef::from(&socket))?;
+    options.apply(&SockRef::from(&socket))?;
     Ok(socket)
 }
 

@@ -68,7 +68,7 @@ pub(crate) struct Silent {
 }
 
 impl Silent {
-    pub(crate) async fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
         socket.listen(0).unwrap();

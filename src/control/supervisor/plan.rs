@@ -114,6 +114,6 @@ impl Slot {
         let mut bytes = self.name.as_bytes().to_vec();
         bytes.extend_from_slice(&self.strikes.to_le_bytes());
         let jitter = u32::from(seahash::hash(&bytes).to_le_bytes()[0]);
-        wait - wait / 5 * jitter / 255
+        wait.checked_sub(wait / 5 * jitter / 255).unwrap()
     }
 }

@@ -209,7 +209,7 @@ impl Supervisor {
         match (was_crash_loop, crash_loop) {
             (_, false) => tracing::warn!(%pool, slot = %name, how, again_in = ?wait, "replica ended"),
             (false, true) => {
-                tracing::error!(%pool, slot = %name, how, again_in = ?wait, "replica keeps dying: crash loop")
+                tracing::error!(%pool, slot = %name, how, again_in = ?wait, "replica keeps dying: crash loop");
             }
             (true, true) => tracing::debug!(%pool, slot = %name, how, again_in = ?wait, "replica ended again"),
         }

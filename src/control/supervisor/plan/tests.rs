@@ -18,7 +18,9 @@ fn empty_slots_are_filled_and_surplus_ones_stopped() {
     let now = Instant::now();
     let mut slots = slots(3, now);
     assert_eq!(plan(2, &slots, now), Plan { actions: vec![Action::Start(0), Action::Start(1)], wake: None });
-    slots.iter_mut().for_each(|slot| slot.started(now));
+    for slot in &mut slots {
+        slot.started(now);
+    }
     assert_eq!(plan(3, &slots, now).actions, []);
     assert_eq!(plan(2, &slots, now).actions, [Action::Stop(2)]);
     slots[2].stopping();
