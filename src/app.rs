@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use metrics_exporter_prometheus::BuildError;
 use tokio::sync::mpsc;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tracing_appender::non_blocking::WorkerGuard;
 
@@ -129,8 +129,10 @@ pub struct App {
     proxy: Proxy,
     api_address: SocketAddr,
     api: tokio::net::TcpListener,
-    /// Stops the supervisors and then the side port.
-    stop_replicas: CancellationToken,
+    /// Stops the supervisors, also when it is dropped.
+    stop_replicas: DropGuard,
+    /// Ends before `ready` is taken back, or it might say so afterwards.
+    becoming_ready: AbortOnDropHandle<()>,
     supervisors: TaskTracker,
     /// Tasks that have nothing to finish.
     tasks: Vec<AbortOnDropHandle<()>>,
@@ -198,10 +200,21 @@ impl App {
             prepared.start(&stop_replicas, &supervisors, &mut background);
         }
         background(tokio::spawn(api::status::answer(Arc::clone(&state), intercepted)));
-        background(tokio::spawn(become_ready(Arc::clone(&state))));
         background(tokio::spawn(upkeep(Arc::clone(&state))));
         supervisors.close();
-        Ok(Self { state, proxy, api_address, api, stop_replicas, supervisors, tasks, _access_log: log_guard })
+        let becoming_ready = AbortOnDropHandle::new(tokio::spawn(become_ready(Arc::clone(&state))));
+        let stop_replicas = stop_replicas.drop_guard();
+        Ok(Self {
+            state,
+            proxy,
+            api_address,
+            api,
+            stop_replicas,
+            becoming_ready,
+            supervisors,
+            tasks,
+            _access_log: log_guard,
+        })
     }
 
     /// What the side port shows; also the addresses that listeners really have.
@@ -227,11 +240,12 @@ impl App {
             ended = &mut api => Err(RunError::Api(ended.err().unwrap_or_else(|| io::ErrorKind::Other.into()))),
             ended = self.proxy.worker_ended() => Err(RunError::WorkerEnded(ended.unwrap_or_default())),
         };
+        drop(self.becoming_ready);
         self.state.ready.store(false, Ordering::Relaxed);
         self.proxy.stop();
         let drained = async {
             while self.proxy.worker_ended().await.is_some() {}
-            self.stop_replicas.cancel();
+            drop(self.stop_replicas);
             self.supervisors.wait().await;
         };
         // The side port goes on to show how the connections drain.

@@ -1,9 +1,12 @@
 //! One member of a pool: its identity and state in a snapshot, and the counters that outlive snapshots.
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
+
+use rustix::io::Errno;
 
 use crate::label_enum;
 use crate::labels::Tally;
@@ -41,6 +44,29 @@ label_enum! {
         NoDescriptors => "no_descriptors",
         /// Anything else; the log at level debug has the system's words.
         Other => "other",
+    }
+}
+
+impl ConnectFailure {
+    /// What the system's error means.
+    pub fn of(error: &io::Error) -> Self {
+        if error.kind() == io::ErrorKind::ConnectionRefused {
+            return Self::Refused;
+        }
+        match Errno::from_io_error(error) {
+            Some(Errno::CONNRESET | Errno::CONNABORTED) => Self::Reset,
+            Some(Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::HOSTDOWN | Errno::NETDOWN) => Self::Unreachable,
+            Some(Errno::TIMEDOUT) => Self::Timeout,
+            // Also when the ports towards this one address are used up: another backend may have some.
+            Some(Errno::ADDRNOTAVAIL | Errno::AGAIN) => Self::NoPorts,
+            Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => Self::NoDescriptors,
+            _ => Self::Other,
+        }
+    }
+
+    /// Whether it says nothing about the backend.
+    pub fn is_ours(self) -> bool {
+        matches!(self, Self::NoPorts | Self::NoDescriptors)
     }
 }
 

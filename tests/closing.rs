@@ -176,7 +176,7 @@ async fn a_reset_in_mid_stream_arrives_as_a_reset() {
 
 #[tokio::test]
 async fn what_was_said_before_a_reset_is_delivered_before_it() {
-    for case in CASES {
+    for case in CASES.into_iter().cycle().take(40) {
         let line = Line::new(case, "").await;
         let Line { mut near, mut far, ringway: _ringway } = line;
         // The near end answers without reading the question and closes: its unread input makes that a reset.
@@ -268,4 +268,83 @@ async fn idle_connections_are_reset_and_busy_ones_are_not() {
     let (_, end) = read_all(&mut line.near).await;
     assert!(is_reset(&end), "{end:?}");
     line.ends_as("idle_timeout").await;
+}
+
+/// Silence before a FIN is no silence after it.
+#[tokio::test]
+async fn a_fin_after_long_silence_starts_the_half_closed_timeout_anew() {
+    let case = Case { client_first: true, spliced: false };
+    let mut line = Line::new(case, "timeouts: { idle: 1h, half_closed: 1s }").await;
+    line.near.write_all(b"question").await.unwrap();
+    line.far.read_exact(&mut [0; 8]).await.unwrap();
+    tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+    line.near.shutdown().await.unwrap();
+    read_all(&mut line.far).await.1.unwrap();
+    tokio::time::sleep(std::time::Duration::from_millis(400)).await;
+    line.far.write_all(b"answer").await.unwrap();
+    line.far.shutdown().await.unwrap();
+    let (count, end) = read_all(&mut line.near).await;
+    assert!(count == 6 && end.is_ok(), "{count} {end:?}");
+}
+
+/// What the kernel still delivers is not lost when Ringway gives the connection up.
+#[tokio::test]
+async fn a_slow_reader_gets_all_of_a_stream_that_has_ended() {
+    for client_first in [true, false] {
+        let case = Case { client_first, spliced: false };
+        let mut line = Line::new(case, "timeouts: { idle: 1h, half_closed: 300ms }").await;
+        line.near.write_all(&vec![6; 300_000]).await.unwrap();
+        line.near.shutdown().await.unwrap();
+        line.ends_as("half_closed_timeout").await;
+        let (count, end) = read_all(&mut line.far).await;
+        assert!(count == 300_000 && end.is_ok(), "{case:?}: {count} {end:?}");
+        let (_, end) = read_all(&mut line.near).await;
+        assert!(is_reset(&end), "{case:?}: {end:?}");
+    }
+}
+
+/// Urgent data itself is not passed on, but what comes after it is, also where splicing stops at it.
+#[tokio::test]
+async fn a_stream_goes_on_behind_urgent_data() {
+    for case in CASES.into_iter().filter(|case| case.spliced) {
+        let line = Line::new(case, "").await;
+        let Line { mut near, mut far, ringway: _ringway } = line;
+        socket2::SockRef::from(&near).send_out_of_band(b"!").unwrap();
+        near.write_all(&[8; 4000]).await.unwrap();
+        near.shutdown().await.unwrap();
+        let (count, end) = read_all(&mut far).await;
+        assert!(count == 4000 && end.is_ok(), "{case:?}: {count} {end:?}");
+    }
+}
+
+/// Nothing is read from a side whose bytes the other does not take, so its reset is met by no read.
+#[tokio::test]
+async fn a_reset_is_seen_while_the_other_side_is_stuck() {
+    for case in CASES {
+        let line = Line::new(case, "").await;
+        let Line { mut near, mut far, ringway } = line;
+        let piece = vec![1; 64 * 1024];
+        let torrent = async { while near.write_all(&piece).await.is_ok() {} };
+        // Until nothing moves any more.
+        let _ = tokio::time::timeout(std::time::Duration::from_secs(2), torrent).await;
+        reset(near);
+        let reason = if case.client_first { "reason=\"client_reset\"" } else { "reason=\"backend_reset\"" };
+        eventually_async(reason, async || ringway.metric("ringway_connections_ended_total", &[reason]).await == 1.0)
+            .await;
+        let (_, end) = read_all(&mut far).await;
+        assert!(is_reset(&end), "{case:?}: {end:?}");
+    }
+}
+
+/// On a listener that looks at first bytes too.
+#[tokio::test]
+async fn a_reset_before_the_first_byte_reaches_no_backend() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let provider = format!("static: [{{ address: \"{}\" }}]", listener.local_addr().unwrap());
+    let yaml = crate::harness::config(&provider, "answer_status: true", "health_check: { kind: none }");
+    let ringway = Ringway::start(&yaml).await;
+    reset(TcpStream::connect(ringway.web()).await.unwrap());
+    let reason = "reason=\"client_reset\"";
+    eventually_async(reason, async || ringway.metric("ringway_connections_ended_total", &[reason]).await == 1.0).await;
+    assert_eq!(ringway.metric("ringway_connect_attempts_total", &[]).await, 0.0);
 }

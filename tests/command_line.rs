@@ -92,7 +92,7 @@ fn check_prints_a_config_that_loads_again_and_is_the_same() {
     assert_eq!(code, Some(0), "{stderr}");
     let again = Config::parse(&stdout, "check").unwrap();
     assert_eq!(again, Config::load("config.yaml".as_ref()).unwrap());
-    assert!(stdout.contains("user_timeout: 5m"), "defaults are filled in:\n{stdout}");
+    assert!(stdout.contains("user_timeout: 10m"), "defaults are filled in:\n{stdout}");
 }
 
 #[tokio::test]

@@ -22,7 +22,8 @@ async fn echoes(stream: &mut TcpStream) -> bool {
 #[tokio::test]
 async fn out_of_descriptors_it_neither_spins_nor_drops_and_recovers() {
     let server = Server::echo("a").await;
-    let program = Program::start(&static_config(&[server.address], "health_check: { kind: none }")).await;
+    let check = "health_check: { interval: 100ms }";
+    let program = Program::start(&static_config(&[server.address], check)).await.ready().await;
     let mut established = loadtest::open(program.web(), 50).await.unwrap();
     for stream in &mut established {
         assert!(soon("an echo", echoes(stream)).await);
@@ -49,6 +50,11 @@ async fn out_of_descriptors_it_neither_spins_nor_drops_and_recovers() {
     let mut late = TcpStream::connect(program.web()).await.unwrap();
     assert!(soon("room again", echoes(&mut late)).await);
     assert!(metric(&program, "ringway_accept_errors_total").await > 0.0);
+    assert_eq!(
+        metric(&program, "ringway_health_checks_total{pool=\"echo\",backend=\"b0\",result=\"failed\"}").await,
+        0.0
+    );
+    assert!(!program.log().contains("unhealthy"), "its own shortage was held against the backend");
     for stream in &mut established {
         assert!(soon("an echo after it", echoes(stream)).await);
     }

@@ -64,6 +64,36 @@ async fn a_replica_that_keeps_dying_is_a_crash_loop_and_the_others_serve_on() {
     assert!(status.contains(r#""state":"crash_loop""#), "{status}");
 }
 
+/// Process ids of everything whose command line has this word.
+fn processes_with(word: &str) -> Vec<rustix::process::Pid> {
+    let entries =
+        std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    entries
+        .filter(|pid: &i32| {
+            std::fs::read(format!("/proc/{pid}/cmdline"))
+                .is_ok_and(|line| String::from_utf8_lossy(&line).split('\0').any(|argument| argument == word))
+        })
+        .filter_map(rustix::process::Pid::from_raw)
+        .collect()
+}
+
+/// A shell's server must go with the shell: it would keep the port and answer for its successor.
+#[tokio::test]
+async fn nothing_of_a_dead_replica_lives_on() {
+    // Its own arguments tell the sleep of this test from all others.
+    let word = format!("60{}", std::process::id());
+    let provider =
+        format!("process: {{ replicas: 1, command: [sh, -c, \"sleep {word} & wait {{port}}; sleep {word}\"] }}");
+    let ringway = Ringway::start(&config(&provider, "", "health_check: { kind: none }")).await.all_healthy().await;
+    eventually("the shell's child", || !processes_with(&word).is_empty()).await;
+    let orphans = processes_with(&word);
+    kill_process(pid_of(&ringway, 0).unwrap(), Signal::KILL).unwrap();
+    eventually("the child's end", || !orphans.iter().any(|&pid| is_alive(pid))).await;
+    eventually("the next one", || !processes_with(&word).is_empty()).await;
+    drop(ringway);
+    assert!(processes_with(&word).iter().all(|&pid| !is_alive(pid)));
+}
+
 #[tokio::test]
 async fn replicas_get_their_slot_port_environment_and_range() {
     // A range that was free a moment ago; its ports come back in the status.

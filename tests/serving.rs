@@ -142,6 +142,14 @@ async fn status_is_told_by_its_first_bytes_and_all_else_goes_through_untouched()
     soon("the status", client.read_to_string(&mut answer)).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.contains("\"pools\""), "{answer}");
 
+    // One that ends its side at once, as `nc -N` does.
+    let mut client = TcpStream::connect(ringway.web()).await.unwrap();
+    client.write_all(b"GET /api/status HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    client.shutdown().await.unwrap();
+    let mut answer = String::new();
+    soon("the status", client.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.contains("\"pools\""), "{answer:?}");
+
     for other in ["GET /api/statusquo HTTP/1.1\r\n\r\n", "GET /api", "POST /api/status HTTP/1.1\r\n\r\n", "G", ""] {
         let mut client = TcpStream::connect(ringway.web()).await.unwrap();
         client.write_all(other.as_bytes()).await.unwrap();

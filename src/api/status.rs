@@ -237,6 +237,7 @@ async fn answer_one(state: &State, connection: Intercepted) -> Result<(), hyper:
     });
     hyper::server::conn::http1::Builder::new()
         .keep_alive(false)
+        .half_close(true)
         .timer(TokioTimer::new())
         .serve_connection(TokioIo::new(stream), service)
         .await

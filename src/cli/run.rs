@@ -6,6 +6,7 @@ use ringway::api::status::Status;
 use ringway::app::{App, Environment};
 use ringway::limits;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use super::{Common, Failure, LogFormat, runtime};
 
@@ -16,24 +17,27 @@ pub(crate) fn run(common: &Common) -> Result<(), Failure> {
     let executable = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
     let environment = Environment { executable, replica_open_files: Some(before) };
     runtime()?.block_on(async {
-        let mut signals = Signals::new().map_err(|error| anyhow::anyhow!("cannot listen for signals: {error}"))?;
+        let signals = Signals::new().map_err(|error| anyhow::anyhow!("cannot listen for signals: {error}"))?;
         let app = App::start(config, environment).await?;
         if common.log_format == LogFormat::Text {
             eprint!("{}", banner(&app, &origin));
         }
-        let shutdown = async {
-            let name = signals.next().await;
-            tracing::info!(signal = name, "stopping: open connections may finish; once more to exit at once");
-            tokio::spawn(async move {
-                signals.next().await;
-                tracing::warn!("exiting at once");
-                std::process::exit(1);
-            });
-        };
-        app.run(shutdown).await.map_err(|error| Failure::Other(error.into()))?;
+        let stop = CancellationToken::new();
+        tokio::spawn(obey(signals, stop.clone()));
+        app.run(stop.cancelled_owned()).await.map_err(|error| Failure::Other(error.into()))?;
         tracing::info!("stopped");
         Ok(())
     })
+}
+
+/// The first signal stops in order, the second at once.
+async fn obey(mut signals: Signals, stop: CancellationToken) {
+    let name = signals.next().await;
+    tracing::info!(signal = name, "stopping: open connections may finish; once more to exit at once");
+    stop.cancel();
+    signals.next().await;
+    tracing::warn!("exiting at once");
+    std::process::exit(1);
 }
 
 struct Signals {

@@ -77,7 +77,7 @@ fn relay(mut section: Section<'_>) -> Relay {
 
 fn tcp(mut section: Section<'_>) -> TcpOptions {
     let keepalive = keepalive(&mut section);
-    let user_timeout = section.duration("user_timeout", Duration::ZERO..=DAY, 5 * MINUTE);
+    let user_timeout = section.duration("user_timeout", Duration::ZERO..=DAY, 10 * MINUTE);
     section.finish();
     TcpOptions { keepalive, user_timeout }
 }

@@ -116,6 +116,7 @@ impl Publisher {
             Event::Stopped { id, crash_loop } => {
                 let Some(tracked) = self.backends.get_mut(&id) else { return false };
                 (tracked.backend.address, tracked.backend.replica) = (None, None);
+                tracked.backend.health = Health { last: None, since: now };
                 (tracked.healthy, tracked.crash_loop) = (None, crash_loop);
                 id
             }

@@ -136,6 +136,10 @@ pub(super) struct Progress {
     pub(super) last_active: Cell<Duration>,
     /// One side has ended its stream.
     pub(super) half_closed: Cell<bool>,
+    /// Bytes wait for a side that does not take them.
+    pub(super) blocked: Cell<bool>,
+    /// Set by the sweep: look whether a side has broken.
+    pub(super) inspect: Cell<bool>,
     /// Set by the sweep: end, for this reason.
     pub(super) verdict: Cell<Option<End>>,
     pub(super) waker: RefCell<Option<Waker>>,
@@ -195,6 +199,8 @@ impl Account {
             to_client: Traffic::default(),
             last_active: Cell::new(self.lane.worker.clock.get()),
             half_closed: Cell::new(false),
+            blocked: Cell::new(false),
+            inspect: Cell::new(false),
             verdict: Cell::new(None),
             waker: RefCell::new(None),
         });

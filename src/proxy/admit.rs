@@ -8,6 +8,7 @@ use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
+use super::relay::end_cleanly;
 use super::{Intercept, Intercepted};
 
 /// Longest wait for first bytes. A protocol in which the server speaks first is late by this much on a
@@ -27,6 +28,8 @@ pub(super) enum Admission {
     Relay(TcpStream, OwnedSemaphorePermit),
     /// It was taken over.
     HandedOver,
+    /// The client broke it off.
+    Broken,
 }
 
 /// Hands the connection over where its first bytes say so.
@@ -40,10 +43,13 @@ pub(super) async fn admit(
     let wanted = Instant::now() + FIRST_BYTES;
     match tokio::time::timeout_at(wanted, begins_with(&client, intercept.first_bytes)).await {
         Ok(Ok(true)) => {}
-        // Other bytes, none in time, or a broken connection, which the relay will meet and pass on.
-        Ok(Ok(false) | Err(_)) | Err(_) => return Admission::Relay(client, permit),
+        // Other bytes, or none in time.
+        Ok(Ok(false)) | Err(_) => return Admission::Relay(client, permit),
+        // A socket tells of a reset once: the relay would take it for a clean end.
+        Ok(Err(_)) => return Admission::Broken,
     }
     let Ok(place) = intercept.taker.try_reserve() else { return Admission::Relay(client, permit) };
+    end_cleanly(&client);
     if let Ok(stream) = client.into_std() {
         place.send(Intercepted { stream, peer, permit });
     }

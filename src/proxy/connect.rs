@@ -16,8 +16,9 @@ use super::socket::TcpOptions;
 use crate::backend::{Backend, ConnectFailure};
 use crate::labels::Label as _;
 
-/// Pause before another try for a descriptor.
+/// Pause before another try for a descriptor, and how many there are: a second in all.
 const PAUSE: Duration = Duration::from_millis(20);
+const TRIES: u32 = 50;
 
 /// A backend that answered.
 #[derive(Debug)]
@@ -37,23 +38,20 @@ pub(super) async fn connect<'a>(
     for (backend, address) in candidates.take(route.connect_attempts) {
         backend.live.attempts.fetch_add(1, Ordering::Relaxed);
         let began = Instant::now();
-        let failure = match tokio::time::timeout(route.connect_timeout, open(address, tcp)).await {
-            Ok(Ok(stream)) => {
+        let failure = match attempt(address, route.connect_timeout, tcp).await {
+            Ok(stream) => {
                 route.connect_seconds.record(began.elapsed().as_secs_f64());
                 return Ok(Connected { backend, address, stream });
             }
-            Ok(Err(error)) => {
-                let failure = classify(&error);
+            Err(error) => {
+                let failure = ConnectFailure::of(&error);
                 tracing::debug!(backend = %backend.id, %address, failure = failure.as_str(), %error, "cannot connect");
                 failure
-            }
-            Err(_elapsed) => {
-                tracing::debug!(backend = %backend.id, %address, "connect timed out");
-                ConnectFailure::Timeout
             }
         };
         backend.live.failures.count(failure);
         if failure == ConnectFailure::NoDescriptors {
+            // No other backend would be any better.
             return Err(Refusal::NoDescriptors);
         }
         refusal = Refusal::ConnectFailed;
@@ -61,10 +59,11 @@ pub(super) async fn connect<'a>(
     Err(refusal)
 }
 
-async fn open(address: SocketAddr, tcp: &TcpOptions) -> io::Result<TcpStream> {
+async fn attempt(address: SocketAddr, timeout: Duration, tcp: &TcpOptions) -> io::Result<TcpStream> {
     let socket = socket(address).await?;
     tcp.apply(&SockRef::from(&socket))?;
-    let stream = socket.connect(address).await?;
+    let connect = tokio::time::timeout(timeout, socket.connect(address));
+    let stream = connect.await.map_err(|_elapsed| io::Error::from(Errno::TIMEDOUT))??;
     // A local port on which nobody listens may be picked as our own source port; then TCP connects the
     // socket to itself, and the relay would echo the client.
     if stream.local_addr()? == address {
@@ -73,35 +72,19 @@ async fn open(address: SocketAddr, tcp: &TcpOptions) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// A socket, as soon as there is a descriptor for it; the caller's timeout bounds the wait. The client is
-/// better served late than reset, and no other backend would be any better.
+/// A socket, as soon as there is a descriptor for it: a client is better served late than reset.
 async fn socket(address: SocketAddr) -> io::Result<TcpSocket> {
-    let mut pauses = 0;
-    loop {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
-        match socket {
-            Err(error) if is_shortage(&error) && pauses < 50 => {
-                pauses += 1;
+    for _ in 1..TRIES {
+        match new_socket(address) {
+            Err(error) if ConnectFailure::of(&error) == ConnectFailure::NoDescriptors => {
                 tokio::time::sleep(PAUSE).await;
             }
             other => return other,
         }
     }
+    new_socket(address)
 }
 
-fn is_shortage(error: &io::Error) -> bool {
-    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
-}
-
-fn classify(error: &io::Error) -> ConnectFailure {
-    match Errno::from_io_error(error) {
-        _ if is_shortage(error) => ConnectFailure::NoDescriptors,
-        _ if error.kind() == io::ErrorKind::ConnectionRefused => ConnectFailure::Refused,
-        Some(Errno::CONNRESET | Errno::CONNABORTED) => ConnectFailure::Reset,
-        Some(Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::HOSTDOWN | Errno::NETDOWN) => ConnectFailure::Unreachable,
-        Some(Errno::TIMEDOUT) => ConnectFailure::Timeout,
-        // Also when the ports towards this one address are used up: the next backend may have some.
-        Some(Errno::ADDRNOTAVAIL | Errno::AGAIN) => ConnectFailure::NoPorts,
-        _ => ConnectFailure::Other,
-    }
+fn new_socket(address: SocketAddr) -> io::Result<TcpSocket> {
+    if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }
 }

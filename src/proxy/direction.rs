@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, BytesMut};
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 use tokio::io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -74,6 +74,11 @@ impl Direction {
     /// Whether the source has ended and the sink was told.
     pub(super) fn has_ended(&self) -> bool {
         self.ended
+    }
+
+    /// Whether bytes wait for the sink.
+    pub(super) fn is_holding(&self) -> bool {
+        !matches!(self.held, Held::Nothing)
     }
 
     /// Moves bytes until nothing can move, a turn's worth has moved, or the source has ended and everything
@@ -198,14 +203,22 @@ impl Direction {
             return Poll::Ready(Ok(Read::Nothing));
         };
         // Within `try_io`, so that EAGAIN clears the readiness; the pipe is empty, so EAGAIN is the socket's.
-        let filled = source.try_io(Interest::READABLE, || pipe.fill(source));
+        let filled = source.try_io(Interest::READABLE, || match pipe.fill(source) {
+            // It stops at urgent data too, as if the socket were empty. Then a plain read goes on.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock && ioctl_fionread(source)? > 0 => Ok(0),
+            other => other,
+        });
         if let Ok(1..) = filled {
             self.held = Held::Piped(pipe);
         } else {
             worker.pipes.borrow_mut().give(pipe);
         }
         Poll::Ready(match filled {
-            Ok(0) => Ok(Read::End),
+            // The end of the stream, or urgent data: only a plain read can tell.
+            Ok(0) => {
+                (self.path, self.run) = (Path::Copy, 0);
+                Ok(Read::Nothing)
+            }
             Ok(moved) => {
                 if self.counts(moved < SMALL, SMALL_READS) {
                     self.path = Path::Copy;

@@ -151,12 +151,13 @@ impl Proxy {
         let limit = Arc::new(Semaphore::new(settings.max_connections.min(Semaphore::MAX_PERMITS)));
         let (ended_sender, ended) = mpsc::unbounded_channel();
         let setups = worker::setups(settings, &limit, &stop, &ended_sender);
-        let workers: Vec<_> = setups.iter().map(|setup| Arc::clone(&setup.stats)).collect();
-        let running = setups.len();
+        let workers = setups.iter().map(|setup| Arc::clone(&setup.stats)).collect();
+        // Dropped by an error, it stops the workers that have started.
+        let proxy = Self { stop, workers, ended, running: setups.len() };
         for setup in setups {
             std::thread::Builder::new().name(format!("worker-{}", setup.index)).spawn(move || worker::run(setup))?;
         }
-        Ok(Self { stop, workers, ended, running })
+        Ok(proxy)
     }
 
     /// The counters of each worker.

@@ -7,6 +7,7 @@ use std::rc::Rc;
 use std::task::{Context, Poll};
 
 use rustix::io::Errno;
+use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::account::{End, Progress};
@@ -14,18 +15,31 @@ use super::direction::{Broken, Direction};
 
 /// Relays until both sides have ended, one breaks, or the sweep says so.
 pub(super) async fn relay(client: TcpStream, backend: TcpStream, progress: Rc<Progress>) -> End {
-    let mut relay =
-        Relay { client, backend, up: Direction::default(), down: Direction::default(), breaking: None, progress };
-    let end = poll_fn(|cx| relay.poll(cx)).await;
-    relay.close(end);
-    end
+    end_cleanly(&client);
+    let mut relay = Relay {
+        client,
+        backend,
+        up: Direction::default(),
+        down: Direction::default(),
+        breaking: None,
+        end: End::Dropped,
+        progress,
+    };
+    relay.end = poll_fn(|cx| relay.poll(cx)).await;
+    relay.end
 }
 
-/// Closes so that the peer gets RST, as where nothing was listening.
-pub(super) fn reset(stream: TcpStream) {
+/// Makes closing the socket send what is queued and then FIN. Until then a client's socket sends RST, which it
+/// has inherited from the listening one: whatever ends a connection that nobody serves yet, a panic or the
+/// runtime's end included, it never looks like a clean end.
+pub(super) fn end_cleanly(stream: &TcpStream) {
+    // Fails only on a socket that is already gone.
+    let _ = SockRef::from(stream).set_linger(None);
+}
+
+fn reset_on_close(stream: &TcpStream) {
     // Fails only on a socket that is already gone.
     let _ = stream.set_zero_linger();
-    drop(stream);
 }
 
 struct Relay {
@@ -37,6 +51,7 @@ struct Relay {
     down: Direction,
     /// One side has broken; what it had said before is still being delivered to the other.
     breaking: Option<Breaking>,
+    end: End,
     progress: Rc<Progress>,
 }
 
@@ -58,12 +73,18 @@ impl Relay {
         if let Some(verdict) = progress.verdict.get() {
             return Poll::Ready(verdict);
         }
-        let before = progress.from_client.total() + progress.to_client.total();
+        if progress.inspect.take()
+            && let Some(end) = self.inspect()
+        {
+            return Poll::Ready(end);
+        }
+        let before = self.activity();
         let polled = self.poll_directions(cx);
-        if progress.from_client.total() + progress.to_client.total() != before {
+        if self.activity() != before {
             progress.last_active.set(progress.lane.worker.clock.get());
         }
         progress.half_closed.set(self.up.has_ended() != self.down.has_ended());
+        progress.blocked.set(self.up.is_holding() || self.down.is_holding());
         if polled.is_pending() {
             let mut waker = progress.waker.borrow_mut();
             if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
@@ -73,9 +94,24 @@ impl Relay {
         polled
     }
 
+    /// What counts as activity when it changes: bytes moved, and streams ended.
+    fn activity(&self) -> (u64, bool, bool) {
+        let bytes = self.progress.from_client.total() + self.progress.to_client.total();
+        (bytes, self.up.has_ended(), self.down.has_ended())
+    }
+
+    /// Looks for a broken side that no read or write would meet: of a stream that has ended, or that waits
+    /// for its sink, nothing is read.
+    fn inspect(&self) -> Option<End> {
+        let of = |side, stream: &TcpStream| stream.take_error().ok().flatten().map(|error| reason(side, &error));
+        of(Side::Client, &self.client).or_else(|| of(Side::Backend, &self.backend))
+    }
+
     fn poll_directions(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         if self.breaking.is_none() {
-            let (up, down) = (self.poll_up(cx), self.poll_down(cx));
+            let up = self.poll_up(cx);
+            // A socket tells of a reset once. When a write has met it, a read would find a clean end.
+            let down = if matches!(up, Poll::Ready(Err(_))) { Poll::Pending } else { self.poll_down(cx) };
             let (from, to, broken) = match (up, down) {
                 (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => return Poll::Ready(End::Finished),
                 (Poll::Ready(Err(broken)), _) => (Side::Client, Side::Backend, broken),
@@ -112,15 +148,22 @@ impl Relay {
         let progress = &self.progress;
         self.down.poll(cx, &mut self.backend, &mut self.client, &progress.lane.worker, &progress.to_client)
     }
+}
 
-    fn close(mut self, end: End) {
+impl Drop for Relay {
+    /// Neither side may take what it got for all there was, so an abnormal end is a reset on both. Only where a
+    /// stream had ended before Ringway itself gave up waiting, the kernel may finish delivering it.
+    fn drop(&mut self) {
         let worker = &self.progress.lane.worker;
         self.up.release(worker);
         self.down.release(worker);
-        if end != End::Finished {
-            // Neither side may take what it got for all there was.
-            reset(self.client);
-            reset(self.backend);
+        let gave_up = matches!(self.end, End::IdleTimeout | End::HalfClosedTimeout | End::Shutdown);
+        let is_whole = |direction: &Direction| self.end == End::Finished || gave_up && direction.has_ended();
+        if !is_whole(&self.up) {
+            reset_on_close(&self.backend);
+        }
+        if !is_whole(&self.down) {
+            reset_on_close(&self.client);
         }
     }
 }

@@ -20,16 +20,14 @@ pub(super) async fn session(client: TcpStream, peer: SocketAddr, permit: OwnedSe
     let (client, _permit) = match admit::admit(client, peer, permit, lane.intercept.as_ref()).await {
         Admission::Relay(client, permit) => (client, permit),
         Admission::HandedOver => return account.close(Outcome::Ended(End::Answered)),
+        Admission::Broken => return account.close(Outcome::Ended(End::ClientReset)),
     };
     let key = Key::of(lane.route.key, peer);
     let table = lane.table();
     let candidates = table.candidates(key.as_bytes());
     let (backend, progress) = match connect::connect(candidates, &lane.route, &lane.worker.tcp).await {
         Ok(connected) => (connected.stream, account.serve(connected.backend, connected.address)),
-        Err(refusal) => {
-            relay::reset(client);
-            return account.close(Outcome::Refused(refusal));
-        }
+        Err(refusal) => return account.close(Outcome::Refused(refusal)),
     };
     drop(table);
     let end = relay::relay(client, backend, progress).await;

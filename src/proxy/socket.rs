@@ -80,6 +80,8 @@ fn unbound(address: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
         socket.set_only_v6(true)?;
     }
     options.apply(&SockRef::from(&socket))?;
+    // Inherited by accepted sockets: until a backend serves it, a connection is closed by a reset.
+    socket.set_linger(Some(Duration::ZERO))?;
     Ok(socket)
 }
 

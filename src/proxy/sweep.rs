@@ -41,11 +41,15 @@ pub(super) async fn sweep(worker: Rc<Worker>, tick: Duration, stop: Cancellation
         }
         for (_, progress) in worker.open.borrow().iter() {
             progress.report();
-            if let Some(end) = verdict(progress, now, tick, stopped) {
-                progress.verdict.set(Some(end));
-                if let Some(waker) = progress.waker.take() {
-                    waker.wake();
-                }
+            let verdict = verdict(progress, now, tick, stopped);
+            // Such a connection may not notice by itself that a side has broken.
+            let inspect = progress.blocked.get() || progress.half_closed.get();
+            progress.verdict.set(verdict);
+            progress.inspect.set(inspect);
+            if (verdict.is_some() || inspect)
+                && let Some(waker) = progress.waker.take()
+            {
+                waker.wake();
             }
         }
     }

@@ -19,9 +19,11 @@ use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use self::judge::Judge;
+use self::probe::Outcome;
 pub use self::probe::Probe;
 use super::Event;
-use crate::backend::{Backend, Live};
+use crate::backend::{Backend, ConnectFailure, Live};
+use crate::labels::Label as _;
 use crate::table::TableCell;
 
 /// Between the checks of a backend of which nothing is known yet: it should serve as soon as it can.
@@ -93,17 +95,24 @@ async fn check(subject: Subject, settings: Settings, events: mpsc::Sender<Event>
     let began = Instant::now();
     let mut told = None;
     loop {
-        let outcome = match tokio::time::timeout(settings.timeout, settings.probe.run(subject.address)).await {
-            Ok(outcome) => outcome,
-            Err(_elapsed) => Err("no answer in time".into()),
+        let outcome = tokio::time::timeout(settings.timeout, settings.probe.run(subject.address)).await;
+        let (passed, result): (bool, Arc<str>) = match outcome {
+            Ok(Outcome::Passed) => (true, "ok".into()),
+            Ok(Outcome::Failed(what)) => (false, what),
+            Ok(Outcome::NotDone(why)) => {
+                tracing::warn!(backend = %subject.id, why = why.as_str(), "cannot check");
+                tokio::time::sleep(settings.interval).await;
+                continue;
+            }
+            Err(_elapsed) => (false, ConnectFailure::Timeout.as_str().into()),
         };
-        let counter = if outcome.is_ok() { &subject.live.checks_passed } else { &subject.live.checks_failed };
+        let counter = if passed { &subject.live.checks_passed } else { &subject.live.checks_failed };
         counter.fetch_add(1, Ordering::Relaxed);
-        let forgiven = outcome.is_err() && judge.verdict().is_none() && began.elapsed() < settings.grace;
+        let forgiven = !passed && judge.verdict().is_none() && began.elapsed() < settings.grace;
         if !forgiven {
-            judge.observe(outcome.is_ok());
+            judge.observe(passed);
         }
-        let news = (judge.verdict(), outcome.err().unwrap_or_else(|| "ok".into()));
+        let news = (judge.verdict(), result);
         if told.as_ref() != Some(&news) {
             let event = Event::Checked {
                 id: Arc::clone(&subject.id),

@@ -199,6 +199,8 @@ impl Supervisor {
     async fn ended(&mut self, ended: Option<(usize, String)>) {
         // A wait that was aborted: only when the app is dropped.
         let Some((slot, how)) = ended else { return };
+        // What the replica has left behind would keep its port, and answer for its successor.
+        self.signal(slot, Signal::KILL);
         self.pids.remove(&slot);
         let (policy, now) = (self.settings.policy, Instant::now());
         let was_crash_loop = self.slots[slot].is_crash_loop(&policy);
@@ -228,19 +230,13 @@ impl Supervisor {
         for slot in 0..self.slots.len() {
             self.signal(slot, Signal::TERM);
         }
-        let ended = async {
-            while let Some(ended) = self.children.join_next().await {
-                if let Ok((slot, _)) = ended {
-                    self.pids.remove(&slot);
-                }
-            }
-        };
-        if tokio::time::timeout(self.settings.stop_grace, ended).await.is_err() {
-            for slot in 0..self.slots.len() {
-                self.signal(slot, Signal::KILL);
-            }
-            while self.children.join_next().await.is_some() {}
+        let ended = async { while self.children.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(self.settings.stop_grace, ended).await;
+        // Also where all have ended: their own children may not have.
+        for slot in 0..self.slots.len() {
+            self.signal(slot, Signal::KILL);
         }
+        while self.children.join_next().await.is_some() {}
     }
 }
 
