@@ -1,10 +1,10 @@
 //! Stage relay: drives both directions of a connection from one struct, and closes as transparently as TCP
 //! allows: an end of stream becomes one after everything before it, a reset becomes a reset.
 
-use std::future::poll_fn;
 use std::io;
+use std::pin::Pin;
 use std::rc::Rc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use rustix::io::Errno;
 use socket2::SockRef;
@@ -12,22 +12,6 @@ use tokio::net::TcpStream;
 
 use super::account::{End, Progress};
 use super::direction::{Broken, Direction};
-
-/// Relays until both sides have ended, one breaks, or the sweep says so.
-pub(super) async fn relay(client: TcpStream, backend: TcpStream, progress: Rc<Progress>) -> End {
-    end_cleanly(&client);
-    let mut relay = Relay {
-        client,
-        backend,
-        up: Direction::default(),
-        down: Direction::default(),
-        breaking: None,
-        end: End::Dropped,
-        progress,
-    };
-    relay.end = poll_fn(|cx| relay.poll(cx)).await;
-    relay.end
-}
 
 /// Makes closing the socket send what is queued and then FIN. Until then a client's socket sends RST, which it
 /// has inherited from the listening one: whatever ends a connection that nobody serves yet, a panic or the
@@ -42,7 +26,9 @@ fn reset_on_close(stream: &TcpStream) {
     let _ = stream.set_zero_linger();
 }
 
-struct Relay {
+/// Relays until both sides have ended, one breaks, or the sweep says so; the output says which. A future by hand:
+/// an `async fn` would keep its arguments twice, in every idle connection.
+pub(super) struct Relay {
     client: TcpStream,
     backend: TcpStream,
     /// Client to backend.
@@ -68,7 +54,13 @@ enum Side {
 }
 
 impl Relay {
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<End> {
+    pub(super) fn new(client: TcpStream, backend: TcpStream, progress: Rc<Progress>) -> Self {
+        end_cleanly(&client);
+        let (up, down) = (Direction::default(), Direction::default());
+        Self { client, backend, up, down, breaking: None, end: End::Dropped, progress }
+    }
+
+    fn advance(&mut self, cx: &mut Context<'_>) -> Poll<End> {
         let progress = Rc::clone(&self.progress);
         if let Some(verdict) = progress.verdict.get() {
             return Poll::Ready(verdict);
@@ -147,6 +139,15 @@ impl Relay {
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let progress = &self.progress;
         self.down.poll(cx, &mut self.backend, &mut self.client, &progress.lane.worker, &progress.to_client)
+    }
+}
+
+impl Future for Relay {
+    type Output = End;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<End> {
+        self.end = ready!(self.advance(cx));
+        Poll::Ready(self.end)
     }
 }
 

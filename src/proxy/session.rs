@@ -10,14 +10,17 @@ use super::account::{Account, End, Outcome};
 use super::admit::{self, Admission};
 use super::connect;
 use super::key::Key;
-use super::relay;
+use super::relay::Relay;
 use super::worker::Lane;
 
 /// Serves one accepted connection. The permit is its place under `max_connections`.
+///
+/// The stages on the way to a backend are boxed: what they need is given back before the relay begins, which may
+/// be idle for hours, ten thousandfold.
 pub(super) async fn session(client: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit, lane: Rc<Lane>) {
     let mut account = Account::open(&lane, peer);
 
-    let (client, _permit) = match admit::admit(client, peer, permit, lane.intercept.as_ref()).await {
+    let (client, _permit) = match Box::pin(admit::admit(client, peer, permit, lane.intercept.as_ref())).await {
         Admission::Relay(client, permit) => (client, permit),
         Admission::HandedOver => return account.close(Outcome::Ended(End::Answered)),
         Admission::Broken => return account.close(Outcome::Ended(End::ClientReset)),
@@ -25,12 +28,12 @@ pub(super) async fn session(client: TcpStream, peer: SocketAddr, permit: OwnedSe
     let key = Key::of(lane.route.key, peer);
     let table = lane.table();
     let candidates = table.candidates(key.as_bytes());
-    let (backend, progress) = match connect::connect(candidates, &lane.route, &lane.worker.tcp).await {
+    let (backend, progress) = match Box::pin(connect::connect(candidates, &lane.route, &lane.worker.tcp)).await {
         Ok(connected) => (connected.stream, account.serve(connected.backend, connected.address)),
         Err(refusal) => return account.close(Outcome::Refused(refusal)),
     };
     drop(table);
-    let end = relay::relay(client, backend, progress).await;
+    let end = Relay::new(client, backend, progress).await;
 
     account.close(Outcome::Ended(end));
 }
