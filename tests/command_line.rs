@@ -95,6 +95,19 @@ fn check_prints_a_config_that_loads_again_and_is_the_same() {
     assert!(stdout.contains("user_timeout: 10m"), "defaults are filled in:\n{stdout}");
 }
 
+#[test]
+fn without_a_config_file_the_built_in_one_is_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_ringway"))
+        .arg("check")
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(printed.starts_with("# the built-in config"), "{printed}");
+    assert_eq!(Config::parse(&printed, "check").unwrap(), Config::load("config.yaml".as_ref()).unwrap());
+}
+
 #[tokio::test]
 async fn status_is_a_table_or_json() {
     let server = Server::echo("a").await;

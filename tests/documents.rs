@@ -50,6 +50,29 @@ async fn every_registered_metric_is_exported_once_there_was_a_connection() {
     .await;
 }
 
+#[tokio::test]
+async fn promtool_is_content_with_the_metrics() {
+    let server = crate::harness::backends::Server::echo("a").await;
+    let yaml = crate::harness::static_config(&[server.address], "");
+    let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
+    crate::harness::http(ringway.web(), "GET", "/heartbeat", b"").await;
+    let text = crate::harness::get(ringway.api(), "/metrics").await.1;
+    let promtool = std::process::Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(std::process::Stdio::piped())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn();
+    let Ok(mut promtool) = promtool else {
+        println!("promtool is not installed (Debian: prometheus): nothing checked");
+        return;
+    };
+    std::io::Write::write_all(&mut promtool.stdin.take().unwrap(), text.as_bytes()).unwrap();
+    let output = promtool.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success() && said.is_empty(), "{said}");
+}
+
 /// Every key of the effective config, flattened: `pools[].connect.timeout`.
 fn flatten(prefix: &str, value: &serde_yaml::Value, into: &mut BTreeMap<String, String>) {
     match value {

@@ -37,7 +37,8 @@ async fn a_killed_replica_is_replaced_and_only_its_own_connections_fail() {
     let killed = Instant::now();
     eventually("replaced", || pid_of(&ringway, 1).is_some_and(|pid| pid != victim)).await;
     eventually("healthy again", || state().state == State::Healthy).await;
-    println!("healthy again after {:?}", killed.elapsed());
+    // The promise to operators, with room to spare: it takes about a tenth of a second.
+    assert!(killed.elapsed() < Duration::from_secs(2), "healthy again after {:?}", killed.elapsed());
 
     let report = soon("the load", load).await.unwrap();
     let failed = report.failures();
@@ -52,7 +53,7 @@ async fn a_killed_replica_is_replaced_and_only_its_own_connections_fail() {
 #[tokio::test]
 async fn a_replica_that_keeps_dying_is_a_crash_loop_and_the_others_serve_on() {
     let provider = "process: { replicas: 2, command: [sh, -c, \"case {slot} in *-1) exit 3;; esac; exec sleep 600 {port}\"], \
-                    restart: { backoff: 10ms, max_backoff: 1s, crash_loop_after: 3 } }";
+                    restart: { backoff: 1m, max_backoff: 1h, crash_loop_after: 2 } }";
     let ringway = Ringway::start(&config(provider, "", "health_check: { kind: none }")).await;
     let states = || -> Vec<State> {
         ringway.state().pools[0].table.load().backends().iter().map(|backend| backend.state).collect()
@@ -91,7 +92,7 @@ async fn nothing_of_a_dead_replica_lives_on() {
     eventually("the child's end", || !orphans.iter().any(|&pid| is_alive(pid))).await;
     eventually("the next one", || !processes_with(&word).is_empty()).await;
     drop(ringway);
-    assert!(processes_with(&word).iter().all(|&pid| !is_alive(pid)));
+    eventually("nothing left", || !processes_with(&word).iter().any(|&pid| is_alive(pid))).await;
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_yaml::{Mapping, Value};
 
-use super::parse::join_host;
+use super::parse_pool::join_host;
 use super::{Config, HealthCheck, Listener, Pool, Process, Provider};
 use crate::labels::Label as _;
 

@@ -3,15 +3,14 @@
 //! # Layout
 //!
 //! - this file: the types, and loading
-//! - [`parse`]: every key, its range and its default
+//! - [`parse`], [`parse_pool`]: every key, its range and its default
 //! - [`reader`]: typed access to YAML that collects faults with their key path
 //! - [`effective`]: the other way: the config with every default filled in, as YAML
 
 mod effective;
 mod parse;
+mod parse_pool;
 mod reader;
-#[cfg(test)]
-mod tests;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,12 @@
 //! The only wiring place: turns a config into listeners, workers, replicas and a side port, and shuts them
 //! down in order. Each part gets a small settings struct; none of them knows the config.
+//!
+//! - this file: the app's life, and its listeners
+//! - [`pools`]: its pools
+//! - [`error`]: why it could not start
+
+mod error;
+mod pools;
 
 use std::future::IntoFuture as _;
 use std::io;
@@ -9,109 +16,22 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use metrics_exporter_prometheus::BuildError;
-use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tracing_appender::non_blocking::WorkerGuard;
 
+pub use self::error::{RunError, StartError};
+use self::pools::{Prepared, prepare};
 use crate::api::{self, ListenerView, PoolView, State};
-use crate::config::{self, Config, Pool, Provider};
-use crate::control::health::{self, Probe};
-use crate::control::provider::{self, Listed};
-use crate::control::publisher::Publisher;
-use crate::control::supervisor::plan::Policy;
-use crate::control::supervisor::process::{self, Ports};
-use crate::control::{Event, supervisor};
+use crate::config::{self, Config, Pool};
 use crate::limits;
 use crate::metrics::{self, Exporter};
 use crate::proxy::access_log::AccessLog;
 use crate::proxy::account::ListenerStats;
 use crate::proxy::{self, Intercept, Proxy, Route, socket};
-use crate::table::TableCell;
-
-/// How long a new replica may fail its checks and still count as starting.
-const STARTING_GRACE: Duration = Duration::from_secs(10);
 
 /// Between foldings of recorded durations.
 const UPKEEP: Duration = Duration::from_secs(5);
-
-/// Why the app could not start. The message names the place in the config and the remedy.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// An address cannot be listened on.
-    #[error("{place}: cannot listen on {address}: {error}{}", remedy(error))]
-    Listen {
-        /// Key path.
-        place: String,
-        /// The address.
-        address: SocketAddr,
-        /// What the system says.
-        error: io::Error,
-    },
-    /// A host name is unknown.
-    #[error("{place}: cannot resolve {host:?}: {error}; check the name, or give an address")]
-    Resolve {
-        /// Key path.
-        place: String,
-        /// The name.
-        host: String,
-        /// What the system says.
-        error: io::Error,
-    },
-    /// A program is not there.
-    #[error("{place}: there is no program {program:?} to run; install it, or give its full path")]
-    NoProgram {
-        /// Key path.
-        place: String,
-        /// The command's first word.
-        program: String,
-    },
-    /// There are not enough free ports.
-    #[error("{place}: cannot reserve ports for the replicas: {error}; choose another range, or auto")]
-    NoPorts {
-        /// Key path.
-        place: String,
-        /// What the system says.
-        error: io::Error,
-    },
-    /// The access log cannot be opened.
-    #[error("access_log.path: cannot write {}: {error}", path.display())]
-    AccessLog {
-        /// The file.
-        path: PathBuf,
-        /// What the system says.
-        error: io::Error,
-    },
-    /// Threads cannot be started.
-    #[error("cannot start the workers: {0}")]
-    Workers(io::Error),
-    /// The metrics exporter cannot be built.
-    #[error("cannot set up metrics: {0}")]
-    Metrics(#[from] BuildError),
-}
-
-fn remedy(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::AddrInUse => {
-            "; another program listens there, perhaps another Ringway: stop it, or choose another port"
-        }
-        io::ErrorKind::PermissionDenied => "; ports below 1024 need root or CAP_NET_BIND_SERVICE: choose a higher one",
-        io::ErrorKind::AddrNotAvailable => "; this machine does not have that address: see `ip address`",
-        _ => "",
-    }
-}
-
-/// Why the app ended before it was told to.
-#[derive(Debug, thiserror::Error)]
-pub enum RunError {
-    /// A worker's thread ended.
-    #[error("worker {0} ended unexpectedly")]
-    WorkerEnded(usize),
-    /// The side port's server ended.
-    #[error("the side port ended: {0}")]
-    Api(io::Error),
-}
 
 /// What the app needs beside the config.
 #[derive(Debug, Clone)]
@@ -278,107 +198,6 @@ fn capacity(config: &Config) -> (usize, usize) {
         );
     }
     (pipes, wanted.min(most))
-}
-
-/// A pool that is ready to be started: everything that can fail has been done.
-struct Prepared {
-    publisher: Publisher,
-    table: TableCell,
-    supervisor: Option<(process::Settings, Ports)>,
-    health: Option<health::Settings>,
-}
-
-async fn prepare(place: &str, pool: &Pool, environment: &Environment) -> Result<Prepared, StartError> {
-    let name: Arc<str> = pool.name.as_str().into();
-    let mut known = Vec::new();
-    let mut supervisor = None;
-    let mut grace = Duration::ZERO;
-    match &pool.provider {
-        Provider::Static(backends) => {
-            for (n, backend) in backends.iter().enumerate() {
-                let listed = Listed {
-                    id: backend.id.as_str().into(),
-                    host: backend.host.clone(),
-                    port: backend.port,
-                    weight: backend.weight,
-                };
-                known.extend(provider::resolve(&listed).await.map_err(|error| StartError::Resolve {
-                    place: format!("{place}.provider.static[{n}].address"),
-                    host: listed.host,
-                    error,
-                })?);
-            }
-        }
-        Provider::Process(process) => {
-            let place = format!("{place}.provider.process");
-            let slots = provider::slots(&pool.name, process.replicas);
-            known.extend(slots.iter().map(|id| Event::Joined { id: Arc::clone(id), weight: 1 }));
-            supervisor = Some(prepare_process(&place, &name, process, slots, environment)?);
-            grace = STARTING_GRACE;
-        }
-    }
-    let publisher = Publisher::new(name, pool.ring, pool.health_check.is_some(), known, Instant::now());
-    let health = pool.health_check.as_ref().map(|check| health::Settings {
-        probe: match &check.http_path {
-            None => Probe::Tcp,
-            Some(path) => Probe::Http(path.parse().unwrap_or_default()),
-        },
-        interval: check.interval,
-        timeout: check.timeout,
-        rise: check.rise,
-        fall: check.fall,
-        grace,
-    });
-    Ok(Prepared { table: publisher.table(), publisher, supervisor, health })
-}
-
-fn prepare_process(
-    place: &str,
-    pool: &Arc<str>,
-    process: &config::Process,
-    slots: Vec<Arc<str>>,
-    environment: &Environment,
-) -> Result<(process::Settings, Ports), StartError> {
-    let program = process.command.first().map_or("", String::as_str);
-    if !supervisor::process::is_runnable(program) {
-        return Err(StartError::NoProgram { place: format!("{place}.command"), program: program.to_owned() });
-    }
-    let ports = Ports::reserve(process.ports, slots.len())
-        .map_err(|error| StartError::NoPorts { place: format!("{place}.ports"), error })?;
-    let settings = process::Settings {
-        pool: Arc::clone(pool),
-        slots,
-        command: process.command.clone(),
-        env: process.env.clone(),
-        policy: Policy {
-            backoff: process.restart.backoff,
-            max_backoff: process.restart.max_backoff,
-            stable_after: process.restart.stable_after,
-            crash_loop_after: process.restart.crash_loop_after,
-        },
-        stop_grace: process.stop_grace,
-        launcher: environment.executable.clone(),
-        open_files: environment.replica_open_files,
-    };
-    Ok((settings, ports))
-}
-
-impl Prepared {
-    fn start(
-        self,
-        stop: &CancellationToken,
-        supervisors: &TaskTracker,
-        background: &mut impl FnMut(tokio::task::JoinHandle<()>),
-    ) {
-        let (events, queue): (mpsc::Sender<Event>, _) = Publisher::queue();
-        background(tokio::spawn(self.publisher.run(queue)));
-        if let Some(settings) = self.health {
-            background(tokio::spawn(health::check_all(self.table, settings, events.clone())));
-        }
-        if let Some((settings, ports)) = self.supervisor {
-            supervisors.spawn(process::supervise(settings, ports, events, stop.clone()));
-        }
-    }
 }
 
 fn bind(
