@@ -159,7 +159,7 @@ async fn shutdown_lets_connections_finish_until_the_drain_has_passed() {
     let error = soon("the drain's end", staying.read(&mut [0; 1])).await.unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     eventually("the end", || ringway.has_ended()).await;
-    assert_eq!(stats.ended.of(ringway::proxy::account::End::Shutdown), 1);
+    assert_eq!(stats.ended.of(ringway::proxy::stats::End::Shutdown), 1);
 }
 
 #[tokio::test]

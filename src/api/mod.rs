@@ -28,9 +28,9 @@ use tracing_appender::non_blocking::ErrorCounter;
 
 use self::error::Error;
 use crate::metrics::Exporter;
-use crate::proxy::WorkerStats;
-use crate::proxy::account::ListenerStats;
 use crate::proxy::key::KeyKind;
+use crate::proxy::stats::ListenerStats;
+use crate::proxy::stats::WorkerStats;
 use crate::table::TableCell;
 
 /// Longest body of a request to the side port.

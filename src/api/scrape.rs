@@ -12,7 +12,7 @@ use crate::backend::{Backend, ConnectFailure, Moved, State as BackendState};
 use crate::labels::{Label, Tally};
 use crate::limits;
 use crate::metrics::{self, Exporter, Metric};
-use crate::proxy::account::ListenerStats;
+use crate::proxy::stats::ListenerStats;
 use crate::table::Table;
 
 pub(super) async fn metrics(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {

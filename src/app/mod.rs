@@ -27,7 +27,7 @@ use crate::config::{self, Config, Pool};
 use crate::limits;
 use crate::metrics::{self, Exporter};
 use crate::proxy::access_log::AccessLog;
-use crate::proxy::account::ListenerStats;
+use crate::proxy::stats::ListenerStats;
 use crate::proxy::{self, Intercept, Proxy, Route, socket};
 
 /// Between foldings of recorded durations.

@@ -9,16 +9,10 @@ use std::time::Duration;
 use serde_yaml::Value;
 
 use super::parse_pool::pool;
-use super::reader::{Faults, Item, Section, hint, show};
+use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, hint, name, narrow, show};
 use super::{AccessLog, Api, Config, Fault, Listener, Pool, Relay};
 use crate::proxy::access_log::Format;
 use crate::proxy::socket::{Keepalive, TcpOptions};
-
-pub(super) const MS: Duration = Duration::from_millis(1);
-pub(super) const SECOND: Duration = Duration::from_secs(1);
-pub(super) const MINUTE: Duration = Duration::from_secs(60);
-pub(super) const HOUR: Duration = Duration::from_secs(3600);
-pub(super) const DAY: Duration = Duration::from_secs(24 * 3600);
 
 pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     let faults = Faults::default();
@@ -131,16 +125,6 @@ fn listener(mut section: Section<'_>, pools: &[Pool]) -> Listener {
     listener
 }
 
-pub(super) fn name(section: &mut Section<'_>) -> String {
-    let Some(item) = section.required("name", "a name") else { return String::new() };
-    let name = item.text().unwrap_or_default();
-    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if name.is_empty() || name.len() > 63 || !name.chars().all(fits) {
-        item.fault(format_args!("{name:?} is not a name: take up to 63 letters, digits, '-', '_' and '.'"));
-    }
-    name
-}
-
 fn address(item: &Item<'_>) -> Option<SocketAddr> {
     let address = item.value.as_str().and_then(|text| text.parse().ok());
     if address.is_none() {
@@ -176,9 +160,4 @@ fn clashing_addresses(faults: &Faults, listeners: &[Listener], api: &Api) {
         }
         taken.push((path, new));
     }
-}
-
-/// From a number that was read within the range of its type.
-pub(super) fn narrow<T: TryFrom<u64> + Default>(number: u64) -> T {
-    T::try_from(number).unwrap_or_default()
 }

@@ -4,8 +4,7 @@ use std::collections::HashMap;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use super::parse::{DAY, HOUR, MINUTE, MS, SECOND, name, narrow};
-use super::reader::{Item, Section, show};
+use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, name, narrow, show};
 use super::{Connect, HealthCheck, Pool, Process, Provider, Restart, StaticBackend, Timeouts};
 use crate::label_enum;
 use crate::proxy::key::KeyKind;

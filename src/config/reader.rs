@@ -11,6 +11,13 @@ use serde_yaml::{Mapping, Value};
 use super::Fault;
 use crate::labels::Label;
 
+/// Bounds of durations are given in these.
+pub(super) const MS: Duration = Duration::from_millis(1);
+pub(super) const SECOND: Duration = Duration::from_secs(1);
+pub(super) const MINUTE: Duration = Duration::from_secs(60);
+pub(super) const HOUR: Duration = Duration::from_secs(3600);
+pub(super) const DAY: Duration = Duration::from_secs(24 * 3600);
+
 /// Where the faults of a document are collected.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Faults(Rc<RefCell<Vec<Fault>>>);
@@ -240,4 +247,20 @@ pub(super) fn show(value: &Value) -> String {
 
 fn join(path: &str, key: &str) -> String {
     if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
+}
+
+/// The `name` of a section: it goes into labels and slots.
+pub(super) fn name(section: &mut Section<'_>) -> String {
+    let Some(item) = section.required("name", "a name") else { return String::new() };
+    let name = item.text().unwrap_or_default();
+    let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.is_empty() || name.len() > 63 || !name.chars().all(fits) {
+        item.fault(format_args!("{name:?} is not a name: take up to 63 letters, digits, '-', '_' and '.'"));
+    }
+    name
+}
+
+/// From a number that was read within the range of its type.
+pub(super) fn narrow<T: TryFrom<u64> + Default>(number: u64) -> T {
+    T::try_from(number).unwrap_or_default()
 }

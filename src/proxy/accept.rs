@@ -14,9 +14,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::account::AcceptError;
+use super::lane::Lane;
 use super::session::session;
-use super::worker::Lane;
+use super::stats::AcceptError;
 use crate::labels::Label as _;
 
 /// Pause after an error that would come again at once. Short: room returns without a signal.

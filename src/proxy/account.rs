@@ -4,84 +4,14 @@ use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::Waker;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::access_log::Line;
-use super::worker::Lane;
-use crate::backend::{Backend, Live, Moved};
-use crate::label_enum;
-use crate::labels::{Label as _, Tally};
-
-label_enum! {
-    /// Why a connection ended that was served.
-    pub enum End {
-        /// Both sides ended their streams, and everything was delivered.
-        Finished => "finished",
-        /// The client broke it off; the backend got a reset.
-        ClientReset => "client_reset",
-        /// The backend broke it off; the client got a reset.
-        BackendReset => "backend_reset",
-        /// The client stopped answering (keepalive or user timeout).
-        ClientLost => "client_lost",
-        /// The backend stopped answering (keepalive or user timeout).
-        BackendLost => "backend_lost",
-        /// Nothing moved for the pool's `idle` timeout.
-        IdleTimeout => "idle_timeout",
-        /// One side had ended, and nothing moved for the pool's `half_closed` timeout.
-        HalfClosedTimeout => "half_closed_timeout",
-        /// Ringway stopped and the pool's `drain` had passed.
-        Shutdown => "shutdown",
-        /// Answered by Ringway itself (`answer_status`).
-        Answered => "answered",
-        /// Our fault: the system had no memory for it.
-        LocalError => "local_error",
-        /// Our fault: its task ended without saying why.
-        Dropped => "dropped",
-    }
-}
-
-label_enum! {
-    /// Why a connection that was accepted was not served; the client got a reset.
-    pub enum Refusal {
-        /// The pool has no backend that may get connections.
-        NoBackend => "no_backend",
-        /// Every backend that was tried failed.
-        ConnectFailed => "connect_failed",
-        /// Our fault: no file descriptor for the connection to the backend.
-        NoDescriptors => "no_descriptors",
-    }
-}
-
-label_enum! {
-    /// Why accepting failed.
-    pub enum AcceptError {
-        /// The process or the system is out of file descriptors.
-        NoDescriptors => "no_descriptors",
-        /// The system is out of memory for sockets.
-        NoMemory => "no_memory",
-        /// The client had gone before it was accepted.
-        Aborted => "aborted",
-        /// Anything else.
-        Other => "other",
-    }
-}
-
-/// Counters of one listener, shared by all workers. Written once or twice a connection.
-#[derive(Debug, Default)]
-pub struct ListenerStats {
-    /// Connections accepted so far: those active, ended and refused.
-    pub accepted: AtomicU64,
-    /// Connections open at the moment.
-    pub active: AtomicU64,
-    /// Connections that ended, by reason.
-    pub ended: Tally<End>,
-    /// Connections that were not served, by reason.
-    pub refused: Tally<Refusal>,
-    /// Failed accepts, by error.
-    pub accept_errors: Tally<AcceptError>,
-}
+use super::lane::{Lane, Progress, Traffic};
+use super::stats::{End, Refusal};
+use crate::backend::Backend;
+use crate::labels::Label as _;
 
 /// How a connection came out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,60 +26,6 @@ impl Outcome {
             Self::Ended(end) => end.as_str(),
             Self::Refused(refusal) => refusal.as_str(),
         }
-    }
-}
-
-/// Bytes that a connection moved in one direction, by path.
-#[derive(Debug, Default)]
-pub(super) struct Traffic {
-    pub(super) copied: Cell<u64>,
-    pub(super) spliced: Cell<u64>,
-    /// What of them the shared counters already have.
-    reported: (Cell<u64>, Cell<u64>),
-}
-
-impl Traffic {
-    pub(super) fn total(&self) -> u64 {
-        self.copied.get() + self.spliced.get()
-    }
-
-    fn report(&self, moved: &Moved) {
-        for (here, reported, shared) in
-            [(&self.copied, &self.reported.0, &moved.copied), (&self.spliced, &self.reported.1, &moved.spliced)]
-        {
-            let new = here.get() - reported.replace(here.get());
-            if new > 0 {
-                shared.fetch_add(new, Ordering::Relaxed);
-            }
-        }
-    }
-}
-
-/// What the sweep sees of a connection, and how it speaks to its task.
-#[derive(Debug)]
-pub(super) struct Progress {
-    pub(super) lane: Rc<Lane>,
-    pub(super) backend: Arc<Live>,
-    pub(super) from_client: Traffic,
-    pub(super) to_client: Traffic,
-    /// The worker's clock when bytes last moved.
-    pub(super) last_active: Cell<Duration>,
-    /// One side has ended its stream.
-    pub(super) half_closed: Cell<bool>,
-    /// Bytes wait for a side that does not take them.
-    pub(super) blocked: Cell<bool>,
-    /// Set by the sweep: look whether a side has broken.
-    pub(super) inspect: Cell<bool>,
-    /// Set by the sweep: end, for this reason.
-    pub(super) verdict: Cell<Option<End>>,
-    pub(super) waker: RefCell<Option<Waker>>,
-}
-
-impl Progress {
-    /// Brings the shared counters up to date.
-    pub(super) fn report(&self) {
-        self.from_client.report(&self.backend.from_client);
-        self.to_client.report(&self.backend.to_client);
     }
 }
 

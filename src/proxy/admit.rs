@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use super::relay::end_cleanly;
+use super::socket::end_cleanly;
 use super::{Intercept, Intercepted};
 
 /// Longest wait for first bytes. A protocol in which the server speaks first is late by this much on a

@@ -11,8 +11,8 @@ use socket2::SockRef;
 use tokio::net::{TcpSocket, TcpStream};
 
 use super::Route;
-use super::account::Refusal;
 use super::socket::TcpOptions;
+use super::stats::Refusal;
 use crate::backend::{Backend, ConnectFailure};
 use crate::labels::Label as _;
 

@@ -14,9 +14,9 @@ use rustix::io::{Errno, ioctl_fionread};
 use tokio::io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::account::Traffic;
+use super::lane::Traffic;
+use super::lane::Worker;
 use super::pipe::Pipe;
-use super::worker::Worker;
 
 /// A read of this much or more counts as large: from here on splicing is cheaper than copying.
 const LARGE: usize = 32 * 1024;
@@ -189,7 +189,7 @@ impl Direction {
         if written < bytes.len() {
             self.held = Held::Bytes(worker.remainders.borrow_mut().take(&bytes[written..]));
         }
-        if self.path == Path::Copy && self.counts(bytes.len() >= LARGE, LARGE_READS) && worker.splices() {
+        if self.path == Path::Copy && self.counts(bytes.len() >= LARGE, LARGE_READS) && worker.splices {
             self.path = Path::Splice;
         }
         Poll::Ready(Ok(Read::Bytes(bytes.len())))

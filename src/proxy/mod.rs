@@ -8,22 +8,26 @@
 //! - [`mod@session`]: the corridor, one line a stage
 //! - [`accept`], [`admit`], [`key`], [`connect`], [`relay`], [`account`]: the stages (pick is
 //!   [`Table::candidates`](crate::table::Table::candidates))
-//! - [`direction`], [`pipe`]: one half of a relay, and what its splice path moves bytes through
+//! - [`direction`], [`pipe`], [`remainders`]: one half of a relay, and what its two paths need
 //! - [`worker`], [`sweep`]: a worker's thread, and its coarse clock for timeouts
+//! - [`lane`], [`stats`]: what a worker's connections share, and what all workers do
 //! - [`socket`]: listening sockets and TCP options
 //! - [`access_log`]: a line per connection
 
 pub mod access_log;
-pub mod account;
 pub mod key;
 pub mod socket;
+pub mod stats;
 
 mod accept;
+mod account;
 mod admit;
 mod connect;
 mod direction;
+mod lane;
 mod pipe;
 mod relay;
+mod remainders;
 mod session;
 mod sweep;
 mod worker;
@@ -31,7 +35,6 @@ mod worker;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use ::metrics::Histogram;
@@ -39,9 +42,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use self::access_log::AccessLog;
-use self::account::ListenerStats;
 use self::key::KeyKind;
 use self::socket::TcpOptions;
+use self::stats::{ListenerStats, WorkerStats};
 use crate::table::TableCell;
 
 /// What all workers are run with.
@@ -119,17 +122,6 @@ pub struct Intercepted {
     pub peer: SocketAddr,
     /// Its place under `max_connections`, to be kept as long as the stream.
     pub permit: OwnedSemaphorePermit,
-}
-
-/// Counters of one worker.
-#[derive(Debug, Default)]
-pub struct WorkerStats {
-    /// Connections that it serves at the moment.
-    pub connections: AtomicU64,
-    /// Pipes that it holds, in use or pooled.
-    pub pipes: AtomicU64,
-    /// Times that a stream was copied because no pipe was to be had.
-    pub pipe_shortages: AtomicU64,
 }
 
 /// The running data plane.

@@ -12,7 +12,7 @@ use std::sync::atomic::Ordering;
 
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
 
-use super::WorkerStats;
+use super::stats::WorkerStats;
 
 /// Asked of the kernel for each pipe; where it refuses, its default of 64 KiB does too.
 const PIPE_BYTES: usize = 256 * 1024;

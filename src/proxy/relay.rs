@@ -7,24 +7,12 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use rustix::io::Errno;
-use socket2::SockRef;
 use tokio::net::TcpStream;
 
-use super::account::{End, Progress};
 use super::direction::{Broken, Direction};
-
-/// Makes closing the socket send what is queued and then FIN. Until then a client's socket sends RST, which it
-/// has inherited from the listening one: whatever ends a connection that nobody serves yet, a panic or the
-/// runtime's end included, it never looks like a clean end.
-pub(super) fn end_cleanly(stream: &TcpStream) {
-    // Fails only on a socket that is already gone.
-    let _ = SockRef::from(stream).set_linger(None);
-}
-
-fn reset_on_close(stream: &TcpStream) {
-    // Fails only on a socket that is already gone.
-    let _ = stream.set_zero_linger();
-}
+use super::lane::Progress;
+use super::socket::{end_cleanly, reset_on_close};
+use super::stats::End;
 
 /// Relays until both sides have ended, one breaks, or the sweep says so; the output says which. A future by hand:
 /// an `async fn` would keep its arguments twice, in every idle connection.

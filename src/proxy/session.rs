@@ -6,12 +6,13 @@ use std::rc::Rc;
 use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::account::{Account, End, Outcome};
+use super::account::{Account, Outcome};
 use super::admit::{self, Admission};
 use super::connect;
 use super::key::Key;
+use super::lane::Lane;
 use super::relay::Relay;
-use super::worker::Lane;
+use super::stats::End;
 
 /// Serves one accepted connection. The permit is its place under `max_connections`.
 ///

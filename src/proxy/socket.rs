@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::net::TcpStream;
 
 /// TCP options of both sides of a connection. `TCP_NODELAY` is always on: the relay writes what it has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +84,20 @@ fn unbound(address: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
     // Inherited by accepted sockets: until a backend serves it, a connection is closed by a reset.
     socket.set_linger(Some(Duration::ZERO))?;
     Ok(socket)
+}
+
+/// Makes closing the socket send what is queued and then FIN. Until then a client's socket sends RST, which it
+/// has inherited from the listening one: whatever ends a connection that nobody serves yet, a panic or the
+/// runtime's end included, it never looks like a clean end.
+pub(super) fn end_cleanly(stream: &TcpStream) {
+    // Fails only on a socket that is already gone.
+    let _ = SockRef::from(stream).set_linger(None);
+}
+
+/// Makes closing the socket send RST, and drop what is queued.
+pub(super) fn reset_on_close(stream: &TcpStream) {
+    // Fails only on a socket that is already gone.
+    let _ = stream.set_zero_linger();
 }
 
 #[cfg(test)]

@@ -8,8 +8,9 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::Route;
-use super::account::{End, Progress};
-use super::worker::Worker;
+use super::lane::Progress;
+use super::lane::Worker;
+use super::stats::End;
 
 /// Longest time between sweeps: how far the counters of a long connection may lag.
 pub(super) const SLOWEST: Duration = Duration::from_secs(1);

@@ -1,4 +1,4 @@
-//! A worker: one thread, one runtime, its own sockets, and what its connections share.
+//! A worker: one thread, one runtime, its own sockets.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::metrics::Histogram;
-use bytes::BytesMut;
-use slab::Slab;
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{Semaphore, mpsc};
@@ -16,86 +14,16 @@ use tokio_util::task::TaskTracker;
 
 use super::accept::accept;
 use super::access_log::AccessLog;
-use super::account::{ListenerStats, Progress};
+use super::lane::{Lane, Worker};
 use super::pipe::PipePool;
+use super::remainders::SCRATCH;
 use super::socket::TcpOptions;
+use super::stats::{ListenerStats, WorkerStats};
 use super::sweep;
-use super::{Intercept, Route, Settings, WorkerStats};
-use crate::table::{Table, TableReader};
-
-/// The copy path's buffer: one read moves up to this much.
-const SCRATCH: usize = 64 * 1024;
+use super::{Intercept, Route, Settings};
 
 /// After the last drain deadline, how long connections that are still connecting may take to end.
 const LEAVE: Duration = Duration::from_secs(1);
-
-/// What a worker's connections share; never crosses to another thread.
-#[derive(Debug)]
-pub(super) struct Worker {
-    pub(super) stats: Arc<WorkerStats>,
-    pub(super) tcp: TcpOptions,
-    pub(super) access_log: Option<AccessLog>,
-    pub(super) scratch: RefCell<Box<[u8]>>,
-    pub(super) remainders: RefCell<Remainders>,
-    pub(super) pipes: RefCell<PipePool>,
-    /// Every connection that is relayed, for the sweep.
-    pub(super) open: RefCell<Slab<Rc<Progress>>>,
-    /// Time since the worker's start as of the last sweep: coarse, and free to read.
-    pub(super) clock: Cell<Duration>,
-    splices: bool,
-}
-
-impl Worker {
-    /// Whether streams may be spliced at all.
-    pub(super) fn splices(&self) -> bool {
-        self.splices
-    }
-}
-
-/// Buffers for what short writes left over, reused by the connections of a worker.
-#[derive(Debug, Default)]
-pub(super) struct Remainders(Vec<BytesMut>);
-
-impl Remainders {
-    /// A buffer with these bytes.
-    pub(super) fn take(&mut self, bytes: &[u8]) -> BytesMut {
-        let mut buffer = self.0.pop().unwrap_or_else(|| BytesMut::with_capacity(SCRATCH));
-        buffer.extend_from_slice(bytes);
-        buffer
-    }
-
-    /// Takes a buffer back; what is in it is forgotten.
-    pub(super) fn give(&mut self, mut buffer: BytesMut) {
-        /// Buffers kept for the next short writes: 2 MiB a worker.
-        const KEPT: usize = 32;
-        if self.0.len() < KEPT {
-            buffer.clear();
-            // An emptied buffer has moved on within its allocation; this takes all of it back.
-            if buffer.try_reclaim(SCRATCH) {
-                self.0.push(buffer);
-            }
-        }
-    }
-}
-
-/// A listener as one worker sees it.
-#[derive(Debug)]
-pub(super) struct Lane {
-    pub(super) name: Arc<str>,
-    pub(super) route: Route,
-    pub(super) stats: Arc<ListenerStats>,
-    pub(super) intercept: Option<Intercept>,
-    pub(super) connection_seconds: Histogram,
-    pub(super) worker: Rc<Worker>,
-    table: RefCell<TableReader>,
-}
-
-impl Lane {
-    /// The pool's table of this moment.
-    pub(super) fn table(&self) -> Arc<Table> {
-        Arc::clone(self.table.borrow_mut().load())
-    }
-}
 
 /// All that a worker's thread needs, ready to cross to it.
 pub(super) struct Setup {
