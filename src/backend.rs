@@ -40,7 +40,7 @@ label_enum! {
         Timeout => "timeout",
         /// Our fault: no free source port towards this backend.
         NoPorts => "no_ports",
-        /// Our fault: no file descriptor or no memory for the socket, until the connect timeout.
+        /// Our fault: no file descriptor or no memory for the socket, for a second.
         NoDescriptors => "no_descriptors",
         /// Anything else; the log at level debug has the system's words.
         Other => "other",

@@ -2,7 +2,7 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Descriptors kept for logs, listeners, health checks, the side port and children's output.
+/// Descriptors kept for logs, the side port and forwarded requests.
 const RESERVED: u64 = 64;
 
 /// More than any machine serves; keeps sums small where the limit is "unlimited".
@@ -34,9 +34,9 @@ pub fn pipes(open_files: u64) -> u64 {
     (open_files / 16).min(1024)
 }
 
-/// How many connections fit under `open_files`, two descriptors each, beside `pipes` pipes.
-pub fn connections(open_files: u64, pipes: u64) -> u64 {
-    (open_files.saturating_sub(RESERVED + 2 * pipes) / 2).clamp(1, MOST)
+/// How many connections fit under `open_files`, two descriptors each, beside `pipes` pipes and `others` descriptors.
+pub fn connections(open_files: u64, pipes: u64, others: u64) -> u64 {
+    (open_files.saturating_sub(RESERVED + 2 * pipes + others) / 2).clamp(1, MOST)
 }
 
 #[cfg(test)]
@@ -47,11 +47,11 @@ mod tests {
     fn connections_and_pipes_fit_under_the_limit() {
         for files in [128, 256, 1024, 20_000, 1 << 30] {
             let pipes = pipes(files);
-            let connections = connections(files, pipes);
-            assert!(2 * connections + 2 * pipes + RESERVED <= files, "{files}");
-            assert!(connections >= 24, "{files}");
+            let connections = connections(files, pipes, 20);
+            assert!(2 * connections + 2 * pipes + RESERVED + 20 <= files, "{files}");
+            assert!(connections >= 14, "{files}");
         }
-        assert_eq!(connections(u64::MAX, pipes(u64::MAX)), MOST);
-        assert_eq!(connections(10, 0), 1);
+        assert_eq!(connections(u64::MAX, pipes(u64::MAX), 0), MOST);
+        assert_eq!(connections(10, 0, 0), 1);
     }
 }

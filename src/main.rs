@@ -4,6 +4,7 @@
 
 mod cli;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -22,7 +23,8 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            eprintln!("ringway: {failure}");
+            // Nobody may be reading it any more.
+            let _ = writeln!(std::io::stderr(), "ringway: {failure}");
             failure.exit_code()
         }
     }

@@ -1,7 +1,7 @@
 //! Commands, exit codes, and one clear line for what goes wrong.
 
 use crate::harness::backends::Server;
-use crate::harness::program::{Program, file, run};
+use crate::harness::program::{Killed, Program, file, run};
 use crate::harness::{THREE_REPLICAS, config, static_config};
 use ringway::config::Config;
 
@@ -92,7 +92,7 @@ fn check_prints_a_config_that_loads_again_and_is_the_same() {
     assert_eq!(code, Some(0), "{stderr}");
     let again = Config::parse(&stdout, "check").unwrap();
     assert_eq!(again, Config::load("config.yaml".as_ref()).unwrap());
-    assert!(stdout.contains("user_timeout: 10m"), "defaults are filled in:\n{stdout}");
+    assert!(stdout.contains("user_timeout: 0s"), "defaults are filled in:\n{stdout}");
 }
 
 #[test]
@@ -141,14 +141,16 @@ fn status_of_nobody_says_so() {
 async fn json_logs_are_json() {
     let server = Server::echo("a").await;
     let file = file(&static_config(&[server.address], ""));
-    let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_ringway"))
-        .args(["--log-format", "json", "--config"])
-        .arg(file.path())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = Killed(
+        std::process::Command::new(env!("CARGO_BIN_EXE_ringway"))
+            .args(["--log-format", "json", "--config"])
+            .arg(file.path())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap(),
+    );
     let line = tokio::task::spawn_blocking({
-        let stderr = child.stderr.take().unwrap();
+        let stderr = child.0.stderr.take().unwrap();
         move || {
             let mut line = String::new();
             std::io::BufRead::read_line(&mut std::io::BufReader::new(stderr), &mut line).unwrap();
@@ -156,8 +158,6 @@ async fn json_logs_are_json() {
         }
     });
     let line = crate::harness::soon("a line", line).await.unwrap();
-    child.kill().unwrap();
-    child.wait().unwrap();
     let line: serde_json::Value = serde_json::from_str(&line).unwrap();
     assert!(line["level"] == "INFO" && line["fields"]["message"].is_string(), "{line}");
 }

@@ -64,6 +64,7 @@ async fn promtool_is_content_with_the_metrics() {
         .stderr(std::process::Stdio::piped())
         .spawn();
     let Ok(mut promtool) = promtool else {
+        assert!(std::env::var_os("CI").is_none(), "the gate installs promtool");
         println!("promtool is not installed (Debian: prometheus): nothing checked");
         return;
     };

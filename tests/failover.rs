@@ -163,7 +163,7 @@ async fn shutdown_lets_connections_finish_until_the_drain_has_passed() {
 }
 
 #[tokio::test]
-async fn a_connect_may_take_its_time_but_no_longer_than_its_timeout() {
+async fn a_connect_that_gets_no_answer_ends_at_its_timeout() {
     let silent = Silent::new();
     let yaml =
         static_config(&[silent.address], "health_check: { kind: none }\nconnect: { timeout: 300ms, attempts: 3 }");
@@ -171,4 +171,5 @@ async fn a_connect_may_take_its_time_but_no_longer_than_its_timeout() {
     let began = std::time::Instant::now();
     expect_reset(&ringway).await;
     assert!(began.elapsed() >= Duration::from_millis(300));
+    assert_eq!(ringway.metric("ringway_connect_failures_total", &["cause=\"timeout\""]).await, 1.0);
 }

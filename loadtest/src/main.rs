@@ -29,7 +29,7 @@ enum Load {
     /// Open, request, close
     Churn {
         /// New connections a second
-        #[arg(long, default_value_t = 200)]
+        #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
         rate: u32,
     },
     /// Request after request on open connections

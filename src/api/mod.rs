@@ -17,7 +17,7 @@ mod scrape;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State as Extract};
@@ -28,10 +28,10 @@ use tracing_appender::non_blocking::ErrorCounter;
 
 use self::error::Error;
 use crate::metrics::Exporter;
-use crate::proxy::key::KeyKind;
+use crate::proxy::Route;
+use crate::proxy::socket::TcpOptions;
 use crate::proxy::stats::ListenerStats;
 use crate::proxy::stats::WorkerStats;
-use crate::table::TableCell;
 
 /// Longest body of a request to the side port.
 const BODY_LIMIT: usize = 1024 * 1024;
@@ -46,7 +46,9 @@ pub struct State {
     /// In the config's order.
     pub listeners: Vec<ListenerView>,
     /// In the config's order.
-    pub pools: Vec<PoolView>,
+    pub pools: Vec<Route>,
+    /// Options of sockets towards backends.
+    pub tcp: TcpOptions,
     /// In the workers' order.
     pub workers: Vec<Arc<WorkerStats>>,
     /// Renders the metrics.
@@ -68,21 +70,6 @@ pub struct ListenerView {
     pub pool: Arc<str>,
     /// Counters.
     pub stats: Arc<ListenerStats>,
-}
-
-/// A pool as the side port shows it.
-#[derive(Debug)]
-pub struct PoolView {
-    /// Its name in the config.
-    pub name: Arc<str>,
-    /// What of a connection is hashed.
-    pub key: KeyKind,
-    /// Its table.
-    pub table: TableCell,
-    /// Longest time for one connect.
-    pub connect_timeout: Duration,
-    /// Backends tried for one request.
-    pub connect_attempts: usize,
 }
 
 /// Every route of the side port.

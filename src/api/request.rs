@@ -16,10 +16,14 @@ use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue};
 use serde::Deserialize;
 use tokio::net::TcpStream;
 
+use super::State;
 use super::error::Error;
-use super::{PoolView, State};
 use crate::http_client::exchange;
+use crate::labels::Label as _;
 use crate::proxy::key::Key;
+use crate::proxy::socket::TcpOptions;
+use crate::proxy::stats::Refusal;
+use crate::proxy::{self, Route};
 
 /// Longest time from the backend's connect to the end of its answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -56,7 +60,7 @@ pub(super) async fn forward(
     let pool = find_pool(&state, parameters.pool.as_deref())?;
     let address_key = Key::of(pool.key, caller);
     let key = parameters.key.as_ref().map_or(address_key.as_bytes(), String::as_bytes);
-    let (backend, stream) = connect(pool, key).await?;
+    let (backend, stream) = connect(pool, &state.tcp, key).await?;
 
     let content_type =
         headers.get(CONTENT_TYPE).cloned().unwrap_or(HeaderValue::from_static("application/octet-stream"));
@@ -76,42 +80,28 @@ pub(super) async fn forward(
     Ok(passed_on(&backend, answer))
 }
 
-fn find_pool<'a>(state: &'a State, wanted: Option<&str>) -> Result<&'a PoolView, Error> {
+fn find_pool<'a>(state: &'a State, wanted: Option<&str>) -> Result<&'a Route, Error> {
     let first = state.listeners.first().map(|listener| &*listener.pool);
     let wanted = wanted.or(first).unwrap_or_default();
-    state.pools.iter().find(|pool| &*pool.name == wanted).ok_or_else(|| {
-        let names: Vec<_> = state.pools.iter().map(|pool| &*pool.name).collect();
+    state.pools.iter().find(|pool| &*pool.pool == wanted).ok_or_else(|| {
+        let names: Vec<_> = state.pools.iter().map(|pool| &*pool.pool).collect();
         let message = format!("there is no pool {wanted:?}; there are: {}", names.join(", "));
         Error::new(StatusCode::NOT_FOUND, "no_such_pool", message)
     })
 }
 
 /// To the first backend of the walk that answers, as the data plane does it.
-async fn connect(pool: &PoolView, key: &[u8]) -> Result<(Arc<str>, TcpStream), Error> {
+async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<(Arc<str>, TcpStream), Error> {
     let table = pool.table.load();
-    let (mut tried, mut all_late) = (0, true);
-    for (backend, address) in table.candidates(key).take(pool.connect_attempts) {
-        tried += 1;
-        match tokio::time::timeout(pool.connect_timeout, TcpStream::connect(address)).await {
-            Ok(Ok(stream)) => return Ok((Arc::clone(&backend.id), stream)),
-            Ok(Err(_)) => all_late = false,
-            Err(_elapsed) => {}
-        }
-    }
-    let name = &pool.name;
-    Err(match (tried, all_late) {
-        (0, _) => {
-            Error::new(StatusCode::BAD_GATEWAY, "no_backend", format!("pool {name} has no backend at the moment"))
-        }
-        (_, true) => {
-            let message = format!("none of {tried} backends of pool {name} took the connection in time");
-            Error::new(StatusCode::GATEWAY_TIMEOUT, "connect_timeout", message)
-        }
-        (_, false) => {
-            let message = format!("none of {tried} backends of pool {name} took the connection");
-            Error::new(StatusCode::BAD_GATEWAY, "connect_failed", message)
-        }
-    })
+    let connected = proxy::connect(table.candidates(key), pool, tcp).await.map_err(|refusal| {
+        let (status, what) = match refusal {
+            Refusal::NoBackend => (StatusCode::BAD_GATEWAY, "has no backend at the moment"),
+            Refusal::ConnectFailed => (StatusCode::BAD_GATEWAY, "has no backend that took the connection"),
+            Refusal::NoDescriptors => (StatusCode::SERVICE_UNAVAILABLE, "cannot be reached: out of file descriptors"),
+        };
+        Error::new(status, refusal.as_str(), format!("pool {} {what}", pool.pool))
+    })?;
+    Ok((Arc::clone(&connected.backend.id), connected.stream))
 }
 
 fn bad_gateway(backend: &str, error: &dyn std::error::Error) -> Error {

@@ -25,7 +25,7 @@ fn text(state: &State) -> String {
         of_listener(exporter, &listener.name, &listener.stats);
     }
     for pool in &state.pools {
-        of_pool(exporter, &pool.name, &pool.table.load());
+        of_pool(exporter, &pool.pool, &pool.table.load());
     }
     for (index, stats) in state.workers.iter().enumerate() {
         let worker = [index.to_string()];

@@ -17,10 +17,10 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-use super::{ListenerView, PoolView, State};
+use super::{ListenerView, State};
 use crate::backend::{Backend, Replica};
 use crate::labels::Label as _;
-use crate::proxy::{Intercept, Intercepted};
+use crate::proxy::{Intercept, Intercepted, Route};
 use crate::table::Table;
 
 /// Connections that may wait for an answer on listeners; with more, the next goes to a backend.
@@ -152,7 +152,7 @@ impl Listener {
 }
 
 impl Pool {
-    fn of(pool: &PoolView) -> Self {
+    fn of(pool: &Route) -> Self {
         let table = pool.table.load();
         let parameters = table.ring().parameters();
         let ring = Ring {
@@ -164,7 +164,7 @@ impl Pool {
         };
         let backends = members(&table);
         Self {
-            name: pool.name.to_string(),
+            name: pool.pool.to_string(),
             key: pool.key.as_str().to_owned(),
             ring,
             table_generation: table.generation(),

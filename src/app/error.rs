@@ -56,6 +56,9 @@ pub enum StartError {
     /// Threads cannot be started.
     #[error("cannot start the workers: {0}")]
     Workers(io::Error),
+    /// The control plane's runtime does not take a socket.
+    #[error("cannot serve the side port: {0}")]
+    Runtime(io::Error),
     /// The metrics exporter cannot be built.
     #[error("cannot set up metrics: {0}")]
     Metrics(#[from] BuildError),
@@ -78,6 +81,9 @@ pub enum RunError {
     /// A worker's thread ended.
     #[error("worker {0} ended unexpectedly")]
     WorkerEnded(usize),
+    /// A task of the control plane panicked.
+    #[error("a task of the control plane panicked; the log has its words")]
+    TaskPanicked,
     /// The side port's server ended.
     #[error("the side port ended: {0}")]
     Api(io::Error),

@@ -10,25 +10,30 @@ mod pools;
 
 use std::future::IntoFuture as _;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use tokio::task::JoinSet;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tokio_util::task::{AbortOnDropHandle, TaskTracker};
+use tokio_util::task::AbortOnDropHandle;
 use tracing_appender::non_blocking::WorkerGuard;
 
 pub use self::error::{RunError, StartError};
 use self::pools::{Prepared, prepare};
-use crate::api::{self, ListenerView, PoolView, State};
-use crate::config::{self, Config, Pool};
+use crate::api::{self, ListenerView, State};
+use crate::config::{self, Config};
 use crate::limits;
 use crate::metrics::{self, Exporter};
 use crate::proxy::access_log::AccessLog;
+use crate::proxy::socket::{self, TcpOptions, Unserved};
 use crate::proxy::stats::ListenerStats;
-use crate::proxy::{self, Intercept, Proxy, Route, socket};
+use crate::proxy::{self, Intercept, Proxy};
+
+/// Connections to the side port that the kernel queues.
+const API_BACKLOG: u16 = 1024;
 
 /// Between foldings of recorded durations.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -53,9 +58,9 @@ pub struct App {
     stop_replicas: DropGuard,
     /// Ends before `ready` is taken back, or it might say so afterwards.
     becoming_ready: AbortOnDropHandle<()>,
-    supervisors: TaskTracker,
-    /// Tasks that have nothing to finish.
-    tasks: Vec<AbortOnDropHandle<()>>,
+    supervisors: JoinSet<()>,
+    /// Tasks that run as long as the app, and have nothing to finish.
+    tasks: JoinSet<()>,
     /// Writes what the access log has queued when the app ends.
     _access_log: Option<WorkerGuard>,
 }
@@ -68,16 +73,15 @@ impl App {
     /// When anything the config asks for is not to be had; then nothing is left running.
     pub async fn start(config: Config, environment: Environment) -> Result<Self, StartError> {
         let workers = config.workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-        let (max_pipes, max_connections) = capacity(&config);
+        let (max_pipes, max_connections) = capacity(&config, workers);
         let exporter = Exporter::new()?;
 
         let mut pools = Vec::new();
         for (n, pool) in config.pools.iter().enumerate() {
-            pools.push(prepare(&format!("pools[{n}]"), pool, &environment).await?);
+            pools.push(prepare(&format!("pools[{n}]"), pool, &environment, &exporter).await?);
         }
-        let api_place = || "api.listen".to_owned();
-        let api = tokio::net::TcpListener::bind(config.api.listen).await;
-        let api = api.map_err(|error| StartError::Listen { place: api_place(), address: config.api.listen, error })?;
+        let api = listen("api.listen", config.api.listen, 1, API_BACKLOG, &config.tcp, Unserved::End)?.remove(0);
+        let api = tokio::net::TcpListener::from_std(api).map_err(StartError::Runtime)?;
         let api_address = api.local_addr().unwrap_or(config.api.listen);
         let (intercept, intercepted) = api::status::intercept();
         let mut listeners = Vec::new();
@@ -106,22 +110,20 @@ impl App {
             started: Instant::now(),
             ready: AtomicBool::new(false),
             listeners: listener_views,
-            pools: std::iter::zip(&config.pools, &pools).map(|(pool, prepared)| pool_view(pool, prepared)).collect(),
+            pools: pools.iter().map(|pool| pool.route.clone()).collect(),
+            tcp: config.tcp,
             workers: proxy.workers().to_vec(),
             exporter,
             access_log_dropped,
             max_connections,
         });
 
-        let (stop_replicas, supervisors) = (CancellationToken::new(), TaskTracker::new());
-        let mut tasks = Vec::new();
-        let mut background = |task: tokio::task::JoinHandle<()>| tasks.push(AbortOnDropHandle::new(task));
-        for prepared in pools {
-            prepared.start(&stop_replicas, &supervisors, &mut background);
+        let (stop_replicas, mut supervisors, mut tasks) = (CancellationToken::new(), JoinSet::new(), JoinSet::new());
+        for pool in pools {
+            pool.start(&stop_replicas, &mut supervisors, &mut tasks);
         }
-        background(tokio::spawn(api::status::answer(Arc::clone(&state), intercepted)));
-        background(tokio::spawn(upkeep(Arc::clone(&state))));
-        supervisors.close();
+        tasks.spawn(api::status::answer(Arc::clone(&state), intercepted));
+        tasks.spawn(upkeep(Arc::clone(&state)));
         let becoming_ready = AbortOnDropHandle::new(tokio::spawn(become_ready(Arc::clone(&state))));
         let stop_replicas = stop_replicas.drop_guard();
         Ok(Self {
@@ -159,6 +161,9 @@ impl App {
             () = shutdown => Ok(()),
             ended = &mut api => Err(RunError::Api(ended.err().unwrap_or_else(|| io::ErrorKind::Other.into()))),
             ended = self.proxy.worker_ended() => Err(RunError::WorkerEnded(ended.unwrap_or_default())),
+            // Better to be started anew than to balance over what is no more.
+            () = panicked(&mut self.tasks) => Err(RunError::TaskPanicked),
+            () = panicked(&mut self.supervisors) => Err(RunError::TaskPanicked),
         };
         drop(self.becoming_ready);
         self.state.ready.store(false, Ordering::Relaxed);
@@ -166,12 +171,12 @@ impl App {
         let drained = async {
             while self.proxy.worker_ended().await.is_some() {}
             drop(self.stop_replicas);
-            self.supervisors.wait().await;
+            while self.supervisors.join_next().await.is_some() {}
         };
         // The side port goes on to show how the connections drain.
         tokio::select! {
             () = drained => {}
-            _ = &mut api, if outcome.is_ok() => {}
+            _ = &mut api, if !matches!(outcome, Err(RunError::Api(_))) => {}
         }
         drop(self.tasks);
         outcome
@@ -179,25 +184,47 @@ impl App {
 }
 
 /// Pipes and connections that fit under the limit on open files, or less where the config says so.
-fn capacity(config: &Config) -> (usize, usize) {
+fn capacity(config: &Config, workers: usize) -> (usize, usize) {
     let open_files = limits::open_files();
     let fitting = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+    let share = fitting(limits::pipes(open_files));
     let pipes = match (config.relay.splice, config.relay.max_pipes) {
         (false, _) => 0,
-        (true, Some(pipes)) => pipes,
-        (true, None) => fitting(limits::pipes(open_files)),
+        (true, None) => share,
+        (true, Some(wanted)) => at_most("relay.max_pipes", wanted, share, open_files),
     };
-    let most = fitting(limits::connections(open_files, pipes as u64));
-    let wanted = config.max_connections.unwrap_or(most);
+    // A listening socket for each worker and what its runtime needs; a check for each backend, and for a
+    // replica its port and its output too.
+    let sockets = workers * (config.listeners.len() + 3);
+    let backends: usize = config.pools.iter().map(|pool| 4 * pool.provider.backends()).sum();
+    let most = fitting(limits::connections(open_files, pipes as u64, (sockets + backends) as u64));
+    let connections =
+        config.max_connections.map_or(most, |wanted| at_most("max_connections", wanted, most, open_files));
+    (pipes, connections)
+}
+
+fn at_most(key: &str, wanted: usize, most: usize, open_files: u64) -> usize {
     if wanted > most {
         tracing::warn!(
-            max_connections = wanted,
+            wanted,
             open_files,
             using = most,
-            "max_connections is more than the limit on open files allows: raise it (ulimit -n), or lower max_connections"
+            "{key} is more than the limit on open files allows: raise it (ulimit -n), or lower {key}"
         );
     }
-    (pipes, wanted.min(most))
+    wanted.min(most)
+}
+
+fn listen(
+    place: &str,
+    address: SocketAddr,
+    count: usize,
+    backlog: u16,
+    tcp: &TcpOptions,
+    unserved: Unserved,
+) -> Result<Vec<TcpListener>, StartError> {
+    let sockets = socket::listen(address, count, backlog.into(), tcp, unserved);
+    sockets.map_err(|error| StartError::Listen { place: place.to_owned(), address, error })
 }
 
 fn bind(
@@ -213,30 +240,18 @@ fn bind(
     let (pool, prepared) = std::iter::zip(&config.pools, pools)
         .find(|(pool, _)| pool.name == listener.pool)
         .unwrap_or((&config.pools[0], &pools[0]));
-    let sockets = socket::listen(listener.listen, workers, listener.backlog.into(), &config.tcp).map_err(|error| {
-        StartError::Listen { place: format!("listeners[{n}].listen"), address: listener.listen, error }
-    })?;
+    let place = format!("listeners[{n}].listen");
+    let sockets = listen(&place, listener.listen, workers, listener.backlog, &config.tcp, Unserved::Reset)?;
     let view = ListenerView {
         name: listener.name.as_str().into(),
         address: sockets[0].local_addr().unwrap_or(listener.listen),
         pool: pool.name.as_str().into(),
         stats: Arc::new(ListenerStats::default()),
     };
-    let route = Route {
-        pool: Arc::clone(&view.pool),
-        key: pool.key,
-        table: prepared.table.clone(),
-        connect_timeout: pool.connect.timeout,
-        connect_attempts: pool.connect.attempts.into(),
-        idle: pool.timeouts.idle,
-        half_closed: pool.timeouts.half_closed,
-        drain: pool.drain,
-        connect_seconds: exporter.histogram(&metrics::CONNECT_SECONDS, &[&pool.name]),
-    };
     let bound = proxy::Listener {
         name: Arc::clone(&view.name),
         sockets,
-        route,
+        route: prepared.route.clone(),
         stats: Arc::clone(&view.stats),
         intercept: listener.answer_status.then(|| intercept.clone()),
         connection_seconds: exporter.histogram(&metrics::CONNECTION_SECONDS, &[&listener.name]),
@@ -244,14 +259,14 @@ fn bind(
     Ok((view, bound))
 }
 
-fn pool_view(pool: &Pool, prepared: &Prepared) -> PoolView {
-    PoolView {
-        name: pool.name.as_str().into(),
-        key: pool.key,
-        table: prepared.table.clone(),
-        connect_timeout: pool.connect.timeout,
-        connect_attempts: pool.connect.attempts.into(),
+/// Waits until one of the tasks panics.
+async fn panicked(tasks: &mut JoinSet<()>) {
+    while let Some(ended) = tasks.join_next().await {
+        if ended.is_err() {
+            return;
+        }
     }
+    std::future::pending::<()>().await;
 }
 
 /// Ready once every pool has had a healthy backend.

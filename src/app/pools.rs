@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use super::{Environment, StartError};
 use crate::config::{self, Pool, Provider};
@@ -15,20 +15,27 @@ use crate::control::publisher::Publisher;
 use crate::control::supervisor::plan::Policy;
 use crate::control::supervisor::process::{self, Ports};
 use crate::control::{Event, supervisor};
-use crate::table::TableCell;
+use crate::metrics::{self, Exporter};
+use crate::proxy::Route;
 
 /// How long a new replica may fail its checks and still count as starting.
 const STARTING_GRACE: Duration = Duration::from_secs(10);
 
 /// A pool that is ready to be started: everything that can fail has been done.
 pub(super) struct Prepared {
+    /// How listeners and side port get to it.
+    pub(super) route: Route,
     publisher: Publisher,
-    pub(super) table: TableCell,
     supervisor: Option<(process::Settings, Ports)>,
     health: Option<health::Settings>,
 }
 
-pub(super) async fn prepare(place: &str, pool: &Pool, environment: &Environment) -> Result<Prepared, StartError> {
+pub(super) async fn prepare(
+    place: &str,
+    pool: &Pool,
+    environment: &Environment,
+    exporter: &Exporter,
+) -> Result<Prepared, StartError> {
     let name: Arc<str> = pool.name.as_str().into();
     let mut known = Vec::new();
     let mut supervisor = None;
@@ -57,7 +64,7 @@ pub(super) async fn prepare(place: &str, pool: &Pool, environment: &Environment)
             grace = STARTING_GRACE;
         }
     }
-    let publisher = Publisher::new(name, pool.ring, pool.health_check.is_some(), known, Instant::now());
+    let publisher = Publisher::new(Arc::clone(&name), pool.ring, pool.health_check.is_some(), known, Instant::now());
     let health = pool.health_check.as_ref().map(|check| health::Settings {
         probe: match &check.http_path {
             None => Probe::Tcp,
@@ -69,7 +76,18 @@ pub(super) async fn prepare(place: &str, pool: &Pool, environment: &Environment)
         fall: check.fall,
         grace,
     });
-    Ok(Prepared { table: publisher.table(), publisher, supervisor, health })
+    let route = Route {
+        key: pool.key,
+        table: publisher.table(),
+        connect_timeout: pool.connect.timeout,
+        connect_attempts: pool.connect.attempts.into(),
+        idle: pool.timeouts.idle,
+        half_closed: pool.timeouts.half_closed,
+        drain: pool.drain,
+        connect_seconds: exporter.histogram(&metrics::CONNECT_SECONDS, &[&name]),
+        pool: name,
+    };
+    Ok(Prepared { route, publisher, supervisor, health })
 }
 
 fn prepare_process(
@@ -80,7 +98,9 @@ fn prepare_process(
     environment: &Environment,
 ) -> Result<(process::Settings, Ports), StartError> {
     let program = process.command.first().map_or("", String::as_str);
-    if !supervisor::process::is_runnable(program) {
+    // With a placeholder in it, or another PATH, only the start will tell.
+    let is_known = !program.contains('{') && !process.env.iter().any(|(name, _)| name == "PATH");
+    if is_known && !supervisor::process::is_runnable(program) {
         return Err(StartError::NoProgram { place: format!("{place}.command"), program: program.to_owned() });
     }
     let ports = Ports::reserve(process.ports, slots.len())
@@ -104,17 +124,12 @@ fn prepare_process(
 }
 
 impl Prepared {
-    /// Starts its tasks: those that have to be waited for with `supervisors`, the others with `background`.
-    pub(super) fn start(
-        self,
-        stop: &CancellationToken,
-        supervisors: &TaskTracker,
-        background: &mut impl FnMut(tokio::task::JoinHandle<()>),
-    ) {
+    /// Starts its tasks: those that have something to finish with `supervisors`.
+    pub(super) fn start(self, stop: &CancellationToken, supervisors: &mut JoinSet<()>, tasks: &mut JoinSet<()>) {
         let (events, queue): (mpsc::Sender<Event>, _) = Publisher::queue();
-        background(tokio::spawn(self.publisher.run(queue)));
+        tasks.spawn(self.publisher.run(queue));
         if let Some(settings) = self.health {
-            background(tokio::spawn(health::check_all(self.table, settings, events.clone())));
+            tasks.spawn(health::check_all(self.route.table, settings, events.clone()));
         }
         if let Some((settings, ports)) = self.supervisor {
             supervisors.spawn(process::supervise(settings, ports, events, stop.clone()));

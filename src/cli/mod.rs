@@ -6,6 +6,7 @@
 pub(crate) mod run;
 pub(crate) mod status;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -106,6 +107,8 @@ impl Common {
         let builder = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(std::io::stderr)
+            // It would panic where nobody reads standard error any more, and take a task of ours with it.
+            .log_internal_errors(false)
             .with_ansi(std::io::stderr().is_terminal());
         match self.log_format {
             LogFormat::Text => builder.with_target(false).init(),
@@ -117,8 +120,17 @@ impl Common {
 
 pub(crate) fn check(common: &Common) -> Result<(), Failure> {
     let (config, origin) = common.config()?;
-    print!("# {origin}, with every default filled in\n{}", config.to_yaml());
-    Ok(())
+    print(&format!("# {origin}, with every default filled in\n{}", config.to_yaml()))
+}
+
+/// To standard output. A reader that has seen enough (`ringway check | head`) is no failure.
+fn print(text: &str) -> Result<(), Failure> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(anyhow::anyhow!("cannot write to standard output: {error}").into())
+        }
+        _ => Ok(()),
+    }
 }
 
 pub(crate) fn echo_server(options: echo_server::Options) -> Result<(), Failure> {

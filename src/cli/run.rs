@@ -1,5 +1,6 @@
 //! `ringway run`: the main job, from the config to the exit code.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 
 use ringway::api::status::Status;
@@ -16,28 +17,37 @@ pub(crate) fn run(common: &Common) -> Result<(), Failure> {
     let (before, _) = limits::raise_open_files();
     let executable = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
     let environment = Environment { executable, replica_open_files: Some(before) };
-    runtime()?.block_on(async {
+    let runtime = runtime()?;
+    let outcome = runtime.block_on(async {
         let signals = Signals::new().map_err(|error| anyhow::anyhow!("cannot listen for signals: {error}"))?;
-        let app = App::start(config, environment).await?;
-        if common.log_format == LogFormat::Text {
-            eprint!("{}", banner(&app, &origin));
-        }
         let stop = CancellationToken::new();
-        tokio::spawn(obey(signals, stop.clone()));
-        app.run(stop.cancelled_owned()).await.map_err(|error| Failure::Other(error.into()))?;
+        let second = tokio::spawn(obey(signals, stop.clone()));
+        let app = tokio::select! {
+            app = App::start(config, environment) => app?,
+            () = stop.cancelled() => return Ok(()),
+        };
+        if common.log_format == LogFormat::Text {
+            // Nobody may be reading it any more.
+            let _ = std::io::stderr().write_all(banner(&app, &origin).as_bytes());
+        }
+        tokio::select! {
+            ended = app.run(stop.cancelled_owned()) => ended.map_err(|error| Failure::Other(error.into()))?,
+            _ = second => return Err(anyhow::anyhow!("ended at once by a second signal").into()),
+        }
         tracing::info!("stopped");
         Ok(())
-    })
+    });
+    // Not waiting for name look-ups under way. Dropping its tasks ends the replicas.
+    runtime.shutdown_background();
+    outcome
 }
 
-/// The first signal stops in order, the second at once.
+/// The first signal stops in order; done at the second.
 async fn obey(mut signals: Signals, stop: CancellationToken) {
     let name = signals.next().await;
     tracing::info!(signal = name, "stopping: open connections may finish; once more to exit at once");
     stop.cancel();
     signals.next().await;
-    tracing::warn!("exiting at once");
-    std::process::exit(1);
 }
 
 struct Signals {

@@ -13,7 +13,7 @@ use ringway::api::status::{Connections, Member, Status};
 use ringway::http_client::exchange;
 use tokio::net::TcpStream;
 
-use super::{Common, Failure, runtime};
+use super::{Common, Failure, print, runtime};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -36,12 +36,11 @@ pub(crate) fn status(common: &Common, options: &Options) -> Result<(), Failure> 
     };
     let answer = runtime()?.block_on(ask(reachable(address)))?;
     if options.json {
-        print!("{}", String::from_utf8_lossy(&answer));
+        print(&format!("{}\n", String::from_utf8_lossy(&answer)))
     } else {
         let status = serde_json::from_slice(&answer).context("the side port's answer is not a status")?;
-        print!("{}", table(&status));
+        print(&table(&status))
     }
-    Ok(())
 }
 
 async fn ask(address: SocketAddr) -> anyhow::Result<Bytes> {

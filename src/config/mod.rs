@@ -166,6 +166,16 @@ pub enum Provider {
     Process(Process),
 }
 
+impl Provider {
+    /// How many backends it has.
+    pub fn backends(&self) -> usize {
+        match self {
+            Self::Static(backends) => backends.len(),
+            Self::Process(process) => process.replicas as usize,
+        }
+    }
+}
+
 /// A backend listed in the config.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StaticBackend {

@@ -10,7 +10,7 @@ use serde_yaml::Value;
 
 use super::parse_pool::pool;
 use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, hint, name, narrow, show};
-use super::{AccessLog, Api, Config, Fault, Listener, Pool, Relay};
+use super::{AccessLog, Api, Config, Fault, Listener, Pool, Process, Provider, Relay};
 use crate::proxy::access_log::Format;
 use crate::proxy::socket::{Keepalive, TcpOptions};
 
@@ -41,6 +41,7 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     duplicate_names(&faults, "listeners", listeners.iter().map(|listener| listener.name.as_str()));
     duplicate_names(&faults, "pools", pools.iter().map(|pool| pool.name.as_str()));
     clashing_addresses(&faults, &listeners, &api);
+    clashing_ports(&faults, &pools, &listeners, &api);
 
     let faults = faults.into_vec();
     if faults.is_empty() {
@@ -59,7 +60,7 @@ fn relay(mut section: Section<'_>) -> Relay {
 
 fn tcp(mut section: Section<'_>) -> TcpOptions {
     let keepalive = keepalive(&mut section);
-    let user_timeout = section.duration("user_timeout", Duration::ZERO..=DAY, 10 * MINUTE);
+    let user_timeout = section.duration("user_timeout", Duration::ZERO..=DAY, Duration::ZERO);
     section.finish();
     TcpOptions { keepalive, user_timeout }
 }
@@ -142,6 +143,28 @@ fn duplicate_names<'a>(faults: &Faults, list: &str, names: impl Iterator<Item = 
         if let Some(first) = seen.insert(name, n) {
             faults.add(&format!("{list}[{n}].name"), format_args!("{name:?} is the name of {list}[{first}] too"));
         }
+    }
+}
+
+/// Replicas listen on 127.0.0.1, each range for itself.
+fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Listener], api: &Api) {
+    let on_loopback = |address: SocketAddr| {
+        address.is_ipv4() && (address.ip().is_unspecified() || address.ip().is_loopback()) && address.port() != 0
+    };
+    let mut taken: Vec<(String, u16, u16)> = Vec::new();
+    for (n, listener) in listeners.iter().enumerate().filter(|(_, listener)| on_loopback(listener.listen)) {
+        taken.push((format!("listeners[{n}].listen"), listener.listen.port(), listener.listen.port()));
+    }
+    if on_loopback(api.listen) {
+        taken.push(("api.listen".to_owned(), api.listen.port(), api.listen.port()));
+    }
+    for (n, pool) in pools.iter().enumerate() {
+        let Provider::Process(Process { ports: Some((first, last)), .. }) = pool.provider else { continue };
+        let path = format!("pools[{n}].provider.process.ports");
+        if let Some((other, ..)) = taken.iter().find(|&&(_, from, to)| first <= to && from <= last) {
+            faults.add(&path, format_args!("{first}-{last} overlaps {other}: choose other ports"));
+        }
+        taken.push((path, first, last));
     }
 }
 

@@ -75,6 +75,10 @@ impl<'a> Item<'a> {
     /// Text. A number or truth value counts as text too: `command: [nc, -p, 80]`.
     pub(super) fn text(&self) -> Option<String> {
         match self.value {
+            Value::String(text) if text.contains('\0') => {
+                self.fault("has a NUL character: take it out");
+                None
+            }
             Value::String(text) => Some(text.clone()),
             Value::Number(number) => Some(number.to_string()),
             Value::Bool(truth) => Some(truth.to_string()),

@@ -1,7 +1,6 @@
 //! Stage admit: looks at a connection's first bytes where the listener asks for it, consuming none.
 
 use std::io;
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
@@ -33,12 +32,7 @@ pub(super) enum Admission {
 }
 
 /// Hands the connection over where its first bytes say so.
-pub(super) async fn admit(
-    client: TcpStream,
-    peer: SocketAddr,
-    permit: OwnedSemaphorePermit,
-    intercept: Option<&Intercept>,
-) -> Admission {
+pub(super) async fn admit(client: TcpStream, permit: OwnedSemaphorePermit, intercept: Option<&Intercept>) -> Admission {
     let Some(intercept) = intercept else { return Admission::Relay(client, permit) };
     let wanted = Instant::now() + FIRST_BYTES;
     match tokio::time::timeout_at(wanted, begins_with(&client, intercept.first_bytes)).await {
@@ -51,7 +45,7 @@ pub(super) async fn admit(
     let Ok(place) = intercept.taker.try_reserve() else { return Admission::Relay(client, permit) };
     end_cleanly(&client);
     if let Ok(stream) = client.into_std() {
-        place.send(Intercepted { stream, peer, permit });
+        place.send(Intercepted { stream, permit });
     }
     Admission::HandedOver
 }

@@ -22,14 +22,20 @@ const TRIES: u32 = 50;
 
 /// A backend that answered.
 #[derive(Debug)]
-pub(super) struct Connected<'a> {
-    pub(super) backend: &'a Backend,
-    pub(super) address: SocketAddr,
-    pub(super) stream: TcpStream,
+pub struct Connected<'a> {
+    /// Which one.
+    pub backend: &'a Backend,
+    /// Where it answered.
+    pub address: SocketAddr,
+    /// The connection.
+    pub stream: TcpStream,
 }
 
-/// Tries the candidates in their order, at most `connect_attempts` of them.
-pub(super) async fn connect<'a>(
+/// Tries the candidates in their order, at most `connect_attempts` of them. Counts each try for its backend.
+///
+/// # Errors
+/// When none answers.
+pub async fn connect<'a>(
     candidates: impl Iterator<Item = (&'a Backend, SocketAddr)>,
     route: &Route,
     tcp: &TcpOptions,

@@ -10,7 +10,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, BytesMut};
-use rustix::io::{Errno, ioctl_fionread};
+use rustix::io::Errno;
 use tokio::io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -106,9 +106,13 @@ impl Direction {
             } else {
                 ready!(self.copy(cx, source, sink, worker, traffic))?
             };
+            let read = match read {
+                Read::Unsure => ready!(self.copy(cx, source, sink, worker, traffic))?,
+                sure => sure,
+            };
             match read {
                 Read::Bytes(n) => turn += n,
-                Read::Nothing => {}
+                Read::Nothing | Read::Unsure => {}
                 Read::End => {
                     self.ended = true;
                     if !self.last_words {
@@ -202,10 +206,10 @@ impl Direction {
             self.path = Path::Copy;
             return Poll::Ready(Ok(Read::Nothing));
         };
-        // Within `try_io`, so that EAGAIN clears the readiness; the pipe is empty, so EAGAIN is the socket's.
+        // The pipe is empty, so EAGAIN is the socket's.
         let filled = source.try_io(Interest::READABLE, || match pipe.fill(source) {
-            // It stops at urgent data too, as if the socket were empty. Then a plain read goes on.
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock && ioctl_fionread(source)? > 0 => Ok(0),
+            // The readiness stays set: the plain read that follows clears it where the socket is really empty.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
             other => other,
         });
         if let Ok(1..) = filled {
@@ -214,11 +218,9 @@ impl Direction {
             worker.pipes.borrow_mut().give(pipe);
         }
         Poll::Ready(match filled {
-            // The end of the stream, or urgent data: only a plain read can tell.
-            Ok(0) => {
-                (self.path, self.run) = (Path::Copy, 0);
-                Ok(Read::Nothing)
-            }
+            // An empty socket, the stream's end, or urgent data, at which splice stops as at either: only a
+            // plain read can tell.
+            Ok(0) => Ok(Read::Unsure),
             Ok(moved) => {
                 if self.counts(moved < SMALL, SMALL_READS) {
                     self.path = Path::Copy;
@@ -250,5 +252,7 @@ enum Read {
     Bytes(usize),
     /// Nothing yet; look again, which registers for more.
     Nothing,
+    /// Splice alone cannot tell; read plainly.
+    Unsure,
     End,
 }

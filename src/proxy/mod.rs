@@ -33,7 +33,7 @@ mod sweep;
 mod worker;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,6 +42,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use self::access_log::AccessLog;
+pub use self::connect::{Connected, connect};
 use self::key::KeyKind;
 use self::socket::TcpOptions;
 use self::stats::{ListenerStats, WorkerStats};
@@ -118,8 +119,6 @@ pub struct Intercept {
 pub struct Intercepted {
     /// In non-blocking mode, nothing read.
     pub stream: std::net::TcpStream,
-    /// The client's address.
-    pub peer: SocketAddr,
     /// Its place under `max_connections`, to be kept as long as the stream.
     pub permit: OwnedSemaphorePermit,
 }

@@ -83,7 +83,12 @@ impl Relay {
     /// Looks for a broken side that no read or write would meet: of a stream that has ended, or that waits
     /// for its sink, nothing is read.
     fn inspect(&self) -> Option<End> {
-        let of = |side, stream: &TcpStream| stream.take_error().ok().flatten().map(|error| reason(side, &error));
+        let of = |side, stream: &TcpStream| {
+            // A socket that has a peer lives: an error on it is a passing one, which TCP gets over. One without may
+            // have ended cleanly on both sides, with bytes in it that wait to be read.
+            stream.peer_addr().err()?;
+            stream.take_error().ok().flatten().map(|error| reason(side, &error))
+        };
         of(Side::Client, &self.client).or_else(|| of(Side::Backend, &self.backend))
     }
 

@@ -21,7 +21,7 @@ use super::stats::End;
 pub(super) async fn session(client: TcpStream, peer: SocketAddr, permit: OwnedSemaphorePermit, lane: Rc<Lane>) {
     let mut account = Account::open(&lane, peer);
 
-    let (client, _permit) = match Box::pin(admit::admit(client, peer, permit, lane.intercept.as_ref())).await {
+    let (client, _permit) = match Box::pin(admit::admit(client, permit, lane.intercept.as_ref())).await {
         Admission::Relay(client, permit) => (client, permit),
         Admission::HandedOver => return account.close(Outcome::Ended(End::Answered)),
         Admission::Broken => return account.close(Outcome::Ended(End::ClientReset)),

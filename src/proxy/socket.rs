@@ -46,6 +46,15 @@ impl TcpOptions {
     }
 }
 
+/// How an accepted connection closes that was not handed to [`end_cleanly`] yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unserved {
+    /// By RST, as where nothing listens: nobody takes it for a clean end.
+    Reset,
+    /// By FIN.
+    End,
+}
+
 /// Binds `address` once for each of `count` workers, and to nobody else.
 ///
 /// With `SO_REUSEPORT` a second process of the same user would bind the same address without an error and
@@ -54,15 +63,21 @@ impl TcpOptions {
 ///
 /// # Errors
 /// The system's, as from `bind` and `listen`.
-pub fn listen(address: SocketAddr, count: usize, backlog: i32, options: &TcpOptions) -> io::Result<Vec<TcpListener>> {
-    let first = unbound(address, options)?;
+pub fn listen(
+    address: SocketAddr,
+    count: usize,
+    backlog: i32,
+    options: &TcpOptions,
+    unserved: Unserved,
+) -> io::Result<Vec<TcpListener>> {
+    let first = unbound(address, options, unserved)?;
     first.bind(&address.into())?;
     first.listen(backlog)?;
     first.set_reuse_port(true)?;
     let address = first.local_addr()?;
     let mut sockets = vec![first.into()];
     for _ in 1..count {
-        let sibling = unbound(address.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?, options)?;
+        let sibling = unbound(address.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?, options, unserved)?;
         sibling.set_reuse_port(true)?;
         sibling.bind(&address)?;
         sibling.listen(backlog)?;
@@ -71,7 +86,7 @@ pub fn listen(address: SocketAddr, count: usize, backlog: i32, options: &TcpOpti
     Ok(sockets)
 }
 
-fn unbound(address: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
+fn unbound(address: SocketAddr, options: &TcpOptions, unserved: Unserved) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     // Connections of an earlier run may still be in TIME_WAIT.
@@ -81,13 +96,15 @@ fn unbound(address: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
         socket.set_only_v6(true)?;
     }
     options.apply(&SockRef::from(&socket))?;
-    // Inherited by accepted sockets: until a backend serves it, a connection is closed by a reset.
-    socket.set_linger(Some(Duration::ZERO))?;
+    if unserved == Unserved::Reset {
+        // Accepted sockets inherit it, those included that the kernel completes before anyone accepts.
+        socket.set_linger(Some(Duration::ZERO))?;
+    }
     Ok(socket)
 }
 
-/// Makes closing the socket send what is queued and then FIN. Until then a client's socket sends RST, which it
-/// has inherited from the listening one: whatever ends a connection that nobody serves yet, a panic or the
+/// Makes closing the socket send what is queued and then FIN. Until then a client's socket sends RST
+/// ([`Unserved::Reset`]): whatever ends a connection that nobody serves yet, a panic or the
 /// runtime's end included, it never looks like a clean end.
 pub(super) fn end_cleanly(stream: &TcpStream) {
     // Fails only on a socket that is already gone.
@@ -115,20 +132,21 @@ mod tests {
 
     #[test]
     fn siblings_share_a_port_and_strangers_are_refused() {
-        let sockets = listen(any_port(), 3, 16, &OPTIONS).unwrap();
+        let sockets = listen(any_port(), 3, 16, &OPTIONS, Unserved::Reset).unwrap();
         let address = sockets[0].local_addr().unwrap();
         assert!(sockets.iter().all(|socket| socket.local_addr().unwrap() == address));
-        let error = listen(address, 1, 16, &OPTIONS).unwrap_err();
+        let error = listen(address, 1, 16, &OPTIONS, Unserved::Reset).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         drop(sockets);
-        listen(address, 2, 16, &OPTIONS).unwrap();
+        listen(address, 2, 16, &OPTIONS, Unserved::Reset).unwrap();
     }
 
     #[test]
     fn of_many_at_once_one_gets_the_port() {
-        let address = listen(any_port(), 1, 16, &OPTIONS).unwrap()[0].local_addr().unwrap();
+        let address = listen(any_port(), 1, 16, &OPTIONS, Unserved::Reset).unwrap()[0].local_addr().unwrap();
         let results: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| listen(address, 2, 16, &OPTIONS))).collect();
+            let threads: Vec<_> =
+                (0..8).map(|_| scope.spawn(|| listen(address, 2, 16, &OPTIONS, Unserved::Reset))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
@@ -136,7 +154,7 @@ mod tests {
 
     #[test]
     fn accepted_sockets_inherit_the_options() {
-        let sockets = listen(any_port(), 1, 16, &OPTIONS).unwrap();
+        let sockets = listen(any_port(), 1, 16, &OPTIONS, Unserved::Reset).unwrap();
         sockets[0].set_nonblocking(false).unwrap();
         let _client = std::net::TcpStream::connect(sockets[0].local_addr().unwrap()).unwrap();
         let (accepted, _) = sockets[0].accept().unwrap();

@@ -8,8 +8,7 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::Route;
-use super::lane::Progress;
-use super::lane::Worker;
+use super::lane::{Progress, Worker};
 use super::stats::End;
 
 /// Longest time between sweeps: how far the counters of a long connection may lag.
@@ -25,7 +24,7 @@ pub(super) fn tick(route: &Route) -> Duration {
 
 /// Sweeps every `tick` until the worker ends.
 pub(super) async fn sweep(worker: Rc<Worker>, tick: Duration, stop: CancellationToken) {
-    let started = Instant::now();
+    let mut last = Instant::now();
     let mut interval = tokio::time::interval(tick);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stopped = None;
@@ -34,10 +33,13 @@ pub(super) async fn sweep(worker: Rc<Worker>, tick: Duration, stop: Cancellation
             _ = interval.tick() => {}
             () = stop.cancelled(), if stopped.is_none() => {}
         }
-        let now = started.elapsed();
+        // Where the whole worker stood still (a paused machine, a starved one), connections had no chance to be
+        // active: that time does not count.
+        let now = worker.clock.get() + last.elapsed().min(2 * tick);
+        last = Instant::now();
         worker.clock.set(now);
         if stop.is_cancelled() && stopped.is_none() {
-            stopped = Some(now);
+            stopped = Some(last);
             interval = tokio::time::interval(tick.min(STOPPING));
         }
         for (_, progress) in worker.open.borrow().iter() {
@@ -56,17 +58,16 @@ pub(super) async fn sweep(worker: Rc<Worker>, tick: Duration, stop: Cancellation
     }
 }
 
-/// Activity is stamped with the time of the sweep before it, so a timeout counts from one tick later: a
-/// connection may live a little longer than configured, never shorter.
-fn verdict(progress: &Progress, now: Duration, tick: Duration, stopped: Option<Duration>) -> Option<End> {
+/// Activity is stamped with the time of the sweep before it, which may be two ticks ago, so a timeout counts
+/// from then: a connection may live a little longer than configured, never shorter.
+fn verdict(progress: &Progress, now: Duration, tick: Duration, stopped: Option<Instant>) -> Option<End> {
     let route = &progress.lane.route;
-    let silent = now.saturating_sub(progress.last_active.get()).saturating_sub(tick);
+    let silent = now.saturating_sub(progress.last_active.get()).saturating_sub(2 * tick);
     if progress.half_closed.get() && silent >= route.half_closed {
         return Some(End::HalfClosedTimeout);
     }
     if silent >= route.idle {
         return Some(End::IdleTimeout);
     }
-    let draining = stopped.map(|stopped| now.saturating_sub(stopped));
-    draining.filter(|&draining| draining >= route.drain).map(|_| End::Shutdown)
+    stopped.filter(|stopped| stopped.elapsed() >= route.drain).map(|_| End::Shutdown)
 }

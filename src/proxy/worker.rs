@@ -61,7 +61,7 @@ pub(super) fn setups(
             stats: Arc::default(),
             tcp: settings.tcp,
             access_log: settings.access_log.clone(),
-            max_pipes: settings.max_pipes.div_ceil(workers),
+            max_pipes: settings.max_pipes / workers + usize::from(index < settings.max_pipes % workers),
             lanes: Vec::new(),
             limit: Arc::clone(limit),
             stop: stop.clone(),

@@ -3,6 +3,7 @@
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::SocketAddr;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -11,37 +12,45 @@ use tempfile::NamedTempFile;
 
 use super::{PATIENCE, eventually};
 
-/// A running `ringway`. Dropping it kills it, and with it its replicas.
+/// A running `ringway`. Dropped, it is killed, and with it its replicas.
 pub(crate) struct Program {
-    child: Child,
+    child: Killed,
     log: Arc<Mutex<String>>,
+    closed: Arc<AtomicBool>,
     _config: NamedTempFile,
 }
 
 impl Program {
     /// Starts `ringway run` with this config and waits until it listens.
     pub(crate) async fn start(yaml: &str) -> Self {
+        // The clients of the tests need descriptors too.
+        ringway::limits::raise_open_files();
         let config = file(yaml);
-        let mut child = Command::new(env!("CARGO_BIN_EXE_ringway"))
+        let child = Command::new(env!("CARGO_BIN_EXE_ringway"))
             .arg("--config")
             .arg(config.path())
             .stderr(Stdio::piped())
             .stdout(Stdio::null())
-            .spawn()
-            .unwrap();
+            .spawn();
+        let mut child = Killed(child.unwrap());
         let log = Arc::new(Mutex::new(String::new()));
-        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let stderr = BufReader::new(child.0.stderr.take().unwrap());
         let sink = Arc::clone(&log);
+        let closed = Arc::new(AtomicBool::new(false));
+        let close = Arc::clone(&closed);
         std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
+                if close.load(Ordering::Relaxed) {
+                    return;
+                }
                 let mut log = sink.lock().unwrap();
                 log.push_str(&line);
                 log.push('\n');
             }
         });
-        let mut program = Self { child, log, _config: config };
+        let mut program = Self { child, log, closed, _config: config };
         eventually("the banner", || {
-            assert!(program.child.try_wait().unwrap().is_none(), "it ended:\n{}", program.log());
+            assert!(program.child.0.try_wait().unwrap().is_none(), "it ended:\n{}", program.log());
             program.log().contains("ringway status\n")
         })
         .await;
@@ -49,11 +58,16 @@ impl Program {
     }
 
     pub(crate) fn pid(&self) -> Pid {
-        Pid::from_child(&self.child)
+        Pid::from_child(&self.child.0)
     }
 
     pub(crate) fn log(&self) -> String {
         self.log.lock().unwrap().clone()
+    }
+
+    /// Stops reading what it logs: with the next line the reading end is closed.
+    pub(crate) fn close_log(&self) {
+        self.closed.store(true, Ordering::Relaxed);
     }
 
     /// The address of the first listener, as the banner says.
@@ -95,7 +109,7 @@ impl Program {
     pub(crate) async fn ended(&mut self) -> ExitStatus {
         let mut status = None;
         eventually("the program's end", || {
-            status = self.child.try_wait().unwrap();
+            status = self.child.0.try_wait().unwrap();
             status.is_some()
         })
         .await;
@@ -104,23 +118,26 @@ impl Program {
 
     /// CPU time used so far, in clock ticks of 10 ms.
     pub(crate) fn cpu_ticks(&self) -> u64 {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.0.id())).unwrap();
         let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
         fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
     }
 
     /// Anonymous memory in bytes: what the program itself has allocated.
     pub(crate) fn memory(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.0.id())).unwrap();
         let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
     }
 }
 
-impl Drop for Program {
+/// A child that is killed when it is dropped.
+pub(crate) struct Killed(pub(crate) Child);
+
+impl Drop for Killed {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

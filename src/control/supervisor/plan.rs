@@ -94,7 +94,7 @@ impl Slot {
             // Ended because it was told to.
             Phase::Stopping => true,
         };
-        self.strikes = if lasted { 1 } else { self.strikes.saturating_add(1) };
+        self.strikes = if lasted { 0 } else { self.strikes.saturating_add(1) };
         let wait = self.backoff(policy);
         self.phase = Phase::Down { start_at: now + wait };
         wait

@@ -237,6 +237,17 @@ impl Supervisor {
             self.signal(slot, Signal::KILL);
         }
         while self.children.join_next().await.is_some() {}
+        self.pids.clear();
+    }
+}
+
+impl Drop for Supervisor {
+    /// Children die with their handles, and with this what they have started. After [`Supervisor::stop_all`]
+    /// there is nothing left.
+    fn drop(&mut self) {
+        for slot in 0..self.slots.len() {
+            self.signal(slot, Signal::KILL);
+        }
     }
 }
 
