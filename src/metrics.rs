@@ -67,7 +67,7 @@ metrics! {
     WORKER_CONNECTIONS: Gauge "worker_connections_active" ["worker"] "Connections that a worker serves at the moment";
     PIPES: Gauge "splice_pipes" ["worker"] "Pipes that a worker holds for splicing, in use or pooled";
     PIPE_SHORTAGES: Counter "splice_pipe_shortages_total" ["worker"] "Times a stream was copied because no pipe was to be had";
-    ACCESS_LOG_DROPPED: Counter "access_log_dropped_lines_total" [] "Lines of the access log dropped because its writer was behind";
+    ACCESS_LOG_LOST: Counter "access_log_lost_lines_total" [] "Lines that did not get into the access log: its writer was behind, or the file full";
     OPEN_FILES: Gauge "open_files" [] "File descriptors open at the moment";
     OPEN_FILES_LIMIT: Gauge "open_files_limit" [] "Most file descriptors that this process may have open";
     MAX_CONNECTIONS: Gauge "max_connections" [] "Most connections that are open at a time; more wait in the backlog";

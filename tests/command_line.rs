@@ -82,8 +82,10 @@ fn bad_arguments_and_bad_configs_are_exit_code_2() {
     for fault in ["3 faults", "workers: \"many\" is neither auto", "listeners: is empty", "pools: missing"] {
         assert!(stderr.contains(fault), "{stderr:?} lacks {fault:?}");
     }
-    let (code, _, stderr) = run(&["--log", "ringway=loud", "--config", "config.yaml"]);
-    assert_eq!(code, Some(2), "{stderr}");
+    for filter in ["ringway=loud", "debgu"] {
+        let (code, _, stderr) = run(&["--log", filter, "--config", "config.yaml"]);
+        assert_eq!(code, Some(2), "{stderr}");
+    }
 }
 
 #[test]

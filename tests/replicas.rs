@@ -147,6 +147,16 @@ async fn sigterm_and_ctrl_c_end_it_in_order_with_exit_code_0() {
 }
 
 #[tokio::test]
+async fn a_hangup_is_no_reason_to_end() {
+    let mut program = Program::start(&program_config()).await.ready().await;
+    program.signal(Signal::HUP);
+    eventually("a word about it", || program.log().contains("SIGHUP is ignored")).await;
+    assert_eq!(get(program.api(), "/readyz").await.0, 200);
+    program.signal(Signal::TERM);
+    assert_eq!(program.ended().await.code(), Some(0));
+}
+
+#[tokio::test]
 async fn a_second_signal_exits_at_once() {
     let yaml = config(THREE_REPLICAS, "", "drain: 1h");
     let mut program = Program::start(&yaml).await.ready().await;
@@ -159,6 +169,8 @@ async fn a_second_signal_exits_at_once() {
     program.signal(Signal::TERM);
     eventually("the first signal is seen", || program.log().contains("stopping")).await;
     eventually_async("not ready while it drains", async || get(program.api(), "/readyz").await.0 == 503).await;
+    // One that follows at once would count as the same.
+    tokio::time::sleep(Duration::from_millis(400)).await;
     program.signal(Signal::TERM);
     assert_eq!(program.ended().await.code(), Some(1));
     eventually("no child left", || !replicas.iter().any(|&pid| is_alive(pid))).await;

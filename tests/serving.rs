@@ -249,3 +249,15 @@ async fn the_access_log_has_a_text_form() {
         assert!(line.contains(part), "{line:?} lacks {part:?}");
     }
 }
+
+#[tokio::test]
+async fn lines_that_cannot_be_written_are_counted() {
+    let server = Server::echo("a").await;
+    let yaml = format!("access_log: {{ path: /dev/full }}\n{}", static_config(&[server.address], ""));
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    spread(&ringway, 3).await;
+    crate::harness::eventually_async("three lost lines", async || {
+        ringway.metric("ringway_access_log_lost_lines_total", &[]).await == 3.0
+    })
+    .await;
+}

@@ -24,11 +24,11 @@ use axum::extract::{DefaultBodyLimit, State as Extract};
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
-use tracing_appender::non_blocking::ErrorCounter;
 
 use self::error::Error;
 use crate::metrics::Exporter;
 use crate::proxy::Route;
+use crate::proxy::access_log::LostLines;
 use crate::proxy::socket::TcpOptions;
 use crate::proxy::stats::ListenerStats;
 use crate::proxy::stats::WorkerStats;
@@ -53,8 +53,8 @@ pub struct State {
     pub workers: Vec<Arc<WorkerStats>>,
     /// Renders the metrics.
     pub exporter: Exporter,
-    /// Counts lines that the access log dropped.
-    pub access_log_dropped: Option<ErrorCounter>,
+    /// Counts lines that did not get into the access log.
+    pub access_log_lost: Option<LostLines>,
     /// Connections of the whole process.
     pub max_connections: usize,
 }

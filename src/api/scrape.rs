@@ -12,6 +12,7 @@ use crate::backend::{Backend, ConnectFailure, Moved, State as BackendState};
 use crate::labels::{Label, Tally};
 use crate::limits;
 use crate::metrics::{self, Exporter, Metric};
+use crate::proxy::access_log::LostLines;
 use crate::proxy::stats::ListenerStats;
 use crate::table::Table;
 
@@ -34,8 +35,8 @@ fn text(state: &State) -> String {
         exporter.set(&metrics::PIPES, &worker, load(&stats.pipes));
         exporter.set(&metrics::PIPE_SHORTAGES, &worker, load(&stats.pipe_shortages));
     }
-    let dropped = state.access_log_dropped.as_ref().map_or(0, |dropped| dropped.dropped_lines() as u64);
-    exporter.set(&metrics::ACCESS_LOG_DROPPED, &[], dropped);
+    let lost = state.access_log_lost.as_ref().map_or(0, LostLines::count);
+    exporter.set(&metrics::ACCESS_LOG_LOST, &[], lost);
     exporter.set(&metrics::OPEN_FILES, &[], limits::open_files_now());
     exporter.set(&metrics::OPEN_FILES_LIMIT, &[], limits::open_files());
     exporter.set(&metrics::MAX_CONNECTIONS, &[], state.max_connections as u64);

@@ -30,7 +30,9 @@ pub enum StartError {
         error: io::Error,
     },
     /// A program is not there.
-    #[error("{place}: there is no program {program:?} to run; install it, or give its full path")]
+    #[error(
+        "{place}: there is no program {program:?} that could be run; install it, make it executable, or give its full path"
+    )]
     NoProgram {
         /// Key path.
         place: String,

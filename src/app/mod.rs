@@ -96,7 +96,7 @@ impl App {
         let (access_log, log_guard) = opened.transpose()?.unzip();
 
         let listener_views = listeners.iter().map(|(view, _)| view.clone()).collect();
-        let access_log_dropped = access_log.as_ref().map(AccessLog::dropped);
+        let access_log_lost = access_log.as_ref().map(AccessLog::lost);
         let proxy = Proxy::start(proxy::Settings {
             workers,
             max_connections,
@@ -114,7 +114,7 @@ impl App {
             tcp: config.tcp,
             workers: proxy.workers().to_vec(),
             exporter,
-            access_log_dropped,
+            access_log_lost,
             max_connections,
         });
 

@@ -72,7 +72,7 @@ pub(crate) enum Failure {
     #[error(transparent)]
     Config(#[from] config::Error),
     #[error("--log {filter:?}: {error}")]
-    Log { filter: String, error: tracing_subscriber::filter::ParseError },
+    Log { filter: String, error: String },
     #[error(transparent)]
     Start(#[from] StartError),
     #[error(transparent)]
@@ -103,7 +103,17 @@ impl Common {
         use std::io::IsTerminal as _;
         use tracing_subscriber::EnvFilter;
 
-        let filter = EnvFilter::try_new(&self.log).map_err(|error| Failure::Log { filter: self.log.clone(), error })?;
+        let fault = |error: &dyn std::fmt::Display| Failure::Log { filter: self.log.clone(), error: error.to_string() };
+        // A bare word that is no level would be taken for a module, and nothing be logged at all.
+        let levels = ["error", "warn", "info", "debug", "trace", "off"];
+        if let Some(word) = self
+            .log
+            .split(',')
+            .find(|word| !word.contains(['=', ':', '[']) && !levels.contains(&word.to_ascii_lowercase().as_str()))
+        {
+            return Err(fault(&format_args!("{word:?} is not a level: take one of {}", levels.join(", "))));
+        }
+        let filter = EnvFilter::try_new(&self.log).map_err(|error| fault(&error))?;
         let builder = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(std::io::stderr)

@@ -2,9 +2,11 @@
 
 use std::io::Write as _;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use ringway::api::status::Status;
 use ringway::app::{App, Environment};
+use ringway::config::{Config, Provider};
 use ringway::limits;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -17,6 +19,7 @@ pub(crate) fn run(common: &Common) -> Result<(), Failure> {
     let (before, _) = limits::raise_open_files();
     let executable = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
     let environment = Environment { executable, replica_open_files: Some(before) };
+    let is_demo = is_demo(&config);
     let runtime = runtime()?;
     let outcome = runtime.block_on(async {
         let signals = Signals::new().map_err(|error| anyhow::anyhow!("cannot listen for signals: {error}"))?;
@@ -28,7 +31,7 @@ pub(crate) fn run(common: &Common) -> Result<(), Failure> {
         };
         if common.log_format == LogFormat::Text {
             // Nobody may be reading it any more.
-            let _ = std::io::stderr().write_all(banner(&app, &origin).as_bytes());
+            let _ = std::io::stderr().write_all(banner(&app, &origin, is_demo).as_bytes());
         }
         tokio::select! {
             ended = app.run(stop.cancelled_owned()) => ended.map_err(|error| Failure::Other(error.into()))?,
@@ -42,35 +45,54 @@ pub(crate) fn run(common: &Common) -> Result<(), Failure> {
     outcome
 }
 
+/// Signals within this time after the first belong to it.
+const REPEATED: Duration = Duration::from_millis(300);
+
 /// The first signal stops in order; done at the second.
 async fn obey(mut signals: Signals, stop: CancellationToken) {
     let name = signals.next().await;
     tracing::info!(signal = name, "stopping: open connections may finish; once more to exit at once");
     stop.cancel();
+    // `timeout` and some supervisors signal both a process and its group: two at once are one.
+    let _ = tokio::time::timeout(REPEATED, async {
+        loop {
+            signals.next().await;
+        }
+    })
+    .await;
     signals.next().await;
 }
 
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
     fn new() -> std::io::Result<Self> {
-        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
     }
 
-    /// Waits for SIGTERM or SIGINT.
+    /// Waits for SIGTERM or SIGINT. A SIGHUP, as a closed terminal or a log rotation sends it, is no reason to
+    /// end.
     async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return "SIGTERM",
+                _ = self.interrupt.recv() => return "SIGINT",
+                _ = self.hangup.recv() => tracing::warn!("SIGHUP is ignored: a changed config needs a restart"),
+            }
         }
     }
 }
 
 /// What listens where, and what to try.
-fn banner(app: &App, origin: &str) -> String {
+fn banner(app: &App, origin: &str, is_demo: bool) -> String {
     use std::fmt::Write as _;
 
     let status = Status::of(app.state());
@@ -84,11 +106,27 @@ fn banner(app: &App, origin: &str) -> String {
         let _ = writeln!(text, "  {address:<21} {name}: pool {pool}, {backends} backends, key {key}");
     }
     let _ = writeln!(text, "  {:<21} side port: /api/request /api/status /metrics /healthz /readyz\n", api.to_string());
-    let port = app.state().listeners.first().map_or(0, |listener| listener.address.port());
-    let _ = writeln!(
-        text,
-        "Try:\n  curl -X POST -d '{{\"data\": \"example\"}}' http://localhost:{port}/api/request\n  \
-         curl http://localhost:{port}/api/status\n  printf hello | nc -N localhost {port}\n  ringway status\n"
-    );
+    text.push_str("Try:\n");
+    if let Some(listener) = app.state().listeners.first().filter(|_| is_demo) {
+        let port = listener.address.port();
+        let _ = writeln!(text, "  curl -X POST -d '{{\"data\": \"example\"}}' http://localhost:{port}/api/request");
+        let _ = writeln!(text, "  printf hello | nc -N localhost {port}");
+    }
+    let _ = writeln!(text, "  curl http://{api}/api/status\n  {} status --api {api}\n", program());
     text
+}
+
+/// How this program was called: what a person can type again.
+fn program() -> String {
+    std::env::args().next().unwrap_or_else(|| "ringway".to_owned())
+}
+
+/// Whether the first listener leads to the demo backend, which speaks what the banner proposes.
+fn is_demo(config: &Config) -> bool {
+    let first =
+        config.listeners.first().and_then(|listener| config.pools.iter().find(|pool| pool.name == listener.pool));
+    first.is_some_and(|pool| match &pool.provider {
+        Provider::Process(process) => process.command.iter().take(2).eq(["ringway", "echo-server"]),
+        Provider::Static(_) => false,
+    })
 }

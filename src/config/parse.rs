@@ -86,7 +86,13 @@ fn keepalive(tcp: &mut Section<'_>) -> Option<Keepalive> {
 }
 
 fn access_log(mut section: Section<'_>) -> AccessLog {
-    let path = section.required("path", "stdout, stderr or a file").and_then(|item| item.text());
+    let path = section.required("path", "stdout, stderr or a file").and_then(|item| {
+        let path = item.text()?;
+        if path.is_empty() {
+            item.fault("is empty: give stdout, stderr or a file");
+        }
+        Some(path)
+    });
     let format = section.choice("format", Format::Text);
     section.finish();
     AccessLog { path: PathBuf::from(path.unwrap_or_default()), format }
@@ -106,7 +112,8 @@ fn listener(mut section: Section<'_>, pools: &[Pool]) -> Listener {
     let pool = pool.and_then(|item| {
         let names: Vec<_> = pools.iter().map(|pool| pool.name.as_str()).collect();
         let name = item.text()?;
-        if !names.contains(&name.as_str()) {
+        // Without any pool there is a fault already.
+        if !names.is_empty() && !names.contains(&name.as_str()) {
             item.fault(format_args!(
                 "there is no pool {name:?}{}; there are: {}",
                 hint(item.value, &names),

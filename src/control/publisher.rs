@@ -87,6 +87,10 @@ impl Publisher {
             self.ring = Arc::new(Ring::build(self.parameters, &members));
         }
         if changed {
+            let had_one = self.cell.load().any_healthy();
+            if had_one && !self.backends.values().any(|tracked| tracked.backend.state == State::Healthy) {
+                tracing::error!(pool = %self.pool, "no backend is healthy: all that have an address are tried");
+            }
             self.generation += 1;
             let backends = self.backends.values().map(|tracked| tracked.backend.clone()).collect();
             self.cell.publish(Table::new(self.generation, Arc::clone(&self.ring), backends));
@@ -139,9 +143,7 @@ impl Publisher {
         if let Some(tracked) = self.backends.get_mut(&id) {
             let state = tracked.state(self.is_checked);
             if state != tracked.backend.state {
-                let (old, new) = (tracked.backend.state.as_str(), state.as_str());
-                let because = tracked.backend.health.last.as_deref().unwrap_or("-");
-                tracing::info!(pool = %self.pool, backend = %id, from = old, to = new, check = because, "backend changes state");
+                tell(&self.pool, &tracked.backend, state);
                 tracked.backend.state = state;
             }
         }
@@ -173,6 +175,20 @@ impl Tracked {
             (Some(_), None | Some(true)) => State::Healthy,
             (Some(_), Some(false)) => State::Unhealthy,
         }
+    }
+}
+
+/// One line for a change of state, as loud as it is bad.
+fn tell(pool: &str, backend: &Backend, state: State) {
+    let (id, was, is) = (&backend.id, backend.state.as_str(), state.as_str());
+    let check = backend.health.last.as_deref().unwrap_or("-");
+    match (backend.state, state) {
+        // The supervisor has told of the crash loop; each further try is no news.
+        (State::CrashLoop, State::Starting) | (_, State::CrashLoop) => {
+            tracing::debug!(pool, %id, was, check, "backend is {is}");
+        }
+        (_, State::Unhealthy) => tracing::warn!(pool, %id, was, check, "backend is {is}"),
+        _ => tracing::info!(pool, %id, was, check, "backend is {is}"),
     }
 }
 

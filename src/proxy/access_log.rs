@@ -3,6 +3,8 @@
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
@@ -28,6 +30,45 @@ const QUEUED_LINES: usize = 16_384;
 pub struct AccessLog {
     format: Format,
     writer: NonBlocking,
+    lost: LostLines,
+}
+
+/// Counts lines that did not get into the log.
+#[derive(Debug, Clone)]
+pub struct LostLines {
+    queue_full: ErrorCounter,
+    not_written: Arc<AtomicU64>,
+}
+
+impl LostLines {
+    /// Because the writer was behind, or because the file did not take them.
+    pub fn count(&self) -> u64 {
+        self.queue_full.dropped_lines() as u64 + self.not_written.load(Ordering::Relaxed)
+    }
+}
+
+/// The file, on the writer's own thread. A line that it does not take is counted, and told once.
+struct Sink {
+    file: Box<dyn io::Write + Send>,
+    not_written: Arc<AtomicU64>,
+}
+
+impl io::Write for Sink {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        if let Err(error) = self.file.write_all(line) {
+            let before = self.not_written.fetch_add(1, Ordering::Relaxed);
+            if before == 0 {
+                tracing::error!(%error, "cannot write to the access log; lines are lost, and counted");
+            }
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        // What a flush loses has been counted when it was written, or is beyond counting.
+        let _ = self.file.flush();
+        Ok(())
+    }
 }
 
 impl AccessLog {
@@ -37,19 +78,22 @@ impl AccessLog {
     /// # Errors
     /// When the file cannot be opened for appending.
     pub fn open(path: &Path, format: Format) -> io::Result<(Self, WorkerGuard)> {
-        let sink: Box<dyn io::Write + Send> = match path.to_str() {
+        let file: Box<dyn io::Write + Send> = match path.to_str() {
             Some("stdout") => Box::new(io::stdout()),
             Some("stderr") => Box::new(io::stderr()),
             _ => Box::new(std::fs::OpenOptions::new().create(true).append(true).open(path)?),
         };
+        let not_written = Arc::new(AtomicU64::new(0));
+        let sink = Sink { file, not_written: Arc::clone(&not_written) };
         let (writer, guard) =
             NonBlockingBuilder::default().buffered_lines_limit(QUEUED_LINES).thread_name("access-log").finish(sink);
-        Ok((Self { format, writer }, guard))
+        let lost = LostLines { queue_full: writer.error_counter(), not_written };
+        Ok((Self { format, writer, lost }, guard))
     }
 
-    /// Counts the lines that were dropped because the writer was behind.
-    pub fn dropped(&self) -> ErrorCounter {
-        self.writer.error_counter()
+    /// Counts the lines that did not get into it.
+    pub fn lost(&self) -> LostLines {
+        self.lost.clone()
     }
 
     pub(super) fn write(&self, line: &Line<'_>) {

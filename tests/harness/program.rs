@@ -51,7 +51,7 @@ impl Program {
         let mut program = Self { child, log, closed, _config: config };
         eventually("the banner", || {
             assert!(program.child.0.try_wait().unwrap().is_none(), "it ended:\n{}", program.log());
-            program.log().contains("ringway status\n")
+            program.log().contains(" status --api ")
         })
         .await;
         program

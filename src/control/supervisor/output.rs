@@ -18,7 +18,9 @@ pub(super) async fn log_lines(slot: Arc<str>, mut stream: impl AsyncRead + Unpin
         while let Some(end) = line_end(rest, read == 0) {
             let (line, after) = rest.split_at(end);
             let line = String::from_utf8_lossy(line);
-            tracing::info!(target: "ringway::replica", slot = %slot, "{}", line.trim_end());
+            if !line.trim().is_empty() {
+                tracing::info!(target: "ringway::replica", slot = %slot, "{}", line.trim_end());
+            }
             rest = after;
         }
         pending = rest.to_vec();

@@ -208,12 +208,13 @@ impl Supervisor {
         let crash_loop = self.slots[slot].is_crash_loop(&policy);
         let name = Arc::clone(&self.slots[slot].name);
         let pool = &self.settings.pool;
+        let again_in_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         match (was_crash_loop, crash_loop) {
-            (_, false) => tracing::warn!(%pool, slot = %name, how, again_in = ?wait, "replica ended"),
+            (_, false) => tracing::warn!(%pool, slot = %name, how, again_in_ms, "replica ended"),
             (false, true) => {
-                tracing::error!(%pool, slot = %name, how, again_in = ?wait, "replica keeps dying: crash loop");
+                tracing::error!(%pool, slot = %name, how, again_in_ms, "replica keeps dying: crash loop");
             }
-            (true, true) => tracing::debug!(%pool, slot = %name, how, again_in = ?wait, "replica ended again"),
+            (true, true) => tracing::debug!(%pool, slot = %name, how, again_in_ms, "replica ended again"),
         }
         let _ = self.events.send(Event::Stopped { id: name, crash_loop }).await;
     }
