@@ -137,10 +137,11 @@ async fn serve(listener: TcpListener, connections: usize) {
     }
 }
 
-async fn orders(splice: bool, orders: Vec<Order>) -> Ringway {
+/// Carries the orders out, 24 at a time, through a Ringway with these settings of `relay`.
+async fn carry_out(relay: &str, orders: Vec<Order>) -> Ringway {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let yaml = static_config(&[listener.local_addr().unwrap()], "health_check: { kind: none }");
-    let ringway = Ringway::start(&format!("relay: {{ splice: {splice} }}\n{yaml}")).await;
+    let ringway = Ringway::start(&format!("relay: {relay}\n{yaml}")).await;
     let backend = tokio::spawn(serve(listener, orders.len()));
     let mut clients = JoinSet::new();
     for order in orders {
@@ -166,7 +167,7 @@ async fn thousands_of_connections_are_exact_with_splicing() {
     let mut random = Random(seed());
     let mut list: Vec<_> = (0..2000).map(|_| Order::random(&mut random)).collect();
     list.extend((0..3).map(|_| Order { up: 64 * MIB, down: 64 * MIB, seed: random.next() }));
-    let ringway = orders(true, list).await;
+    let ringway = carry_out("{ splice: true }", list).await;
     for path in ["path=\"copied\"", "path=\"spliced\""] {
         assert!(ringway.metric("ringway_bytes_total", &[path]).await > MIB as f64, "{path}: not used");
     }
@@ -177,7 +178,7 @@ async fn thousands_of_connections_are_exact_without_splicing() {
     let mut random = Random(seed());
     let mut list: Vec<_> = (0..1000).map(|_| Order::random(&mut random)).collect();
     list.extend((0..2).map(|_| Order { up: 64 * MIB, down: 64 * MIB, seed: random.next() }));
-    let ringway = orders(false, list).await;
+    let ringway = carry_out("{ splice: false }", list).await;
     assert_eq!(ringway.metric("ringway_bytes_total", &["path=\"spliced\""]).await, 0.0);
 }
 
@@ -235,24 +236,8 @@ async fn bulk_is_spliced_and_small_messages_are_not() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_fewer_pipes_than_streams_transfers_still_finish() {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let yaml = static_config(&[listener.local_addr().unwrap()], "health_check: { kind: none }");
-    let ringway = Ringway::start(&format!("relay: {{ max_pipes: 2 }}\n{yaml}")).await;
-    let backend = tokio::spawn(serve(listener, 24));
-    let mut clients = JoinSet::new();
-    for n in 0..24 {
-        let web = ringway.web();
-        clients.spawn(async move {
-            let order = Order { up: 8 * MIB, down: 8 * MIB, seed: n };
-            let mut stream = TcpStream::connect(web).await.unwrap();
-            stream.write_all(&order.to_bytes()).await.unwrap();
-            soon("an exchange", exchange(stream, order, true)).await;
-        });
-    }
-    while let Some(client) = clients.join_next().await {
-        client.unwrap();
-    }
-    soon("the backend", backend).await.unwrap();
+    let list = (0..24).map(|seed| Order { up: 8 * MIB, down: 8 * MIB, seed }).collect();
+    let ringway = carry_out("{ max_pipes: 2 }", list).await;
     assert!(ringway.metric("ringway_splice_pipe_shortages_total", &[]).await > 0.0);
 }
 

@@ -47,7 +47,8 @@ pub struct Environment {
     pub replica_open_files: Option<u64>,
 }
 
-/// A started app. Dropping it ends everything at once.
+/// A started app. Dropping it ends replicas and side port at once; the workers still drain, as long as the process
+/// lives.
 #[derive(Debug)]
 pub struct App {
     state: Arc<State>,

@@ -185,10 +185,10 @@ fn tell(pool: &str, backend: &Backend, state: State) {
     match (backend.state, state) {
         // The supervisor has told of the crash loop; each further try is no news.
         (State::CrashLoop, State::Starting) | (_, State::CrashLoop) => {
-            tracing::debug!(pool, %id, was, check, "backend is {is}");
+            tracing::debug!(%pool, %id, was, check, "backend is {is}");
         }
-        (_, State::Unhealthy) => tracing::warn!(pool, %id, was, check, "backend is {is}"),
-        _ => tracing::info!(pool, %id, was, check, "backend is {is}"),
+        (_, State::Unhealthy) => tracing::warn!(%pool, %id, was, check, "backend is {is}"),
+        _ => tracing::info!(%pool, %id, was, check, "backend is {is}"),
     }
 }
 

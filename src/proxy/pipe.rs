@@ -53,6 +53,10 @@ impl Pipe {
     /// Moves bytes out to the socket. `WouldBlock` means that the socket is full, as the pipe is not empty.
     pub(super) fn drain(&mut self, socket: impl AsFd) -> io::Result<usize> {
         let moved = splice(&self.reader, None, socket, None, self.held, FLAGS)?;
+        if moved == 0 {
+            // The kernel does not do that; if it did, the relay would try for ever.
+            return Err(io::ErrorKind::WriteZero.into());
+        }
         self.held = self.held.saturating_sub(moved);
         Ok(moved)
     }
