@@ -88,7 +88,7 @@ pub(super) struct Progress {
     pub(super) backend: Arc<Live>,
     pub(super) from_client: Traffic,
     pub(super) to_client: Traffic,
-    /// The worker's clock when bytes last moved.
+    /// The worker's clock when bytes last moved, or a stream last ended.
     pub(super) last_active: Cell<Duration>,
     /// One side has ended its stream.
     pub(super) half_closed: Cell<bool>,
