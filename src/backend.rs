@@ -78,6 +78,26 @@ pub enum Replica {
         /// Its process id.
         pid: u32,
     },
+    /// A container.
+    Container {
+        /// The engine's id of it: 64 hexadecimal digits.
+        id: Arc<str>,
+        /// Its name.
+        name: Arc<str>,
+    },
+}
+
+/// How the last replica of a slot ended, or why none could be started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exit {
+    /// In a few words: `exit status: 3`, `cannot be started: …`.
+    pub reason: String,
+    /// Its exit code, where it had one.
+    pub code: Option<i64>,
+    /// The last lines that it wrote, oldest first.
+    pub output: Vec<String>,
+    /// When it was noticed.
+    pub at: Instant,
 }
 
 /// What the health checks last said of a backend.
@@ -100,16 +120,27 @@ pub struct Backend {
     pub weight: u32,
     /// Whether it may get connections.
     pub state: State,
-    /// What fills the slot; `None` for backends that Ringway did not start.
+    /// What fills the slot; `None` where Ringway knows no more than an address, or while there is none.
     pub replica: Option<Replica>,
     /// Counts the replicas and addresses that this id has had; tells an old one's news from a new one's.
     pub incarnation: u64,
     /// How often a replica of this slot was started again after the first.
     pub restarts: u64,
+    /// How the last replica ended; kept while its successor runs.
+    pub last_exit: Option<Arc<Exit>>,
+    /// Unhealthy by the word of the engine that runs it, whatever our own checks say.
+    pub reported_bad: bool,
     /// What the health checks last said.
     pub health: Health,
     /// Counters, shared by all snapshots.
     pub live: Arc<Live>,
+}
+
+impl Backend {
+    /// `ok`, or what is wrong in a few words; `None` while nothing is known.
+    pub fn last_check(&self) -> Option<&str> {
+        if self.reported_bad { Some("unhealthy, says the engine") } else { self.health.last.as_deref() }
+    }
 }
 
 /// Live counters of a backend. They belong to the id: a replacement goes on with them.

@@ -9,23 +9,27 @@ use std::process::ExitCode;
 
 use clap::Parser as _;
 
-use crate::cli::{Arguments, Command};
+use crate::cli::{Arguments, Command, Failure};
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let outcome = match arguments.command {
+        None | Some(Command::Run) if cli::init::is_needed() => {
+            return cli::init::run().unwrap_or_else(|failure| tell(&failure));
+        }
         None | Some(Command::Run) => cli::run::run(&arguments.common),
         Some(Command::Check) => cli::check(&arguments.common),
         Some(Command::Status(ref options)) => cli::status::status(&arguments.common, options),
+        Some(Command::Reap(ref options)) => cli::reap::reap(&arguments.common, options),
+        Some(Command::Healthcheck) => cli::healthcheck::healthcheck(),
         Some(Command::EchoServer(options)) => cli::echo_server(options),
         Some(Command::Launch(ref launch)) => cli::launch(launch),
     };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            // Nobody may be reading it any more.
-            let _ = writeln!(std::io::stderr(), "ringway: {failure}");
-            failure.exit_code()
-        }
-    }
+    outcome.map_or_else(|failure| tell(&failure), |()| ExitCode::SUCCESS)
+}
+
+fn tell(failure: &Failure) -> ExitCode {
+    // Nobody may be reading it any more.
+    let _ = writeln!(std::io::stderr(), "ringway: {failure}");
+    failure.exit_code()
 }

@@ -60,6 +60,9 @@ metrics! {
     BACKEND_CONNECTIONS_TOTAL: Counter "backend_connections_total" ["pool", "backend"] "Connections made to a backend";
     REPLICA_RESTARTS: Counter "replica_restarts_total" ["pool", "backend"] "Replicas started in place of a dead one";
     CRASH_LOOP: Gauge "replica_crash_loop" ["pool", "backend"] "1 while a slot waits because its replicas keep dying, else 0";
+    ENGINE_UP: Gauge "engine_up" ["pool"] "1 while the pool's Docker engine answers, else 0";
+    ENGINE_STALE: Gauge "engine_staleness_seconds" ["pool"] "Age of the last full list of containers";
+    ENGINE_FAILURES: Counter "engine_failures_total" ["pool"] "Tries to reach the pool's Docker engine that failed";
     HEALTH_CHECKS: Counter "health_checks_total" ["pool", "backend", "result"] "Health checks done, by result (ok, failed)";
     RING_POINTS: Gauge "ring_points" ["pool"] "Points on the ring";
     RING_DIGEST: Gauge "ring_digest" ["pool"] "Upper 52 bits of the ring's digest: equal where instances pick alike";
@@ -126,8 +129,8 @@ impl Exporter {
     }
 
     /// Sets a gauge that is not a whole number.
-    pub fn set_fraction(&self, metric: &Metric, value: f64) {
-        self.gauge(&key(metric, &[])).set(value);
+    pub fn set_fraction(&self, metric: &Metric, values: &[&str], value: f64) {
+        self.gauge(&key(metric, values)).set(value);
     }
 
     /// The handle that a histogram's durations are recorded with.

@@ -133,6 +133,8 @@ mod tests {
                 replica: None,
                 incarnation: 0,
                 restarts: 0,
+                last_exit: None,
+                reported_bad: false,
                 health: Health { last: None, since: Instant::now() },
                 live: Arc::new(Live::default()),
             })

@@ -41,6 +41,10 @@ fn the_metrics_table_lists_what_is_registered() {
 async fn every_registered_metric_is_exported_once_there_was_a_connection() {
     let server = crate::harness::backends::Server::echo("a").await;
     let yaml = crate::harness::static_config(&[server.address], "");
+    // Whether there is an engine or not.
+    let yaml = format!(
+        "{yaml}\n  - {{ name: found, provider: {{ docker: {{ discover: {{ label: no.such.label, port: 1 }} }} }} }}"
+    );
     let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
     crate::harness::http(ringway.web(), "GET", "/heartbeat", b"").await;
     crate::harness::eventually_async("all metrics", async || {
@@ -93,10 +97,16 @@ fn flatten(prefix: &str, value: &serde_yaml::Value, into: &mut BTreeMap<String, 
     }
 }
 
-/// The keys and defaults of the two providers and both kinds of check, as the code has them.
+/// The keys and defaults of all providers and both kinds of check, as the code has them.
 fn defaults() -> BTreeMap<String, String> {
     let mut keys = BTreeMap::new();
-    for provider in ["static: [{ address: \"h:1\" }]", "process: { replicas: 1, command: [x, \"{port}\"] }"] {
+    let providers = [
+        "static: [{ address: \"h:1\" }]",
+        "process: { replicas: 1, command: [x, \"{port}\"] }",
+        "docker: { replicas: 1, image: i, command: [x], port: 1, resources: { memory: 64MiB, cpus: 1 } }",
+        "docker: { discover: { label: l, port: 1 } }",
+    ];
+    for provider in providers {
         for check in ["{ kind: tcp }", "{ kind: http }"] {
             let yaml = format!(
                 "access_log: {{ path: stdout }}\nlisteners: [{{ name: a, listen: 0.0.0.0:1, pool: p }}]\n\
@@ -118,7 +128,8 @@ fn the_config_table_lists_every_key_with_its_default() {
     for (key, default) in defaults {
         // What has no default says so; what depends on the rest says it in words.
         let stated = &documented[&key];
-        let has_none = ["(required)", "(off)", "(the address)", "(tcp)"].contains(&stated.as_str());
+        let has_none =
+            ["(required)", "(off)", "(the address)", "(tcp)", "(the image's)", "(no limit)"].contains(&stated.as_str());
         assert!(has_none || *stated == default, "{key}: the README says {stated}, the code {default}");
     }
 }

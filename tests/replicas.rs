@@ -18,8 +18,10 @@ fn mapping(ringway: &Ringway) -> BTreeMap<u32, String> {
 
 fn pid_of(ringway: &Ringway, slot: usize) -> Option<rustix::process::Pid> {
     let table = ringway.state().pools[0].table.load();
-    let ringway::backend::Replica::Process { pid } = table.backends()[slot].replica.clone()?;
-    rustix::process::Pid::from_raw(i32::try_from(pid).ok()?)
+    match table.backends()[slot].replica {
+        Some(ringway::backend::Replica::Process { pid }) => rustix::process::Pid::from_raw(i32::try_from(pid).ok()?),
+        _ => None,
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -52,8 +54,24 @@ async fn a_killed_replica_is_replaced_and_only_its_own_connections_fail() {
 }
 
 #[tokio::test]
+async fn a_replica_that_hangs_is_replaced() {
+    let provider = THREE_REPLICAS.replace(" }", ", restart: { replace_after: 1s }, stop_grace: 100ms }");
+    let check = "health_check: { kind: http, path: /heartbeat, interval: 100ms, timeout: 200ms, fall: 2 }";
+    let ringway = Ringway::start(&config(&provider, "", check)).await.all_healthy().await;
+    let pids = |slots: [usize; 3]| slots.map(|slot| pid_of(&ringway, slot).unwrap());
+    let before = pids([0, 1, 2]);
+    kill_process(before[1], Signal::STOP).unwrap();
+    let state = || ringway.state().pools[0].table.load().backends()[1].state;
+    eventually("walked past", || state() == State::Unhealthy).await;
+    eventually("replaced", || pid_of(&ringway, 1).is_some_and(|pid| pid != before[1])).await;
+    eventually("healthy again", || state() == State::Healthy).await;
+    eventually("the end of the old one", || !is_alive(before[1])).await;
+    assert_eq!([pids([0, 1, 2])[0], pids([0, 1, 2])[2]], [before[0], before[2]], "the others are left alone");
+}
+
+#[tokio::test]
 async fn a_replica_that_keeps_dying_is_a_crash_loop_and_the_others_serve_on() {
-    let provider = "process: { replicas: 2, command: [sh, -c, \"case {slot} in *-1) exit 3;; esac; exec sleep 600 {port}\"], \
+    let provider = "process: { replicas: 2, command: [sh, -c, \"case {slot} in *-1) echo cannot go on; echo because of this; exit 3;; esac; exec sleep 600 {port}\"], \
                     restart: { backoff: 1m, max_backoff: 1h, crash_loop_after: 2 } }";
     let ringway = Ringway::start(&config(provider, "", "health_check: { kind: none }")).await;
     let states = || -> Vec<State> {
@@ -64,6 +82,10 @@ async fn a_replica_that_keeps_dying_is_a_crash_loop_and_the_others_serve_on() {
     assert_eq!(ringway.metric("ringway_replica_crash_loop", &["echo-2"]).await, 0.0);
     let status = get(ringway.api(), "/api/status").await.1;
     assert!(status.contains(r#""state":"crash_loop""#), "{status}");
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    let exit = &status["pools"][0]["backends"][0]["last_exit"];
+    assert_eq!((&exit["code"], &exit["reason"]), (&3.into(), &"exit status: 3".into()), "{exit}");
+    assert_eq!(exit["output"], serde_json::json!(["cannot go on", "because of this"]), "its last words");
 }
 
 /// Process ids of everything whose command line has this word.

@@ -26,6 +26,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 
 use self::error::Error;
+use crate::control::docker::watch::Sync;
 use crate::metrics::Exporter;
 use crate::proxy::Route;
 use crate::proxy::access_log::LostLines;
@@ -47,6 +48,8 @@ pub struct State {
     pub listeners: Vec<ListenerView>,
     /// In the config's order.
     pub pools: Vec<Route>,
+    /// Where their backends come from, in the same order.
+    pub providers: Vec<ProviderView>,
     /// Options of sockets towards backends.
     pub tcp: TcpOptions,
     /// In the workers' order.
@@ -57,6 +60,15 @@ pub struct State {
     pub access_log_lost: Option<LostLines>,
     /// Connections of the whole process.
     pub max_connections: usize,
+}
+
+/// Where a pool's backends come from, as the side port shows it.
+#[derive(Debug, Clone)]
+pub struct ProviderView {
+    /// `static`, `process` or `docker`.
+    pub kind: &'static str,
+    /// How fresh the view of the engine is, where there is one.
+    pub sync: Option<Arc<Sync>>,
 }
 
 /// A listener as the side port shows it.

@@ -9,6 +9,7 @@ use axum::response::IntoResponse;
 
 use super::State;
 use crate::backend::{Backend, ConnectFailure, Moved, State as BackendState};
+use crate::control::docker::watch::Sync;
 use crate::labels::{Label, Tally};
 use crate::limits;
 use crate::metrics::{self, Exporter, Metric};
@@ -28,6 +29,11 @@ fn text(state: &State) -> String {
     for pool in &state.pools {
         of_pool(exporter, &pool.pool, &pool.table.load());
     }
+    for (pool, provider) in std::iter::zip(&state.pools, &state.providers) {
+        if let Some(sync) = &provider.sync {
+            of_engine(exporter, &pool.pool, sync);
+        }
+    }
     for (index, stats) in state.workers.iter().enumerate() {
         let worker = [index.to_string()];
         let worker = [worker[0].as_str()];
@@ -41,7 +47,7 @@ fn text(state: &State) -> String {
     exporter.set(&metrics::OPEN_FILES_LIMIT, &[], limits::open_files());
     exporter.set(&metrics::MAX_CONNECTIONS, &[], state.max_connections as u64);
     exporter.set(&metrics::READY, &[], state.ready.load(Ordering::Relaxed).into());
-    exporter.set_fraction(&metrics::UPTIME, state.started.elapsed().as_secs_f64());
+    exporter.set_fraction(&metrics::UPTIME, &[], state.started.elapsed().as_secs_f64());
     exporter.set(&metrics::BUILD_INFO, &[crate::VERSION], 1);
     exporter.render()
 }
@@ -62,6 +68,12 @@ fn of_pool(exporter: &Exporter, pool: &str, table: &Table) {
     for backend in table.backends() {
         of_backend(exporter, pool, backend);
     }
+}
+
+fn of_engine(exporter: &Exporter, pool: &str, sync: &Sync) {
+    exporter.set(&metrics::ENGINE_UP, &[pool], sync.is_fresh().into());
+    exporter.set_fraction(&metrics::ENGINE_STALE, &[pool], sync.age().as_secs_f64());
+    exporter.set(&metrics::ENGINE_FAILURES, &[pool], sync.failures());
 }
 
 fn of_backend(exporter: &Exporter, pool: &str, backend: &Backend) {

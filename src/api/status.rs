@@ -17,8 +17,8 @@ use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
-use super::{ListenerView, State};
-use crate::backend::{Backend, Replica};
+use super::{ListenerView, ProviderView, State};
+use crate::backend::{self, Backend};
 use crate::labels::Label as _;
 use crate::proxy::{Intercept, Intercepted, Route};
 use crate::table::Table;
@@ -61,9 +61,26 @@ pub struct Connections {
 pub struct Pool {
     pub name: String,
     pub key: String,
+    pub provider: Provider,
     pub ring: Ring,
     pub table_generation: u64,
     pub backends: Vec<Member>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Provider {
+    pub kind: String,
+    pub engine: Option<Engine>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Engine {
+    pub host: String,
+    pub reachable: bool,
+    pub synced_seconds_ago: f64,
+    pub error: Option<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -84,17 +101,29 @@ pub struct Member {
     pub state: String,
     pub weight: u32,
     pub share: f64,
-    pub replica: Option<Pid>,
+    pub replica: Option<Replica>,
     pub restarts: u64,
+    pub last_exit: Option<Exit>,
     pub connections: BackendConnections,
     pub bytes: Moved,
     pub health: Health,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
 #[expect(missing_docs, reason = "the README explains each field")]
-pub struct Pid {
-    pub pid: u32,
+pub enum Replica {
+    Process { pid: u32 },
+    Container { container: String, name: String },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Exit {
+    pub reason: String,
+    pub code: Option<i64>,
+    pub seconds_ago: f64,
+    pub output: Vec<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -131,7 +160,9 @@ impl Status {
             uptime_seconds: state.started.elapsed().as_secs_f64(),
             ready: state.ready.load(Ordering::Relaxed),
             listeners: state.listeners.iter().map(Listener::of).collect(),
-            pools: state.pools.iter().map(Pool::of).collect(),
+            pools: std::iter::zip(&state.pools, &state.providers)
+                .map(|(pool, provider)| Pool::of(pool, provider))
+                .collect(),
         }
     }
 }
@@ -152,7 +183,7 @@ impl Listener {
 }
 
 impl Pool {
-    fn of(pool: &Route) -> Self {
+    fn of(pool: &Route, provider: &ProviderView) -> Self {
         let table = pool.table.load();
         let parameters = table.ring().parameters();
         let ring = Ring {
@@ -166,10 +197,23 @@ impl Pool {
         Self {
             name: pool.pool.to_string(),
             key: pool.key.as_str().to_owned(),
+            provider: Provider::of(provider),
             ring,
             table_generation: table.generation(),
             backends,
         }
+    }
+}
+
+impl Provider {
+    fn of(provider: &ProviderView) -> Self {
+        let engine = provider.sync.as_ref().map(|sync| Engine {
+            host: sync.host().to_owned(),
+            reachable: sync.is_fresh(),
+            synced_seconds_ago: sync.age().as_secs_f64(),
+            error: sync.error().map(|error| error.to_string()),
+        });
+        Self { kind: provider.kind.to_owned(), engine }
     }
 }
 
@@ -190,10 +234,14 @@ impl Member {
             weight: backend.weight,
             // Four digits: what a person compares.
             share: (share * 1e4).round() / 1e4,
-            replica: backend.replica.as_ref().map(|replica| match replica {
-                Replica::Process { pid } => Pid { pid: *pid },
-            }),
+            replica: backend.replica.as_ref().map(Replica::of),
             restarts: backend.restarts,
+            last_exit: backend.last_exit.as_ref().map(|exit| Exit {
+                reason: exit.reason.clone(),
+                code: exit.code,
+                seconds_ago: now.saturating_duration_since(exit.at).as_secs_f64(),
+                output: exit.output.clone(),
+            }),
             connections: BackendConnections {
                 active: live.active.load(Ordering::Relaxed),
                 total: live.total.load(Ordering::Relaxed),
@@ -201,9 +249,20 @@ impl Member {
             },
             bytes: Moved { from_client: live.from_client.total(), to_client: live.to_client.total() },
             health: Health {
-                last: backend.health.last.as_deref().map(str::to_owned),
+                last: backend.last_check().map(str::to_owned),
                 since_seconds: now.saturating_duration_since(backend.health.since).as_secs_f64(),
             },
+        }
+    }
+}
+
+impl Replica {
+    fn of(replica: &backend::Replica) -> Self {
+        match replica {
+            backend::Replica::Process { pid } => Self::Process { pid: *pid },
+            backend::Replica::Container { id, name } => {
+                Self::Container { container: id.to_string(), name: name.to_string() }
+            }
         }
     }
 }

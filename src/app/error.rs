@@ -47,6 +47,9 @@ pub enum StartError {
         /// What the system says.
         error: io::Error,
     },
+    /// `DOCKER_HOST` is not an address.
+    #[error("{0}")]
+    Docker(String),
     /// The access log cannot be opened.
     #[error("access_log.path: cannot write {}: {error}", path.display())]
     AccessLog {

@@ -22,7 +22,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tracing_appender::non_blocking::WorkerGuard;
 
 pub use self::error::{RunError, StartError};
-use self::pools::{Prepared, prepare};
+use self::pools::{Prepared, engine, prepare};
 use crate::api::{self, ListenerView, State};
 use crate::config::{self, Config};
 use crate::limits;
@@ -45,6 +45,8 @@ pub struct Environment {
     pub executable: PathBuf,
     /// Soft limit on open files that replicas get; `None`: Ringway's own.
     pub replica_open_files: Option<u64>,
+    /// The value of `DOCKER_HOST`: where the Docker engine is, if a pool needs one.
+    pub docker_host: Option<String>,
 }
 
 /// A started app. Dropping it ends replicas and side port at once; the workers still drain, as long as the process
@@ -77,9 +79,11 @@ impl App {
         let (max_pipes, max_connections) = capacity(&config, workers);
         let exporter = Exporter::new()?;
 
+        let engine = engine(&config, environment.docker_host.as_deref())?;
         let mut pools = Vec::new();
         for (n, pool) in config.pools.iter().enumerate() {
-            pools.push(prepare(&format!("pools[{n}]"), pool, &environment, &exporter).await?);
+            let place = format!("pools[{n}]");
+            pools.push(prepare(&place, pool, &config, engine.as_ref(), &environment, &exporter).await?);
         }
         let api = listen("api.listen", config.api.listen, 1, API_BACKLOG, &config.tcp, Unserved::End)?.remove(0);
         let api = tokio::net::TcpListener::from_std(api).map_err(StartError::Runtime)?;
@@ -112,6 +116,7 @@ impl App {
             ready: AtomicBool::new(false),
             listeners: listener_views,
             pools: pools.iter().map(|pool| pool.route.clone()).collect(),
+            providers: pools.iter().map(|pool| pool.provider.clone()).collect(),
             tcp: config.tcp,
             workers: proxy.workers().to_vec(),
             exporter,

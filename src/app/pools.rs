@@ -8,10 +8,15 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::{Environment, StartError};
-use crate::config::{self, Pool, Provider};
+use crate::api::ProviderView;
+use crate::config::{self, Config, Pool, Provider};
+use crate::control::docker::engine::Engine;
+use crate::control::docker::place::Wanted;
+use crate::control::docker::watch::Sync;
 use crate::control::health::{self, Probe};
-use crate::control::provider::{self, Listed};
+use crate::control::provider::{self, Listed, discover};
 use crate::control::publisher::Publisher;
+use crate::control::supervisor::docker;
 use crate::control::supervisor::plan::Policy;
 use crate::control::supervisor::process::{self, Ports};
 use crate::control::{Event, supervisor};
@@ -25,20 +30,52 @@ const STARTING_GRACE: Duration = Duration::from_secs(10);
 pub(super) struct Prepared {
     /// How listeners and side port get to it.
     pub(super) route: Route,
+    /// How the side port shows where its backends come from.
+    pub(super) provider: ProviderView,
     publisher: Publisher,
-    supervisor: Option<(process::Settings, Ports)>,
+    source: Source,
     health: Option<health::Settings>,
+}
+
+/// Where its backends come from, once it runs.
+enum Source {
+    /// Known before.
+    Fixed,
+    Processes(process::Settings, Ports),
+    Containers(docker::Settings, Engine, Arc<Sync>),
+    Discovered(discover::Settings, Engine, Arc<Sync>),
+}
+
+impl Source {
+    fn view(&self) -> ProviderView {
+        let (kind, sync) = match self {
+            Self::Fixed => ("static", None),
+            Self::Processes(..) => ("process", None),
+            Self::Containers(_, _, sync) | Self::Discovered(_, _, sync) => ("docker", Some(Arc::clone(sync))),
+        };
+        ProviderView { kind, sync }
+    }
+}
+
+/// The engine, if any pool needs one.
+pub(super) fn engine(config: &Config, host: Option<&str>) -> Result<Option<Engine>, StartError> {
+    let needs_one = |pool: &Pool| matches!(pool.provider, Provider::Containers(_) | Provider::Discover(_));
+    let engine = config.pools.iter().any(needs_one).then(|| Engine::new(host, config.docker.timeout));
+    engine.transpose().map_err(StartError::Docker)
 }
 
 pub(super) async fn prepare(
     place: &str,
     pool: &Pool,
+    config: &Config,
+    engine: Option<&Engine>,
     environment: &Environment,
     exporter: &Exporter,
 ) -> Result<Prepared, StartError> {
     let name: Arc<str> = pool.name.as_str().into();
     let mut known = Vec::new();
-    let mut supervisor = None;
+    let mut source = Source::Fixed;
+    // Replicas have just been started; for how long others have been there nobody knows.
     let mut grace = Duration::ZERO;
     match &pool.provider {
         Provider::Static(backends) => {
@@ -60,7 +97,38 @@ pub(super) async fn prepare(
             let place = format!("{place}.provider.process");
             let slots = provider::slots(&pool.name, process.replicas);
             known.extend(slots.iter().map(|id| Event::Joined { id: Arc::clone(id), weight: 1 }));
-            supervisor = Some(prepare_process(&place, &name, process, slots, environment)?);
+            let (settings, ports) = prepare_process(&place, &name, process, slots, environment)?;
+            source = Source::Processes(settings, ports);
+            grace = STARTING_GRACE;
+        }
+        Provider::Containers(containers) => {
+            let slots = provider::slots(&pool.name, containers.replicas);
+            known.extend(slots.iter().map(|id| Event::Joined { id: Arc::clone(id), weight: 1 }));
+            if let Some((engine, sync)) = watched(engine) {
+                let settings = docker::Settings {
+                    pool: Arc::clone(&name),
+                    slots,
+                    spec: containers.spec.clone(),
+                    wanted: wanted(config, containers.network.as_ref()),
+                    policy: policy(containers.restart),
+                    stop_grace: containers.stop_grace,
+                    resync: config.docker.resync,
+                };
+                source = Source::Containers(settings, engine, sync);
+            }
+            grace = STARTING_GRACE;
+        }
+        Provider::Discover(discover) => {
+            if let Some((engine, sync)) = watched(engine) {
+                let settings = discover::Settings {
+                    pool: Arc::clone(&name),
+                    label: discover.label.clone(),
+                    port: discover.port,
+                    wanted: wanted(config, discover.network.as_ref()),
+                    resync: config.docker.resync,
+                };
+                source = Source::Discovered(settings, engine, sync);
+            }
             grace = STARTING_GRACE;
         }
     }
@@ -87,7 +155,28 @@ pub(super) async fn prepare(
         connect_seconds: exporter.histogram(&metrics::CONNECT_SECONDS, &[&name]),
         pool: name,
     };
-    Ok(Prepared { route, publisher, supervisor, health })
+    Ok(Prepared { route, provider: source.view(), publisher, source, health })
+}
+
+/// [`engine`] has made one where a pool needs it.
+fn watched(engine: Option<&Engine>) -> Option<(Engine, Arc<Sync>)> {
+    let engine = engine?.clone();
+    let sync = Arc::new(Sync::new(&engine, Instant::now()));
+    Some((engine, sync))
+}
+
+fn wanted(config: &Config, network: Option<&String>) -> Wanted {
+    Wanted { owner: config.docker.owner.clone(), network: network.cloned() }
+}
+
+fn policy(restart: config::Restart) -> Policy {
+    Policy {
+        backoff: restart.backoff,
+        max_backoff: restart.max_backoff,
+        stable_after: restart.stable_after,
+        crash_loop_after: restart.crash_loop_after,
+        replace_after: restart.replace_after,
+    }
 }
 
 fn prepare_process(
@@ -110,12 +199,7 @@ fn prepare_process(
         slots,
         command: process.command.clone(),
         env: process.env.clone(),
-        policy: Policy {
-            backoff: process.restart.backoff,
-            max_backoff: process.restart.max_backoff,
-            stable_after: process.restart.stable_after,
-            crash_loop_after: process.restart.crash_loop_after,
-        },
+        policy: policy(process.restart),
         stop_grace: process.stop_grace,
         launcher: environment.executable.clone(),
         open_files: environment.replica_open_files,
@@ -127,12 +211,22 @@ impl Prepared {
     /// Starts its tasks: those that have something to finish with `supervisors`.
     pub(super) fn start(self, stop: &CancellationToken, supervisors: &mut JoinSet<()>, tasks: &mut JoinSet<()>) {
         let (events, queue): (mpsc::Sender<Event>, _) = Publisher::queue();
+        let table = self.publisher.table();
         tasks.spawn(self.publisher.run(queue));
         if let Some(settings) = self.health {
-            tasks.spawn(health::check_all(self.route.table, settings, events.clone()));
+            tasks.spawn(health::check_all(table.clone(), settings, events.clone()));
         }
-        if let Some((settings, ports)) = self.supervisor {
-            supervisors.spawn(process::supervise(settings, ports, events, stop.clone()));
+        match self.source {
+            Source::Fixed => {}
+            Source::Processes(settings, ports) => {
+                supervisors.spawn(process::supervise(settings, ports, table, events, stop.clone()));
+            }
+            Source::Containers(settings, engine, sync) => {
+                supervisors.spawn(docker::supervise(settings, engine, table, events, sync, stop.clone()));
+            }
+            Source::Discovered(settings, engine, sync) => {
+                tasks.spawn(discover::follow(settings, engine, events, sync));
+            }
         }
     }
 }

@@ -2,9 +2,17 @@
 //!
 //! - [`run`]: the main job
 //! - [`status`]: a running Ringway's state as a table
+//! - [`reap`]: removes containers that Ringway has made
+//! - [`healthcheck`], [`init`]: for containers with Ringway in it
+//! - [`side_port`]: what several of them ask a running Ringway
 
+pub(crate) mod healthcheck;
+pub(crate) mod init;
+pub(crate) mod reap;
 pub(crate) mod run;
 pub(crate) mod status;
+
+mod side_port;
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -59,6 +67,10 @@ pub(crate) enum Command {
     Check,
     /// Show pools and backends of a running Ringway
     Status(status::Options),
+    /// Remove the containers that Ringway has made: they go on when it stops
+    Reap(reap::Options),
+    /// Exit with 0 when the Ringway of this container serves
+    Healthcheck,
     /// Run the demo backend
     EchoServer(echo_server::Options),
     /// Become a replica's program, tied to the life of Ringway
@@ -75,7 +87,7 @@ pub(crate) enum Failure {
     Log { filter: String, error: String },
     #[error(transparent)]
     Start(#[from] StartError),
-    #[error(transparent)]
+    #[error("{0:#}")]
     Other(#[from] anyhow::Error),
 }
 
@@ -114,6 +126,9 @@ impl Common {
             return Err(fault(&format_args!("{word:?} is not a level: take one of {}", levels.join(", "))));
         }
         let filter = EnvFilter::try_new(&self.log).map_err(|error| fault(&error))?;
+        // It logs whole requests, and with them what is in the environment of replicas.
+        let quiet = "bollard=info".parse().ok().filter(|_| !self.log.contains("bollard"));
+        let filter = quiet.into_iter().fold(filter, EnvFilter::add_directive);
         let builder = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(std::io::stderr)
@@ -156,4 +171,9 @@ pub(crate) fn launch(launch: &Launch) -> Result<(), Failure> {
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     Ok(runtime.map_err(|error| anyhow::anyhow!("cannot start the runtime: {error}"))?)
+}
+
+/// Where the Docker engine is, as Docker's own tools are told.
+fn docker_host() -> Option<String> {
+    std::env::var("DOCKER_HOST").ok()
 }

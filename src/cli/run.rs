@@ -11,14 +11,14 @@ use ringway::limits;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::{Common, Failure, LogFormat, runtime};
+use super::{Common, Failure, LogFormat, docker_host, runtime};
 
 pub(crate) fn run(common: &Common) -> Result<(), Failure> {
     let (config, origin) = common.config()?;
     common.start_logging()?;
     let (before, _) = limits::raise_open_files();
     let executable = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
-    let environment = Environment { executable, replica_open_files: Some(before) };
+    let environment = Environment { executable, replica_open_files: Some(before), docker_host: docker_host() };
     let is_demo = is_demo(&config);
     let runtime = runtime()?;
     let outcome = runtime.block_on(async {
@@ -127,6 +127,9 @@ fn is_demo(config: &Config) -> bool {
         config.listeners.first().and_then(|listener| config.pools.iter().find(|pool| pool.name == listener.pool));
     first.is_some_and(|pool| match &pool.provider {
         Provider::Process(process) => process.command.iter().take(2).eq(["ringway", "echo-server"]),
-        Provider::Static(_) => false,
+        Provider::Containers(containers) => {
+            containers.spec.command.iter().flatten().next().is_some_and(|word| word == "echo-server")
+        }
+        Provider::Static(_) | Provider::Discover(_) => false,
     })
 }

@@ -1,23 +1,13 @@
 //! `ringway status`: asks a running Ringway's side port and shows the answer as a table.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::time::Duration;
+use std::net::SocketAddr;
 
 use anyhow::Context as _;
 use bytes::Bytes;
 use clap::Args;
-use http_body_util::Full;
-use hyper::Request;
-use hyper::header::{CONNECTION, HOST};
-use ringway::api::status::{Connections, Member, Status};
-use ringway::http_client::exchange;
-use tokio::net::TcpStream;
+use ringway::api::status::{Connections, Member, Replica, Status};
 
-use super::{Common, Failure, print, runtime};
-
-const TIMEOUT: Duration = Duration::from_secs(5);
-
-const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
+use super::{Common, Failure, print, runtime, side_port};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -34,7 +24,7 @@ pub(crate) fn status(common: &Common, options: &Options) -> Result<(), Failure> 
         Some(address) => address,
         None => common.config()?.0.api.listen,
     };
-    let answer = runtime()?.block_on(ask(reachable(address)))?;
+    let answer = runtime()?.block_on(ask(address))?;
     if options.json {
         print(&format!("{}\n", String::from_utf8_lossy(&answer)))
     } else {
@@ -44,29 +34,11 @@ pub(crate) fn status(common: &Common, options: &Options) -> Result<(), Failure> 
 }
 
 async fn ask(address: SocketAddr) -> anyhow::Result<Bytes> {
-    let request = Request::get("/api/status")
-        .header(HOST, address.to_string())
-        .header(CONNECTION, "close")
-        .body(Full::default())?;
-    let answer = tokio::time::timeout(TIMEOUT, async {
-        let stream = TcpStream::connect(address).await?;
-        anyhow::Ok(exchange(stream, request, ANSWER_LIMIT).await?)
-    });
-    let answer = answer.await.context("no answer in time").flatten();
-    let answer = answer.with_context(|| format!("cannot reach the side port at {address}; is Ringway running there"));
-    let answer = answer.map_err(|error| anyhow::anyhow!("{error:#}"))?;
+    let answer = side_port::get(address, "/api/status").await;
+    let answer =
+        answer.with_context(|| format!("cannot reach the side port at {address}; is Ringway running there"))?;
     anyhow::ensure!(answer.status().is_success(), "the side port at {address} answers {}", answer.status());
     Ok(answer.into_body())
-}
-
-/// Where a side port that listens on every address can be reached.
-fn reachable(address: SocketAddr) -> SocketAddr {
-    let ip = match address.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
-        ip => ip,
-    };
-    SocketAddr::new(ip, address.port())
 }
 
 fn table(status: &Status) -> String {
@@ -90,10 +62,20 @@ fn table(status: &Status) -> String {
         let (name, address, pool) = (&listener.name, &listener.address, &listener.pool);
         lines.push(format!("{name} on {address}, pool {pool}: {active} connections, {total} in all"));
     }
+    for pool in &status.pools {
+        if let Some(error) = pool.provider.engine.as_ref().and_then(|engine| engine.error.as_ref()) {
+            lines.push(format!("pool {}: {error}", pool.name));
+        }
+    }
     lines.push(String::new());
     for row in &rows {
         let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
         lines.push(cells.join("  ").trim_end().to_owned());
+    }
+    let exits = status.pools.iter().flat_map(|pool| &pool.backends).filter(|backend| backend.replica.is_none());
+    for (backend, exit) in exits.filter_map(|backend| Some((backend, backend.last_exit.as_ref()?))) {
+        lines.push(format!("\n{}: {}, {:.0} s ago", backend.id, exit.reason, exit.seconds_ago));
+        lines.extend(exit.output.iter().map(|line| format!("  {line}")));
     }
     lines.join("\n") + "\n"
 }
@@ -104,7 +86,10 @@ fn row(pool: &str, backend: &Member) -> [String; 11] {
         backend.id.clone(),
         backend.state.clone(),
         backend.address.clone().unwrap_or_else(|| "-".to_owned()),
-        backend.replica.as_ref().map_or("-".to_owned(), |replica| format!("pid {}", replica.pid)),
+        backend.replica.as_ref().map_or("-".to_owned(), |replica| match replica {
+            Replica::Process { pid } => format!("pid {pid}"),
+            Replica::Container { name, .. } => name.clone(),
+        }),
         backend.restarts.to_string(),
         backend.connections.active.to_string(),
         backend.connections.total.to_string(),

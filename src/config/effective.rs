@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use serde_yaml::{Mapping, Value};
 
-use super::parse_pool::join_host;
-use super::{Config, HealthCheck, Listener, Pool, Process, Provider};
+use super::parse_provider::join_host;
+use super::{Config, Containers, HealthCheck, Listener, Pool, Process, Provider, Restart};
 use crate::labels::Label as _;
 
 pub(super) fn yaml(config: &Config) -> String {
@@ -20,6 +20,15 @@ pub(super) fn yaml(config: &Config) -> String {
         root.push(("access_log", map([("path", path.into()), ("format", log.format.as_str().into())])));
     }
     root.push(("api", map([("listen", config.api.listen.to_string().into())])));
+    let docker = &config.docker;
+    root.push((
+        "docker",
+        map([
+            ("owner", auto_text(docker.owner.as_deref())),
+            ("resync", duration(docker.resync)),
+            ("timeout", duration(docker.timeout)),
+        ]),
+    ));
     root.push(("listeners", list(config.listeners.iter().map(listener))));
     root.push(("pools", list(config.pools.iter().map(pool))));
     // Text, numbers and lists of them always serialize.
@@ -80,33 +89,68 @@ fn provider(provider: &Provider) -> Value {
             map([("static", list(backends))])
         }
         Provider::Process(settings) => map([("process", process(settings))]),
+        Provider::Containers(settings) => map([("docker", containers(settings))]),
+        Provider::Discover(settings) => {
+            let discover = map([("label", settings.label.as_str().into()), ("port", settings.port.into())]);
+            let network = auto_text(settings.network.as_deref());
+            map([("docker", map([("discover", discover), ("network", network)]))])
+        }
     }
 }
 
 fn process(process: &Process) -> Value {
-    let restart = &process.restart;
     let ports = process.ports.map_or("auto".to_owned(), |(first, last)| format!("{first}-{last}"));
     map([
         ("replicas", process.replicas.into()),
-        ("command", list(process.command.iter().map(|word| word.as_str().into()))),
-        (
-            "env",
-            Value::Mapping(
-                process.env.iter().map(|(name, value)| (name.as_str().into(), value.as_str().into())).collect(),
-            ),
-        ),
+        ("command", words(&process.command)),
+        ("env", pairs(&process.env)),
         ("ports", ports.into()),
-        (
-            "restart",
-            map([
-                ("backoff", duration(restart.backoff)),
-                ("max_backoff", duration(restart.max_backoff)),
-                ("stable_after", duration(restart.stable_after)),
-                ("crash_loop_after", restart.crash_loop_after.into()),
-            ]),
-        ),
+        ("restart", restart(&process.restart)),
         ("stop_grace", duration(process.stop_grace)),
     ])
+}
+
+fn containers(containers: &Containers) -> Value {
+    let spec = &containers.spec;
+    let mut entries = vec![("replicas", containers.replicas.into()), ("image", spec.image.as_str().into())];
+    entries.extend(spec.command.as_ref().map(|command| ("command", words(command))));
+    entries.extend([
+        ("port", spec.port.into()),
+        ("network", auto_text(containers.network.as_deref())),
+        ("env", pairs(&spec.env)),
+        ("labels", pairs(&spec.labels)),
+    ]);
+    let memory = spec.memory.map(|bytes| ("memory", bytes.into()));
+    let cpus = spec.milli_cpus.map(|cpus| ("cpus", (cpus as f64 / 1000.0).into()));
+    entries.extend([
+        ("resources", map(memory.into_iter().chain(cpus))),
+        ("pull", spec.pull.as_str().into()),
+        ("restart", restart(&containers.restart)),
+        ("stop_grace", duration(containers.stop_grace)),
+    ]);
+    map(entries)
+}
+
+fn restart(restart: &Restart) -> Value {
+    map([
+        ("backoff", duration(restart.backoff)),
+        ("max_backoff", duration(restart.max_backoff)),
+        ("stable_after", duration(restart.stable_after)),
+        ("crash_loop_after", restart.crash_loop_after.into()),
+        ("replace_after", restart.replace_after.map_or("off".into(), duration)),
+    ])
+}
+
+fn words(words: &[String]) -> Value {
+    list(words.iter().map(|word| word.as_str().into()))
+}
+
+fn pairs(pairs: &[(String, String)]) -> Value {
+    Value::Mapping(pairs.iter().map(|(name, value)| (name.as_str().into(), value.as_str().into())).collect())
+}
+
+fn auto_text(text: Option<&str>) -> Value {
+    text.unwrap_or("auto").into()
 }
 
 fn health_check(check: Option<&HealthCheck>) -> Value {

@@ -3,19 +3,21 @@
 //! # Layout
 //!
 //! - this file: the types, and loading
-//! - [`parse`], [`parse_pool`]: every key, its range and its default
+//! - [`parse`], [`parse_pool`], [`parse_provider`]: every key, its range and its default
 //! - [`reader`]: typed access to YAML that collects faults with their key path
 //! - [`effective`]: the other way: the config with every default filled in, as YAML
 
 mod effective;
 mod parse;
 mod parse_pool;
+mod parse_provider;
 mod reader;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::control::supervisor::docker::Spec;
 use crate::proxy::access_log::Format;
 use crate::proxy::key::KeyKind;
 use crate::proxy::socket::TcpOptions;
@@ -90,6 +92,8 @@ pub struct Config {
     pub access_log: Option<AccessLog>,
     /// The side port.
     pub api: Api,
+    /// How the Docker engine is used, where a pool needs it.
+    pub docker: Docker,
     /// Where clients connect; at least one.
     pub listeners: Vec<Listener>,
     /// Where connections go; at least one.
@@ -119,6 +123,17 @@ pub struct AccessLog {
 pub struct Api {
     /// Its address.
     pub listen: SocketAddr,
+}
+
+/// How the Docker engine is used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Docker {
+    /// Whose containers are those that Ringway makes; `None`: the compose project that it runs in, or `ringway`.
+    pub owner: Option<String>,
+    /// The longest time between two full lists of containers.
+    pub resync: Duration,
+    /// The longest time for a call, in whole seconds.
+    pub timeout: Duration,
 }
 
 /// An address where clients connect.
@@ -164,14 +179,23 @@ pub enum Provider {
     Static(Vec<StaticBackend>),
     /// Child processes.
     Process(Process),
+    /// Containers that Ringway makes.
+    Containers(Containers),
+    /// Containers that somebody else runs.
+    Discover(Discover),
 }
 
+/// For how many backends room is kept where nobody can know how many there will be.
+const DISCOVERED: usize = 32;
+
 impl Provider {
-    /// How many backends it has.
+    /// How many backends it has, or may well have.
     pub fn backends(&self) -> usize {
         match self {
             Self::Static(backends) => backends.len(),
             Self::Process(process) => process.replicas as usize,
+            Self::Containers(containers) => containers.replicas as usize,
+            Self::Discover(_) => DISCOVERED,
         }
     }
 }
@@ -206,6 +230,32 @@ pub struct Process {
     pub stop_grace: Duration,
 }
 
+/// Containers as backends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Containers {
+    /// How many.
+    pub replicas: u32,
+    /// What each is made from.
+    pub spec: Spec,
+    /// Where they are reached; `None`: the network that Ringway itself is on.
+    pub network: Option<String>,
+    /// When a dead one is replaced.
+    pub restart: Restart,
+    /// From SIGTERM to SIGKILL where one is stopped.
+    pub stop_grace: Duration,
+}
+
+/// Containers that somebody else runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Discover {
+    /// `name` or `name=value`.
+    pub label: String,
+    /// The port on which they listen.
+    pub port: u16,
+    /// Where they are reached; `None`: the network that Ringway itself is on.
+    pub network: Option<String>,
+}
+
 /// When a dead replica is started again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Restart {
@@ -217,6 +267,8 @@ pub struct Restart {
     pub stable_after: Duration,
     /// Starts in a row that did not last after which the slot counts as in a crash loop.
     pub crash_loop_after: u32,
+    /// A replica that runs but has been unhealthy for this long is replaced; `None`: never.
+    pub replace_after: Option<Duration>,
 }
 
 /// Connecting to a backend.

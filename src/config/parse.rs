@@ -9,8 +9,8 @@ use std::time::Duration;
 use serde_yaml::Value;
 
 use super::parse_pool::pool;
-use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, hint, name, narrow, show};
-use super::{AccessLog, Api, Config, Fault, Listener, Pool, Process, Provider, Relay};
+use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, check_name, hint, name, narrow, show};
+use super::{AccessLog, Api, Config, Docker, Fault, Listener, Pool, Process, Provider, Relay};
 use crate::proxy::access_log::Format;
 use crate::proxy::socket::{Keepalive, TcpOptions};
 
@@ -23,6 +23,7 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     let tcp = tcp(root.section("tcp"));
     let access_log = root.item("access_log").map(|item| access_log(item.section()));
     let api = api(root.section("api"));
+    let docker = docker(root.section("docker"));
     let pools = root.required("pools", "at least one pool").map(|item| (item.list(), item));
     let pools = pools.map_or(Vec::new(), |(items, list)| {
         if items.is_empty() && list.value.is_sequence() {
@@ -45,7 +46,7 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
 
     let faults = faults.into_vec();
     if faults.is_empty() {
-        Ok(Config { workers, max_connections, relay, tcp, access_log, api, listeners, pools })
+        Ok(Config { workers, max_connections, relay, tcp, access_log, api, docker, listeners, pools })
     } else {
         Err(faults)
     }
@@ -103,6 +104,27 @@ fn api(mut section: Section<'_>) -> Api {
     let listen = section.item("listen").and_then(|item| address(&item)).unwrap_or(default);
     section.finish();
     Api { listen }
+}
+
+fn docker(mut section: Section<'_>) -> Docker {
+    let owner = section.item("owner").and_then(|item| {
+        let owner = item.text()?;
+        if owner == "auto" {
+            return None;
+        }
+        check_name(&item, &owner);
+        if !owner.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+            item.fault(format_args!("{owner:?} begins names of containers: let it begin with a letter or digit"));
+        }
+        Some(owner)
+    });
+    let docker = Docker {
+        owner,
+        resync: section.duration("resync", SECOND..=HOUR, 30 * SECOND),
+        timeout: section.duration("timeout", SECOND..=5 * MINUTE, 10 * SECOND),
+    };
+    section.finish();
+    docker
 }
 
 fn listener(mut section: Section<'_>, pools: &[Pool]) -> Listener {

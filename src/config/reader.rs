@@ -106,7 +106,7 @@ impl<'a> Item<'a> {
         truth
     }
 
-    fn duration(&self, range: &RangeInclusive<Duration>) -> Option<Duration> {
+    pub(super) fn duration(&self, range: &RangeInclusive<Duration>) -> Option<Duration> {
         let duration = self.value.as_str().and_then(|text| humantime::parse_duration(text).ok());
         let Some(duration) = duration else {
             self.fault(format_args!("{} is not a duration: write it like 500ms, 10s or 5m", show(self.value)));
@@ -253,15 +253,20 @@ fn join(path: &str, key: &str) -> String {
     if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
 }
 
-/// The `name` of a section: it goes into labels and slots.
+/// The `name` of a section.
 pub(super) fn name(section: &mut Section<'_>) -> String {
     let Some(item) = section.required("name", "a name") else { return String::new() };
     let name = item.text().unwrap_or_default();
+    check_name(&item, &name);
+    name
+}
+
+/// A name goes into labels of metrics, slots and names of containers.
+pub(super) fn check_name(item: &Item<'_>, name: &str) {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.is_empty() || name.len() > 63 || !name.chars().all(fits) {
         item.fault(format_args!("{name:?} is not a name: take up to 63 letters, digits, '-', '_' and '.'"));
     }
-    name
 }
 
 /// From a number that was read within the range of its type.

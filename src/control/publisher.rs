@@ -7,7 +7,7 @@ use std::time::Instant;
 use tokio::sync::mpsc;
 
 use super::Event;
-use crate::backend::{Backend, Health, Live, State};
+use crate::backend::{Backend, Health, Live, Replica, State};
 use crate::labels::Label as _;
 use crate::ring::{Member, Parameters, Ring};
 use crate::table::{Table, TableCell};
@@ -33,6 +33,8 @@ pub struct Publisher {
 #[derive(Debug)]
 struct Tracked {
     backend: Backend,
+    /// Also when it has ended since.
+    last_replica: Option<Replica>,
     healthy: Option<bool>,
     crash_loop: bool,
 }
@@ -75,8 +77,10 @@ impl Publisher {
     fn take(&mut self, events: impl IntoIterator<Item = Event>, now: Instant) {
         let (mut changed, mut members_changed) = (false, false);
         for event in events {
-            members_changed |= matches!(event, Event::Joined { .. });
-            changed |= self.apply(event, now);
+            let is_membership = matches!(event, Event::Joined { .. } | Event::Left { .. });
+            let news = self.apply(event, now);
+            members_changed |= is_membership && news;
+            changed |= news;
         }
         if members_changed {
             let members: Vec<_> = self
@@ -101,8 +105,11 @@ impl Publisher {
     fn apply(&mut self, event: Event, now: Instant) -> bool {
         let id = match event {
             Event::Joined { id, weight } => {
+                if self.backends.get(&id).is_some_and(|tracked| tracked.backend.weight == weight) {
+                    return false;
+                }
                 let tracked =
-                    self.backends.entry(Arc::clone(&id)).or_insert_with(|| Tracked::new(Arc::clone(&id), now));
+                    self.backends.entry(Arc::clone(&id)).or_insert_with(|| Tracked::new(Arc::clone(&id), weight, now));
                 tracked.backend.weight = weight;
                 id
             }
@@ -110,18 +117,37 @@ impl Publisher {
                 let Some(tracked) = self.backends.get_mut(&id) else { return false };
                 let backend = &mut tracked.backend;
                 backend.incarnation += 1;
-                backend.restarts = if replica.is_some() { backend.incarnation - 1 } else { 0 };
+                // The same container with a new address has not been started again.
+                let is_restart = backend.incarnation > 1 && replica.is_some() && tracked.last_replica != replica;
+                backend.restarts += u64::from(is_restart);
+                tracked.last_replica.clone_from(&replica);
                 backend.address = Some(address);
                 backend.replica = replica;
-                backend.health = Health { last: None, since: now };
-                (tracked.healthy, tracked.crash_loop) = (None, false);
+                tracked.forget(now);
+                tracked.crash_loop = false;
                 id
             }
-            Event::Stopped { id, crash_loop } => {
+            Event::Stopped { id, crash_loop, exit } => {
                 let Some(tracked) = self.backends.get_mut(&id) else { return false };
                 (tracked.backend.address, tracked.backend.replica) = (None, None);
-                tracked.backend.health = Health { last: None, since: now };
-                (tracked.healthy, tracked.crash_loop) = (None, crash_loop);
+                if exit.is_some() {
+                    tracked.backend.last_exit = exit;
+                }
+                tracked.forget(now);
+                tracked.crash_loop = crash_loop;
+                id
+            }
+            Event::Left { id } => {
+                let Some(tracked) = self.backends.remove(&id) else { return false };
+                tracing::info!(pool = %self.pool, %id, was = tracked.backend.state.as_str(), "backend has left");
+                return true;
+            }
+            Event::Reported { id, healthy } => {
+                let Some(tracked) = self.backends.get_mut(&id) else { return false };
+                if tracked.backend.reported_bad != healthy {
+                    return false;
+                }
+                tracked.backend.reported_bad = !healthy;
                 id
             }
             Event::Checked { id, incarnation, healthy, result } => {
@@ -152,25 +178,34 @@ impl Publisher {
 }
 
 impl Tracked {
-    fn new(id: Arc<str>, now: Instant) -> Self {
+    fn new(id: Arc<str>, weight: u32, now: Instant) -> Self {
         let backend = Backend {
             id,
             address: None,
-            weight: 1,
+            weight,
             state: State::Starting,
             replica: None,
             incarnation: 0,
             restarts: 0,
+            last_exit: None,
+            reported_bad: false,
             health: Health { last: None, since: now },
             live: Arc::new(Live::default()),
         };
-        Self { backend, healthy: None, crash_loop: false }
+        Self { backend, last_replica: None, healthy: None, crash_loop: false }
+    }
+
+    /// What was known of the replica before says nothing about the next one.
+    fn forget(&mut self, now: Instant) {
+        self.backend.health = Health { last: None, since: now };
+        (self.healthy, self.backend.reported_bad) = (None, false);
     }
 
     fn state(&self, is_checked: bool) -> State {
         match (self.backend.address, self.healthy) {
             (None, _) if self.crash_loop => State::CrashLoop,
             (None, _) => State::Starting,
+            (Some(_), _) if self.backend.reported_bad => State::Unhealthy,
             (Some(_), None) if is_checked => State::Starting,
             (Some(_), None | Some(true)) => State::Healthy,
             (Some(_), Some(false)) => State::Unhealthy,
@@ -181,7 +216,7 @@ impl Tracked {
 /// One line for a change of state, as loud as it is bad.
 fn tell(pool: &str, backend: &Backend, state: State) {
     let (id, was, is) = (&backend.id, backend.state.as_str(), state.as_str());
-    let check = backend.health.last.as_deref().unwrap_or("-");
+    let check = backend.last_check().unwrap_or("-");
     match (backend.state, state) {
         // The supervisor has told of the crash loop; each further try is no news.
         (State::CrashLoop, State::Starting) | (_, State::CrashLoop) => {
@@ -195,7 +230,6 @@ fn tell(pool: &str, backend: &Backend, state: State) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::Replica;
 
     fn joined(id: &str) -> Event {
         Event::Joined { id: id.into(), weight: 1 }
@@ -204,6 +238,10 @@ mod tests {
     fn started(id: &str, port: u16) -> Event {
         let address = ([127, 0, 0, 1], port).into();
         Event::Started { id: id.into(), address, replica: Some(Replica::Process { pid: port.into() }) }
+    }
+
+    fn stopped(id: &str, crash_loop: bool) -> Event {
+        Event::Stopped { id: id.into(), crash_loop, exit: None }
     }
 
     fn checked(id: &str, incarnation: u64, healthy: bool) -> Event {
@@ -231,12 +269,12 @@ mod tests {
         assert_eq!(step(started("a", 1)), State::Starting);
         assert_eq!(step(checked("a", 1, true)), State::Healthy);
         assert_eq!(step(checked("a", 1, false)), State::Unhealthy);
-        assert_eq!(step(Event::Stopped { id: "a".into(), crash_loop: false }), State::Starting);
+        assert_eq!(step(stopped("a", false)), State::Starting);
         assert_eq!(step(checked("a", 1, true)), State::Starting, "news of a replica that is gone");
         assert_eq!(step(started("a", 2)), State::Starting);
         assert_eq!(step(checked("a", 1, true)), State::Starting, "news of the replica before");
         assert_eq!(step(checked("a", 2, true)), State::Healthy);
-        assert_eq!(step(Event::Stopped { id: "a".into(), crash_loop: true }), State::CrashLoop);
+        assert_eq!(step(stopped("a", true)), State::CrashLoop);
         assert_eq!(publisher.table().load().backends()[0].restarts, 1);
     }
 
@@ -257,6 +295,47 @@ mod tests {
         assert_eq!(after.generation(), before.generation() + 1, "events that came together are one table");
         publisher.take([joined("c")], Instant::now());
         assert_eq!(publisher.table().load().ring().points(), 30);
+    }
+
+    #[test]
+    fn a_backend_that_leaves_takes_its_points_and_its_return_brings_the_same() {
+        let mut publisher = publisher(false, vec![joined("a"), joined("b"), started("a", 1), started("b", 2)]);
+        let before = publisher.table().load().ring().digest();
+        publisher.take([Event::Left { id: "a".into() }], Instant::now());
+        assert_eq!(publisher.table().load().ring().points(), 10);
+        publisher.take([joined("a"), joined("a")], Instant::now());
+        assert_eq!(publisher.table().load().ring().digest(), before);
+    }
+
+    #[test]
+    fn a_bad_report_overrules_the_checks_until_it_is_taken_back_or_the_replica_replaced() {
+        let mut publisher = publisher(true, vec![joined("a"), started("a", 1), checked("a", 1, true)]);
+        let report = |healthy| Event::Reported { id: "a".into(), healthy };
+        let mut step = |event: Event| {
+            publisher.take([event], Instant::now());
+            states(&publisher)[0]
+        };
+        assert_eq!(step(report(false)), State::Unhealthy);
+        assert_eq!(step(checked("a", 1, true)), State::Unhealthy);
+        assert_eq!(step(report(true)), State::Healthy);
+        assert_eq!(step(report(false)), State::Unhealthy);
+        assert_eq!(step(started("a", 2)), State::Starting);
+        assert_eq!(step(checked("a", 2, true)), State::Healthy);
+    }
+
+    #[test]
+    fn a_new_address_of_the_same_replica_is_no_restart() {
+        let mut publisher = publisher(false, vec![joined("a"), started("a", 1)]);
+        let restarts = |publisher: &Publisher| publisher.table().load().backends()[0].restarts;
+        let moved = Event::Started {
+            id: "a".into(),
+            address: ([127, 0, 0, 9], 1).into(),
+            replica: Some(Replica::Process { pid: 1 }),
+        };
+        publisher.take([stopped("a", false), moved], Instant::now());
+        assert_eq!(restarts(&publisher), 0);
+        publisher.take([stopped("a", false), started("a", 2)], Instant::now());
+        assert_eq!(restarts(&publisher), 1);
     }
 
     #[test]

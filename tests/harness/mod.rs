@@ -121,7 +121,11 @@ impl Drop for Ringway {
 }
 
 pub(crate) fn environment() -> Environment {
-    Environment { executable: PathBuf::from(env!("CARGO_BIN_EXE_ringway")), replica_open_files: None }
+    Environment {
+        executable: PathBuf::from(env!("CARGO_BIN_EXE_ringway")),
+        replica_open_files: None,
+        docker_host: None,
+    }
 }
 
 /// A config with one listener and one pool of static backends. `extra` is further lines of the pool.

@@ -2,13 +2,103 @@
 //!
 //! # Layout
 //!
+//! - this file: what the adapters have in common
 //! - [`plan`]: what to do next; pure
 //! - [`process`]: carries the plan out with child processes
+//! - [`docker`]: carries the plan out with containers
 //! - [`launch`]: the step in a child before it becomes the replica
-//! - [`output`]: what replicas say, into the log
+//! - [`output`]: what child processes say, into the log
 
+pub mod docker;
 pub mod launch;
 pub mod plan;
 pub mod process;
 
 mod output;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use self::plan::{Policy, Slot};
+use super::Event;
+use crate::backend::{Exit, Replica, State};
+use crate::table::Table;
+
+/// Lines of a replica's output that are kept for its [`Exit`].
+const LAST_LINES: usize = 10;
+
+/// What the checks say of the replica in a slot. The table may still show its predecessor.
+fn verdict(table: &Table, slot: &str, replica: &Replica) -> Option<bool> {
+    let backend = table.backends().iter().find(|backend| &*backend.id == slot)?;
+    if backend.replica.as_ref() != Some(replica) {
+        return None;
+    }
+    match backend.state {
+        State::Healthy => Some(true),
+        State::Unhealthy => Some(false),
+        State::Starting | State::Draining | State::CrashLoop => None,
+    }
+}
+
+/// Notes ends of replicas, and tells of them in the log: of each step, not of each try.
+#[derive(Debug)]
+struct Ends {
+    pool: Arc<str>,
+    policy: Policy,
+    /// The gist of why replicas cannot be started, told once for all slots.
+    refusal: Option<String>,
+}
+
+impl Ends {
+    fn new(pool: Arc<str>, policy: Policy) -> Self {
+        Self { pool, policy, refusal: None }
+    }
+
+    /// A replica was started, or is there.
+    fn over(&mut self) {
+        self.refusal = None;
+    }
+
+    /// A replica ended.
+    fn ended(&self, slot: &mut Slot, exit: Exit) -> Event {
+        let (was_loop, again_in_ms, is_loop) = self.strike(slot, exit.at);
+        let (pool, name, how) = (&self.pool, &slot.name, &exit.reason);
+        match (was_loop, is_loop) {
+            (_, false) => tracing::warn!(%pool, slot = %name, how, again_in_ms, "replica ended"),
+            (false, true) => {
+                let last_line = exit.output.last().map_or("", String::as_str);
+                tracing::error!(%pool, slot = %name, how, again_in_ms, last_line, "replica keeps dying: crash loop");
+            }
+            (true, true) => tracing::debug!(%pool, slot = %name, how, again_in_ms, "replica ended again"),
+        }
+        Event::Stopped { id: Arc::clone(name), crash_loop: is_loop, exit: Some(Arc::new(exit)) }
+    }
+
+    /// No replica could be started.
+    fn refused(&mut self, slot: &mut Slot, reason: &str, now: Instant) -> Event {
+        let (_, again_in_ms, is_loop) = self.strike(slot, now);
+        let (pool, name) = (&self.pool, &slot.name);
+        let gist = gist(reason);
+        if self.refusal.as_ref() == Some(&gist) {
+            tracing::debug!(%pool, slot = %name, reason, again_in_ms, "no replica can be started, still");
+        } else {
+            tracing::error!(%pool, slot = %name, reason, again_in_ms, "no replica can be started");
+        }
+        let exit = Exit { reason: format!("cannot be started: {reason}"), code: None, output: Vec::new(), at: now };
+        self.refusal = Some(gist);
+        Event::Stopped { id: Arc::clone(name), crash_loop: is_loop, exit: Some(Arc::new(exit)) }
+    }
+
+    /// Whether the slot was in a crash loop before, when it is tried again, and whether it is in one now.
+    fn strike(&self, slot: &mut Slot, now: Instant) -> (bool, u64, bool) {
+        let was_loop = slot.is_crash_loop(&self.policy);
+        let wait = slot.ended(&self.policy, now);
+        (was_loop, u64::try_from(wait.as_millis()).unwrap_or(u64::MAX), slot.is_crash_loop(&self.policy))
+    }
+}
+
+/// Without the words that differ from try to try and from slot to slot: those with a digit.
+fn gist(reason: &str) -> String {
+    let words = reason.split_whitespace().filter(|word| !word.contains(|c: char| c.is_ascii_digit()));
+    words.collect::<Vec<_>>().join(" ")
+}

@@ -1,14 +1,34 @@
 //! What replicas say on their standard output and error: lines into Ringway's log, with the slot's name.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 /// Longest line; the rest of a longer one comes as further lines.
 const LONGEST: usize = 8 * 1024;
 
+/// The last lines of a replica.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Tail(Arc<Mutex<VecDeque<String>>>);
+
+impl Tail {
+    /// Oldest first.
+    pub(super) fn lines(&self) -> Vec<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
+    }
+
+    fn push(&self, line: &str) {
+        let mut lines = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if lines.len() == super::LAST_LINES {
+            lines.pop_front();
+        }
+        lines.push_back(line.to_owned());
+    }
+}
+
 /// Logs every line of `stream` until it ends. Bytes that are not UTF-8 are replaced.
-pub(super) async fn log_lines(slot: Arc<str>, mut stream: impl AsyncRead + Unpin) {
+pub(super) async fn log_lines(slot: Arc<str>, tail: Tail, mut stream: impl AsyncRead + Unpin) {
     let mut pending: Vec<u8> = Vec::new();
     let mut buffer = vec![0; LONGEST];
     loop {
@@ -20,6 +40,7 @@ pub(super) async fn log_lines(slot: Arc<str>, mut stream: impl AsyncRead + Unpin
             let line = String::from_utf8_lossy(line);
             if !line.trim().is_empty() {
                 tracing::info!(target: "ringway::replica", slot = %slot, "{}", line.trim_end());
+                tail.push(line.trim_end());
             }
             rest = after;
         }
@@ -49,6 +70,16 @@ mod tests {
             bytes = &bytes[end..];
         }
         lengths
+    }
+
+    #[tokio::test]
+    async fn the_last_lines_are_kept() {
+        let tail = Tail::default();
+        let lines: Vec<_> = (1..=super::super::LAST_LINES + 2).map(|n| format!("line {n}")).collect();
+        let text = lines.join("\n");
+        log_lines("echo-1".into(), tail.clone(), text.as_bytes()).await;
+        let lines = tail.lines();
+        assert_eq!((lines.len(), lines[0].as_str()), (super::super::LAST_LINES, "line 3"));
     }
 
     #[test]

@@ -1,4 +1,7 @@
 //! What the supervisor does next: a pure function of what is wanted, what is observed, and the time.
+//!
+//! Adapters tell each [`Slot`] what they see and carry out what [`plan`] says. Only their own clock counts, and
+//! only as differences: what an engine says of times is not used.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,7 +9,7 @@ use std::time::{Duration, Instant};
 #[cfg(test)]
 mod tests;
 
-/// When a dead replica is started again.
+/// When a replica is started again, and when it is replaced.
 #[derive(Debug, Clone, Copy)]
 pub struct Policy {
     /// Before the second start in a row that did not last; doubled with each more. The first is at once.
@@ -17,6 +20,8 @@ pub struct Policy {
     pub stable_after: Duration,
     /// Starts in a row that did not last after which the slot counts as in a crash loop.
     pub crash_loop_after: u32,
+    /// A replica that runs but has been unhealthy for this long is replaced; `None`: never.
+    pub replace_after: Option<Duration>,
 }
 
 /// What is observed of one slot.
@@ -27,13 +32,45 @@ pub struct Slot {
     phase: Phase,
     /// Replicas in a row that did not last.
     strikes: u32,
+    /// Its replica was stopped to be replaced, and the next one has not shown yet what it is worth.
+    in_replacement: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    Down { start_at: Instant },
-    Up { since: Instant },
-    Stopping,
+    Empty {
+        start_at: Instant,
+    },
+    /// A start was ordered, and no replica has been seen yet.
+    Starting,
+    Running {
+        since: Instant,
+        worth: Worth,
+        is_outdated: bool,
+    },
+    Stopping {
+        since: Instant,
+        why: Why,
+    },
+}
+
+/// What a running replica is worth, as far as is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Worth {
+    Unknown,
+    Healthy,
+    Unhealthy { since: Instant },
+}
+
+/// Why a replica is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// The slot is not wanted any more.
+    Surplus,
+    /// It runs, but has been unhealthy for too long.
+    Unhealthy,
+    /// It was made from other settings than those of now.
+    Outdated,
 }
 
 /// What to do with a slot, given by its index.
@@ -41,8 +78,8 @@ enum Phase {
 pub enum Action {
     /// Start a replica.
     Start(usize),
-    /// Stop the replica: the slot is not wanted any more.
-    Stop(usize),
+    /// Stop the replica.
+    Stop(usize, Why),
 }
 
 /// What to do now, and when to ask again if nothing happens before.
@@ -54,55 +91,143 @@ pub struct Plan {
     pub wake: Option<Instant>,
 }
 
-/// The first `wanted` slots should have a replica each, the others none.
-pub fn plan(wanted: usize, slots: &[Slot], now: Instant) -> Plan {
+/// The first `wanted` slots should have a replica each that is healthy and made from the settings of now, the
+/// others none.
+///
+/// One replica at a time is replaced, and the next only once its successor has shown what it is worth: whatever
+/// makes all of them unhealthy must not take all of them down.
+pub fn plan(wanted: usize, slots: &[Slot], policy: &Policy, now: Instant) -> Plan {
     let mut plan = Plan { actions: Vec::new(), wake: None };
-    for (index, slot) in slots.iter().enumerate() {
-        match slot.phase {
-            Phase::Down { start_at } if index < wanted && start_at <= now => plan.actions.push(Action::Start(index)),
-            Phase::Down { start_at } if index < wanted => {
-                plan.wake = Some(plan.wake.map_or(start_at, |wake| wake.min(start_at)));
-            }
-            Phase::Up { .. } if index >= wanted => plan.actions.push(Action::Stop(index)),
-            Phase::Down { .. } | Phase::Up { .. } | Phase::Stopping => {}
+    let (kept, surplus) = slots.split_at(wanted.min(slots.len()));
+    for (index, slot) in kept.iter().enumerate() {
+        if let Phase::Empty { start_at } = slot.phase {
+            plan.do_at(start_at, Action::Start(index), now);
         }
     }
+    for (index, slot) in surplus.iter().enumerate() {
+        if let Phase::Running { .. } = slot.phase {
+            plan.actions.push(Action::Stop(wanted + index, Why::Surplus));
+        }
+    }
+    if kept.iter().any(|slot| slot.in_replacement) {
+        return plan;
+    }
+    let unhealthy = kept.iter().enumerate().filter_map(|(index, slot)| Some((slot.unhealthy_since()?, index)));
+    if let (Some(patience), Some((since, index))) = (policy.replace_after, unhealthy.min()) {
+        plan.do_at(since + patience, Action::Stop(index, Why::Unhealthy), now);
+    } else if kept.iter().all(Slot::is_healthy)
+        && let Some(index) = kept.iter().position(Slot::is_outdated)
+    {
+        plan.actions.push(Action::Stop(index, Why::Outdated));
+    }
     plan
+}
+
+impl Plan {
+    fn do_at(&mut self, at: Instant, action: Action, now: Instant) {
+        if at <= now {
+            self.actions.push(action);
+        } else {
+            self.wake = Some(self.wake.map_or(at, |wake| wake.min(at)));
+        }
+    }
 }
 
 impl Slot {
     /// An empty slot whose first replica is due at once.
     pub fn new(name: Arc<str>, now: Instant) -> Self {
-        Self { name, phase: Phase::Down { start_at: now }, strikes: 0 }
+        Self { name, phase: Phase::Empty { start_at: now }, strikes: 0, in_replacement: false }
     }
 
-    /// A replica was started.
-    pub fn started(&mut self, now: Instant) {
-        self.phase = Phase::Up { since: now };
+    /// A start was ordered.
+    pub fn starting(&mut self) {
+        self.phase = Phase::Starting;
+    }
+
+    /// The start could not be tried, which is not the replica's fault: not before `start_at` again.
+    pub fn postponed(&mut self, start_at: Instant) {
+        self.phase = Phase::Empty { start_at };
+    }
+
+    /// A replica runs that has not been seen before.
+    pub fn running(&mut self, is_outdated: bool, now: Instant) {
+        self.phase = Phase::Running { since: now, worth: Worth::Unknown, is_outdated };
+    }
+
+    /// What health checks say of the running replica; `None` while they have not made up their mind.
+    pub fn judged(&mut self, verdict: Option<bool>, now: Instant) {
+        let Phase::Running { worth, .. } = &mut self.phase else { return };
+        *worth = match (verdict, *worth) {
+            (Some(true), _) => Worth::Healthy,
+            (Some(false), Worth::Unhealthy { since }) => Worth::Unhealthy { since },
+            (Some(false), _) => Worth::Unhealthy { since: now },
+            (None, _) => Worth::Unknown,
+        };
+        self.in_replacement &= verdict.is_none();
     }
 
     /// The replica was told to stop.
-    pub fn stopping(&mut self) {
-        self.phase = Phase::Stopping;
+    pub fn stopping(&mut self, why: Why) {
+        if let Phase::Running { since, .. } = self.phase {
+            self.phase = Phase::Stopping { since, why };
+            self.in_replacement = why != Why::Surplus;
+        }
+    }
+
+    /// It could not be told so: it is as it was before.
+    pub fn not_stopped(&mut self) {
+        if let Phase::Stopping { since, why } = self.phase {
+            self.phase = Phase::Running { since, worth: Worth::Unknown, is_outdated: why == Why::Outdated };
+            self.in_replacement = false;
+        }
     }
 
     /// The replica ended, or could not be started. Returns how long the next start waits.
     pub fn ended(&mut self, policy: &Policy, now: Instant) -> Duration {
         let lasted = match self.phase {
-            Phase::Up { since } => now.saturating_duration_since(since) >= policy.stable_after,
-            Phase::Down { .. } => false,
+            Phase::Running { since, .. } | Phase::Stopping { since, why: Why::Unhealthy } => {
+                now.saturating_duration_since(since) >= policy.stable_after
+            }
+            Phase::Empty { .. } | Phase::Starting => false,
             // Ended because it was told to.
-            Phase::Stopping => true,
+            Phase::Stopping { .. } => true,
         };
+        // A successor that ends has shown what it is worth.
+        self.in_replacement &= matches!(self.phase, Phase::Stopping { .. });
         self.strikes = if lasted { 0 } else { self.strikes.saturating_add(1) };
         let wait = self.backoff(policy);
-        self.phase = Phase::Down { start_at: now + wait };
+        self.phase = Phase::Empty { start_at: now + wait };
         wait
+    }
+
+    /// Whether a replica is there that may end or be judged.
+    pub fn is_running(&self) -> bool {
+        matches!(self.phase, Phase::Running { .. } | Phase::Stopping { .. })
+    }
+
+    /// Whether a start was ordered that has not shown a replica yet.
+    pub fn is_starting(&self) -> bool {
+        self.phase == Phase::Starting
     }
 
     /// Whether so many replicas in a row did not last that something must be wrong with them.
     pub fn is_crash_loop(&self, policy: &Policy) -> bool {
         self.strikes >= policy.crash_loop_after
+    }
+
+    fn is_healthy(&self) -> bool {
+        matches!(self.phase, Phase::Running { worth: Worth::Healthy, .. })
+    }
+
+    fn is_outdated(&self) -> bool {
+        matches!(self.phase, Phase::Running { is_outdated: true, .. })
+    }
+
+    fn unhealthy_since(&self) -> Option<Instant> {
+        match self.phase {
+            Phase::Running { worth: Worth::Unhealthy { since }, .. } => Some(since),
+            _ => None,
+        }
     }
 
     /// Nothing after the first strike, then doubling from `backoff` to `max_backoff`. Up to a fifth is taken
@@ -114,6 +239,6 @@ impl Slot {
         let mut bytes = self.name.as_bytes().to_vec();
         bytes.extend_from_slice(&self.strikes.to_le_bytes());
         let jitter = u32::from(seahash::hash(&bytes).to_le_bytes()[0]);
-        wait.checked_sub(wait / 5 * jitter / 255).unwrap()
+        wait.saturating_sub(wait / 5 * jitter / 255)
     }
 }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,10 +18,12 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::output::log_lines;
-use super::plan::{Action, Policy, Slot, plan};
-use crate::backend::Replica;
+use super::output::{Tail, log_lines};
+use super::plan::{Action, Policy, Slot, Why, plan};
+use super::{Ends, verdict};
+use crate::backend::{Exit, Replica};
 use crate::control::Event;
+use crate::table::{Table, TableCell};
 
 /// How a pool's replicas are run.
 #[derive(Debug, Clone)]
@@ -43,6 +45,9 @@ pub struct Settings {
     /// Soft limit on open files for replicas.
     pub open_files: Option<u64>,
 }
+
+/// How long the output of a child that has ended may still come in.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// The name that stands for Ringway's own binary in a command.
 pub const THIS_BINARY: &str = "ringway";
@@ -100,17 +105,27 @@ pub fn is_runnable(program: &str) -> bool {
 }
 
 /// Keeps a replica in every slot until `stop`, then stops them all.
-pub async fn supervise(settings: Settings, ports: Ports, events: mpsc::Sender<Event>, stop: CancellationToken) {
+pub async fn supervise(
+    settings: Settings,
+    ports: Ports,
+    table: TableCell,
+    events: mpsc::Sender<Event>,
+    stop: CancellationToken,
+) {
     let now = Instant::now();
     let slots = settings.slots.iter().map(|name| Slot::new(Arc::clone(name), now)).collect();
-    let mut supervisor = Supervisor { settings, ports, slots, events, children: JoinSet::new(), pids: HashMap::new() };
+    let ends = Ends::new(Arc::clone(&settings.pool), settings.policy);
+    let mut changes = table.watch();
+    let mut supervisor =
+        Supervisor { settings, ports, slots, ends, events, waiting: JoinSet::new(), children: HashMap::new() };
     while !stop.is_cancelled() {
         let wake = supervisor.carry_out().await;
         let due = tokio::time::sleep_until(wake.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600)).into());
         tokio::select! {
             () = stop.cancelled() => {}
             () = due => {}
-            Some(ended) = supervisor.children.join_next() => supervisor.ended(ended.ok()).await,
+            Ok(()) = changes.changed() => supervisor.judge(&table.load()),
+            Some(ended) = supervisor.waiting.join_next() => supervisor.ended(ended.ok()).await,
         }
     }
     supervisor.stop_all().await;
@@ -120,10 +135,20 @@ struct Supervisor {
     settings: Settings,
     ports: Ports,
     slots: Vec<Slot>,
+    ends: Ends,
     events: mpsc::Sender<Event>,
     /// Waits for each child; gives the slot and how the child ended.
-    children: JoinSet<(usize, String)>,
-    pids: HashMap<usize, Pid>,
+    waiting: JoinSet<(usize, Exit)>,
+    /// By slot.
+    children: HashMap<usize, Running>,
+}
+
+/// A child, as those see it who do not wait for it.
+struct Running {
+    pid: Pid,
+    replica: Replica,
+    /// SIGTERM and, after the grace, SIGKILL.
+    stop: CancellationToken,
 }
 
 impl Supervisor {
@@ -131,17 +156,14 @@ impl Supervisor {
     async fn carry_out(&mut self) -> Option<Instant> {
         loop {
             let now = Instant::now();
-            let plan = plan(self.settings.slots.len(), &self.slots, now);
+            let plan = plan(self.settings.slots.len(), &self.slots, &self.settings.policy, now);
             if plan.actions.is_empty() {
                 return plan.wake;
             }
             for action in plan.actions {
                 match action {
                     Action::Start(slot) => self.start(slot, now).await,
-                    Action::Stop(slot) => {
-                        self.signal(slot, Signal::TERM);
-                        self.slots[slot].stopping();
-                    }
+                    Action::Stop(slot, why) => self.stop(slot, why),
                 }
             }
         }
@@ -150,23 +172,47 @@ impl Supervisor {
     async fn start(&mut self, slot: usize, now: Instant) {
         let address = self.ports.address(slot);
         let name = Arc::clone(&self.slots[slot].name);
+        self.slots[slot].starting();
         let child = self.command(&name, address.port()).spawn();
-        let (mut child, pid) = match child.map(|child| (child.id(), child)) {
-            Ok((Some(pid), child)) => (child, pid),
-            Ok((None, _)) => return self.ended(Some((slot, "ended at once".to_owned()))).await,
-            Err(error) => return self.ended(Some((slot, format!("cannot be started: {error}")))).await,
+        let (child, id) = match child.map(|child| (child.id(), child)) {
+            Ok((Some(id), child)) => (child, id),
+            Ok((None, _)) => return self.refused(slot, "it ended at once").await,
+            Err(error) => return self.refused(slot, &error.to_string()).await,
         };
-        self.slots[slot].started(now);
-        self.pids.extend(i32::try_from(pid).ok().and_then(Pid::from_raw).map(|pid| (slot, pid)));
-        tracing::debug!(pool = %self.settings.pool, slot = %name, pid, %address, "replica started");
-        log_output(&name, &mut child);
-        self.children.spawn(async move {
-            let ended = child.wait().await;
-            (slot, ended.map_or_else(|error| error.to_string(), |status| status.to_string()))
-        });
-        let event = Event::Started { id: name, address, replica: Some(Replica::Process { pid }) };
+        // A process that was just started has an id above zero.
+        let Some(pid) = i32::try_from(id).ok().and_then(Pid::from_raw) else { return };
+        self.ends.over();
+        self.slots[slot].running(false, now);
+        let (replica, stop) = (Replica::Process { pid: id }, CancellationToken::new());
+        tracing::debug!(pool = %self.settings.pool, slot = %name, pid = id, %address, "replica started");
+        let grace = self.settings.stop_grace;
+        self.waiting.spawn(wait(slot, Arc::clone(&name), child, pid, stop.clone(), grace));
+        self.children.insert(slot, Running { pid, replica: replica.clone(), stop });
+        let event = Event::Started { id: name, address, replica: Some(replica) };
         // No publisher: the app is going down.
         let _ = self.events.send(event).await;
+    }
+
+    async fn refused(&mut self, slot: usize, reason: &str) {
+        let event = self.ends.refused(&mut self.slots[slot], reason, Instant::now());
+        let _ = self.events.send(event).await;
+    }
+
+    fn stop(&mut self, slot: usize, why: Why) {
+        if let Some(child) = self.children.get(&slot) {
+            let name = &self.slots[slot].name;
+            tracing::warn!(pool = %self.settings.pool, slot = %name, ?why, "replica is stopped, to be replaced");
+            child.stop.cancel();
+        }
+        self.slots[slot].stopping(why);
+    }
+
+    fn judge(&mut self, table: &Table) {
+        let now = Instant::now();
+        for (&slot, child) in &self.children {
+            let slot = &mut self.slots[slot];
+            slot.judged(verdict(table, &slot.name, &child.replica), now);
+        }
     }
 
     fn command(&self, slot: &str, port: u16) -> Command {
@@ -196,49 +242,20 @@ impl Supervisor {
         command
     }
 
-    async fn ended(&mut self, ended: Option<(usize, String)>) {
+    async fn ended(&mut self, ended: Option<(usize, Exit)>) {
         // A wait that was aborted: only when the app is dropped.
-        let Some((slot, how)) = ended else { return };
-        // What the replica has left behind would keep its port, and answer for its successor.
-        self.signal(slot, Signal::KILL);
-        self.pids.remove(&slot);
-        let (policy, now) = (self.settings.policy, Instant::now());
-        let was_crash_loop = self.slots[slot].is_crash_loop(&policy);
-        let wait = self.slots[slot].ended(&policy, now);
-        let crash_loop = self.slots[slot].is_crash_loop(&policy);
-        let name = Arc::clone(&self.slots[slot].name);
-        let pool = &self.settings.pool;
-        let again_in_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-        match (was_crash_loop, crash_loop) {
-            (_, false) => tracing::warn!(%pool, slot = %name, how, again_in_ms, "replica ended"),
-            (false, true) => {
-                tracing::error!(%pool, slot = %name, how, again_in_ms, "replica keeps dying: crash loop");
-            }
-            (true, true) => tracing::debug!(%pool, slot = %name, how, again_in_ms, "replica ended again"),
-        }
-        let _ = self.events.send(Event::Stopped { id: name, crash_loop }).await;
-    }
-
-    /// To the replica's whole process group, so that the children of a shell go too.
-    fn signal(&self, slot: usize, signal: Signal) {
-        if let Some(&pid) = self.pids.get(&slot) {
-            // Fails only where it has just ended by itself.
-            let _ = kill_process_group(pid, signal);
-        }
+        let Some((slot, exit)) = ended else { return };
+        self.children.remove(&slot);
+        let event = self.ends.ended(&mut self.slots[slot], exit);
+        let _ = self.events.send(event).await;
     }
 
     async fn stop_all(mut self) {
-        for slot in 0..self.slots.len() {
-            self.signal(slot, Signal::TERM);
+        for child in self.children.values() {
+            child.stop.cancel();
         }
-        let ended = async { while self.children.join_next().await.is_some() {} };
-        let _ = tokio::time::timeout(self.settings.stop_grace, ended).await;
-        // Also where all have ended: their own children may not have.
-        for slot in 0..self.slots.len() {
-            self.signal(slot, Signal::KILL);
-        }
-        while self.children.join_next().await.is_some() {}
-        self.pids.clear();
+        while self.waiting.join_next().await.is_some() {}
+        self.children.clear();
     }
 }
 
@@ -246,10 +263,46 @@ impl Drop for Supervisor {
     /// Children die with their handles, and with this what they have started. After [`Supervisor::stop_all`]
     /// there is nothing left.
     fn drop(&mut self) {
-        for slot in 0..self.slots.len() {
-            self.signal(slot, Signal::KILL);
+        for child in self.children.values() {
+            signal(child.pid, Signal::KILL);
         }
     }
+}
+
+/// Waits until the child has ended, by itself or because it was told to, and ends what it leaves behind.
+async fn wait(
+    slot: usize,
+    name: Arc<str>,
+    mut child: Child,
+    pid: Pid,
+    stop: CancellationToken,
+    grace: Duration,
+) -> (usize, Exit) {
+    let tail = Tail::default();
+    let mut output = log_output(&name, &tail, &mut child);
+    let told = tokio::select! {
+        _ = child.wait() => false,
+        () = stop.cancelled() => true,
+    };
+    if told {
+        signal(pid, Signal::TERM);
+        let _ = tokio::time::timeout(grace, child.wait()).await;
+    }
+    // Also where it has ended: what it leaves behind would keep its port, and answer for its successor.
+    signal(pid, Signal::KILL);
+    let ended = child.wait().await;
+    // The pipes end with the last process that has them.
+    let _ = tokio::time::timeout(LAST_WORDS, async { while output.join_next().await.is_some() {} }).await;
+    output.detach_all();
+    let code = ended.as_ref().ok().and_then(ExitStatus::code).map(i64::from);
+    let reason = ended.map_or_else(|error| error.to_string(), |status| status.to_string());
+    (slot, Exit { reason, code, output: tail.lines(), at: Instant::now() })
+}
+
+/// To a child's whole process group, so that the children of a shell go too.
+fn signal(group: Pid, signal: Signal) {
+    // Fails only where it has just ended by itself.
+    let _ = kill_process_group(group, signal);
 }
 
 /// The binary may have been replaced on disk since the start; the running one is still there for its process.
@@ -257,11 +310,13 @@ fn launcher(path: &Path) -> &Path {
     if path.exists() { path } else { Path::new("/proc/self/exe") }
 }
 
-fn log_output(slot: &Arc<str>, child: &mut Child) {
+fn log_output(slot: &Arc<str>, tail: &Tail, child: &mut Child) -> JoinSet<()> {
+    let mut tasks = JoinSet::new();
     if let Some(stdout) = child.stdout.take() {
-        tokio::spawn(log_lines(Arc::clone(slot), stdout));
+        tasks.spawn(log_lines(Arc::clone(slot), tail.clone(), stdout));
     }
     if let Some(stderr) = child.stderr.take() {
-        tokio::spawn(log_lines(Arc::clone(slot), stderr));
+        tasks.spawn(log_lines(Arc::clone(slot), tail.clone(), stderr));
     }
+    tasks
 }

@@ -1,5 +1,12 @@
-//! Providers: where a pool's backends come from. Each says which backends there are; `process` has the
-//! [supervisor](super::supervisor) fill its slots.
+//! Providers: where a pool's backends come from. Each says which backends there are; `process` and `docker` have
+//! the [supervisor](super::supervisor) fill their slots.
+//!
+//! # Layout
+//!
+//! - this file: backends and slots that are known from the config
+//! - [`discover`]: containers that somebody else runs
+
+pub mod discover;
 
 use std::io;
 use std::net::SocketAddr;
@@ -34,7 +41,7 @@ pub async fn resolve(listed: &Listed) -> io::Result<[Event; 2]> {
     ])
 }
 
-/// The provider `process`: the slots of a pool, `echo-1`, `echo-2` and so on.
+/// The providers `process` and `docker`: the slots of a pool, `echo-1`, `echo-2` and so on.
 pub fn slots(pool: &str, replicas: u32) -> Vec<Arc<str>> {
     (1..=replicas).map(|n| format!("{pool}-{n}").into()).collect()
 }

@@ -1,0 +1,50 @@
+//! `ringway healthcheck`: for the health check of a container. Whether process 1, which is Ringway in one of its
+//! roles, serves.
+
+use anyhow::Context as _;
+use clap::Parser as _;
+
+use super::{Arguments, Command, Failure, runtime, side_port};
+
+pub(crate) fn healthcheck() -> Result<(), Failure> {
+    let line = std::fs::read("/proc/1/cmdline").context("cannot read /proc/1/cmdline")?;
+    let line = String::from_utf8_lossy(&line);
+    let words: Vec<&str> = line.trim_end_matches('\0').split('\0').collect();
+    let arguments = role(&words)
+        .with_context(|| format!("process 1 is not Ringway but {words:?}: healthcheck is for Ringway's containers"))?;
+    let (address, path) = match arguments.command {
+        None | Some(Command::Run) => (arguments.common.config()?.0.api.listen, "/readyz"),
+        Some(Command::EchoServer(options)) => (options.listen, "/heartbeat"),
+        // All others are there as long as they are needed.
+        Some(_) => return Ok(()),
+    };
+    let answer = runtime()?.block_on(side_port::get(address, path));
+    let answer = answer.with_context(|| format!("http://{address}{path}"))?;
+    if answer.status().is_success() {
+        return Ok(());
+    }
+    let body = String::from_utf8_lossy(answer.body());
+    Err(anyhow::anyhow!("http://{address}{path}: {} {}", answer.status(), body.trim_end()).into())
+}
+
+/// What process 1 was told to do. The engine may have put an init before it: `docker-init -- ringway …`.
+fn role(words: &[&str]) -> Option<Arguments> {
+    let own = words.iter().position(|&word| word == "--").map_or(words, |end| &words[end + 1..]);
+    let is_ringway = own.first()?.rsplit('/').next() == Some("ringway");
+    is_ringway.then(|| Arguments::try_parse_from(own).ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_role_is_read_from_the_command_line_of_process_1() {
+        assert!(matches!(role(&["/ringway", "--config", "/c.yaml"]), Some(Arguments { command: None, .. })));
+        let echo = ["/sbin/docker-init", "--", "/ringway", "echo-server", "--listen", "0.0.0.0:9000"];
+        let Some(Arguments { command: Some(Command::EchoServer(options)), .. }) = role(&echo) else { panic!() };
+        assert_eq!(options.listen.port(), 9000);
+        assert!(role(&["/bin/sh", "-c", "true"]).is_none());
+        assert!(role(&[""]).is_none());
+    }
+}

@@ -1,0 +1,282 @@
+//! The keys of a pool's provider: ranges and defaults.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, narrow, show};
+use super::{Containers, Discover, Process, Provider, Restart, StaticBackend};
+use crate::control::docker::label;
+use crate::control::supervisor::docker::{Pull, Spec};
+
+/// The engine refuses less memory than this for a container.
+const LEAST_MEMORY: u64 = 6 << 20;
+
+/// More memory or processors than any machine has.
+const MOST_MEMORY: u64 = 1 << 48;
+const MOST_CPUS: f64 = 4096.0;
+
+/// What `provider` must be, for faults.
+pub(super) const KINDS: &str = "one of static, process, docker";
+
+pub(super) fn provider(mut section: Section<'_>) -> Provider {
+    let (fixed, process, docker) = (section.item("static"), section.item("process"), section.item("docker"));
+    let provider = match (fixed, process, docker) {
+        (Some(item), None, None) => Provider::Static(static_backends(&item)),
+        (None, Some(item), None) => Provider::Process(process_of(item.section())),
+        (None, None, Some(item)) => docker_of(item.section()),
+        (fixed, process, docker) => {
+            let given =
+                [fixed.is_some(), process.is_some(), docker.is_some()].into_iter().filter(|&given| given).count();
+            let what = if given == 0 { "needs one" } else { "has more than one" };
+            section.fault(format_args!(
+                "{what} of static (a list of addresses), process (child processes) and docker (containers): give exactly one"
+            ));
+            Provider::Static(Vec::new())
+        }
+    };
+    section.finish();
+    provider
+}
+
+fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
+    let items = list.list();
+    if items.is_empty() && list.value.is_sequence() {
+        list.fault("is empty: give at least one {address: \"host:port\"}");
+    }
+    let mut seen = HashMap::new();
+    let mut backends = Vec::new();
+    for item in items {
+        let path = item.path.clone();
+        let mut section = item.clone().section();
+        let address = section.required("address", "host:port").and_then(|item| host_and_port(&item));
+        let id = section.item("id").and_then(|item| item.text());
+        let weight = narrow(section.integer("weight", 1..=1000, 1));
+        section.finish();
+        let Some((host, port)) = address else { continue };
+        let id = id.unwrap_or_else(|| join_host(&host, port));
+        if id.is_empty() {
+            item.fault("its id is empty: give a name, or leave it out for the address");
+        }
+        if let Some(first) = seen.insert(id.clone(), path) {
+            item.fault(format_args!("its id {id:?} is that of {first} too: each backend needs its own"));
+        }
+        backends.push(StaticBackend { id, host, port, weight });
+    }
+    backends
+}
+
+fn process_of(mut section: Section<'_>) -> Process {
+    let replicas = replicas(&mut section);
+    let command: Option<Vec<_>> =
+        section.required("command", "a list: program and arguments, with {port}").map(|item| words(&item));
+    let env = env(&mut section);
+    if let Some(command) = &command {
+        if command.first().is_none_or(String::is_empty) {
+            section.fault("its command is empty: give a program and its arguments");
+        } else if !command.iter().chain(env.iter().map(|(_, value)| value)).any(|text| text.contains("{port}")) {
+            section.fault("neither command nor env has {port}: a replica must be told the port to listen on");
+        }
+    }
+    let ports = ports(&mut section, replicas);
+    let restart = restart(section.section("restart"));
+    let stop_grace = stop_grace(&mut section);
+    section.finish();
+    Process { replicas, command: command.unwrap_or_default(), env, ports, restart, stop_grace }
+}
+
+fn docker_of(mut section: Section<'_>) -> Provider {
+    let network = section.item("network").and_then(|item| item.text()).filter(|network| network != "auto");
+    if let Some(discover) = section.item("discover") {
+        let provider = Provider::Discover(discover_of(discover.section(), network));
+        section.finish();
+        return provider;
+    }
+    let replicas = replicas(&mut section);
+    let image = section.required("image", "the name of an image").and_then(|item| {
+        let image = item.text()?;
+        if image.is_empty() || image.contains(char::is_whitespace) {
+            item.fault(format_args!("{image:?} is not the name of an image, like nginx:1.27"));
+        }
+        Some(image)
+    });
+    let command = section.item("command").map(|item| words(&item));
+    let port = port(&mut section);
+    let env = env(&mut section);
+    let labels = pairs(&mut section, "labels", |name| match name {
+        "" => Err("is not a name for a label"),
+        name if name.starts_with(label::PREFIX) => Err("is a label of Ringway's own: choose another name"),
+        _ => Ok(()),
+    });
+    let (memory, milli_cpus) = resources(section.section("resources"));
+    let pull = section.choice("pull", Pull::Missing);
+    let restart = restart(section.section("restart"));
+    let stop_grace = stop_grace(&mut section);
+    section.finish();
+    let spec = Spec { image: image.unwrap_or_default(), command, port, env, labels, memory, milli_cpus, pull };
+    Provider::Containers(Containers { replicas, spec, network, restart, stop_grace })
+}
+
+fn discover_of(mut section: Section<'_>, network: Option<String>) -> Discover {
+    let label = section.required("label", "a label that the containers bear, like app=web").and_then(|item| {
+        let label = item.text()?;
+        if label.is_empty() || label.starts_with('=') {
+            item.fault(format_args!("{label:?} is not a label: write it like app or app=web"));
+        }
+        Some(label)
+    });
+    let port = port(&mut section);
+    section.finish();
+    Discover { label: label.unwrap_or_default(), port, network }
+}
+
+fn replicas(section: &mut Section<'_>) -> u32 {
+    let replicas = section.required("replicas", "how many, from 1 to 1000").and_then(|item| item.integer(&(1..=1000)));
+    narrow(replicas.unwrap_or(1))
+}
+
+fn port(section: &mut Section<'_>) -> u16 {
+    let port = section.required("port", "the port on which the containers listen");
+    narrow(port.and_then(|item| item.integer(&(1..=65_535))).unwrap_or(1))
+}
+
+fn stop_grace(section: &mut Section<'_>) -> Duration {
+    section.duration("stop_grace", Duration::ZERO..=HOUR, 5 * SECOND)
+}
+
+fn words(list: &Item<'_>) -> Vec<String> {
+    list.list().iter().filter_map(Item::text).collect()
+}
+
+/// Memory in bytes and processors in thousandths of a core.
+#[expect(clippy::cast_sign_loss, reason = "the range is checked")]
+fn resources(mut section: Section<'_>) -> (Option<u64>, Option<u64>) {
+    let memory = section.item("memory").and_then(|item| {
+        let bytes = item.value.as_u64().or_else(|| bytes(item.value.as_str()?));
+        let bytes = bytes.filter(|bytes| (LEAST_MEMORY..=MOST_MEMORY).contains(bytes));
+        if bytes.is_none() {
+            item.fault(format_args!("{} is not a size from 6MiB on, like 64MiB or 1GiB", show(item.value)));
+        }
+        bytes
+    });
+    let milli_cpus = section.item("cpus").and_then(|item| {
+        let cpus = item.value.as_f64().filter(|cpus| (0.01..=MOST_CPUS).contains(cpus));
+        if cpus.is_none() {
+            item.fault(format_args!("{} is not a number of processors from 0.01 on, like 0.5", show(item.value)));
+        }
+        cpus.map(|cpus| (cpus * 1000.0).round() as u64)
+    });
+    section.finish();
+    (memory, milli_cpus)
+}
+
+/// `64MiB` and the like, or a plain number of bytes.
+fn bytes(text: &str) -> Option<u64> {
+    let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
+    let unit: u64 = match unit.trim() {
+        "B" => 1,
+        "KiB" => 1 << 10,
+        "MiB" => 1 << 20,
+        "GiB" => 1 << 30,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(unit)
+}
+
+fn env(section: &mut Section<'_>) -> Vec<(String, String)> {
+    pairs(section, "env", |name| {
+        let is_fine = !name.is_empty() && !name.contains(['=', '\0']);
+        is_fine.then_some(()).ok_or("is not a name for an environment variable")
+    })
+}
+
+/// A section of `name: value` lines, each name checked.
+fn pairs(
+    section: &mut Section<'_>,
+    key: &'static str,
+    check: impl Fn(&str) -> Result<(), &'static str>,
+) -> Vec<(String, String)> {
+    let Some(item) = section.item(key) else { return Vec::new() };
+    let Some(map) = item.value.as_mapping() else {
+        item.fault(format_args!("{} is not a section of `name: value` lines", show(item.value)));
+        return Vec::new();
+    };
+    let mut pairs = Vec::new();
+    for (name, value) in map {
+        let entry = item.entry(show(name).trim_matches('"'), value);
+        match check(name.as_str().unwrap_or_default()) {
+            Ok(()) => pairs.extend(entry.text().map(|value| (name.as_str().unwrap_or_default().to_owned(), value))),
+            Err(problem) => entry.fault(problem),
+        }
+    }
+    pairs
+}
+
+fn ports(section: &mut Section<'_>, replicas: u32) -> Option<(u16, u16)> {
+    let item = section.item("ports")?;
+    let text = item.text()?;
+    if text == "auto" {
+        return None;
+    }
+    let range = text.split_once('-').and_then(|(first, last)| {
+        let range: (u16, u16) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        (range.0 > 0 && range.0 <= range.1).then_some(range)
+    });
+    match range {
+        None => item.fault(format_args!("{text:?} is neither auto nor a range of ports like 9001-9010")),
+        Some((first, last)) if u32::from(last - first) + 1 < replicas => {
+            item.fault(format_args!("{text} has fewer ports than the {replicas} replicas need"));
+        }
+        Some(_) => {}
+    }
+    range
+}
+
+fn restart(mut section: Section<'_>) -> Restart {
+    let restart = Restart {
+        backoff: section.duration("backoff", MS..=HOUR, 200 * MS),
+        max_backoff: section.duration("max_backoff", MS..=HOUR, 30 * SECOND),
+        stable_after: section.duration("stable_after", MS..=DAY, MINUTE),
+        crash_loop_after: narrow(section.integer("crash_loop_after", 1..=1000, 5)),
+        replace_after: replace_after(&mut section),
+    };
+    if restart.max_backoff < restart.backoff {
+        section.fault("max_backoff is shorter than backoff: make it at least as long");
+    }
+    section.finish();
+    restart
+}
+
+fn replace_after(section: &mut Section<'_>) -> Option<Duration> {
+    let default = 30 * SECOND;
+    let Some(item) = section.item("replace_after") else { return Some(default) };
+    // YAML 1.1 takes a bare `off` for false.
+    if item.value.as_str() == Some("off") || item.value.as_bool() == Some(false) {
+        return None;
+    }
+    Some(item.duration(&(SECOND..=DAY)).unwrap_or(default))
+}
+
+fn host_and_port(item: &Item<'_>) -> Option<(String, u16)> {
+    let text = item.value.as_str().unwrap_or_default();
+    let parts = text.rsplit_once(':').and_then(|(host, port)| {
+        let port = port.parse().ok().filter(|&port: &u16| port > 0)?;
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        let is_fine = match bare {
+            Some(ip) => ip.parse::<std::net::Ipv6Addr>().is_ok(),
+            None => !host.is_empty() && !host.contains([':', '[', ']', '/', ' ']),
+        };
+        is_fine.then(|| (bare.unwrap_or(host).to_owned(), port))
+    });
+    if parts.is_none() {
+        item.fault(format_args!(
+            "{} is not host:port: write it like 10.0.0.5:6379, [::1]:6379 or db.local:5432",
+            show(item.value)
+        ));
+    }
+    parts
+}
+
+/// `host:port`, an IPv6 address in brackets.
+pub(super) fn join_host(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}

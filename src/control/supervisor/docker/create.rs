@@ -1,0 +1,228 @@
+//! Makes the containers of a pool: from what, and what may go wrong.
+
+use std::collections::HashMap;
+
+use bollard::models::{ContainerCreateBody, HostConfig, RestartPolicy, RestartPolicyNameEnum};
+use tokio::sync::Mutex;
+
+use crate::control::docker::container::{Container, State};
+use crate::control::docker::engine::{Engine, EngineError};
+use crate::control::docker::label;
+use crate::control::docker::place::Place;
+use crate::label_enum;
+
+label_enum! {
+    /// When an image is got from its registry.
+    pub enum Pull {
+        /// It must be there.
+        Never => "never",
+        /// When the engine does not have it.
+        Missing => "missing",
+        /// Before each container.
+        Always => "always",
+    }
+}
+
+/// What a container is made from. There is no way to ask for more rights, for the host's network or its files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spec {
+    /// The image's name.
+    pub image: String,
+    /// Arguments, with `{port}` and `{slot}`; `None`: the image's own.
+    pub command: Option<Vec<String>>,
+    /// The port on which the replica listens, within its container.
+    pub port: u16,
+    /// The environment, with the same placeholders.
+    pub env: Vec<(String, String)>,
+    /// Labels beside Ringway's own.
+    pub labels: Vec<(String, String)>,
+    /// Most memory, in bytes.
+    pub memory: Option<u64>,
+    /// Most CPU time, in thousandths of a core.
+    pub milli_cpus: Option<u64>,
+    /// When the image is got from its registry.
+    pub pull: Pull,
+}
+
+/// Why no container was made.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// Somebody else may have done it: a list will tell.
+    Conflict,
+    /// The engine is away.
+    Engine(EngineError),
+    /// In words for a person.
+    Refused(String),
+}
+
+impl From<EngineError> for Failure {
+    fn from(error: EngineError) -> Self {
+        match error {
+            EngineError::Away { .. } => Self::Engine(error),
+            EngineError::Refused { status: 409, .. } => Self::Conflict,
+            EngineError::Refused { message, .. } => Self::Refused(message),
+        }
+    }
+}
+
+/// Makes the containers of one pool.
+#[derive(Debug)]
+pub(super) struct Maker {
+    engine: Engine,
+    pool: String,
+    place: Place,
+    spec: Spec,
+    digest: String,
+    /// One at a time: the next finds the image there.
+    pulling: Mutex<()>,
+}
+
+impl Maker {
+    pub(super) fn new(engine: Engine, pool: &str, place: &Place, spec: Spec) -> Self {
+        let digest = digest(&spec, &place.network);
+        Self { engine, pool: pool.to_owned(), place: place.clone(), spec, digest, pulling: Mutex::new(()) }
+    }
+
+    /// Tells containers made from these settings from others.
+    pub(super) fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// The name of a slot's container.
+    pub(super) fn name(&self, slot: &str) -> String {
+        format!("{}-{slot}", self.place.owner)
+    }
+
+    /// Makes and starts a slot's container. `leftover` is one that does not run: it is started if it never was,
+    /// or else makes room.
+    pub(super) async fn make(&self, slot: &str, leftover: Option<Container>) -> Result<(), Failure> {
+        if let Some(old) = leftover {
+            if old.state == State::Created && old.label(label::SPEC) == self.digest {
+                return self.start(&old.id).await;
+            }
+            // Not by force: somebody else may have started it by now.
+            self.engine.remove(&old.id, false).await?;
+        }
+        if self.spec.pull == Pull::Always {
+            let _one_at_a_time = self.pulling.lock().await;
+            self.pull().await?;
+        }
+        let id = match self.create(slot).await {
+            Err(error) if error.is_no_image() && self.spec.pull == Pull::Missing => self.pull_and_create(slot).await?,
+            Err(error) if error.is_no_image() => {
+                let image = &self.spec.image;
+                return Err(Failure::Refused(format!("there is no image {image:?}, and `pull: never` is set")));
+            }
+            Err(error) if error.is_status(409) => return Err(self.whose(slot).await),
+            other => other?,
+        };
+        self.start(&id).await
+    }
+
+    async fn pull_and_create(&self, slot: &str) -> Result<String, Failure> {
+        let _one_at_a_time = self.pulling.lock().await;
+        match self.create(slot).await {
+            Err(error) if error.is_no_image() => {
+                self.pull().await?;
+                Ok(self.create(slot).await?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    async fn pull(&self) -> Result<(), Failure> {
+        let image = &self.spec.image;
+        tracing::info!(pool = self.pool, image, "pulling the image");
+        self.engine.pull(image).await.map_err(|error| match error {
+            EngineError::Away { .. } => Failure::Engine(error),
+            EngineError::Refused { message, .. } => Failure::Refused(format!(
+                "there is no image {image:?}, and it cannot be pulled: {message}; build or load it, or check its name"
+            )),
+        })
+    }
+
+    async fn create(&self, slot: &str) -> Result<String, EngineError> {
+        self.engine.create(&self.name(slot), self.body(slot)).await
+    }
+
+    async fn start(&self, id: &str) -> Result<(), Failure> {
+        let started = self.engine.start(id).await;
+        match started {
+            Ok(()) => Ok(()),
+            // Removed by somebody else meanwhile.
+            Err(error) if error.is_status(404) && self.engine.inspect(id).await.is_err() => Err(Failure::Conflict),
+            Err(error) => {
+                if !error.is_away() {
+                    // It would be started again and again; a new one gets new chances.
+                    let _ = self.engine.remove(id, false).await;
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    /// The name is taken: by a container for this slot, or by one that must not be touched.
+    async fn whose(&self, slot: &str) -> Failure {
+        let name = self.name(slot);
+        let holder = match self.engine.inspect(&name).await {
+            Ok(holder) => holder,
+            // Gone again.
+            Err(error) if error.is_status(404) => return Failure::Conflict,
+            Err(error) => return error.into(),
+        };
+        let labels = holder.config.and_then(|config| config.labels).unwrap_or_default();
+        let has = |label: &str, value: &str| labels.get(label).is_some_and(|found| found == value);
+        if has(label::OWNER, &self.place.owner) && has(label::POOL, &self.pool) && has(label::SLOT, slot) {
+            return Failure::Conflict;
+        }
+        Failure::Refused(format!(
+            "the name {name:?} belongs to a container that this Ringway did not make; remove or rename that one, or \
+             set docker.owner"
+        ))
+    }
+
+    fn body(&self, slot: &str) -> ContainerCreateBody {
+        let fill = |text: &String| text.replace("{port}", &self.spec.port.to_string()).replace("{slot}", slot);
+        let own = [
+            (label::OWNER, self.place.owner.as_str()),
+            (label::POOL, &self.pool),
+            (label::SLOT, slot),
+            (label::SPEC, &self.digest),
+        ];
+        let mut labels: HashMap<String, String> = self.spec.labels.iter().cloned().collect();
+        labels.extend(own.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        ContainerCreateBody {
+            image: Some(self.spec.image.clone()),
+            cmd: self.spec.command.as_ref().map(|command| command.iter().map(fill).collect()),
+            env: Some(self.spec.env.iter().map(|(name, value)| format!("{name}={}", fill(value))).collect()),
+            labels: Some(labels),
+            host_config: Some(HostConfig {
+                network_mode: Some(self.place.network.clone()),
+                memory: self.spec.memory.and_then(|bytes| i64::try_from(bytes).ok()),
+                nano_cpus: self.spec.milli_cpus.and_then(|cpus| i64::try_from(cpus * 1_000_000).ok()),
+                // Two supervisors would fight.
+                restart_policy: Some(RestartPolicy {
+                    name: Some(RestartPolicyNameEnum::NO),
+                    maximum_retry_count: None,
+                }),
+                ..HostConfig::default()
+            }),
+            ..ContainerCreateBody::default()
+        }
+    }
+}
+
+/// Of everything that makes a container what it is; the same in every version of Ringway.
+fn digest(spec: &Spec, network: &str) -> String {
+    let Spec { image, command, port, env, labels, memory, milli_cpus, pull: _ } = spec;
+    let mut text = format!("image={image}\0port={port}\0network={network}\0memory={memory:?}\0cpus={milli_cpus:?}\0");
+    for word in command.iter().flatten() {
+        text.extend(["command=", word, "\0"]);
+    }
+    for (kind, pairs) in [("env=", env), ("label=", labels)] {
+        for (name, value) in pairs {
+            text.extend([kind, name, "=", value, "\0"]);
+        }
+    }
+    format!("{:016x}", seahash::hash(text.as_bytes()))
+}
