@@ -41,7 +41,7 @@ fn invalid_configs_are_refused_with_key_path_and_remedy() {
 #[test]
 fn valid_configs_load_and_survive_being_printed() {
     let mut files = fixtures("valid");
-    files.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("config.yaml"));
+    files.extend(["config.yaml", "docker/ringway.yaml"].map(|file| Path::new(env!("CARGO_MANIFEST_DIR")).join(file)));
     for file in files {
         let config = Config::load(&file).unwrap_or_else(|error| panic!("{error}"));
         let printed = config.to_yaml();

@@ -142,3 +142,60 @@ fn nothing_in_the_readme_links_to_a_file_that_is_not_there() {
         assert!(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file).exists(), "{link}");
     }
 }
+
+/// The files that the profile `observability` of compose.yaml mounts.
+fn observability(file: &str) -> String {
+    std::fs::read_to_string(format!("{}/docker/{file}", env!("CARGO_MANIFEST_DIR"))).unwrap()
+}
+
+/// Every expression in the alerts and on the dashboard.
+fn expressions() -> Vec<String> {
+    let alerts: serde_yaml::Value = serde_yaml::from_str(&observability("alerts.yml")).unwrap();
+    let rules = alerts["groups"][0]["rules"].as_sequence().unwrap().iter().map(|rule| rule["expr"].as_str().unwrap());
+    let dashboard: serde_json::Value = serde_json::from_str(&observability("grafana/dashboards/ringway.json")).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap().iter().flat_map(|panel| panel["targets"].as_array().unwrap());
+    rules.chain(panels.map(|target| target["expr"].as_str().unwrap())).map(str::to_owned).collect()
+}
+
+#[test]
+fn alerts_and_dashboard_ask_only_for_metrics_that_there_are() {
+    let expressions = expressions();
+    assert!(expressions.len() > 20);
+    for expression in expressions {
+        let words = expression.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+        for name in words.filter(|word| word.starts_with("ringway_")) {
+            let is_known = metrics::ALL.iter().any(|metric| {
+                metric.name == name
+                    || (metric.kind == metrics::Kind::Histogram && name == format!("{}_bucket", metric.name))
+            });
+            assert!(is_known, "{name} in {expression}");
+        }
+    }
+}
+
+#[test]
+fn promtool_is_content_with_rules_and_dashboard() {
+    let folder = tempfile::tempdir().unwrap();
+    let as_rules = expressions()
+        .into_iter()
+        .enumerate()
+        .map(|(n, expression)| serde_json::json!({ "record": format!("expression:{n}"), "expr": expression }));
+    let rules = serde_json::json!({ "groups": [{ "name": "all", "rules": as_rules.collect::<Vec<_>>() }] });
+    let file = folder.path().join("rules.yml");
+    std::fs::write(&file, rules.to_string()).unwrap();
+    let docker = concat!(env!("CARGO_MANIFEST_DIR"), "/docker");
+    for (kind, file) in [
+        (&["rules"][..], file.display().to_string()),
+        (&["rules"], format!("{docker}/alerts.yml")),
+        (&["config", "--syntax-only"], format!("{docker}/prometheus.yml")),
+    ] {
+        let output = std::process::Command::new("promtool").arg("check").args(kind).arg(&file).output();
+        let Ok(output) = output else {
+            assert!(std::env::var_os("CI").is_none(), "the gate installs promtool");
+            println!("promtool is not installed (Debian: prometheus): nothing checked");
+            return;
+        };
+        let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(output.status.success(), "{file}: {said}");
+    }
+}

@@ -1,7 +1,8 @@
 //! Black-box tests over real sockets, in one binary.
 //!
 //! Each starts the real app: in-process ([`harness::Ringway`]) or, where signals, limits or memory matter, as
-//! the built program ([`harness::Program`]). Random tests print their seed; `RINGWAY_TEST_SEED` gives it again.
+//! the built program ([`harness::Program`]). Those in [`docker`] need a Docker engine and are ignored by default.
+//! Random tests print their seed; `RINGWAY_TEST_SEED` gives it again.
 
 mod harness;
 
@@ -9,6 +10,7 @@ mod bytes;
 mod closing;
 mod command_line;
 mod configs;
+mod docker;
 mod documents;
 mod failover;
 mod limits;

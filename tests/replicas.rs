@@ -1,6 +1,5 @@
 //! Replicas: replaced when they die, and gone when Ringway is.
 
-use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
@@ -8,13 +7,6 @@ use rustix::process::{Signal, kill_process};
 use crate::harness::program::{Program, is_alive};
 use crate::harness::{Ringway, THREE_REPLICAS, config, eventually, eventually_async, get, soon};
 use ringway::backend::State;
-
-/// Which backend each of some keys belongs to, by the real ring and the states of the moment.
-fn mapping(ringway: &Ringway) -> BTreeMap<u32, String> {
-    let table = ringway.state().pools[0].table.load();
-    let owner = |key: u32| table.candidates(&key.to_le_bytes()).next().map(|(backend, _)| backend.id.to_string());
-    (0..2000).filter_map(|key| Some((key, owner(key)?))).collect()
-}
 
 fn pid_of(ringway: &Ringway, slot: usize) -> Option<rustix::process::Pid> {
     let table = ringway.state().pools[0].table.load();
@@ -28,7 +20,7 @@ fn pid_of(ringway: &Ringway, slot: usize) -> Option<rustix::process::Pid> {
 async fn a_killed_replica_is_replaced_and_only_its_own_connections_fail() {
     let check = "health_check: { kind: http, path: /heartbeat }";
     let ringway = Ringway::start(&config(THREE_REPLICAS, "", check)).await.all_healthy().await;
-    let before = mapping(&ringway);
+    let before = ringway.mapping();
     let victim = pid_of(&ringway, 1).unwrap();
     let state = || ringway.state().pools[0].table.load().backends()[1].clone();
     let load_began = Instant::now();
@@ -49,7 +41,7 @@ async fn a_killed_replica_is_replaced_and_only_its_own_connections_fail() {
         assert!(after_death.is_none(), "{failure:?} began {after_death:?} after the kill");
     }
     assert!(report.outcomes.len() > 500 && report.servers().len() == 3);
-    assert_eq!(mapping(&ringway), before, "every key is where it was");
+    assert_eq!(ringway.mapping(), before, "every key is where it was");
     assert_eq!(ringway.metric("ringway_replica_restarts_total", &[]).await, 1.0);
 }
 

@@ -35,8 +35,9 @@ async fn supervise() -> anyhow::Result<ExitStatus> {
     let mut hangup = listen(SignalKind::hangup())?;
     let mut children = listen(SignalKind::child())?;
     let own_name = std::env::args_os().next().unwrap_or_default();
-    let child = Command::new("/proc/self/exe").arg0(own_name).args(std::env::args_os().skip(1)).spawn();
-    let mut child = child.context("cannot run /proc/self/exe")?;
+    let program = std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into());
+    let child = Command::new(&program).arg0(own_name).args(std::env::args_os().skip(1)).spawn();
+    let mut child = child.with_context(|| format!("cannot run {}", program.display()))?;
     let pid = child.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?));
     let pass_on = |signal| {
         if let Some(pid) = pid {

@@ -175,5 +175,8 @@ fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
 
 /// Where the Docker engine is, as Docker's own tools are told.
 fn docker_host() -> Option<String> {
-    std::env::var("DOCKER_HOST").ok()
+    let host = std::env::var("DOCKER_HOST").ok()?;
+    let wants_tls = std::env::var_os("DOCKER_TLS_VERIFY").is_some_and(|verify| !verify.is_empty());
+    // Never in the clear where encryption is asked for: `https` is refused with a remedy.
+    Some(if wants_tls { host.replacen("tcp://", "https://", 1) } else { host })
 }

@@ -1,8 +1,10 @@
 //! Starts and ends what the tests need. Every `Drop` here leaves nothing behind.
 
 pub(crate) mod backends;
+pub(crate) mod engine;
 pub(crate) mod program;
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -11,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use ringway::api::State;
 use ringway::app::{App, Environment};
+use ringway::backend::{Backend, State as BackendState};
 use ringway::config::Config;
 use tokio_util::sync::CancellationToken;
 
@@ -84,11 +87,28 @@ impl Ringway {
     /// Waits until every backend of every pool is healthy.
     pub(crate) async fn all_healthy(self) -> Self {
         eventually("all healthy", || {
-            let healthy = |backend: &ringway::backend::Backend| backend.state == ringway::backend::State::Healthy;
+            let healthy = |backend: &Backend| backend.state == BackendState::Healthy;
             self.state.pools.iter().all(|pool| pool.table.load().backends().iter().all(healthy))
         })
         .await;
         self
+    }
+
+    /// Which backend each of some keys belongs to, by the real ring and the states of the moment.
+    pub(crate) fn mapping(&self) -> BTreeMap<u32, String> {
+        let table = self.state().pools[0].table.load();
+        let owner = |key: u32| table.candidates(&key.to_le_bytes()).next().map(|(backend, _)| backend.id.to_string());
+        (0..2000).filter_map(|key| Some((key, owner(key)?))).collect()
+    }
+
+    /// A backend of the first pool, as the table shows it now.
+    pub(crate) fn backend(&self, index: usize) -> Backend {
+        self.state().pools[0].table.load().backends()[index].clone()
+    }
+
+    /// The state of each backend of the first pool.
+    pub(crate) fn states(&self) -> Vec<BackendState> {
+        self.state().pools[0].table.load().backends().iter().map(|backend| backend.state).collect()
     }
 
     /// A metric's value, summed over all series whose labels contain each of `labels`.

@@ -23,12 +23,18 @@ pub(crate) struct Program {
 impl Program {
     /// Starts `ringway run` with this config and waits until it listens.
     pub(crate) async fn start(yaml: &str) -> Self {
+        Self::start_with(yaml, &[]).await
+    }
+
+    /// The same, with more in its environment.
+    pub(crate) async fn start_with(yaml: &str, environment: &[(&str, &str)]) -> Self {
         // The clients of the tests need descriptors too.
         ringway::limits::raise_open_files();
         let config = file(yaml);
         let child = Command::new(env!("CARGO_BIN_EXE_ringway"))
             .arg("--config")
             .arg(config.path())
+            .envs(environment.iter().copied())
             .stderr(Stdio::piped())
             .stdout(Stdio::null())
             .spawn();
@@ -85,9 +91,14 @@ impl Program {
         line.split_whitespace().next().unwrap().parse().unwrap()
     }
 
+    /// What the side port says.
+    pub(crate) async fn status(&self) -> serde_json::Value {
+        serde_json::from_str(&super::get(self.api(), "/api/status").await.1).unwrap()
+    }
+
     /// The process ids of the replicas, by slot.
     pub(crate) async fn replicas(&self) -> Vec<Pid> {
-        let status: serde_json::Value = serde_json::from_str(&super::get(self.api(), "/api/status").await.1).unwrap();
+        let status = self.status().await;
         let backends = status["pools"][0]["backends"].as_array().unwrap();
         backends
             .iter()

@@ -90,6 +90,10 @@ impl Engine {
         let host = host.filter(|host| !host.is_empty()).unwrap_or(DEFAULT_HOST);
         match Docker::connect_with_host(host) {
             Ok(_) | Err(Error::SocketNotFoundError(_)) => Ok(Self { host: host.into(), deadline }),
+            Err(Error::UnsupportedURISchemeError { .. }) if host.starts_with("https:") => Err(format!(
+                "DOCKER_HOST={host:?}: TLS is not supported; forward the engine's socket, as by `ssh -nNT -L \
+                 /run/engine.sock:/var/run/docker.sock host`, and set DOCKER_HOST=unix:///run/engine.sock"
+            )),
             Err(Error::UnsupportedURISchemeError { .. }) => {
                 Err(format!("DOCKER_HOST={host:?} is not an address like {DEFAULT_HOST} or tcp://10.0.0.5:2375"))
             }
@@ -116,11 +120,16 @@ impl Engine {
     ///
     /// # Errors
     /// When the engine is away.
-    pub fn events(&self, labels: &[String]) -> Result<BoxStream<'static, Result<EventMessage, Error>>, EngineError> {
+    pub fn events(
+        &self,
+        labels: &[String],
+    ) -> Result<BoxStream<'static, Result<EventMessage, EngineError>>, EngineError> {
         let mut filters = with_labels(labels);
         filters.insert("type".to_owned(), vec!["container".to_owned()]);
         let options = EventsOptionsBuilder::new().filters(&filters).build();
-        Ok(self.docker()?.events(Some(options)).boxed())
+        let events = self.docker()?.events(Some(options));
+        let engine = self.clone();
+        Ok(events.map(move |event| event.map_err(|error| engine.error(&error))).boxed())
     }
 
     /// Makes a container; its id.
@@ -277,6 +286,17 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_host_that_cannot_be_is_refused_with_a_remedy() {
+        let engine = |host| Engine::new(host, Duration::from_secs(1)).map(|engine| engine.host().to_owned());
+        assert_eq!(engine(None).as_deref(), Ok(DEFAULT_HOST));
+        assert_eq!(engine(Some("")).as_deref(), Ok(DEFAULT_HOST));
+        assert_eq!(engine(Some("unix:///not/there.sock")).as_deref(), Ok("unix:///not/there.sock"), "not yet");
+        assert_eq!(engine(Some("tcp://10.0.0.5:2375")).as_deref(), Ok("tcp://10.0.0.5:2375"));
+        assert!(engine(Some("https://10.0.0.5:2376")).unwrap_err().contains("TLS is not supported; forward"));
+        assert!(engine(Some("engine.local")).unwrap_err().contains("is not an address like unix:///"));
+    }
 
     #[test]
     fn an_image_without_a_tag_is_the_latest() {

@@ -25,6 +25,9 @@ pub mod label {
     pub const SLOT: &str = "ringway.slot";
     /// Digest of the settings that it was made from.
     pub const SPEC: &str = "ringway.spec";
+    /// Labels that compose writes on the images it builds. Containers of such an image must not inherit them, or
+    /// compose would take them for its own.
+    pub const OF_IMAGES: [&str; 2] = [super::place::COMPOSE_PROJECT, super::place::COMPOSE_SERVICE];
     /// What all labels of Ringway's own begin with.
     pub const PREFIX: &str = "ringway.";
 }

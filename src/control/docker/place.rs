@@ -16,6 +16,10 @@ const DEFAULT_NETWORK: &str = "bridge";
 pub(super) const COMPOSE_PROJECT: &str = "com.docker.compose.project";
 pub(super) const COMPOSE_SERVICE: &str = "com.docker.compose.service";
 
+/// Compose writes this on each of its containers too, but unlike the two above never on the images that it
+/// builds, from which others would inherit it.
+pub(super) const COMPOSE_ONEOFF: &str = "com.docker.compose.oneoff";
+
 /// What the config says of owner and network; `None` stands for `auto`.
 #[derive(Debug, Clone)]
 pub struct Wanted {
@@ -89,7 +93,8 @@ pub async fn find_in_project(engine: &Engine, wanted: &Wanted) -> Result<(Place,
 }
 
 fn project(own: &ContainerInspectResponse) -> Option<String> {
-    own.config.as_ref()?.labels.as_ref()?.get(COMPOSE_PROJECT).cloned()
+    let labels = own.config.as_ref()?.labels.as_ref()?;
+    labels.contains_key(COMPOSE_ONEOFF).then(|| labels.get(COMPOSE_PROJECT).cloned())?
 }
 
 fn only_network(own: &ContainerInspectResponse) -> Result<String, PlaceError> {

@@ -7,11 +7,11 @@ use tokio::task::JoinSet;
 use super::container::State;
 use super::engine::{Engine, EngineError};
 use super::label;
-use super::place::{COMPOSE_PROJECT, COMPOSE_SERVICE};
+use super::place::{COMPOSE_ONEOFF, COMPOSE_PROJECT, COMPOSE_SERVICE};
 
 /// For how long a stopped container may still be started again. `docker compose restart` stops and starts it
 /// within a moment; `docker compose down` stops all of a project first.
-const RETURN: Duration = Duration::from_secs(5);
+const RETURN: Duration = Duration::from_secs(3);
 
 /// Between two looks at it.
 const LOOK: Duration = Duration::from_millis(200);
@@ -42,7 +42,11 @@ pub async fn remove_all(engine: &Engine, owner: &str, grace: Duration) -> Result
 /// # Errors
 /// When the engine does not say.
 pub async fn has_ended(engine: &Engine, project: &str, service: &str) -> Result<bool, EngineError> {
-    let labels = [format!("{COMPOSE_PROJECT}={project}"), format!("{COMPOSE_SERVICE}={service}")];
+    let labels = [
+        format!("{COMPOSE_PROJECT}={project}"),
+        format!("{COMPOSE_SERVICE}={service}"),
+        format!("{COMPOSE_ONEOFF}=False"),
+    ];
     let until = Instant::now() + RETURN;
     loop {
         let found = engine.list(&labels).await?;

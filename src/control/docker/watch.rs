@@ -160,6 +160,7 @@ impl Watch {
         let mut events = self.engine.events(&self.labels)?;
         let mut next = Instant::now();
         let mut further = FURTHER.iter();
+        let mut is_subscribed = false;
         loop {
             tokio::select! {
                 // The subscription is sent when it is first polled: before the first list.
@@ -176,10 +177,12 @@ impl Watch {
                         next = next.min(Instant::now() + TOGETHER);
                         further = FURTHER.iter();
                     }
-                    Some(Err(error)) => {
+                    // Whether the engine has gone with them the next subscription will tell.
+                    Some(Err(error)) if is_subscribed => {
                         tracing::debug!(pool = %self.pool, %error, "the engine's events");
                         return Ok(());
                     }
+                    Some(Err(error)) => return Err(error),
                     None => return Ok(()),
                 },
                 () = self.poke.notified() => next = next.min(Instant::now()),
@@ -189,6 +192,7 @@ impl Watch {
                     self.sync.succeeded(&self.pool, as_of);
                     *retry = Retry::default();
                     seen.send_replace(Some(Seen { containers, as_of }));
+                    is_subscribed = true;
                     next = as_of + further.next().copied().unwrap_or(self.resync);
                 }
             }

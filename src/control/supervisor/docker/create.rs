@@ -189,7 +189,8 @@ impl Maker {
             (label::SLOT, slot),
             (label::SPEC, &self.digest),
         ];
-        let mut labels: HashMap<String, String> = self.spec.labels.iter().cloned().collect();
+        let mut labels: HashMap<_, _> = label::OF_IMAGES.map(|name| (name.to_owned(), String::new())).into();
+        labels.extend(self.spec.labels.iter().cloned());
         labels.extend(own.map(|(name, value)| (name.to_owned(), value.to_owned())));
         ContainerCreateBody {
             image: Some(self.spec.image.clone()),

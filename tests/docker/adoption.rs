@@ -1,0 +1,132 @@
+//! What an earlier Ringway has left is taken over, whatever the moment at which it ended.
+
+use std::time::Duration;
+
+use ringway::backend::State;
+use rustix::process::Signal;
+
+use crate::harness::engine::{IMAGE, Owner};
+use crate::harness::{Random, Ringway, eventually, eventually_async, seed};
+
+const CHECK: &str = "health_check: { kind: http, path: /heartbeat, interval: 200ms }";
+
+/// The arguments of `docker create` for a container as Ringway makes them.
+fn like_ours<'a>(labels: &'a [String], name: &'a str) -> Vec<&'a str> {
+    let mut words = vec!["create", "--name", name];
+    for label in labels {
+        words.extend(["--label", label]);
+    }
+    words.extend([IMAGE, "echo-server", "--listen", "0.0.0.0:9000", "--name", "left"]);
+    words
+}
+
+fn labels(owner: &str, slot: &str) -> Vec<String> {
+    vec![format!("ringway.owner={owner}"), "ringway.pool=echo".to_owned(), format!("ringway.slot={slot}")]
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn containers_of_an_earlier_run_are_adopted_as_they_are() {
+    let owner = Owner::new().await;
+    let yaml = owner.config(3, "", CHECK);
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    let (containers, mapping) = (owner.containers(), ringway.mapping());
+    drop(ringway);
+    assert_eq!(owner.containers(), containers, "they go on without it");
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    assert_eq!((owner.containers(), ringway.mapping()), (containers, mapping));
+    assert_eq!(ringway.metric("ringway_replica_restarts_total", &[]).await, 0.0, "nothing was started");
+}
+
+/// A crash between create and start, a surplus slot, a second container for a slot, and one with other settings.
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn leftovers_become_what_the_config_says_and_strangers_are_left_alone() {
+    let owner = Owner::new().await;
+    let mark = format!("rwtest={}", owner.name);
+    let create = |labels: &[String], name: &str, start: bool| {
+        let id = owner.docker(&like_ours(labels, name));
+        if start {
+            owner.docker(&["start", name]);
+        }
+        id
+    };
+    create(&labels(&owner.name, "echo-1"), &owner.container("echo-1"), false);
+    let outdated = create(&labels(&owner.name, "echo-2"), &owner.container("echo-2"), true);
+    let double = create(&labels(&owner.name, "echo-2"), &owner.container("double"), true);
+    let surplus = create(&labels(&owner.name, "echo-9"), &owner.container("echo-9"), true);
+    let foreign_labels = [mark.clone(), "ringway.owner=somebody-else".to_owned(), "ringway.slot=echo-3".to_owned()];
+    let foreign = create(&foreign_labels, &owner.container("foreign"), true);
+
+    let ringway = Ringway::start(&owner.config(3, "", CHECK)).await.all_healthy().await;
+    eventually("what is not wanted is gone", || {
+        let now = owner.containers();
+        now.len() == 3 && ![&outdated, &double, &surplus].iter().any(|id| now.contains(id))
+    })
+    .await;
+    eventually("all healthy", || ringway.states() == [State::Healthy; 3]).await;
+    for slot in ["echo-1", "echo-2", "echo-3"] {
+        let name = owner.container(slot);
+        assert_eq!(owner.docker(&["inspect", "-f", "{{.State.Running}}", &name]), "true", "{name}");
+    }
+    assert_eq!(
+        owner.docker(&["inspect", "-f", "{{.State.Running}} {{.Id}}", &owner.container("foreign")]),
+        format!("true {foreign}")
+    );
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn changed_settings_are_rolled_out_one_replica_at_a_time() {
+    let owner = Owner::new().await;
+    drop(Ringway::start(&owner.config(3, "", CHECK)).await.all_healthy().await);
+    let before = owner.containers();
+    let ringway = Ringway::start(&owner.config(3, "env: { VERSION: \"2\" }", CHECK)).await;
+    let mut fewest = 3;
+    eventually("three new ones", || {
+        let healthy = ringway.states().iter().filter(|&&state| state == State::Healthy).count();
+        if ringway.state().ready.load(std::sync::atomic::Ordering::Relaxed) && healthy == 3 {
+            fewest = 3;
+        }
+        fewest = fewest.min(healthy);
+        let now = owner.containers();
+        healthy == 3 && now.len() == 3 && now.iter().all(|id| !before.contains(id))
+    })
+    .await;
+    assert_eq!(ringway.metric("ringway_replica_restarts_total", &[]).await, 3.0);
+    for id in owner.containers() {
+        assert!(owner.docker(&["inspect", "-f", "{{.Config.Env}}", &id]).contains("VERSION=2"));
+    }
+}
+
+/// Killed at random moments of making, replacing and removing containers.
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn fifty_times_killed_at_any_moment_and_three_replicas_each_time() {
+    let owner = Owner::new().await;
+    let mut random = Random(seed());
+    let yaml = owner.config(3, "restart: { backoff: 1ms, max_backoff: 10ms }", CHECK);
+    for round in 0..=50 {
+        let program = owner.program(&yaml).await;
+        eventually_async("all healthy", async || {
+            let status = program.status().await;
+            let backends = status["pools"][0]["backends"].as_array().unwrap();
+            backends.iter().all(|backend| backend["state"] == "healthy")
+        })
+        .await;
+        let containers = owner.containers();
+        assert_eq!(containers.len(), 3, "round {round}: no orphan, no double");
+        // Work for it to be killed in.
+        for container in containers {
+            match random.below(3) {
+                0 => drop(owner.try_docker(&["kill", &container])),
+                1 => drop(owner.try_docker(&["rm", "-f", &container])),
+                _ => {}
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(random.below(400) as u64)).await;
+        program.signal(Signal::KILL);
+        drop(program);
+        assert!(owner.containers().len() <= 3, "round {round}: never more than wanted");
+    }
+}

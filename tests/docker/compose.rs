@@ -1,0 +1,202 @@
+//! `compose.yaml` as an operator uses it, with other ports and projects of the tests' own.
+
+use std::path::Path;
+use std::process::Command;
+
+use tempfile::TempDir;
+
+use crate::harness::engine::{IMAGE, Owner};
+use crate::harness::{eventually, eventually_async, get, http};
+
+/// A project of its own. Dropped, it is taken down.
+struct Project {
+    name: String,
+    folder: TempDir,
+    /// Removes what `down` would have left.
+    owner: Owner,
+}
+
+impl Project {
+    /// With the image that compose v2 would have built: it bears labels of the project.
+    async fn new() -> Self {
+        let mut owner = Owner::new().await;
+        // What Ringway makes here is the project's.
+        let name = owner.name.replace('-', "x");
+        owner.name.clone_from(&name);
+        Self::of(name, owner)
+    }
+
+    /// Beside another one.
+    fn beside(other: &Self) -> Self {
+        let name = format!("{}b", other.name);
+        Self::of(name.clone(), other.owner.beside(&name))
+    }
+
+    fn of(name: String, owner: Owner) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let image = format!("ringway-test:{name}");
+        let dockerfile = format!(
+            "FROM {IMAGE}\nLABEL com.docker.compose.project={name} com.docker.compose.service=ringway com.docker.compose.version=2.40.3\n"
+        );
+        std::fs::write(folder.path().join("Dockerfile"), dockerfile).unwrap();
+        owner.docker(&["build", "-q", "-t", &image, &folder.path().display().to_string()]);
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let read = |file: &str| std::fs::read_to_string(root.join(file)).unwrap();
+        let config = folder.path().join("ringway.yaml");
+        std::fs::write(&config, read("docker/ringway.yaml").replace(IMAGE, &image)).unwrap();
+        let yaml = read("compose.yaml")
+            .replace(IMAGE, &image)
+            .replace("./docker/ringway.yaml", &config.display().to_string())
+            .replace("\"8000:8000\"", "\"127.0.0.1::8000\"")
+            .replace("\"127.0.0.1:8001:8001\"", "\"127.0.0.1::8001\"");
+        std::fs::write(folder.path().join("compose.yaml"), yaml).unwrap();
+        Self { name, folder, owner }
+    }
+
+    fn compose(&self, words: &[&str]) -> String {
+        let (done, said) = self.try_compose(words);
+        assert!(done, "compose {words:?}: {said}");
+        said
+    }
+
+    fn try_compose(&self, words: &[&str]) -> (bool, String) {
+        // The old one where it is installed, else the engine's plugin.
+        let old = Command::new("docker-compose").arg("version").output().is_ok();
+        let mut command = Command::new(if old { "docker-compose" } else { "docker" });
+        if !old {
+            command.arg("compose");
+        }
+        let file = self.folder.path().join("compose.yaml");
+        command.args(["--project-directory", env!("CARGO_MANIFEST_DIR"), "--project-name", &self.name, "--file"]);
+        let output = command.arg(file).args(words).output().unwrap();
+        let said = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&said).trim().to_owned())
+    }
+
+    fn port(&self, port: &str) -> std::net::SocketAddr {
+        self.compose(&["port", "ringway", port]).parse().unwrap()
+    }
+
+    async fn up(&self) {
+        self.compose(&["up", "-d", "--no-build"]);
+        self.all_healthy().await;
+    }
+
+    async fn all_healthy(&self) {
+        let api = self.port("8001");
+        eventually_async("three healthy replicas", async || {
+            if tokio::net::TcpStream::connect(api).await.is_err() || get(api, "/readyz").await.0 != 200 {
+                return false;
+            }
+            let status: serde_json::Value = serde_json::from_str(&get(api, "/api/status").await.1).unwrap();
+            let backends = status["pools"][0]["backends"].as_array().unwrap();
+            backends.len() == 3 && backends.iter().all(|backend| backend["state"] == "healthy")
+        })
+        .await;
+    }
+
+    /// What is left of it on the engine, but for its image.
+    fn remains(&self) -> String {
+        let project = format!("label=com.docker.compose.project={}", self.name);
+        let containers = self.owner.docker(&["ps", "-aq", "--filter", &project]);
+        let networks = self.owner.docker(&["network", "ls", "-q", "--filter", &project]);
+        let volumes = self.owner.docker(&["volume", "ls", "-q", "--filter", &project]);
+        format!("{containers}{networks}{volumes}{}", self.owner.containers().join(" "))
+    }
+}
+
+impl Drop for Project {
+    fn drop(&mut self) {
+        self.try_compose(&["down", "-v", "-t", "10"]);
+        let ids = self.owner.containers();
+        if !ids.is_empty() {
+            self.owner.try_docker(&[&["rm", "-f"], &ids.iter().map(String::as_str).collect::<Vec<_>>()[..]].concat());
+            self.try_compose(&["down", "-v"]);
+        }
+        self.owner.try_docker(&["rmi", "-f", &format!("ringway-test:{}", self.name)]);
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn up_restart_and_down_do_what_an_operator_expects() {
+    let project = Project::new().await;
+    project.up().await;
+    let web = project.port("8000");
+    let answer = http(web, "POST", "/api/request", b"{\"data\": \"example\"}").await;
+    let body = String::from_utf8(answer.body().to_vec()).unwrap();
+    assert!(
+        body.starts_with("{\"server\":\"echo-") && body.trim_end().ends_with("\"data\":{\"data\":\"example\"}}"),
+        "{body}"
+    );
+    assert!(get(web, "/api/status").await.1.starts_with("{\"version\":"));
+
+    let replicas = project.owner.containers();
+    assert_eq!(replicas.len(), 3);
+    project.compose(&["restart", "ringway"]);
+    project.all_healthy().await;
+    assert_eq!(project.owner.containers(), replicas, "adopted");
+    project.compose(&["restart"]);
+    project.all_healthy().await;
+    // The reaper has had time to change its mind.
+    tokio::time::sleep(std::time::Duration::from_secs(5)).await;
+    assert_eq!(project.owner.containers(), replicas, "adopted again");
+
+    project.owner.docker(&["kill", &project.owner.container("echo-1")]);
+    eventually("a replacement", || {
+        let now = project.owner.containers();
+        now.len() == 3 && now != replicas
+    })
+    .await;
+    project.all_healthy().await;
+
+    let said = project.compose(&["down"]);
+    assert_eq!(project.remains(), "", "{said}");
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn two_projects_side_by_side_do_not_touch_each_other_s_replicas() {
+    let one = Project::new().await;
+    let other = Project::beside(&one);
+    one.up().await;
+    other.up().await;
+    let replicas = one.owner.containers();
+    assert_eq!((replicas.len(), other.owner.containers().len()), (3, 3));
+    assert!(!other.owner.containers().iter().any(|id| replicas.contains(id)));
+    other.compose(&["down"]);
+    assert_eq!(other.remains(), "");
+    assert_eq!(one.owner.containers(), replicas);
+    one.all_healthy().await;
+    one.compose(&["stop"]);
+    assert_eq!(one.owner.containers(), Vec::<String>::new(), "what is stopped has no replicas");
+    one.compose(&["start"]);
+    one.all_healthy().await;
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn the_containers_have_few_rights_and_tell_their_health() {
+    let project = Project::new().await;
+    project.up().await;
+    let id = project.compose(&["ps", "-q", "ringway"]);
+    let inspect = |id: &str, what: &str| project.owner.docker(&["inspect", "-f", &format!("{{{{{what}}}}}"), id]);
+    assert_eq!(inspect(&id, ".HostConfig.ReadonlyRootfs"), "true");
+    assert_eq!(inspect(&id, ".HostConfig.CapDrop"), "[ALL]");
+    assert_eq!(inspect(&id, ".HostConfig.SecurityOpt"), "[no-new-privileges:true]");
+    assert_eq!(inspect(&id, ".HostConfig.PortBindings").matches("{127.0.0.1 ").count(), 2);
+    let replica = project.owner.container("echo-1");
+    assert_eq!(
+        inspect(&replica, ".HostConfig.Privileged}} {{.HostConfig.Binds}} {{.HostConfig.NetworkMode").as_str(),
+        format!("false [] {}_default", project.name).as_str()
+    );
+    assert_eq!(inspect(&replica, ".HostConfig.Memory"), (64 << 20).to_string());
+    assert_eq!(inspect(&replica, ".HostConfig.NanoCpus"), "500000000");
+    for container in [&id, &project.compose(&["ps", "-q", "reaper"]), &replica] {
+        eventually("a healthy container", || inspect(container, ".State.Health.Status") == "healthy").await;
+    }
+    let size: u64 = project.owner.docker(&["image", "inspect", "-f", "{{.Size}}", IMAGE]).parse().unwrap();
+    println!("the image has {:.1} MB", size as f64 / 1e6);
+    assert!(size < 20_000_000);
+    project.compose(&["down"]);
+}

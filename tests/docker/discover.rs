@@ -1,0 +1,41 @@
+//! Containers that somebody else runs.
+
+use ringway::backend::State;
+
+use crate::harness::engine::{IMAGE, Owner};
+use crate::harness::{Ringway, config, eventually, get};
+
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn members_follow_the_label_and_nothing_is_started_or_stopped() {
+    let owner = Owner::new().await;
+    let label = format!("rwtest={}", owner.name);
+    let run = |name: &str| {
+        let (name, echo) = (owner.container(name), ["echo-server", "--listen", "0.0.0.0:9000", "--name", name]);
+        owner.docker(&[&["run", "-d", "--name", &name, "--label", &label, IMAGE], &echo[..]].concat());
+    };
+    let provider = format!("docker: {{ discover: {{ label: {label}, port: 9000 }} }}");
+    let ringway = Ringway::start(&config(&provider, "", "health_check: { kind: http, path: /heartbeat }")).await;
+    let members = || -> Vec<String> {
+        let table = ringway.state().pools[0].table.load();
+        let healthy = table.backends().iter().filter(|backend| backend.state == State::Healthy);
+        healthy.map(|backend| backend.id.to_string()).collect()
+    };
+    assert_eq!(get(ringway.api(), "/readyz").await.0, 503, "nobody there yet");
+    run("a");
+    eventually("the first", || members() == [owner.container("a")]).await;
+    run("b");
+    eventually("the second", || members() == [owner.container("a"), owner.container("b")]).await;
+    let (mapping, digest) = (ringway.mapping(), ringway.state().pools[0].table.load().ring().digest());
+
+    owner.docker(&["stop", "-t", "0", &owner.container("a")]);
+    eventually("one left", || members() == [owner.container("b")]).await;
+    assert_eq!(owner.docker(&["inspect", "-f", "{{.State.Running}}", &owner.container("a")]), "false", "not touched");
+    owner.docker(&["rm", &owner.container("a")]);
+    run("a");
+    eventually("it is back, made anew", || members() == [owner.container("a"), owner.container("b")]).await;
+    assert_eq!(ringway.mapping(), mapping, "in its old place");
+    assert_eq!(ringway.state().pools[0].table.load().ring().digest(), digest);
+    drop(ringway);
+    assert_eq!(owner.docker(&["ps", "-q", "--filter", &format!("label={label}")]).lines().count(), 2, "they live on");
+}

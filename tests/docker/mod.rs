@@ -1,0 +1,10 @@
+//! Against a real Docker engine, with the image that `docker/image.sh` builds. Run with `-- --ignored`, as root.
+
+mod adoption;
+mod compose;
+mod discover;
+mod engine_away;
+mod failures;
+mod process_one;
+mod replacement;
+mod rivals;

@@ -1,0 +1,249 @@
+//! Docker engines: this machine's, and private ones that may be stopped. What a test makes is gone with it.
+
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::sync::{Mutex, MutexGuard};
+
+use super::program::{Killed, Program};
+use super::{PATIENCE, eventually};
+
+/// The image of the repository.
+pub(crate) const IMAGE: &str = "ringway:latest";
+
+/// Tests that need an engine wait for each other: it is one, and some of them count seconds.
+static TURN: Mutex<()> = Mutex::const_new(());
+
+/// An owner of its own on an engine. Dropped, all its containers go.
+pub(crate) struct Owner {
+    pub(crate) name: String,
+    /// `DOCKER_HOST` of a private engine.
+    host: Option<String>,
+    _turn: Option<MutexGuard<'static, ()>>,
+}
+
+impl Owner {
+    /// On this machine's engine, with the image there.
+    pub(crate) async fn new() -> Self {
+        let turn = TURN.lock().await;
+        image();
+        Self::named(None, Some(turn))
+    }
+
+    /// Another one, in the same test.
+    pub(crate) fn beside(&self, name: &str) -> Self {
+        Self { name: name.to_owned(), host: self.host.clone(), _turn: None }
+    }
+
+    fn named(host: Option<String>, turn: Option<MutexGuard<'static, ()>>) -> Self {
+        let name = format!("rwtest{}-{}", std::process::id(), unique());
+        Self { name, host, _turn: turn }
+    }
+
+    /// Runs `docker` with these words; what it prints. Fails where it fails.
+    pub(crate) fn docker(&self, words: &[&str]) -> String {
+        let (done, said) = self.try_docker(words);
+        assert!(done, "docker {words:?}: {said}");
+        said
+    }
+
+    /// Whether it succeeded, and what it said.
+    pub(crate) fn try_docker(&self, words: &[&str]) -> (bool, String) {
+        docker(self.host.as_deref(), words)
+    }
+
+    /// The ids of its containers, whatever their state.
+    pub(crate) fn containers(&self) -> Vec<String> {
+        let filter = format!("label=ringway.owner={}", self.name);
+        let mut ids: Vec<String> =
+            self.docker(&["ps", "-aq", "--no-trunc", "--filter", &filter]).lines().map(str::to_owned).collect();
+        ids.sort();
+        ids
+    }
+
+    /// The name of a slot's container.
+    pub(crate) fn container(&self, slot: &str) -> String {
+        format!("{}-{slot}", self.name)
+    }
+
+    /// Lines of a config: this owner, and a pool `echo` with replicas of the demo server. `docker` is further
+    /// keys of the provider, `pool` further lines of the pool.
+    pub(crate) fn config(&self, replicas: usize, docker: &str, pool: &str) -> String {
+        format!("docker: {{ owner: {} }}\n{}", self.name, super::config(&provider(replicas, docker), "", pool))
+    }
+
+    /// The program with this config, on this engine.
+    pub(crate) async fn program(&self, yaml: &str) -> Program {
+        match &self.host {
+            Some(host) => Program::start_with(yaml, &[("DOCKER_HOST", host)]).await,
+            None => Program::start(yaml).await,
+        }
+    }
+}
+
+/// A provider with replicas of the demo server.
+pub(crate) fn provider(replicas: usize, docker: &str) -> String {
+    let own = if docker.contains("command:") {
+        ""
+    } else {
+        "command: [echo-server, --listen, \"0.0.0.0:{port}\", --name, \"{slot}\", --grace-ms, \"0\"], "
+    };
+    format!(
+        "docker: {{ replicas: {replicas}, image: \"{IMAGE}\", pull: never, port: 9000, stop_grace: 1s, {own}{docker} }}"
+    )
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        // Its Ringway may be dying at this moment, with a container under way.
+        for _ in 0..3 {
+            for filter in ["ringway.owner", "rwtest"] {
+                let filter = format!("label={filter}={}", self.name);
+                let (_, ids) = self.try_docker(&["ps", "-aq", "--filter", &filter]);
+                let ids: Vec<&str> = ids.lines().collect();
+                if !ids.is_empty() {
+                    self.try_docker(&[&["rm", "-f", "-v"], &ids[..]].concat());
+                }
+            }
+        }
+    }
+}
+
+fn unique() -> usize {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+fn docker(host: Option<&str>, words: &[&str]) -> (bool, String) {
+    let mut command = Command::new("docker");
+    if let Some(host) = host {
+        command.args(["--host", host]);
+    }
+    let output = command.args(words).stdin(Stdio::null()).output().expect("docker can be run");
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8_lossy(&said).trim().to_owned())
+}
+
+/// Builds the image once for all tests: from this very source.
+pub(crate) fn image() {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/docker/image.sh");
+        let output = Command::new(script).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "docker/image.sh: {said}");
+    });
+}
+
+/// An engine of its own, with the image there. It may be stopped, continued and restarted.
+pub(crate) struct PrivateEngine {
+    folder: TempDir,
+    bridge: String,
+    daemon: Option<Killed>,
+    port: u16,
+    pub(crate) owner: Option<Owner>,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl PrivateEngine {
+    /// Starts `dockerd` with its own folders and its own bridge. `owner` speaks TCP to it where `tcp` is set.
+    pub(crate) async fn start(tcp: bool) -> Self {
+        let turn = TURN.lock().await;
+        image();
+        let folder = tempfile::Builder::new().prefix("rwtest-engine").tempdir().unwrap();
+        let bridge = format!("rwt{}", std::process::id() % 100_000);
+        let subnet = 1 + unique() % 250;
+        ip(&["link", "add", "name", &bridge, "type", "bridge"]);
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let mut engine = Self { folder, bridge, daemon: None, port, owner: None, _turn: turn };
+        ip(&["address", "add", &format!("10.213.{subnet}.1/24"), "dev", &engine.bridge]);
+        ip(&["link", "set", &engine.bridge, "up"]);
+        let driver = docker(None, &["info", "--format", "{{.Driver}}"]).1;
+        let path = engine.folder.path().display();
+        let config = serde_json::json!({
+            "data-root": format!("{path}/data"), "exec-root": format!("{path}/exec"), "pidfile": format!("{path}/pid"),
+            "hosts": [engine.socket(), format!("tcp://127.0.0.1:{port}")], "bridge": engine.bridge,
+            "iptables": false, "ip6tables": false, "live-restore": true, "storage-driver": driver,
+        });
+        std::fs::write(engine.folder.path().join("daemon.json"), config.to_string()).unwrap();
+        engine.run().await;
+        let load = format!("docker save {IMAGE} | docker --host {} load", engine.socket());
+        assert!(Command::new("sh").args(["-c", &load]).stdout(Stdio::null()).status().unwrap().success(), "{load}");
+        let host = if tcp { format!("tcp://127.0.0.1:{}", engine.port) } else { engine.socket() };
+        engine.owner = Some(Owner::named(Some(host), None));
+        engine
+    }
+
+    fn socket(&self) -> String {
+        format!("unix://{}/docker.sock", self.folder.path().display())
+    }
+
+    /// Starts the daemon and waits until it answers.
+    pub(crate) async fn run(&mut self) {
+        let log = std::fs::File::create(self.folder.path().join("log")).unwrap();
+        let daemon = Command::new("dockerd")
+            .arg("--config-file")
+            .arg(self.folder.path().join("daemon.json"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn();
+        self.daemon = Some(Killed(daemon.unwrap()));
+        let (log, socket) = (self.folder.path().join("log"), self.socket());
+        eventually("the private engine", || {
+            let child = &mut self.daemon.as_mut().unwrap().0;
+            let log = || std::fs::read_to_string(&log).unwrap_or_default();
+            assert!(child.try_wait().unwrap().is_none(), "dockerd ended:\n{}", log());
+            docker(Some(&socket), &["version"]).0
+        })
+        .await;
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        let daemon = self.daemon.as_ref().unwrap();
+        kill_process(Pid::from_child(&daemon.0), signal).unwrap();
+    }
+
+    /// Tells the daemon to end and waits until it has. Containers go on.
+    pub(crate) fn stop(&mut self) {
+        self.signal(Signal::TERM);
+        if let Some(mut daemon) = self.daemon.take() {
+            ended(&mut daemon.0);
+        }
+    }
+}
+
+impl Drop for PrivateEngine {
+    fn drop(&mut self) {
+        if self.daemon.is_some() {
+            // It may have been stopped.
+            self.signal(Signal::CONT);
+        }
+        // Removes its containers.
+        self.owner = None;
+        if self.daemon.is_some() {
+            self.stop();
+        }
+        let _ = Command::new("ip").args(["link", "delete", &self.bridge]).status();
+        let path = self.folder.path().display();
+        // The engine mounts its folder onto itself.
+        let _ = Command::new("umount").args(["-R", &format!("{path}/data")]).stderr(Stdio::null()).status();
+    }
+}
+
+fn ended(child: &mut Child) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while child.try_wait().unwrap().is_none() && std::time::Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn ip(words: &[&str]) {
+    let done = Command::new("ip").args(words).status().expect("ip can be run");
+    assert!(done.success(), "ip {words:?}");
+}
