@@ -65,7 +65,7 @@ async fn a_replica_that_hangs_is_replaced() {
 async fn a_replica_that_keeps_dying_is_a_crash_loop_and_the_others_serve_on() {
     let provider = "process: { replicas: 2, command: [sh, -c, \"case {slot} in *-1) echo cannot go on; echo because of this; exit 3;; esac; exec sleep 600 {port}\"], \
                     restart: { backoff: 1m, max_backoff: 1h, crash_loop_after: 2 } }";
-    let ringway = Ringway::start(&config(provider, "", "health_check: { kind: none }")).await;
+    let ringway = Ringway::start(&config(provider, "answer_status: true", "health_check: { kind: none }")).await;
     let states = || -> Vec<State> {
         ringway.state().pools[0].table.load().backends().iter().map(|backend| backend.state).collect()
     };
@@ -78,6 +78,9 @@ async fn a_replica_that_keeps_dying_is_a_crash_loop_and_the_others_serve_on() {
     let exit = &status["pools"][0]["backends"][0]["last_exit"];
     assert_eq!((&exit["code"], &exit["reason"]), (&3.into(), &"exit status: 3".into()), "{exit}");
     assert_eq!(exit["output"], serde_json::json!(["cannot go on", "because of this"]), "its last words");
+    let status: serde_json::Value = serde_json::from_str(&get(ringway.web(), "/api/status").await.1).unwrap();
+    let exit = &status["pools"][0]["backends"][0]["last_exit"];
+    assert_eq!((&exit["code"], &exit["output"]), (&3.into(), &serde_json::json!([])), "they are not for strangers");
 }
 
 /// Process ids of everything whose command line has this word.

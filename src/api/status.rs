@@ -153,6 +153,16 @@ pub(super) async fn status(Extract(state): Extract<Arc<State>>) -> Json<Status> 
 }
 
 impl Status {
+    /// Without what replicas have written, which is not for everybody who may connect to a listener.
+    fn for_strangers(mut self) -> Self {
+        for exit in
+            self.pools.iter_mut().flat_map(|pool| &mut pool.backends).filter_map(|member| member.last_exit.as_mut())
+        {
+            exit.output.clear();
+        }
+        self
+    }
+
     /// The app as it is at the moment.
     pub fn of(state: &State) -> Self {
         Self {
@@ -289,7 +299,7 @@ async fn answer_one(state: &State, connection: Intercepted) -> Result<(), hyper:
     let _permit = connection.permit;
     let Ok(stream) = TcpStream::from_std(connection.stream) else { return Ok(()) };
     let service = service_fn(|_request| async {
-        let body = serde_json::to_vec(&Status::of(state)).unwrap_or_default();
+        let body = serde_json::to_vec(&Status::of(state).for_strangers()).unwrap_or_default();
         let mut response = Response::new(Full::new(Bytes::from(body)));
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Ok::<_, Infallible>(response)
