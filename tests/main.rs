@@ -12,6 +12,7 @@ mod command_line;
 mod configs;
 mod docker;
 mod documents;
+mod engine;
 mod failover;
 mod limits;
 mod replicas;

@@ -35,6 +35,10 @@ struct Tracked {
     backend: Backend,
     /// Also when it has ended since.
     last_replica: Option<Replica>,
+    /// It has had a replica.
+    has_run: bool,
+    /// We were told of the last one before it ended.
+    is_seen: bool,
     healthy: Option<bool>,
     crash_loop: bool,
 }
@@ -118,9 +122,11 @@ impl Publisher {
                 let backend = &mut tracked.backend;
                 backend.incarnation += 1;
                 // The same container with a new address has not been started again.
-                let is_restart = backend.incarnation > 1 && replica.is_some() && tracked.last_replica != replica;
-                backend.restarts += u64::from(is_restart);
-                tracked.last_replica.clone_from(&replica);
+                if replica.is_some() && tracked.last_replica != replica {
+                    backend.restarts += u64::from(tracked.has_run);
+                    tracked.last_replica.clone_from(&replica);
+                    (tracked.has_run, tracked.is_seen) = (true, true);
+                }
                 backend.address = Some(address);
                 backend.replica = replica;
                 tracked.forget(now);
@@ -130,8 +136,13 @@ impl Publisher {
             Event::Stopped { id, crash_loop, exit } => {
                 let Some(tracked) = self.backends.get_mut(&id) else { return false };
                 (tracked.backend.address, tracked.backend.replica) = (None, None);
-                if exit.is_some() {
-                    tracked.backend.last_exit = exit;
+                if let Some(exit) = exit {
+                    // It ran, even if it was gone before anybody could see it.
+                    if exit.code.is_some() && !std::mem::take(&mut tracked.is_seen) {
+                        tracked.backend.restarts += u64::from(tracked.has_run);
+                        tracked.has_run = true;
+                    }
+                    tracked.backend.last_exit = Some(exit);
                 }
                 tracked.forget(now);
                 tracked.crash_loop = crash_loop;
@@ -192,7 +203,7 @@ impl Tracked {
             health: Health { last: None, since: now },
             live: Arc::new(Live::default()),
         };
-        Self { backend, last_replica: None, healthy: None, crash_loop: false }
+        Self { backend, last_replica: None, has_run: false, is_seen: false, healthy: None, crash_loop: false }
     }
 
     /// What was known of the replica before says nothing about the next one.
@@ -230,6 +241,7 @@ fn tell(pool: &str, backend: &Backend, state: State) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Exit;
 
     fn joined(id: &str) -> Event {
         Event::Joined { id: id.into(), weight: 1 }
@@ -336,6 +348,16 @@ mod tests {
         assert_eq!(restarts(&publisher), 0);
         publisher.take([stopped("a", false), started("a", 2)], Instant::now());
         assert_eq!(restarts(&publisher), 1);
+        let exit = |code| {
+            let exit = Exit { reason: String::new(), code, output: Vec::new(), at: Instant::now() };
+            Event::Stopped { id: "a".into(), crash_loop: false, exit: Some(Arc::new(exit)) }
+        };
+        publisher.take([exit(Some(3))], Instant::now());
+        assert_eq!(restarts(&publisher), 1, "the end of one that was told of");
+        publisher.take([exit(Some(3)), exit(Some(3))], Instant::now());
+        assert_eq!(restarts(&publisher), 3, "two that nobody saw running");
+        publisher.take([exit(None)], Instant::now());
+        assert_eq!(restarts(&publisher), 3, "one that could not be started");
     }
 
     #[test]

@@ -45,6 +45,8 @@ async fn an_image_whose_process_exits_at_once_is_made_a_bounded_number_of_times(
     let metrics = get(program.api(), "/metrics").await.1;
     assert_eq!(metric_in(&metrics, "ringway_replica_crash_loop", &["echo-1"]), 1.0);
     assert_eq!(metric_in(&metrics, "ringway_replica_crash_loop", &["well-1"]), 0.0);
+    let restarts = metric_in(&metrics, "ringway_replica_restarts_total", &["echo-1"]);
+    assert!(restarts >= slot as f64 - 2.0, "{restarts} restarts are counted");
     let log = program.log();
     let lines = log.lines().filter(|line| line.contains("slot=echo-1")).count();
     assert_eq!(log.matches("crash loop").count(), 1, "{log}");
