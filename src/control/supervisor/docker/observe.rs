@@ -1,0 +1,157 @@
+//! What a full list says of the slots: which container fills each, and which have ended.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{Done, Known, Supervisor, short};
+use crate::backend::{Exit, Replica};
+use crate::control::Event;
+use crate::control::docker::container::{Container, State};
+use crate::control::docker::engine::Engine;
+use crate::control::docker::label;
+use crate::control::docker::watch::Seen;
+use crate::control::supervisor::LAST_LINES;
+use crate::control::supervisor::plan::Slot;
+
+impl Supervisor {
+    /// Takes a full list.
+    pub(super) async fn observe(&mut self, seen: Seen) {
+        self.has_seen = true;
+        let mut by_slot: HashMap<String, Vec<Container>> = HashMap::new();
+        for container in seen.containers {
+            by_slot.entry(container.label(label::SLOT).to_owned()).or_default().push(container);
+        }
+        for name in by_slot.keys() {
+            if !self.slots.iter().any(|slot| *slot.name == **name) {
+                self.slots.push(Slot::new(name.as_str().into(), seen.as_of));
+            }
+        }
+        for slot in 0..self.slots.len() {
+            let containers = by_slot.remove(&*self.slots[slot].name).unwrap_or_default();
+            let is_older = self.changed.get(&slot).is_some_and(|&changed| seen.as_of < changed);
+            if !self.busy.contains(&slot) && !is_older {
+                let incumbent = self.choose(slot, containers);
+                self.observe_slot(slot, incumbent).await;
+            }
+        }
+    }
+
+    /// The container that fills the slot; others that claim it are removed. Every Ringway chooses alike.
+    fn choose(&mut self, slot: usize, mut containers: Vec<Container>) -> Option<Container> {
+        containers.retain(|container| container.state != State::Removing);
+        let name = self.maker.name(&self.slots[slot].name);
+        containers.sort_by_key(|container| {
+            (container.state == State::Running, *container.name == *name, Arc::clone(&container.id))
+        });
+        let incumbent = containers.pop();
+        for double in containers {
+            if self.doubles.insert(Arc::clone(&double.id)) {
+                tracing::warn!(pool = %self.settings.pool, slot = %self.slots[slot].name, container = %double.name,
+                    "a second container for this slot is removed");
+                let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
+                self.work.spawn(async move {
+                    let removed = engine.end(&double.id, grace).await;
+                    (slot, Done::Removed(double.id, removed))
+                });
+            }
+        }
+        incumbent
+    }
+
+    async fn observe_slot(&mut self, slot: usize, incumbent: Option<Container>) {
+        let now = Instant::now();
+        self.leftovers.remove(&slot);
+        if slot >= self.settings.slots.len() {
+            // Whatever its state, the plan has it stopped and removed.
+            if let Some(container) = incumbent {
+                self.slots[slot].running(false, now);
+                self.leftovers.insert(slot, container);
+            }
+            return;
+        }
+        match incumbent {
+            Some(container) if container.state == State::Running => self.runs(slot, &container, now).await,
+            other => {
+                let was_there = self.slots[slot].is_running() || self.slots[slot].is_starting();
+                self.known.remove(&slot);
+                if was_there {
+                    self.died(slot, other.as_ref()).await;
+                }
+                if let Some(container) = other {
+                    self.leftovers.insert(slot, container);
+                }
+            }
+        }
+    }
+
+    async fn runs(&mut self, slot: usize, container: &Container, now: Instant) {
+        let name = Arc::clone(&self.slots[slot].name);
+        if self.known.get(&slot).is_none_or(|known| known.id != container.id) {
+            let is_outdated = container.label(label::SPEC) != self.maker.digest();
+            tracing::debug!(pool = %self.settings.pool, slot = %name, container = short(&container.id), is_outdated,
+                "replica is there");
+            self.slots[slot].running(is_outdated, now);
+            self.ends.over();
+            let replica = Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name) };
+            let known = Known { id: Arc::clone(&container.id), replica, address: None, is_bad: false };
+            self.known.insert(slot, known);
+        }
+        let address = container.addresses.get(&self.place.network);
+        let address = address.map(|&ip| SocketAddr::new(ip, self.settings.spec.port));
+        let is_bad = container.healthy == Some(false);
+        let Some(known) = self.known.get_mut(&slot) else { return };
+        let mut news = Vec::new();
+        if known.address != address {
+            news.push(match address {
+                Some(address) => {
+                    let replica = Some(known.replica.clone());
+                    Event::Started { id: Arc::clone(&name), address, replica }
+                }
+                None => Event::Stopped { id: Arc::clone(&name), crash_loop: false, exit: None },
+            });
+            // Word of a new address takes back what was reported.
+            (known.address, known.is_bad) = (address, false);
+        }
+        if known.is_bad != is_bad {
+            news.push(Event::Reported { id: name, healthy: !is_bad });
+            known.is_bad = is_bad;
+        }
+        for event in news {
+            self.send(slot, event).await;
+        }
+    }
+
+    /// The slot's replica has ended. Why is asked at once, before the container makes room for the next.
+    async fn died(&mut self, slot: usize, container: Option<&Container>) {
+        let event = Event::Stopped { id: Arc::clone(&self.slots[slot].name), crash_loop: false, exit: None };
+        self.send(slot, event).await;
+        match container {
+            Some(container) if container.state == State::Dead => {
+                let (engine, id) = (self.engine.clone(), Arc::clone(&container.id));
+                self.begin(slot, async move { Done::Examined(examine(&engine, &id).await) });
+            }
+            _ => self.ended(slot, gone()).await,
+        }
+    }
+}
+
+/// How a container has ended.
+async fn examine(engine: &Engine, id: &str) -> Exit {
+    let Ok(found) = engine.inspect(id).await else { return gone() };
+    let state = found.state.unwrap_or_default();
+    let code = state.exit_code.unwrap_or_default();
+    let mut reason = format!("exit code {code}");
+    if state.oom_killed == Some(true) {
+        reason += ", out of memory";
+    }
+    if let Some(error) = state.error.filter(|error| !error.is_empty()) {
+        reason = format!("{reason}: {error}");
+    }
+    Exit { reason, code: Some(code), output: engine.last_lines(id, LAST_LINES).await, at: Instant::now() }
+}
+
+fn gone() -> Exit {
+    Exit { reason: "its container is gone".to_owned(), code: None, output: Vec::new(), at: Instant::now() }
+}
