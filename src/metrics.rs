@@ -4,7 +4,10 @@
 //! recorded as they happen, once or twice a connection.
 
 use ::metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder as _, SharedString};
+use std::time::Duration;
+
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use metrics_util::MetricKindMask;
 
 /// A metric as it is documented and exported.
 #[derive(Debug, Clone, Copy)]
@@ -60,6 +63,7 @@ metrics! {
     BACKEND_CONNECTIONS_TOTAL: Counter "backend_connections_total" ["pool", "backend"] "Connections made to a backend";
     REPLICA_RESTARTS: Counter "replica_restarts_total" ["pool", "backend"] "Replicas started in place of a dead one";
     CRASH_LOOP: Gauge "replica_crash_loop" ["pool", "backend"] "1 while a slot waits because its replicas keep dying, else 0";
+    POOL_HEALTHY: Gauge "pool_backends_healthy" ["pool"] "Healthy backends of the pool";
     ENGINE_UP: Gauge "engine_up" ["pool"] "1 while the pool's Docker engine answers, else 0";
     ENGINE_STALE: Gauge "engine_staleness_seconds" ["pool"] "Age of the last full list of containers";
     ENGINE_FAILURES: Counter "engine_failures_total" ["pool"] "Tries to reach the pool's Docker engine that failed";
@@ -83,6 +87,10 @@ metrics! {
 const BUCKETS: [f64; 14] =
     [0.0001, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 10.0, 60.0, 600.0];
 
+/// A scrape sets what is there just before it is rendered. What was not set for this long belongs to a backend that
+/// has left.
+const GONE_AFTER: Duration = Duration::from_secs(1);
+
 /// Holds the metrics of one app and renders them. Not global: several apps may live in one process.
 pub struct Exporter {
     recorder: PrometheusRecorder,
@@ -101,7 +109,8 @@ impl Exporter {
     /// # Errors
     /// When the exporter does not take the buckets.
     pub fn new() -> Result<Self, BuildError> {
-        let mut builder = PrometheusBuilder::new();
+        let mut builder =
+            PrometheusBuilder::new().idle_timeout(MetricKindMask::COUNTER | MetricKindMask::GAUGE, Some(GONE_AFTER));
         for metric in ALL.iter().filter(|metric| metric.kind == Kind::Histogram) {
             builder = builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), &BUCKETS)?;
         }

@@ -65,6 +65,8 @@ fn of_pool(exporter: &Exporter, pool: &str, table: &Table) {
     // A gauge is a double: its 53 bits hold this part of the digest exactly.
     exporter.set(&metrics::RING_DIGEST, &[pool], table.ring().digest() >> 12);
     exporter.set(&metrics::TABLE_GENERATION, &[pool], table.generation());
+    let healthy = table.backends().iter().filter(|backend| backend.state == BackendState::Healthy).count();
+    exporter.set(&metrics::POOL_HEALTHY, &[pool], healthy as u64);
     for backend in table.backends() {
         of_backend(exporter, pool, backend);
     }

@@ -23,8 +23,8 @@ use crate::control::{Event, supervisor};
 use crate::metrics::{self, Exporter};
 use crate::proxy::Route;
 
-/// How long a new replica may fail its checks and still count as starting.
-const STARTING_GRACE: Duration = Duration::from_secs(10);
+/// How long a container that somebody else has started may fail its checks and still count as starting.
+const DISCOVERED_GRACE: Duration = Duration::from_secs(10);
 
 /// A pool that is ready to be started: everything that can fail has been done.
 pub(super) struct Prepared {
@@ -99,7 +99,7 @@ pub(super) async fn prepare(
             known.extend(slots.iter().map(|id| Event::Joined { id: Arc::clone(id), weight: 1 }));
             let (settings, ports) = prepare_process(&place, &name, process, slots, environment)?;
             source = Source::Processes(settings, ports);
-            grace = STARTING_GRACE;
+            grace = process.restart.start_grace;
         }
         Provider::Containers(containers) => {
             let slots = provider::slots(&pool.name, containers.replicas);
@@ -116,7 +116,7 @@ pub(super) async fn prepare(
                 };
                 source = Source::Containers(settings, engine, sync);
             }
-            grace = STARTING_GRACE;
+            grace = containers.restart.start_grace;
         }
         Provider::Discover(discover) => {
             if let Some((engine, sync)) = watched(engine) {
@@ -129,7 +129,7 @@ pub(super) async fn prepare(
                 };
                 source = Source::Discovered(settings, engine, sync);
             }
-            grace = STARTING_GRACE;
+            grace = DISCOVERED_GRACE;
         }
     }
     let publisher = Publisher::new(Arc::clone(&name), pool.ring, pool.health_check.is_some(), known, Instant::now());

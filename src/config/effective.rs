@@ -137,6 +137,7 @@ fn restart(restart: &Restart) -> Value {
         ("max_backoff", duration(restart.max_backoff)),
         ("stable_after", duration(restart.stable_after)),
         ("crash_loop_after", restart.crash_loop_after.into()),
+        ("start_grace", duration(restart.start_grace)),
         ("replace_after", restart.replace_after.map_or("off".into(), duration)),
     ])
 }

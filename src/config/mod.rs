@@ -267,6 +267,8 @@ pub struct Restart {
     pub stable_after: Duration,
     /// Starts in a row that did not last after which the slot counts as in a crash loop.
     pub crash_loop_after: u32,
+    /// How long a new replica may fail its checks and still count as starting.
+    pub start_grace: Duration,
     /// A replica that runs but has been unhealthy for this long is replaced; `None`: never.
     pub replace_after: Option<Duration>,
 }

@@ -85,7 +85,7 @@ fn process_of(mut section: Section<'_>) -> Process {
 }
 
 fn docker_of(mut section: Section<'_>) -> Provider {
-    let network = section.item("network").and_then(|item| item.text()).filter(|network| network != "auto");
+    let network = section.item("network").and_then(|item| network(&item));
     if let Some(discover) = section.item("discover") {
         let provider = Provider::Discover(discover_of(discover.section(), network));
         section.finish();
@@ -114,6 +114,18 @@ fn docker_of(mut section: Section<'_>) -> Provider {
     section.finish();
     let spec = Spec { image: image.unwrap_or_default(), command, port, env, labels, memory, milli_cpus, pull };
     Provider::Containers(Containers { replicas, spec, network, restart, stop_grace })
+}
+
+/// Those of the engine's modes that are no network of the container's own are refused: replicas would share the
+/// host's, or could not be reached.
+fn network(item: &Item<'_>) -> Option<String> {
+    let name = item.text()?;
+    if ["host", "none", "default"].contains(&name.as_str()) || name.contains(':') || name.is_empty() {
+        item.fault(format_args!(
+            "{name:?} is not a network of containers: take auto, bridge, or one that you have made"
+        ));
+    }
+    (name != "auto").then_some(name)
 }
 
 fn discover_of(mut section: Section<'_>, network: Option<String>) -> Discover {
@@ -237,6 +249,7 @@ fn restart(mut section: Section<'_>) -> Restart {
         max_backoff: section.duration("max_backoff", MS..=HOUR, 30 * SECOND),
         stable_after: section.duration("stable_after", MS..=DAY, MINUTE),
         crash_loop_after: narrow(section.integer("crash_loop_after", 1..=1000, 5)),
+        start_grace: section.duration("start_grace", Duration::ZERO..=DAY, MINUTE),
         replace_after: replace_after(&mut section),
     };
     if restart.max_backoff < restart.backoff {

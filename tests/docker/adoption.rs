@@ -75,28 +75,79 @@ async fn leftovers_become_what_the_config_says_and_strangers_are_left_alone() {
     );
 }
 
+/// Rolls `after` out over replicas made from `before`: the fewest healthy ones once all had been healthy or, where
+/// they cannot have been, once there was the first.
+async fn roll_out(owner: &Owner, before: &str, after: &str) -> usize {
+    drop(Ringway::start(&owner.config(3, before, CHECK)).await.all_healthy().await);
+    let old = owner.containers();
+    let ringway = Ringway::start(&owner.config(3, after, CHECK)).await;
+    let (mut most, mut fewest) = (0, 3);
+    eventually("three new ones", || {
+        let healthy = ringway.states().iter().filter(|&&state| state == State::Healthy).count();
+        if healthy < most {
+            fewest = fewest.min(healthy);
+        }
+        most = most.max(healthy);
+        let now = owner.containers();
+        healthy == 3 && now.len() == 3 && now.iter().all(|id| !old.contains(id))
+    })
+    .await;
+    assert_eq!(ringway.metric("ringway_replica_restarts_total", &[]).await, 3.0);
+    fewest
+}
+
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
 async fn changed_settings_are_rolled_out_one_replica_at_a_time() {
     let owner = Owner::new().await;
-    drop(Ringway::start(&owner.config(3, "", CHECK)).await.all_healthy().await);
-    let before = owner.containers();
-    let ringway = Ringway::start(&owner.config(3, "env: { VERSION: \"2\" }", CHECK)).await;
-    let mut fewest = 3;
-    eventually("three new ones", || {
-        let healthy = ringway.states().iter().filter(|&&state| state == State::Healthy).count();
-        if ringway.state().ready.load(std::sync::atomic::Ordering::Relaxed) && healthy == 3 {
-            fewest = 3;
-        }
-        fewest = fewest.min(healthy);
-        let now = owner.containers();
-        healthy == 3 && now.len() == 3 && now.iter().all(|id| !before.contains(id))
-    })
-    .await;
-    assert_eq!(ringway.metric("ringway_replica_restarts_total", &[]).await, 3.0);
+    assert_eq!(roll_out(&owner, "", "env: { VERSION: \"2\" }").await, 2);
     for id in owner.containers() {
         assert!(owner.docker(&["inspect", "-f", "{{.Config.Env}}", &id]).contains("VERSION=2"));
     }
+}
+
+/// The old ones are reached where they listen until they are replaced.
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn another_port_is_rolled_out_without_an_outage() {
+    let owner = Owner::new().await;
+    let command = "command: [echo-server, --listen, \"0.0.0.0:{port}\", --name, \"{slot}\"]";
+    let other = format!("{command}, stop_grace: 2s").replace("{port}", "9001");
+    // The provider's own lines have port 9000.
+    let config = owner.config(3, &other, CHECK).replace("port: 9000", "port: 9001").replace("stop_grace: 1s, ", "");
+    drop(Ringway::start(&owner.config(3, "", CHECK)).await.all_healthy().await);
+    let old = owner.containers();
+    let ringway = Ringway::start(&config).await.all_healthy().await;
+    eventually("three new ones", || {
+        let healthy = ringway.states().iter().filter(|&&state| state == State::Healthy).count();
+        assert!(healthy >= 2, "{:?}", ringway.states());
+        let now = owner.containers();
+        healthy == 3 && now.len() == 3 && now.iter().all(|id| !old.contains(id))
+    })
+    .await;
+}
+
+/// Here the old ones cannot be reached any more, and so there is nothing to wait for.
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn another_network_is_rolled_out_at_once() {
+    let owner = Owner::new().await;
+    let network = owner.network();
+    roll_out(&owner, "", &format!("network: {network}, restart: {{ replace_after: off }}")).await;
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn a_replica_that_loses_its_network_is_replaced() {
+    let owner = Owner::new().await;
+    let yaml = owner.config(2, "restart: { replace_after: 1s }", CHECK);
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    let before = owner.containers();
+    owner.docker(&["network", "disconnect", "bridge", &owner.container("echo-1")]);
+    // The engine tells of networks, not of the container: the next list shows it.
+    owner.docker(&["kill", "--signal", "CONT", &owner.container("echo-1")]);
+    eventually("replaced", || owner.containers() != before && ringway.states() == [State::Healthy; 2]).await;
+    assert_eq!(owner.containers().len(), 2);
 }
 
 /// Killed at random moments of making, replacing and removing containers.

@@ -3,7 +3,7 @@
 use ringway::backend::State;
 
 use crate::harness::engine::{IMAGE, Owner};
-use crate::harness::{Ringway, config, eventually, get};
+use crate::harness::{Ringway, config, eventually, eventually_async, get};
 
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
@@ -31,6 +31,11 @@ async fn members_follow_the_label_and_nothing_is_started_or_stopped() {
     owner.docker(&["stop", "-t", "0", &owner.container("a")]);
     eventually("one left", || members() == [owner.container("b")]).await;
     assert_eq!(owner.docker(&["inspect", "-f", "{{.State.Running}}", &owner.container("a")]), "false", "not touched");
+    eventually_async("no metrics of it", async || {
+        !get(ringway.api(), "/metrics").await.1.contains(&format!("backend=\"{}\"", owner.container("a")))
+    })
+    .await;
+    assert_eq!(ringway.metric("ringway_pool_backends_healthy", &[]).await, 1.0);
     owner.docker(&["rm", &owner.container("a")]);
     run("a");
     eventually("it is back, made anew", || members() == [owner.container("a"), owner.container("b")]).await;

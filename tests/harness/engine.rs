@@ -64,6 +64,13 @@ impl Owner {
         ids
     }
 
+    /// A network of its own.
+    pub(crate) fn network(&self) -> String {
+        let name = format!("{}-net", self.name);
+        self.docker(&["network", "create", &name]);
+        name
+    }
+
     /// The name of a slot's container.
     pub(crate) fn container(&self, slot: &str) -> String {
         format!("{}-{slot}", self.name)
@@ -108,6 +115,11 @@ impl Drop for Owner {
                     self.try_docker(&[&["rm", "-f", "-v"], &ids[..]].concat());
                 }
             }
+        }
+        let network = format!("name={}-net", self.name);
+        let (_, id) = self.try_docker(&["network", "ls", "-q", "--filter", &network]);
+        if !id.is_empty() {
+            self.try_docker(&["network", "rm", &id]);
         }
     }
 }

@@ -235,7 +235,8 @@ impl Engine {
         deadline: Duration,
         call: impl AsyncFnOnce(Docker) -> Result<T, Error>,
     ) -> Result<T, EngineError> {
-        let docker = self.docker()?;
+        // Its own would cut ours short, and is in whole seconds.
+        let docker = self.docker()?.with_timeout(deadline + Duration::from_secs(1));
         match tokio::time::timeout(deadline, call(docker)).await {
             Ok(answer) => answer.map_err(|error| self.error(&error)),
             Err(_) => Err(self.away(&format!("no answer within {} s", deadline.as_secs()))),

@@ -23,6 +23,8 @@ pub mod label {
     pub const POOL: &str = "ringway.pool";
     /// The slot that it fills.
     pub const SLOT: &str = "ringway.slot";
+    /// The port on which it listens.
+    pub const PORT: &str = "ringway.port";
     /// Digest of the settings that it was made from.
     pub const SPEC: &str = "ringway.spec";
     /// Labels that compose writes on the images it builds. Containers of such an image must not inherit them, or

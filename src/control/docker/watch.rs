@@ -3,6 +3,7 @@
 //! Events are only a reason to look: an event that is lost, doubled or late changes nothing but when. Lists are
 //! made at start, after every event and every reconnect, every `resync`, and when asked for.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -11,7 +12,7 @@ use arc_swap::ArcSwapOption;
 use futures_util::stream::StreamExt as _;
 use tokio::sync::{Notify, watch};
 
-use super::container::Container;
+use super::container::{Container, State};
 use super::engine::{Engine, EngineError};
 
 /// Between the first two tries to reach an engine that is away; doubled with each more.
@@ -161,6 +162,8 @@ impl Watch {
         let mut next = Instant::now();
         let mut further = FURTHER.iter();
         let mut is_subscribed = false;
+        // What the list before has shown, until there is a reason for it to change.
+        let mut unchanged: Option<HashMap<Arc<str>, State>> = None;
         loop {
             tokio::select! {
                 // The subscription is sent when it is first polled: before the first list.
@@ -176,6 +179,7 @@ impl Watch {
                         }
                         next = next.min(Instant::now() + TOGETHER);
                         further = FURTHER.iter();
+                        unchanged = None;
                     }
                     // Whether the engine has gone with them the next subscription will tell.
                     Some(Err(error)) if is_subscribed => {
@@ -185,14 +189,25 @@ impl Watch {
                     Some(Err(error)) => return Err(error),
                     None => return Ok(()),
                 },
-                () = self.poke.notified() => next = next.min(Instant::now()),
+                () = self.poke.notified() => {
+                    next = next.min(Instant::now());
+                    unchanged = None;
+                }
                 () = tokio::time::sleep_until(next.into()) => {
                     let as_of = Instant::now();
                     let containers = self.engine.list(&self.labels).await?;
                     self.sync.succeeded(&self.pool, as_of);
                     *retry = Retry::default();
+                    let states = containers.iter().map(|container| (Arc::clone(&container.id), container.state));
+                    let states: HashMap<_, _> = states.collect();
                     seen.send_replace(Some(Seen { containers, as_of }));
                     is_subscribed = true;
+                    if unchanged.as_ref().is_some_and(|before| *before != states) {
+                        tracing::info!(pool = %self.pool, "no event told of what the list shows: asking for events anew");
+                        return Ok(());
+                    }
+                    // Until then events may be under way.
+                    unchanged = further.as_slice().is_empty().then_some(states);
                     next = as_of + further.next().copied().unwrap_or(self.resync);
                 }
             }

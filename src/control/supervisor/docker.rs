@@ -9,6 +9,7 @@
 //! - this file: the loop, and what the plan orders
 //! - [`observe`]: what a full list says of the slots
 //! - [`create`]: how a container is made
+//! - [`hold`]: waits after what the engine did not do
 
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
@@ -18,7 +19,6 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 
 use super::plan::{Action, Policy, Slot, Why, plan};
 use super::{Ends, verdict};
@@ -32,16 +32,18 @@ use crate::control::docker::watch::{Sync, Watch};
 use crate::table::{Table, TableCell};
 
 mod create;
+mod hold;
 mod observe;
 
 use self::create::{Failure, Maker};
 pub use self::create::{Pull, Spec};
+use self::hold::Holds;
 
-/// Containers that are made, ended or looked at at a time.
+/// Containers that are made at a time, and those that are stopped.
 const MOST_AT_ONCE: usize = 8;
 
-/// Before a start that somebody else may have done is tried again.
-const AFTER_CONFLICT: Duration = Duration::from_millis(250);
+/// Conflicts in a row after which a slot's name is not just being made by somebody else.
+const MANY_CONFLICTS: u32 = 8;
 
 /// How long a start or stop that is under way may go on when Ringway stops.
 const FINISH: Duration = Duration::from_secs(5);
@@ -90,7 +92,7 @@ pub async fn supervise(
         poke: Arc::clone(&poke),
     };
     let (sender, mut seen) = watch::channel(None);
-    let _watching = AbortOnDropHandle::new(tokio::spawn(watch.run(sender)));
+    let mut watching = std::pin::pin!(watch.run(sender));
     let mut changes = table.watch();
     let mut supervisor = Supervisor::new(settings, engine, place, events, sync, poke);
     while !stop.is_cancelled() {
@@ -103,10 +105,17 @@ pub async fn supervise(
                 let seen = seen.borrow_and_update().clone();
                 if let Some(seen) = seen {
                     supervisor.observe(seen).await;
+                    supervisor.judge(&table.load());
                 }
             }
             Ok(()) = changes.changed() => supervisor.judge(&table.load()),
-            Some(Ok((slot, done))) = supervisor.work.join_next() => supervisor.done(slot, done).await,
+            // Goes on as long as `seen` is there.
+            () = &mut watching => {}
+            Some(ended) = supervisor.work.join_next() => match ended {
+                Ok((slot, done)) => supervisor.done(slot, done).await,
+                // Ours to be told of, and nothing that could be waited out.
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            },
         }
     }
     supervisor.finish().await;
@@ -130,10 +139,13 @@ struct Supervisor {
     /// Slots of which a list says nothing yet: when something was done last.
     changed: HashMap<usize, Instant>,
     /// Slots with work under way.
-    busy: HashSet<usize>,
+    busy: HashMap<usize, Work>,
     work: JoinSet<(usize, Done)>,
-    /// Containers that are being removed because another one fills their slot.
+    /// Slots for which the engine did not do what it was told.
+    holds: Holds<usize>,
+    /// Containers that are being removed because another one fills their slot, and for which it did not.
     doubles: HashSet<Arc<str>>,
+    double_holds: Holds<Arc<str>>,
     has_seen: bool,
 }
 
@@ -145,6 +157,14 @@ struct Known {
     address: Option<SocketAddr>,
     /// As the publisher was told.
     is_bad: bool,
+}
+
+/// Work on a slot that is under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Work {
+    Start,
+    Stop,
+    Examination,
 }
 
 /// Work on a slot that has come to an end.
@@ -183,9 +203,11 @@ impl Supervisor {
             known: HashMap::new(),
             leftovers: HashMap::new(),
             changed: HashMap::new(),
-            busy: HashSet::new(),
+            busy: HashMap::new(),
             work: JoinSet::new(),
+            holds: Holds::default(),
             doubles: HashSet::new(),
+            double_holds: Holds::default(),
             has_seen: false,
         }
     }
@@ -196,11 +218,21 @@ impl Supervisor {
         if !self.has_seen || !self.sync.is_fresh() {
             return None;
         }
-        let plan = plan(self.settings.slots.len(), &self.slots, &self.settings.policy, Instant::now());
+        let now = Instant::now();
+        let plan = plan(self.settings.slots.len(), &self.slots, &self.settings.policy, now);
+        let mut wake = plan.wake;
         for action in plan.actions {
-            let (Action::Start(slot) | Action::Stop(slot, _)) = action;
+            let (slot, kind) = match action {
+                Action::Start(slot) => (slot, Work::Start),
+                Action::Stop(slot, _) => (slot, Work::Stop),
+            };
             // The end of some work asks for the plan again.
-            if self.busy.contains(&slot) || self.work.len() >= MOST_AT_ONCE {
+            let is_full = self.busy.values().filter(|&&other| other == kind).count() >= MOST_AT_ONCE;
+            if is_full || self.busy.contains_key(&slot) {
+                continue;
+            }
+            if let Some(until) = self.holds.until(&slot, now) {
+                wake = Some(wake.map_or(until, |wake| wake.min(until)));
                 continue;
             }
             match action {
@@ -208,18 +240,22 @@ impl Supervisor {
                 Action::Stop(slot, why) => self.stop(slot, why).await,
             }
         }
-        plan.wake
+        wake
     }
 
     fn start(&mut self, slot: usize) {
         let (maker, name) = (Arc::clone(&self.maker), Arc::clone(&self.slots[slot].name));
         let leftover = self.leftovers.remove(&slot);
         self.slots[slot].starting();
-        self.begin(slot, async move { Done::Started(maker.make(&name, leftover).await) });
+        self.begin(slot, Work::Start, async move { Done::Started(maker.make(&name, leftover).await) });
     }
 
     async fn stop(&mut self, slot: usize, why: Why) {
-        let known = self.known.remove(&slot).map(|known| known.id);
+        let known = self.known.get_mut(&slot).map(|known| {
+            // As the publisher is told below. If it is not stopped, it will be told anew.
+            (known.address, known.is_bad) = (None, false);
+            Arc::clone(&known.id)
+        });
         let Some(id) = known.or_else(|| self.leftovers.remove(&slot).map(|container| container.id)) else { return };
         let name = &self.slots[slot].name;
         tracing::warn!(pool = %self.settings.pool, slot = %name, container = short(&id), ?why, "replica is stopped");
@@ -227,19 +263,23 @@ impl Supervisor {
         self.slots[slot].stopping(why);
         self.send(slot, event).await;
         let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
-        self.begin(slot, async move { Done::Stopped(why, engine.end(&id, grace).await) });
+        self.begin(slot, Work::Stop, async move { Done::Stopped(why, engine.end(&id, grace).await) });
     }
 
-    fn begin(&mut self, slot: usize, work: impl Future<Output = Done> + Send + 'static) {
-        self.busy.insert(slot);
+    fn begin(&mut self, slot: usize, kind: Work, work: impl Future<Output = Done> + Send + 'static) {
+        self.busy.insert(slot, kind);
         self.work.spawn(async move { (slot, work.await) });
     }
 
     async fn done(&mut self, slot: usize, done: Done) {
         let now = Instant::now();
+        self.poke.notify_one();
         if let Done::Removed(id, result) = done {
             self.doubles.remove(&id);
-            self.note(result.as_ref().err());
+            if let Err(error) = result {
+                let count = self.double_holds.fail(id, now);
+                self.tell(slot, count, "a second container is not removed", &error);
+            }
             return;
         }
         self.busy.remove(&slot);
@@ -247,36 +287,50 @@ impl Supervisor {
         match done {
             // A list will show the replica. The other was taken care of above.
             Done::Started(Ok(())) | Done::Removed(..) => {}
-            Done::Started(Err(Failure::Conflict)) => self.slots[slot].postponed(now + AFTER_CONFLICT),
+            Done::Started(Err(Failure::Conflict)) => {
+                self.slots[slot].postponed(now);
+                if self.holds.fail(slot, now) == MANY_CONFLICTS {
+                    let reason = "the engine says that it exists already, and does not show it";
+                    let event = self.ends.refused(&mut self.slots[slot], reason, now);
+                    self.send(slot, event).await;
+                }
+            }
+            // Only a list that fails means that the engine is away.
             Done::Started(Err(Failure::Engine(error))) => {
                 self.slots[slot].postponed(now);
-                self.note(Some(&error));
+                let count = self.holds.fail(slot, now);
+                self.tell(slot, count, "no answer to a start", &error);
             }
             Done::Started(Err(Failure::Refused(reason))) => {
+                self.holds.clear(&slot);
                 let event = self.ends.refused(&mut self.slots[slot], &reason, now);
                 self.send(slot, event).await;
             }
+            // Told of when it was ordered; nothing follows.
+            Done::Stopped(Why::Surplus, Ok(())) => drop(self.slots[slot].ended(&self.settings.policy, now)),
             Done::Stopped(why, Ok(())) => {
+                self.known.remove(&slot);
+                self.holds.clear(&slot);
                 let reason = format!("stopped: {}", format!("{why:?}").to_lowercase());
                 self.ended(slot, Exit { reason, code: None, output: Vec::new(), at: now }).await;
             }
             Done::Stopped(_, Err(error)) => {
                 self.slots[slot].not_stopped();
-                self.note(Some(&error));
+                let count = self.holds.fail(slot, now);
+                self.tell(slot, count, "a container is not stopped", &error);
             }
             Done::Examined(exit) => self.ended(slot, exit).await,
         }
-        self.poke.notify_one();
     }
 
-    /// Nothing is done until a list shows that the engine is there.
-    fn note(&self, error: Option<&EngineError>) {
-        match error {
-            Some(error) if error.is_away() => self.sync.failed(&self.settings.pool, error),
-            Some(error) => tracing::warn!(pool = %self.settings.pool, "{error}"),
-            None => {}
+    /// Of the first of several failures in a row.
+    fn tell(&self, slot: usize, count: u32, what: &str, error: &EngineError) {
+        let (pool, slot) = (&self.settings.pool, &self.slots[slot].name);
+        if count == 1 {
+            tracing::warn!(%pool, %slot, "{what}, trying again: {error}");
+        } else {
+            tracing::debug!(%pool, %slot, count, "{what}: {error}");
         }
-        self.poke.notify_one();
     }
 
     async fn ended(&mut self, slot: usize, exit: Exit) {
@@ -288,7 +342,10 @@ impl Supervisor {
         let now = Instant::now();
         for (&slot, known) in &self.known {
             let slot = &mut self.slots[slot];
-            slot.judged(verdict(table, &slot.name, &known.replica), now);
+            // One that cannot be reached will never be checked.
+            let verdict =
+                if known.address.is_none() { Some(false) } else { verdict(table, &slot.name, &known.replica) };
+            slot.judged(verdict, now);
         }
     }
 

@@ -95,7 +95,8 @@ pub struct Plan {
 /// others none.
 ///
 /// One replica at a time is replaced, and the next only once its successor has shown what it is worth: whatever
-/// makes all of them unhealthy must not take all of them down.
+/// makes all of them unhealthy must not take all of them down. An outdated one waits until all are healthy, or goes
+/// at once where it is unhealthy: then nothing is lost, and the new settings may be the remedy.
 pub fn plan(wanted: usize, slots: &[Slot], policy: &Policy, now: Instant) -> Plan {
     let mut plan = Plan { actions: Vec::new(), wake: None };
     let (kept, surplus) = slots.split_at(wanted.min(slots.len()));
@@ -115,9 +116,10 @@ pub fn plan(wanted: usize, slots: &[Slot], policy: &Policy, now: Instant) -> Pla
     let unhealthy = kept.iter().enumerate().filter_map(|(index, slot)| Some((slot.unhealthy_since()?, index)));
     if let (Some(patience), Some((since, index))) = (policy.replace_after, unhealthy.min()) {
         plan.do_at(since + patience, Action::Stop(index, Why::Unhealthy), now);
-    } else if kept.iter().all(Slot::is_healthy)
-        && let Some(index) = kept.iter().position(Slot::is_outdated)
-    {
+    }
+    let all_healthy = kept.iter().all(Slot::is_healthy);
+    let outdated = kept.iter().position(|slot| slot.is_outdated() && (all_healthy || slot.unhealthy_since().is_some()));
+    if let Some(index) = outdated.filter(|_| !plan.actions.iter().any(|action| matches!(action, Action::Stop(..)))) {
         plan.actions.push(Action::Stop(index, Why::Outdated));
     }
     plan

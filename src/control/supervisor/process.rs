@@ -125,7 +125,10 @@ pub async fn supervise(
             () = stop.cancelled() => {}
             () = due => {}
             Ok(()) = changes.changed() => supervisor.judge(&table.load()),
-            Some(ended) = supervisor.waiting.join_next() => supervisor.ended(ended.ok()).await,
+            Some(ended) = supervisor.waiting.join_next() => match ended {
+                Ok((slot, exit)) => supervisor.ended(slot, exit).await,
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            },
         }
     }
     supervisor.stop_all().await;
@@ -242,9 +245,7 @@ impl Supervisor {
         command
     }
 
-    async fn ended(&mut self, ended: Option<(usize, Exit)>) {
-        // A wait that was aborted: only when the app is dropped.
-        let Some((slot, exit)) = ended else { return };
+    async fn ended(&mut self, slot: usize, exit: Exit) {
         self.children.remove(&slot);
         let event = self.ends.ended(&mut self.slots[slot], exit);
         let _ = self.events.send(event).await;

@@ -183,10 +183,12 @@ impl Maker {
 
     fn body(&self, slot: &str) -> ContainerCreateBody {
         let fill = |text: &String| text.replace("{port}", &self.spec.port.to_string()).replace("{slot}", slot);
+        let port = self.spec.port.to_string();
         let own = [
             (label::OWNER, self.place.owner.as_str()),
             (label::POOL, &self.pool),
             (label::SLOT, slot),
+            (label::PORT, &port),
             (label::SPEC, &self.digest),
         ];
         let mut labels: HashMap<_, _> = label::OF_IMAGES.map(|name| (name.to_owned(), String::new())).into();

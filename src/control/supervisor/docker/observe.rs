@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Done, Known, Supervisor, short};
+use super::{Done, Known, Supervisor, Work, short};
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::control::docker::container::{Container, State};
@@ -31,7 +31,7 @@ impl Supervisor {
         for slot in 0..self.slots.len() {
             let containers = by_slot.remove(&*self.slots[slot].name).unwrap_or_default();
             let is_older = self.changed.get(&slot).is_some_and(|&changed| seen.as_of < changed);
-            if !self.busy.contains(&slot) && !is_older {
+            if !self.busy.contains_key(&slot) && !is_older {
                 let incumbent = self.choose(slot, containers);
                 self.observe_slot(slot, incumbent).await;
             }
@@ -47,7 +47,8 @@ impl Supervisor {
         });
         let incumbent = containers.pop();
         for double in containers {
-            if self.doubles.insert(Arc::clone(&double.id)) {
+            let is_held = self.double_holds.until(&double.id, Instant::now()).is_some();
+            if !is_held && self.doubles.insert(Arc::clone(&double.id)) {
                 tracing::warn!(pool = %self.settings.pool, slot = %self.slots[slot].name, container = %double.name,
                     "a second container for this slot is removed");
                 let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
@@ -93,13 +94,21 @@ impl Supervisor {
             tracing::debug!(pool = %self.settings.pool, slot = %name, container = short(&container.id), is_outdated,
                 "replica is there");
             self.slots[slot].running(is_outdated, now);
+            self.holds.clear(&slot);
             self.ends.over();
+            if !container.addresses.contains_key(&self.place.network) {
+                let (networks, network) = (container.addresses.keys().collect::<Vec<_>>(), &self.place.network);
+                tracing::warn!(pool = %self.settings.pool, slot = %name, container = %container.name, network, ?networks,
+                    "replica cannot be reached: it is not on Ringway's network");
+            }
             let replica = Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name) };
             let known = Known { id: Arc::clone(&container.id), replica, address: None, is_bad: false };
             self.known.insert(slot, known);
         }
         let address = container.addresses.get(&self.place.network);
-        let address = address.map(|&ip| SocketAddr::new(ip, self.settings.spec.port));
+        // One that was made from other settings may listen on another port.
+        let port = container.label(label::PORT).parse().unwrap_or(self.settings.spec.port);
+        let address = address.map(|&ip| SocketAddr::new(ip, port));
         let is_bad = container.healthy == Some(false);
         let Some(known) = self.known.get_mut(&slot) else { return };
         let mut news = Vec::new();
@@ -130,7 +139,7 @@ impl Supervisor {
         match container {
             Some(container) if container.state == State::Dead => {
                 let (engine, id) = (self.engine.clone(), Arc::clone(&container.id));
-                self.begin(slot, async move { Done::Examined(examine(&engine, &id).await) });
+                self.begin(slot, Work::Examination, async move { Done::Examined(examine(&engine, &id).await) });
             }
             _ => self.ended(slot, gone()).await,
         }

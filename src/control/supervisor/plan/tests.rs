@@ -163,6 +163,29 @@ fn outdated_replicas_are_replaced_one_by_one_while_all_others_are_healthy() {
     assert_eq!(actions(3, &slots, now), []);
 }
 
+/// Else a change of the network or the port, which makes all of them unhealthy, would never be rolled out.
+#[test]
+fn outdated_replicas_that_are_unhealthy_go_at_once_and_one_by_one() {
+    let now = Instant::now();
+    let mut slots = slots(2, now);
+    for slot in &mut slots {
+        slot.running(true, now);
+        slot.judged(Some(false), now);
+    }
+    let patient = Policy { replace_after: None, ..POLICY };
+    for policy in [patient, POLICY] {
+        assert_eq!(plan(2, &slots, &policy, now).actions, [Action::Stop(0, Why::Outdated)]);
+    }
+    slots[0].stopping(Why::Outdated);
+    assert_eq!(actions(2, &slots, now), []);
+    slots[0].ended(&POLICY, now);
+    slots[0].running(false, now);
+    slots[0].judged(Some(true), now);
+    assert_eq!(actions(2, &slots, now), [Action::Stop(1, Why::Outdated)]);
+    let late = now + Duration::from_secs(40);
+    assert_eq!(actions(2, &slots, late).len(), 1, "also where it is overdue as an unhealthy one");
+}
+
 /// What may happen in a simulated history.
 #[derive(Debug, Clone)]
 enum Happening {
