@@ -49,7 +49,7 @@ fn an_engine_that_cannot_be_is_refused_at_the_start() {
     let yaml = file(&config(CONTAINERS, "", ""));
     for (host, verify, expected) in [
         ("engine.local", "", "is not an address like unix:///var/run/docker.sock"),
-        ("tcp://10.0.0.5:2376", "1", "TLS is not supported; forward the engine's socket"),
+        ("tcp://10.0.0.5:2376", "1", "neither TLS nor SSH is spoken here; forward the engine's socket"),
     ] {
         let output = std::process::Command::new(env!("CARGO_BIN_EXE_ringway"))
             .arg("--config")

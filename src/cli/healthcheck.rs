@@ -10,8 +10,9 @@ pub(crate) fn healthcheck() -> Result<(), Failure> {
     let line = std::fs::read("/proc/1/cmdline").context("cannot read /proc/1/cmdline")?;
     let line = String::from_utf8_lossy(&line);
     let words: Vec<&str> = line.trim_end_matches('\0').split('\0').collect();
-    let arguments = role(&words)
-        .with_context(|| format!("process 1 is not Ringway but {words:?}: healthcheck is for Ringway's containers"))?;
+    let arguments = role(&words).with_context(|| {
+        format!("process 1 is not Ringway but {:?}: healthcheck is for Ringway's containers", words.first())
+    })?;
     let (address, path) = match arguments.command {
         None | Some(Command::Run) => (arguments.common.config()?.0.api.listen, "/readyz"),
         Some(Command::EchoServer(options)) => (options.listen, "/heartbeat"),

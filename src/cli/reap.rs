@@ -20,20 +20,29 @@ pub(crate) struct Options {
     /// come back: so `docker compose down` removes replicas, and `docker compose restart` keeps them
     #[arg(long, value_name = "SERVICE")]
     after: Option<String>,
+    /// Whose containers; without it the config's `docker.owner`
+    #[arg(long)]
+    owner: Option<String>,
 }
 
 pub(crate) fn reap(common: &Common, options: &Options) -> Result<(), Failure> {
-    let (config, _) = common.config()?;
+    let (config, origin) = common.config()?;
     common.start_logging()?;
     let grace = config.pools.iter().filter_map(|pool| match &pool.provider {
         Provider::Containers(containers) => Some(containers.stop_grace),
         _ => None,
     });
-    let grace = grace.max().unwrap_or(GRACE);
+    let longest = grace.max();
+    let owner = options.owner.clone().or(config.docker.owner);
+    // The built-in config, for example, says nothing of whose containers are meant.
+    if longest.is_none() && owner.is_none() && options.after.is_none() {
+        return Err(anyhow::anyhow!("{origin} makes no containers: give its config with --config, or --owner").into());
+    }
+    let grace = longest.unwrap_or(GRACE);
     let engine = Engine::new(docker_host().as_deref(), config.docker.timeout).map_err(anyhow::Error::msg)?;
     runtime()?.block_on(async {
         // Which network does not matter here.
-        let wanted = Wanted { owner: config.docker.owner, network: Some(String::new()) };
+        let wanted = Wanted { owner, network: Some(String::new()) };
         let Some(service) = &options.after else {
             let place = place::find(&engine, &wanted).await.map_err(anyhow::Error::from)?;
             return remove(&engine, &place.owner, grace).await;

@@ -11,7 +11,7 @@ use ringway::limits;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use super::{Common, Failure, LogFormat, docker_host, runtime};
+use super::{Common, Failure, LogFormat, docker_host, runtime, side_port};
 
 pub(crate) fn run(common: &Common) -> Result<(), Failure> {
     let (config, origin) = common.config()?;
@@ -112,6 +112,7 @@ fn banner(app: &App, origin: &str, is_demo: bool) -> String {
         let _ = writeln!(text, "  curl -X POST -d '{{\"data\": \"example\"}}' http://localhost:{port}/api/request");
         let _ = writeln!(text, "  printf hello | nc -N localhost {port}");
     }
+    let api = side_port::reachable(api);
     let _ = writeln!(text, "  curl http://{api}/api/status\n  {} status --api {api}\n", program());
     text
 }

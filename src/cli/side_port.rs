@@ -28,7 +28,8 @@ pub(super) async fn get(address: SocketAddr, path: &str) -> anyhow::Result<Respo
     answer.await.context("no answer in time").flatten()
 }
 
-fn reachable(address: SocketAddr) -> SocketAddr {
+/// Where an address that stands for all of this machine's can be reached.
+pub(super) fn reachable(address: SocketAddr) -> SocketAddr {
     let ip = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),

@@ -113,7 +113,7 @@ fn docker(mut section: Section<'_>) -> Docker {
             return None;
         }
         check_name(&item, &owner);
-        if !owner.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+        if !owner.is_empty() && !owner.starts_with(|c: char| c.is_ascii_alphanumeric()) {
             item.fault(format_args!("{owner:?} begins names of containers: let it begin with a letter or digit"));
         }
         Some(owner)

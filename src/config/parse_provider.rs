@@ -87,6 +87,9 @@ fn process_of(mut section: Section<'_>) -> Process {
 fn docker_of(mut section: Section<'_>) -> Provider {
     let network = section.item("network").and_then(|item| network(&item));
     if let Some(discover) = section.item("discover") {
+        if section.item("image").or_else(|| section.item("replicas")).is_some() {
+            section.fault("has both discover (containers that somebody else runs) and replicas of an image: give one");
+        }
         let provider = Provider::Discover(discover_of(discover.section(), network));
         section.finish();
         return provider;
@@ -265,6 +268,11 @@ fn replace_after(section: &mut Section<'_>) -> Option<Duration> {
     // YAML 1.1 takes a bare `off` for false.
     if item.value.as_str() == Some("off") || item.value.as_bool() == Some(false) {
         return None;
+    }
+    let is_duration = item.value.as_str().is_some_and(|text| humantime::parse_duration(text).is_ok());
+    if !is_duration {
+        item.fault(format_args!("{} is neither off nor a duration like 30s", show(item.value)));
+        return Some(default);
     }
     Some(item.duration(&(SECOND..=DAY)).unwrap_or(default))
 }

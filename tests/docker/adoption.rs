@@ -124,13 +124,44 @@ async fn another_port_is_rolled_out_without_an_outage() {
     .await;
 }
 
-/// Here the old ones cannot be reached any more, and so there is nothing to wait for.
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn another_network_is_rolled_out_at_once() {
+async fn another_network_is_rolled_out_without_an_outage() {
     let owner = Owner::new().await;
     let network = owner.network();
-    roll_out(&owner, "", &format!("network: {network}, restart: {{ replace_after: off }}")).await;
+    assert_eq!(roll_out(&owner, "", &format!("network: {network}")).await, 2);
+}
+
+/// A typo must not cost what runs.
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn settings_that_cannot_be_had_are_not_rolled_out() {
+    let owner = Owner::new().await;
+    let good = owner.config(2, "", CHECK);
+    drop(Ringway::start(&good).await.all_healthy().await);
+    let containers = owner.containers();
+    for (bad, message) in [
+        (owner.config(2, "network: no-such-network", CHECK), "there is no network \\\"no-such-network\\\"; create it"),
+        (good.replace(IMAGE, "no-such-image"), "there is no image \\\"no-such-image\\\""),
+    ] {
+        let program = owner.program(&bad).await;
+        let told = || {
+            program
+                .log()
+                .lines()
+                .filter(|line| line.replace("\\\"", "\"").contains(&message.replace("\\\"", "\"")))
+                .count()
+        };
+        eventually("a word about it", || told() > 0).await;
+        eventually_async("both healthy", async || {
+            let status = program.status().await;
+            status["pools"][0]["backends"].as_array().unwrap().iter().all(|backend| backend["state"] == "healthy")
+        })
+        .await;
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(owner.containers(), containers, "{}", program.log());
+        assert!(told() <= 2, "not for each try:\n{}", program.log());
+    }
 }
 
 #[tokio::test]

@@ -10,8 +10,8 @@ use bollard::errors::Error;
 use bollard::models::{ContainerCreateBody, ContainerInspectResponse, EventMessage};
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, CreateImageOptionsBuilder, EventsOptionsBuilder, InspectContainerOptions,
-    ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder, StartContainerOptions,
-    StopContainerOptionsBuilder,
+    InspectNetworkOptions, ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
+    StartContainerOptions, StopContainerOptionsBuilder,
 };
 use futures_util::stream::{BoxStream, StreamExt as _};
 
@@ -90,10 +90,12 @@ impl Engine {
         let host = host.filter(|host| !host.is_empty()).unwrap_or(DEFAULT_HOST);
         match Docker::connect_with_host(host) {
             Ok(_) | Err(Error::SocketNotFoundError(_)) => Ok(Self { host: host.into(), deadline }),
-            Err(Error::UnsupportedURISchemeError { .. }) if host.starts_with("https:") => Err(format!(
-                "DOCKER_HOST={host:?}: TLS is not supported; forward the engine's socket, as by `ssh -nNT -L \
+            Err(Error::UnsupportedURISchemeError { .. }) if host.starts_with("https:") || host.starts_with("ssh:") => {
+                Err(format!(
+                    "DOCKER_HOST={host:?}: neither TLS nor SSH is spoken here; forward the engine's socket, as by `ssh -nNT -L \
                  /run/engine.sock:/var/run/docker.sock host`, and set DOCKER_HOST=unix:///run/engine.sock"
-            )),
+                ))
+            }
             Err(Error::UnsupportedURISchemeError { .. }) => {
                 Err(format!("DOCKER_HOST={host:?} is not an address like {DEFAULT_HOST} or tcp://10.0.0.5:2375"))
             }
@@ -196,6 +198,23 @@ impl Engine {
             .await
     }
 
+    /// Whether there is an image of this name.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub async fn has_image(&self, name: &str) -> Result<bool, EngineError> {
+        is_there(self.call(self.deadline, async |docker| docker.inspect_image(name).await.map(drop)).await)
+    }
+
+    /// Whether there is a network of this name or id.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub async fn has_network(&self, name: &str) -> Result<bool, EngineError> {
+        let options = None::<InspectNetworkOptions>;
+        is_there(self.call(self.deadline, async |docker| docker.inspect_network(name, options).await.map(drop)).await)
+    }
+
     /// The last lines that a container has written. Empty where they are not to be had.
     pub async fn last_lines(&self, id: &str, count: usize) -> Vec<String> {
         let options = LogsOptionsBuilder::new().stdout(true).stderr(true).tail(&count.to_string()).build();
@@ -265,6 +284,13 @@ impl Engine {
     }
 }
 
+fn is_there(inspected: Result<(), EngineError>) -> Result<bool, EngineError> {
+    match inspected {
+        Err(error) if error.is_status(404) => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
 fn with_labels(labels: &[String]) -> HashMap<String, Vec<String>> {
     HashMap::from([("label".to_owned(), labels.to_vec())])
 }
@@ -295,7 +321,10 @@ mod tests {
         assert_eq!(engine(Some("")).as_deref(), Ok(DEFAULT_HOST));
         assert_eq!(engine(Some("unix:///not/there.sock")).as_deref(), Ok("unix:///not/there.sock"), "not yet");
         assert_eq!(engine(Some("tcp://10.0.0.5:2375")).as_deref(), Ok("tcp://10.0.0.5:2375"));
-        assert!(engine(Some("https://10.0.0.5:2376")).unwrap_err().contains("TLS is not supported; forward"));
+        assert!(
+            engine(Some("https://10.0.0.5:2376")).unwrap_err().contains("neither TLS nor SSH is spoken here; forward")
+        );
+        assert!(engine(Some("ssh://host")).unwrap_err().contains("forward the engine's socket"));
         assert!(engine(Some("engine.local")).unwrap_err().contains("is not an address like unix:///"));
     }
 

@@ -23,6 +23,8 @@ pub mod label {
     pub const POOL: &str = "ringway.pool";
     /// The slot that it fills.
     pub const SLOT: &str = "ringway.slot";
+    /// The network that it was put on.
+    pub const NETWORK: &str = "ringway.network";
     /// The port on which it listens.
     pub const PORT: &str = "ringway.port";
     /// Digest of the settings that it was made from.

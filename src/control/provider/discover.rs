@@ -1,7 +1,7 @@
 //! Containers that somebody else runs: those with a certain label are the pool's backends as long as they run.
 //! Nothing is started and nothing stopped.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -51,7 +51,7 @@ pub async fn follow(settings: Settings, engine: Engine, events: mpsc::Sender<Eve
     };
     let watching = watch.run(sender);
     let following = async {
-        let mut told = HashMap::new();
+        let (mut told, mut unreachable) = (HashMap::new(), HashSet::new());
         while seen.changed().await.is_ok() {
             let Some(now) = seen.borrow_and_update().clone() else { continue };
             let members = members(&settings, &place.network, &now.containers);
@@ -61,6 +61,7 @@ pub async fn follow(settings: Settings, engine: Engine, events: mpsc::Sender<Eve
                 }
             }
             told = members;
+            tell_of_unreachable(&settings, &place.network, &now.containers, &mut unreachable);
         }
     };
     tokio::select! {
@@ -73,16 +74,25 @@ pub async fn follow(settings: Settings, engine: Engine, events: mpsc::Sender<Eve
 fn members(settings: &Settings, network: &str, containers: &[Container]) -> HashMap<Arc<str>, Told> {
     let running = containers.iter().filter(|container| container.state == State::Running);
     let member = |container: &Container| {
-        let Some(&ip) = container.addresses.get(network) else {
-            let (pool, container) = (&settings.pool, &container.name);
-            tracing::debug!(%pool, %container, network, "not on the network where Ringway could reach it");
-            return None;
-        };
+        let &ip = container.addresses.get(network)?;
         let replica = Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name) };
         let address = SocketAddr::new(ip, settings.port);
         Some((Arc::clone(&container.name), Told { replica, address, is_bad: container.healthy == Some(false) }))
     };
     running.filter_map(member).collect()
+}
+
+/// One line for each running container that bears the label and is not on the network.
+fn tell_of_unreachable(settings: &Settings, network: &str, containers: &[Container], told: &mut HashSet<Arc<str>>) {
+    told.retain(|id| containers.iter().any(|container| container.id == *id));
+    for container in containers.iter().filter(|container| container.state == State::Running) {
+        if !container.addresses.contains_key(network) && told.insert(Arc::clone(&container.id)) {
+            let (pool, name, networks) =
+                (&settings.pool, &container.name, container.addresses.keys().collect::<Vec<_>>());
+            tracing::warn!(%pool, container = %name, network, ?networks,
+                "container is no backend: it is not on the network where Ringway could reach it");
+        }
+    }
 }
 
 /// What has changed from `before` to `now`.

@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::plan::{Action, Policy, Slot, Why, plan};
-use super::{Ends, verdict};
+use super::{Ends, tell_of_stop, verdict};
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::control::docker::container::Container;
@@ -29,6 +29,7 @@ use crate::control::docker::engine::{Engine, EngineError};
 use crate::control::docker::label;
 use crate::control::docker::place::{self, Place, Wanted};
 use crate::control::docker::watch::{Sync, Watch};
+use crate::labels::Label as _;
 use crate::table::{Table, TableCell};
 
 mod create;
@@ -169,6 +170,8 @@ enum Work {
 
 /// Work on a slot that has come to an end.
 enum Done {
+    /// Whether a container could be made from the settings of now.
+    Checked(Result<(), Failure>),
     Started(Result<(), Failure>),
     Stopped(Why, Result<(), EngineError>),
     /// How a container has ended.
@@ -237,6 +240,7 @@ impl Supervisor {
             }
             match action {
                 Action::Start(slot) => self.start(slot),
+                Action::Stop(slot, Why::Outdated) => self.check(slot),
                 Action::Stop(slot, why) => self.stop(slot, why).await,
             }
         }
@@ -250,6 +254,12 @@ impl Supervisor {
         self.begin(slot, Work::Start, async move { Done::Started(maker.make(&name, leftover).await) });
     }
 
+    /// What runs is not given up for what cannot be made.
+    fn check(&mut self, slot: usize) {
+        let maker = Arc::clone(&self.maker);
+        self.begin(slot, Work::Stop, async move { Done::Checked(maker.check().await) });
+    }
+
     async fn stop(&mut self, slot: usize, why: Why) {
         let known = self.known.get_mut(&slot).map(|known| {
             // As the publisher is told below. If it is not stopped, it will be told anew.
@@ -258,7 +268,7 @@ impl Supervisor {
         });
         let Some(id) = known.or_else(|| self.leftovers.remove(&slot).map(|container| container.id)) else { return };
         let name = &self.slots[slot].name;
-        tracing::warn!(pool = %self.settings.pool, slot = %name, container = short(&id), ?why, "replica is stopped");
+        tell_of_stop(&self.settings.pool, name, why);
         let event = Event::Stopped { id: Arc::clone(name), crash_loop: false, exit: None };
         self.slots[slot].stopping(why);
         self.send(slot, event).await;
@@ -311,7 +321,7 @@ impl Supervisor {
             Done::Stopped(why, Ok(())) => {
                 self.known.remove(&slot);
                 self.holds.clear(&slot);
-                let reason = format!("stopped: {}", format!("{why:?}").to_lowercase());
+                let reason = format!("stopped: {}", why.as_str());
                 self.ended(slot, Exit { reason, code: None, output: Vec::new(), at: now }).await;
             }
             Done::Stopped(_, Err(error)) => {
@@ -320,11 +330,16 @@ impl Supervisor {
                 self.tell(slot, count, "a container is not stopped", &error);
             }
             Done::Examined(exit) => self.ended(slot, exit).await,
+            Done::Checked(Ok(())) => self.stop(slot, Why::Outdated).await,
+            Done::Checked(Err(failure)) => {
+                let count = self.holds.fail(slot, now);
+                self.tell(slot, count, "the new settings cannot be rolled out", &failure);
+            }
         }
     }
 
     /// Of the first of several failures in a row.
-    fn tell(&self, slot: usize, count: u32, what: &str, error: &EngineError) {
+    fn tell(&self, slot: usize, count: u32, what: &str, error: &dyn std::fmt::Display) {
         let (pool, slot) = (&self.settings.pool, &self.slots[slot].name);
         if count == 1 {
             tracing::warn!(%pool, %slot, "{what}, trying again: {error}");
@@ -360,7 +375,7 @@ impl Supervisor {
     async fn finish(mut self) {
         let _ = tokio::time::timeout(FINISH, async { while self.work.join_next().await.is_some() {} }).await;
         tracing::info!(pool = %self.settings.pool, owner = self.place.owner, replicas = self.known.len(),
-            "containers go on running; the next Ringway of this owner adopts them, `ringway reap` removes them");
+            "containers go on running; the next Ringway of this owner adopts them, `ringway reap --owner` removes them");
     }
 }
 

@@ -19,9 +19,10 @@ mod output;
 use std::sync::Arc;
 use std::time::Instant;
 
-use self::plan::{Policy, Slot};
+use self::plan::{Policy, Slot, Why};
 use super::Event;
 use crate::backend::{Exit, Replica, State};
+use crate::labels::Label as _;
 use crate::table::Table;
 
 /// Lines of a replica's output that are kept for its [`Exit`].
@@ -37,6 +38,16 @@ fn verdict(table: &Table, slot: &str, replica: &Replica) -> Option<bool> {
         State::Healthy => Some(true),
         State::Unhealthy => Some(false),
         State::Starting | State::Draining | State::CrashLoop => None,
+    }
+}
+
+/// What is not well is louder than what was asked for.
+fn tell_of_stop(pool: &str, slot: &str, why: Why) {
+    let reason = why.as_str();
+    match why {
+        Why::Unhealthy => tracing::warn!(pool, slot, reason, "replica is stopped, to be replaced"),
+        Why::Outdated => tracing::info!(pool, slot, reason, "replica is stopped, to be replaced"),
+        Why::Surplus => tracing::info!(pool, slot, reason, "replica is stopped"),
     }
 }
 

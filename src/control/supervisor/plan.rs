@@ -6,8 +6,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::label_enum;
+
 #[cfg(test)]
 mod tests;
+
+/// An outdated replica that has not become healthy within this time after it was adopted is not waited for.
+const UNJUDGED: Duration = Duration::from_secs(10);
 
 /// When a replica is started again, and when it is replaced.
 #[derive(Debug, Clone, Copy)]
@@ -62,15 +67,16 @@ enum Worth {
     Unhealthy { since: Instant },
 }
 
-/// Why a replica is stopped.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Why {
-    /// The slot is not wanted any more.
-    Surplus,
-    /// It runs, but has been unhealthy for too long.
-    Unhealthy,
-    /// It was made from other settings than those of now.
-    Outdated,
+label_enum! {
+    /// Why a replica is stopped.
+    pub enum Why {
+        /// The slot is not wanted any more.
+        Surplus => "surplus",
+        /// It runs, but has been unhealthy for too long.
+        Unhealthy => "unhealthy",
+        /// It was made from other settings than those of now.
+        Outdated => "outdated",
+    }
 }
 
 /// What to do with a slot, given by its index.
@@ -118,9 +124,11 @@ pub fn plan(wanted: usize, slots: &[Slot], policy: &Policy, now: Instant) -> Pla
         plan.do_at(since + patience, Action::Stop(index, Why::Unhealthy), now);
     }
     let all_healthy = kept.iter().all(Slot::is_healthy);
-    let outdated = kept.iter().position(|slot| slot.is_outdated() && (all_healthy || slot.unhealthy_since().is_some()));
-    if let Some(index) = outdated.filter(|_| !plan.actions.iter().any(|action| matches!(action, Action::Stop(..)))) {
-        plan.actions.push(Action::Stop(index, Why::Outdated));
+    let outdated =
+        kept.iter().enumerate().filter_map(|(index, slot)| Some((slot.outdated_goes_at(all_healthy)?, index)));
+    let is_other_stopped = plan.actions.iter().any(|action| matches!(action, Action::Stop(..)));
+    if let Some((at, index)) = outdated.min().filter(|_| !is_other_stopped) {
+        plan.do_at(at, Action::Stop(index, Why::Outdated), now);
     }
     plan
 }
@@ -221,8 +229,16 @@ impl Slot {
         matches!(self.phase, Phase::Running { worth: Worth::Healthy, .. })
     }
 
-    fn is_outdated(&self) -> bool {
-        matches!(self.phase, Phase::Running { is_outdated: true, .. })
+    /// When a replica that was made from other settings may go; `None` while it is needed, or is not one.
+    fn outdated_goes_at(&self, all_healthy: bool) -> Option<Instant> {
+        match self.phase {
+            Phase::Running { since, worth, is_outdated: true } => match worth {
+                Worth::Healthy => all_healthy.then_some(since),
+                Worth::Unhealthy { since } => Some(since),
+                Worth::Unknown => Some(since + UNJUDGED),
+            },
+            _ => None,
+        }
     }
 
     fn unhealthy_since(&self) -> Option<Instant> {

@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::output::{Tail, log_lines};
 use super::plan::{Action, Policy, Slot, Why, plan};
-use super::{Ends, verdict};
+use super::{Ends, tell_of_stop, verdict};
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::table::{Table, TableCell};
@@ -203,8 +203,7 @@ impl Supervisor {
 
     fn stop(&mut self, slot: usize, why: Why) {
         if let Some(child) = self.children.get(&slot) {
-            let name = &self.slots[slot].name;
-            tracing::warn!(pool = %self.settings.pool, slot = %name, ?why, "replica is stopped, to be replaced");
+            tell_of_stop(&self.settings.pool, &self.slots[slot].name, why);
             child.stop.cancel();
         }
         self.slots[slot].stopping(why);

@@ -45,13 +45,16 @@ pub struct Spec {
 }
 
 /// Why no container was made.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    /// Somebody else may have done it: a list will tell.
+    /// A list will tell.
+    #[error("somebody else may have done it")]
     Conflict,
     /// The engine is away.
+    #[error(transparent)]
     Engine(EngineError),
     /// In words for a person.
+    #[error("{0}")]
     Refused(String),
 }
 
@@ -109,14 +112,28 @@ impl Maker {
         }
         let id = match self.create(slot).await {
             Err(error) if error.is_no_image() && self.spec.pull == Pull::Missing => self.pull_and_create(slot).await?,
-            Err(error) if error.is_no_image() => {
-                let image = &self.spec.image;
-                return Err(Failure::Refused(format!("there is no image {image:?}, and `pull: never` is set")));
-            }
+            Err(error) if error.is_no_image() => return Err(no_image(&self.spec.image)),
             Err(error) if error.is_status(409) => return Err(self.whose(slot).await),
             other => other?,
         };
         self.start(&id).await
+    }
+
+    /// Whether image and network are there. An image that may be pulled is.
+    pub(super) async fn check(&self) -> Result<(), Failure> {
+        let network = &self.place.network;
+        if !self.engine.has_network(network).await? {
+            return Err(Failure::Refused(format!("there is no network {network:?}; create it, or check its name")));
+        }
+        let image = &self.spec.image;
+        if self.engine.has_image(image).await? {
+            Ok(())
+        } else if self.spec.pull == Pull::Never {
+            Err(no_image(image))
+        } else {
+            let _one_at_a_time = self.pulling.lock().await;
+            self.pull().await
+        }
     }
 
     async fn pull_and_create(&self, slot: &str) -> Result<String, Failure> {
@@ -188,6 +205,7 @@ impl Maker {
             (label::OWNER, self.place.owner.as_str()),
             (label::POOL, &self.pool),
             (label::SLOT, slot),
+            (label::NETWORK, &self.place.network),
             (label::PORT, &port),
             (label::SPEC, &self.digest),
         ];
@@ -213,6 +231,10 @@ impl Maker {
             ..ContainerCreateBody::default()
         }
     }
+}
+
+fn no_image(image: &str) -> Failure {
+    Failure::Refused(format!("there is no image {image:?}, and `pull: never` is set"))
 }
 
 /// Of everything that makes a container what it is; the same in every version of Ringway.

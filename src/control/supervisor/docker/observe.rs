@@ -1,7 +1,7 @@
 //! What a full list says of the slots: which container fills each, and which have ended.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -87,49 +87,60 @@ impl Supervisor {
         }
     }
 
+    /// A container runs in the slot: news of it for the publisher.
     async fn runs(&mut self, slot: usize, container: &Container, now: Instant) {
-        let name = Arc::clone(&self.slots[slot].name);
         if self.known.get(&slot).is_none_or(|known| known.id != container.id) {
-            let is_outdated = container.label(label::SPEC) != self.maker.digest();
-            tracing::debug!(pool = %self.settings.pool, slot = %name, container = short(&container.id), is_outdated,
-                "replica is there");
-            self.slots[slot].running(is_outdated, now);
-            self.holds.clear(&slot);
-            self.ends.over();
-            if !container.addresses.contains_key(&self.place.network) {
-                let (networks, network) = (container.addresses.keys().collect::<Vec<_>>(), &self.place.network);
-                tracing::warn!(pool = %self.settings.pool, slot = %name, container = %container.name, network, ?networks,
-                    "replica cannot be reached: it is not on Ringway's network");
-            }
-            let replica = Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name) };
-            let known = Known { id: Arc::clone(&container.id), replica, address: None, is_bad: false };
-            self.known.insert(slot, known);
+            self.meet(slot, container, now);
         }
-        let address = container.addresses.get(&self.place.network);
-        // One that was made from other settings may listen on another port.
-        let port = container.label(label::PORT).parse().unwrap_or(self.settings.spec.port);
-        let address = address.map(|&ip| SocketAddr::new(ip, port));
-        let is_bad = container.healthy == Some(false);
         let Some(known) = self.known.get_mut(&slot) else { return };
+        let name = &self.slots[slot].name;
+        // One that was made from other settings may listen on another port, and be on another network.
+        let port = container.label(label::PORT).parse().unwrap_or(self.settings.spec.port);
+        let address = ip_of(container, &self.place.network).map(|ip| SocketAddr::new(ip, port));
+        let is_bad = container.healthy == Some(false);
         let mut news = Vec::new();
         if known.address != address {
             news.push(match address {
                 Some(address) => {
                     let replica = Some(known.replica.clone());
-                    Event::Started { id: Arc::clone(&name), address, replica }
+                    Event::Started { id: Arc::clone(name), address, replica }
                 }
-                None => Event::Stopped { id: Arc::clone(&name), crash_loop: false, exit: None },
+                None => Event::Stopped { id: Arc::clone(name), crash_loop: false, exit: None },
             });
             // Word of a new address takes back what was reported.
             (known.address, known.is_bad) = (address, false);
         }
         if known.is_bad != is_bad {
-            news.push(Event::Reported { id: name, healthy: !is_bad });
+            news.push(Event::Reported { id: Arc::clone(name), healthy: !is_bad });
             known.is_bad = is_bad;
         }
         for event in news {
             self.send(slot, event).await;
         }
+    }
+
+    /// A container that has not been seen in the slot before.
+    fn meet(&mut self, slot: usize, container: &Container, now: Instant) {
+        let (pool, name, network) = (&self.settings.pool, &self.slots[slot].name, &self.place.network);
+        let is_outdated = container.label(label::SPEC) != self.maker.digest();
+        let id = short(&container.id);
+        if self.slots[slot].is_crash_loop(&self.settings.policy) {
+            tracing::debug!(%pool, slot = %name, container = id, "replica is there");
+        } else if self.slots[slot].is_starting() {
+            tracing::info!(%pool, slot = %name, container = id, "replica started");
+        } else {
+            tracing::info!(%pool, slot = %name, container = id, is_outdated, "replica adopted");
+        }
+        if ip_of(container, network).is_none() {
+            let networks: Vec<_> = container.addresses.keys().collect();
+            tracing::warn!(%pool, slot = %name, container = %container.name, network, ?networks,
+                "replica cannot be reached: it is not on Ringway's network");
+        }
+        self.slots[slot].running(is_outdated, now);
+        self.holds.clear(&slot);
+        self.ends.over();
+        let replica = Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name) };
+        self.known.insert(slot, Known { id: Arc::clone(&container.id), replica, address: None, is_bad: false });
     }
 
     /// The slot's replica has ended. Why is asked at once, before the container makes room for the next.
@@ -144,6 +155,12 @@ impl Supervisor {
             _ => self.ended(slot, gone()).await,
         }
     }
+}
+
+/// On Ringway's network, or else on the one that it was made for.
+fn ip_of(container: &Container, network: &str) -> Option<IpAddr> {
+    let networks = [network, container.label(label::NETWORK)];
+    networks.into_iter().find_map(|network| container.addresses.get(network).copied())
 }
 
 /// How a container has ended.

@@ -148,7 +148,8 @@ fn outdated_replicas_are_replaced_one_by_one_while_all_others_are_healthy() {
     for slot in &mut slots {
         slot.running(true, now);
     }
-    assert_eq!(actions(3, &slots, now), []);
+    assert_eq!(plan(3, &slots, &POLICY, now), Plan { actions: vec![], wake: Some(now + UNJUDGED) });
+    assert_eq!(actions(3, &slots, now + UNJUDGED), [Action::Stop(0, Why::Outdated)], "not waited for any longer");
     for slot in &mut slots {
         slot.judged(Some(true), now);
     }
@@ -369,8 +370,8 @@ proptest! {
 
         (world.blind, world.deaf, world.refusing, world.away) = (false, false, false, false);
         world.start_takes = Duration::ZERO;
-        // The next list, the longest wait, then the patience with those that hang, one after the other.
-        world.happens(&Happening::Pause(30_000 + 30_000 + 30_000 + 5000));
+        // The next list, the patience with those that hang, and then the longest wait for one after the other.
+        world.happens(&Happening::Pause(30_000 + 30_000 + 3 * 30_000 + 5000));
         for n in 0..3 {
             prop_assert!(matches!(world.replicas[n], Some((_, _, false))), "slot {}: {:?}", n, world.replicas[n]);
         }
