@@ -13,7 +13,7 @@ const CHECK: &str = "health_check: { kind: http, path: /heartbeat, interval: 500
 #[ignore = "needs a Docker engine"]
 async fn clients_do_not_notice_an_engine_that_hangs_or_is_restarted() {
     let mut engine = PrivateEngine::start(false).await;
-    let owner = engine.owner.take().unwrap();
+    let owner = engine.owner();
     let yaml = owner.config(3, "", CHECK).replace("owner:", "resync: 2s, timeout: 2s, owner:");
     let program = owner.program(&yaml).await;
     let healthy = async || {
@@ -46,26 +46,13 @@ async fn clients_do_not_notice_an_engine_that_hangs_or_is_restarted() {
     assert_eq!(owner.containers(), containers, "nothing was started or stopped");
 
     // What dies unseen is replaced with the next list.
+    let victim = owner.docker(&["inspect", "-f", "{{.State.Pid}}", &owner.container("echo-2")]).parse().unwrap();
     engine.signal(Signal::STOP);
-    let pid =
-        std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok());
-    let victims: Vec<i32> = pid
-        .filter(|pid| {
-            std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
-                String::from_utf8_lossy(&line)
-                    .replace('\0', " ")
-                    .starts_with("/ringway echo-server --listen 0.0.0.0:9000 --name echo-2")
-            })
-        })
-        .collect();
-    let [victim] = victims[..] else { panic!("{victims:?}") };
     rustix::process::kill_process(rustix::process::Pid::from_raw(victim).unwrap(), Signal::KILL).unwrap();
     eventually_async("walked past", async || healthy().await == 2).await;
     engine.signal(Signal::CONT);
     eventually_async("replaced", async || healthy().await == 3 && owner.containers() != containers).await;
     assert_eq!(owner.containers().len(), 3);
-    drop(program);
-    engine.owner = Some(owner);
 }
 
 /// It may come later than Ringway, and be reached over TCP.
@@ -73,7 +60,7 @@ async fn clients_do_not_notice_an_engine_that_hangs_or_is_restarted() {
 #[ignore = "needs a Docker engine"]
 async fn an_engine_may_be_remote_and_start_later() {
     let mut engine = PrivateEngine::start(true).await;
-    let owner = engine.owner.take().unwrap();
+    let owner = engine.owner();
     engine.stop();
     let program = owner.program(&owner.config(2, "", CHECK)).await;
     let error = async || program.status().await["pools"][0]["provider"]["engine"]["error"].clone();
@@ -89,6 +76,4 @@ async fn an_engine_may_be_remote_and_start_later() {
     .await;
     assert_eq!(owner.containers().len(), 2);
     assert_eq!(error().await, serde_json::Value::Null);
-    drop(program);
-    engine.owner = Some(owner);
 }

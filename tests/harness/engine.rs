@@ -22,6 +22,8 @@ pub(crate) struct Owner {
     pub(crate) name: String,
     /// `DOCKER_HOST` of a private engine.
     host: Option<String>,
+    /// False: somebody else does it.
+    cleans: bool,
     _turn: Option<MutexGuard<'static, ()>>,
 }
 
@@ -35,12 +37,12 @@ impl Owner {
 
     /// Another one, in the same test.
     pub(crate) fn beside(&self, name: &str) -> Self {
-        Self { name: name.to_owned(), host: self.host.clone(), _turn: None }
+        Self { name: name.to_owned(), host: self.host.clone(), cleans: true, _turn: None }
     }
 
     fn named(host: Option<String>, turn: Option<MutexGuard<'static, ()>>) -> Self {
         let name = format!("rwtest{}-{}", std::process::id(), unique());
-        Self { name, host, _turn: turn }
+        Self { name, host, cleans: true, _turn: turn }
     }
 
     /// Runs `docker` with these words; what it prints. Fails where it fails.
@@ -105,6 +107,9 @@ pub(crate) fn provider(replicas: usize, docker: &str) -> String {
 
 impl Drop for Owner {
     fn drop(&mut self) {
+        if !self.cleans {
+            return;
+        }
         // Its Ringway may be dying at this moment, with a container under way.
         for _ in 0..3 {
             for filter in ["ringway.owner", "rwtest"] {
@@ -132,7 +137,9 @@ fn unique() -> usize {
 }
 
 fn docker(host: Option<&str>, words: &[&str]) -> (bool, String) {
-    let mut command = Command::new("docker");
+    // An engine that hangs must not hang the tests.
+    let mut command = Command::new("timeout");
+    command.args(["120", "docker"]);
     if let Some(host) = host {
         command.args(["--host", host]);
     }
@@ -158,7 +165,7 @@ pub(crate) struct PrivateEngine {
     bridge: String,
     daemon: Option<Killed>,
     port: u16,
-    pub(crate) owner: Option<Owner>,
+    owner: Option<Owner>,
     _turn: MutexGuard<'static, ()>,
 }
 
@@ -189,6 +196,12 @@ impl PrivateEngine {
         let host = if tcp { format!("tcp://127.0.0.1:{}", engine.port) } else { engine.socket() };
         engine.owner = Some(Owner::named(Some(host), None));
         engine
+    }
+
+    /// Its owner. The engine itself cleans up: it may have to be continued for that.
+    pub(crate) fn owner(&self) -> Owner {
+        let owner = self.owner.as_ref().unwrap();
+        Owner { name: owner.name.clone(), host: owner.host.clone(), cleans: false, _turn: None }
     }
 
     fn socket(&self) -> String {
