@@ -26,7 +26,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 
 use self::error::Error;
-use crate::control::docker::watch::Sync;
+use crate::control::docker::watch::Freshness;
 use crate::metrics::Exporter;
 use crate::proxy::Route;
 use crate::proxy::access_log::LostLines;
@@ -68,7 +68,7 @@ pub struct ProviderView {
     /// `static`, `process` or `docker`.
     pub kind: &'static str,
     /// How fresh the view of the engine is, where there is one.
-    pub sync: Option<Arc<Sync>>,
+    pub freshness: Option<Arc<Freshness>>,
 }
 
 /// A listener as the side port shows it.

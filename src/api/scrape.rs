@@ -9,7 +9,7 @@ use axum::response::IntoResponse;
 
 use super::State;
 use crate::backend::{Backend, ConnectFailure, Moved, State as BackendState};
-use crate::control::docker::watch::Sync;
+use crate::control::docker::watch::Freshness;
 use crate::labels::{Label, Tally};
 use crate::limits;
 use crate::metrics::{self, Exporter, Metric};
@@ -30,8 +30,8 @@ fn text(state: &State) -> String {
         of_pool(exporter, &pool.pool, &pool.table.load());
     }
     for (pool, provider) in std::iter::zip(&state.pools, &state.providers) {
-        if let Some(sync) = &provider.sync {
-            of_engine(exporter, &pool.pool, sync);
+        if let Some(freshness) = &provider.freshness {
+            of_engine(exporter, &pool.pool, freshness);
         }
     }
     for (index, stats) in state.workers.iter().enumerate() {
@@ -72,10 +72,10 @@ fn of_pool(exporter: &Exporter, pool: &str, table: &Table) {
     }
 }
 
-fn of_engine(exporter: &Exporter, pool: &str, sync: &Sync) {
-    exporter.set(&metrics::ENGINE_UP, &[pool], sync.is_fresh().into());
-    exporter.set_fraction(&metrics::ENGINE_STALE, &[pool], sync.age().as_secs_f64());
-    exporter.set(&metrics::ENGINE_FAILURES, &[pool], sync.failures());
+fn of_engine(exporter: &Exporter, pool: &str, freshness: &Freshness) {
+    exporter.set(&metrics::ENGINE_UP, &[pool], freshness.is_fresh().into());
+    exporter.set_fraction(&metrics::ENGINE_STALE, &[pool], freshness.age().as_secs_f64());
+    exporter.set(&metrics::ENGINE_FAILURES, &[pool], freshness.failures());
 }
 
 fn of_backend(exporter: &Exporter, pool: &str, backend: &Backend) {

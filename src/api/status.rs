@@ -217,11 +217,11 @@ impl Pool {
 
 impl Provider {
     fn of(provider: &ProviderView) -> Self {
-        let engine = provider.sync.as_ref().map(|sync| Engine {
-            host: sync.host().to_owned(),
-            reachable: sync.is_fresh(),
-            synced_seconds_ago: sync.age().as_secs_f64(),
-            error: sync.error().map(|error| error.to_string()),
+        let engine = provider.freshness.as_ref().map(|freshness| Engine {
+            host: freshness.host().to_owned(),
+            reachable: freshness.is_fresh(),
+            synced_seconds_ago: freshness.age().as_secs_f64(),
+            error: freshness.error().map(|error| error.to_string()),
         });
         Self { kind: provider.kind.to_owned(), engine }
     }

@@ -12,7 +12,7 @@ use crate::api::ProviderView;
 use crate::config::{self, Config, Pool, Provider};
 use crate::control::docker::engine::Engine;
 use crate::control::docker::place::Wanted;
-use crate::control::docker::watch::Sync;
+use crate::control::docker::watch::Freshness;
 use crate::control::health::{self, Probe};
 use crate::control::provider::{self, Listed, discover};
 use crate::control::publisher::Publisher;
@@ -42,18 +42,20 @@ enum Source {
     /// Known before.
     Fixed,
     Processes(process::Settings, Ports),
-    Containers(docker::Settings, Engine, Arc<Sync>),
-    Discovered(discover::Settings, Engine, Arc<Sync>),
+    Containers(docker::Settings, Engine, Arc<Freshness>),
+    Discovered(discover::Settings, Engine, Arc<Freshness>),
 }
 
 impl Source {
     fn view(&self) -> ProviderView {
-        let (kind, sync) = match self {
+        let (kind, freshness) = match self {
             Self::Fixed => ("static", None),
             Self::Processes(..) => ("process", None),
-            Self::Containers(_, _, sync) | Self::Discovered(_, _, sync) => ("docker", Some(Arc::clone(sync))),
+            Self::Containers(_, _, freshness) | Self::Discovered(_, _, freshness) => {
+                ("docker", Some(Arc::clone(freshness)))
+            }
         };
-        ProviderView { kind, sync }
+        ProviderView { kind, freshness }
     }
 }
 
@@ -104,7 +106,7 @@ pub(super) async fn prepare(
         Provider::Containers(containers) => {
             let slots = provider::slots(&pool.name, containers.replicas);
             known.extend(slots.iter().map(|id| Event::Joined { id: Arc::clone(id), weight: 1 }));
-            if let Some((engine, sync)) = watched(engine) {
+            if let Some((engine, freshness)) = watched(engine) {
                 let settings = docker::Settings {
                     pool: Arc::clone(&name),
                     slots,
@@ -114,12 +116,12 @@ pub(super) async fn prepare(
                     stop_grace: containers.stop_grace,
                     resync: config.docker.resync,
                 };
-                source = Source::Containers(settings, engine, sync);
+                source = Source::Containers(settings, engine, freshness);
             }
             grace = containers.restart.start_grace;
         }
         Provider::Discover(discover) => {
-            if let Some((engine, sync)) = watched(engine) {
+            if let Some((engine, freshness)) = watched(engine) {
                 let settings = discover::Settings {
                     pool: Arc::clone(&name),
                     label: discover.label.clone(),
@@ -127,7 +129,7 @@ pub(super) async fn prepare(
                     wanted: wanted(config, discover.network.as_ref()),
                     resync: config.docker.resync,
                 };
-                source = Source::Discovered(settings, engine, sync);
+                source = Source::Discovered(settings, engine, freshness);
             }
             grace = DISCOVERED_GRACE;
         }
@@ -159,10 +161,10 @@ pub(super) async fn prepare(
 }
 
 /// [`engine`] has made one where a pool needs it.
-fn watched(engine: Option<&Engine>) -> Option<(Engine, Arc<Sync>)> {
+fn watched(engine: Option<&Engine>) -> Option<(Engine, Arc<Freshness>)> {
     let engine = engine?.clone();
-    let sync = Arc::new(Sync::new(&engine, Instant::now()));
-    Some((engine, sync))
+    let freshness = Arc::new(Freshness::new(&engine, Instant::now()));
+    Some((engine, freshness))
 }
 
 fn wanted(config: &Config, network: Option<&String>) -> Wanted {
@@ -221,11 +223,11 @@ impl Prepared {
             Source::Processes(settings, ports) => {
                 supervisors.spawn(process::supervise(settings, ports, table, events, stop.clone()));
             }
-            Source::Containers(settings, engine, sync) => {
-                supervisors.spawn(docker::supervise(settings, engine, table, events, sync, stop.clone()));
+            Source::Containers(settings, engine, freshness) => {
+                supervisors.spawn(docker::supervise(settings, engine, table, events, freshness, stop.clone()));
             }
-            Source::Discovered(settings, engine, sync) => {
-                tasks.spawn(discover::follow(settings, engine, events, sync));
+            Source::Discovered(settings, engine, freshness) => {
+                tasks.spawn(discover::follow(settings, engine, events, freshness));
             }
         }
     }

@@ -4,7 +4,7 @@
 use bollard::models::ContainerInspectResponse;
 
 use super::engine::{Engine, EngineError};
-use super::watch::{Retry, Sync};
+use super::watch::{Freshness, Retry};
 
 /// The owner outside of a compose project.
 const DEFAULT_OWNER: &str = "ringway";
@@ -53,12 +53,12 @@ pub enum PlaceError {
 }
 
 /// Tries to [`find`] it until it is found.
-pub async fn wait_for(engine: &Engine, wanted: &Wanted, pool: &str, sync: &Sync) -> Place {
+pub async fn wait_for(engine: &Engine, wanted: &Wanted, pool: &str, freshness: &Freshness) -> Place {
     let mut retry = Retry::default();
     loop {
         match find(engine, wanted).await {
             Ok(place) => return place,
-            Err(error) => sync.failed(pool, &error),
+            Err(error) => freshness.failed(pool, &error),
         }
         retry.wait().await;
     }

@@ -41,7 +41,7 @@ pub struct Seen {
 
 /// How fresh the view of an engine is, for status and metrics.
 #[derive(Debug)]
-pub struct Sync {
+pub struct Freshness {
     host: Arc<str>,
     started: Instant,
     /// Milliseconds from `started` to the last full list, plus 1; 0 before the first.
@@ -50,7 +50,7 @@ pub struct Sync {
     error: ArcSwapOption<String>,
 }
 
-impl Sync {
+impl Freshness {
     /// Nothing seen yet.
     pub fn new(engine: &Engine, now: Instant) -> Self {
         let zero = || AtomicU64::new(0);
@@ -134,7 +134,7 @@ pub struct Watch {
     /// The longest time between two lists.
     pub resync: Duration,
     /// How fresh the view is.
-    pub sync: Arc<Sync>,
+    pub freshness: Arc<Freshness>,
     /// Asks for a list.
     pub poke: Arc<Notify>,
 }
@@ -146,7 +146,7 @@ impl Watch {
         while !seen.is_closed() {
             match self.follow(&seen, &mut retry).await {
                 Ok(()) => tracing::debug!(pool = %self.pool, "the engine's events have ended"),
-                Err(error) => self.sync.failed(&self.pool, &error),
+                Err(error) => self.freshness.failed(&self.pool, &error),
             }
             // A subscription that ends at once, again and again, is not asked for in a row either.
             tokio::select! {
@@ -196,7 +196,7 @@ impl Watch {
                 () = tokio::time::sleep_until(next.into()) => {
                     let as_of = Instant::now();
                     let containers = self.engine.list(&self.labels).await?;
-                    self.sync.succeeded(&self.pool, as_of);
+                    self.freshness.succeeded(&self.pool, as_of);
                     *retry = Retry::default();
                     let states = containers.iter().map(|container| (Arc::clone(&container.id), container.state));
                     let states: HashMap<_, _> = states.collect();

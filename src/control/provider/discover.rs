@@ -12,7 +12,7 @@ use crate::control::Event;
 use crate::control::docker::container::{Container, State};
 use crate::control::docker::engine::Engine;
 use crate::control::docker::place::{self, Wanted};
-use crate::control::docker::watch::{Sync, Watch};
+use crate::control::docker::watch::{Freshness, Watch};
 
 /// Which containers.
 #[derive(Debug, Clone)]
@@ -38,15 +38,15 @@ struct Told {
 }
 
 /// Follows the label until the task is dropped.
-pub async fn follow(settings: Settings, engine: Engine, events: mpsc::Sender<Event>, sync: Arc<Sync>) {
-    let place = place::wait_for(&engine, &settings.wanted, &settings.pool, &sync).await;
+pub async fn follow(settings: Settings, engine: Engine, events: mpsc::Sender<Event>, freshness: Arc<Freshness>) {
+    let place = place::wait_for(&engine, &settings.wanted, &settings.pool, &freshness).await;
     let (sender, mut seen) = watch::channel(None);
     let watch = Watch {
         engine,
         pool: Arc::clone(&settings.pool),
         labels: vec![settings.label.clone()],
         resync: settings.resync,
-        sync,
+        freshness,
         poke: Arc::new(Notify::new()),
     };
     let watching = watch.run(sender);

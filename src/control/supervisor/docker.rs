@@ -28,7 +28,7 @@ use crate::control::docker::container::Container;
 use crate::control::docker::engine::{Engine, EngineError};
 use crate::control::docker::label;
 use crate::control::docker::place::{self, Place, Wanted};
-use crate::control::docker::watch::{Sync, Watch};
+use crate::control::docker::watch::{Freshness, Watch};
 use crate::labels::Label as _;
 use crate::table::{Table, TableCell};
 
@@ -74,10 +74,10 @@ pub async fn supervise(
     engine: Engine,
     table: TableCell,
     events: mpsc::Sender<Event>,
-    sync: Arc<Sync>,
+    freshness: Arc<Freshness>,
     stop: CancellationToken,
 ) {
-    let found = place::wait_for(&engine, &settings.wanted, &settings.pool, &sync);
+    let found = place::wait_for(&engine, &settings.wanted, &settings.pool, &freshness);
     let Some(place) = stop.run_until_cancelled(found).await else { return };
     let poke = Arc::new(Notify::new());
     let watch = Watch {
@@ -89,13 +89,13 @@ pub async fn supervise(
             label::SLOT.to_owned(),
         ],
         resync: settings.resync,
-        sync: Arc::clone(&sync),
+        freshness: Arc::clone(&freshness),
         poke: Arc::clone(&poke),
     };
     let (sender, mut seen) = watch::channel(None);
     let mut watching = std::pin::pin!(watch.run(sender));
     let mut changes = table.watch();
-    let mut supervisor = Supervisor::new(settings, engine, place, events, sync, poke);
+    let mut supervisor = Supervisor::new(settings, engine, place, events, freshness, poke);
     while !stop.is_cancelled() {
         let wake = supervisor.carry_out().await;
         let due = tokio::time::sleep_until(wake.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600)).into());
@@ -128,7 +128,7 @@ struct Supervisor {
     place: Place,
     maker: Arc<Maker>,
     events: mpsc::Sender<Event>,
-    sync: Arc<Sync>,
+    freshness: Arc<Freshness>,
     poke: Arc<Notify>,
     ends: Ends,
     /// Those of the settings, and after them those of which only containers are left.
@@ -186,7 +186,7 @@ impl Supervisor {
         engine: Engine,
         place: Place,
         events: mpsc::Sender<Event>,
-        sync: Arc<Sync>,
+        freshness: Arc<Freshness>,
         poke: Arc<Notify>,
     ) -> Self {
         let now = Instant::now();
@@ -199,7 +199,7 @@ impl Supervisor {
             place,
             maker,
             events,
-            sync,
+            freshness,
             poke,
             ends,
             slots,
@@ -218,7 +218,7 @@ impl Supervisor {
     /// Begins what the plan says. Returns when to ask it again.
     async fn carry_out(&mut self) -> Option<Instant> {
         // What is not known, or not any more, is not acted upon.
-        if !self.has_seen || !self.sync.is_fresh() {
+        if !self.has_seen || !self.freshness.is_fresh() {
             return None;
         }
         let now = Instant::now();
