@@ -220,6 +220,11 @@ impl Slot {
         self.phase == Phase::Starting
     }
 
+    /// Whether no replica before this one has failed to last.
+    pub fn is_first_try(&self) -> bool {
+        self.strikes == 0
+    }
+
     /// Whether so many replicas in a row did not last that something must be wrong with them.
     pub fn is_crash_loop(&self, policy: &Policy) -> bool {
         self.strikes >= policy.crash_loop_after

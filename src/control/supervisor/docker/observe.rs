@@ -124,12 +124,11 @@ impl Supervisor {
         let (pool, name, network) = (&self.settings.pool, &self.slots[slot].name, &self.place.network);
         let is_outdated = container.label(label::SPEC) != self.maker.digest();
         let id = short(&container.id);
-        if self.slots[slot].is_crash_loop(&self.settings.policy) {
-            tracing::debug!(%pool, slot = %name, container = id, "replica is there");
-        } else if self.slots[slot].is_starting() {
-            tracing::info!(%pool, slot = %name, container = id, "replica started");
-        } else {
-            tracing::info!(%pool, slot = %name, container = id, is_outdated, "replica adopted");
+        match (self.slots[slot].is_starting(), self.slots[slot].is_first_try()) {
+            (false, _) => tracing::info!(%pool, slot = %name, container = id, is_outdated, "replica adopted"),
+            (true, true) => tracing::info!(%pool, slot = %name, container = id, "replica started"),
+            // The end of the one before was told of.
+            (true, false) => tracing::debug!(%pool, slot = %name, container = id, "replica started again"),
         }
         if ip_of(container, network).is_none() {
             let networks: Vec<_> = container.addresses.keys().collect();
