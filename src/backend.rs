@@ -3,13 +3,13 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use rustix::io::Errno;
 
 use crate::label_enum;
-use crate::labels::Tally;
+use crate::labels::{Label as _, Tally};
 
 label_enum! {
     /// Whether a backend may get connections, and if not, why.
@@ -20,6 +20,8 @@ label_enum! {
         Healthy => "healthy",
         /// Fails its health checks; walked past.
         Unhealthy => "unhealthy",
+        /// Passes its checks, but connects to it keep failing; walked past for a while.
+        Ejected => "ejected",
         /// Gets no new connections; old ones may finish.
         Draining => "draining",
         /// Its replica keeps dying soon after each start; the supervisor waits before the next try.
@@ -105,6 +107,8 @@ pub struct Exit {
 pub struct Health {
     /// `ok`, or what was wrong in a few words; `None` before the first result.
     pub last: Option<Arc<str>>,
+    /// What they have made of it: healthy, unhealthy, or undecided.
+    pub verdict: Option<bool>,
     /// Since when `last` has been the same.
     pub since: Instant,
 }
@@ -132,8 +136,52 @@ pub struct Backend {
     pub reported_bad: bool,
     /// What the health checks last said.
     pub health: Health,
+    /// Whether its replica is well, also where it is drained; `None`: nobody can tell yet.
+    pub well: Option<bool>,
+    /// The part of its keys that it takes at the moment.
+    pub admission: Admission,
+    /// It is to get no new connections; also while it has no replica.
+    pub drain: Option<Drain>,
     /// Counters, shared by all snapshots.
     pub live: Arc<Live>,
+}
+
+/// A backend that is to get no new connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drain {
+    /// When that began.
+    pub since: Instant,
+    /// When connections that are still open are reset; `None`: never.
+    pub deadline: Option<Instant>,
+    /// It has no points on the ring any more, and leaves the pool once its last connection has ended.
+    pub leaves: bool,
+}
+
+/// The part of its keys that a backend takes: all of them, or fewer while it starts slowly. Which ones depends on the
+/// key alone, so that each key comes back once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Admission(u32);
+
+impl Admission {
+    /// Every key.
+    pub const ALL: Self = Self(1 << 16);
+
+    /// This part of the keys, from 0 to 1.
+    #[expect(clippy::cast_sign_loss, reason = "clamped")]
+    pub fn part(part: f64) -> Self {
+        Self((part.clamp(0.0, 1.0) * f64::from(Self::ALL.0)) as u32)
+    }
+
+    /// From 0 to 1.
+    pub fn as_part(self) -> f64 {
+        f64::from(self.0) / f64::from(Self::ALL.0)
+    }
+
+    /// Whether it takes this key.
+    pub fn takes(self, key: &[u8]) -> bool {
+        // Seeds of its own: which keys come first has nothing to do with where they lie on the ring.
+        self == Self::ALL || (seahash::hash_seeded(key, 1, 2, 3, 4) >> 48) < u64::from(self.0)
+    }
 }
 
 impl Backend {
@@ -146,7 +194,7 @@ impl Backend {
 /// Live counters of a backend. They belong to the id: a replacement goes on with them.
 #[derive(Debug, Default)]
 pub struct Live {
-    /// Connections to this backend open at the moment.
+    /// Connections to this backend that are open or being made at the moment; changed by [`Place`] alone.
     pub active: AtomicU64,
     /// Connections made to it so far.
     pub total: AtomicU64,
@@ -154,6 +202,12 @@ pub struct Live {
     pub attempts: AtomicU64,
     /// Connects that failed, by cause.
     pub failures: Tally<ConnectFailure>,
+    /// Connects that failed since the last that did not, but for those that were our own fault.
+    pub failed_in_a_row: AtomicU32,
+    /// Times that it was ejected.
+    pub ejections: AtomicU64,
+    /// Orders to end its connections.
+    pub evictions: Evictions,
     /// Payload moved from clients to it.
     pub from_client: Moved,
     /// Payload moved from it to clients.
@@ -177,5 +231,122 @@ impl Moved {
     /// Both ways together.
     pub fn total(&self) -> u64 {
         self.copied.load(Ordering::Relaxed) + self.spliced.load(Ordering::Relaxed)
+    }
+}
+
+/// The data plane's word that connects to a backend keep failing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failing {
+    /// The backend's id.
+    pub backend: Arc<str>,
+    /// The replica that they failed to reach.
+    pub incarnation: u64,
+}
+
+/// A connection's place at a backend, from before its connect until its end.
+#[derive(Debug)]
+pub struct Place {
+    live: Arc<Live>,
+    era: u64,
+}
+
+impl Place {
+    /// Takes a place; `None` where the backend has `most` connections already. Exact, whoever else is asking.
+    pub fn take(live: &Arc<Live>, most: u64) -> Option<Self> {
+        if most == u64::MAX {
+            live.active.fetch_add(1, Ordering::Relaxed);
+        } else {
+            let more = |active| (active < most).then_some(active + 1);
+            live.active.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        }
+        Some(Self { live: Arc::clone(live), era: live.evictions.era() })
+    }
+
+    /// Orders to end the backend's connections that were given since then are for this one too.
+    pub fn era(&self) -> u64 {
+        self.era
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.live.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+label_enum! {
+    /// Why a backend's connections are ended.
+    pub enum Eviction {
+        /// Its drain has reached the deadline.
+        Drained => "drained",
+        /// It is down, and its pool says that connections end then.
+        Down => "down",
+    }
+}
+
+/// Orders to end all connections of a backend: written by the control plane, read by the sweep.
+#[derive(Debug, Default)]
+pub struct Evictions(AtomicU64);
+
+impl Evictions {
+    /// Ends all connections that a backend has now.
+    pub fn order(&self, why: Eviction) {
+        // The number of orders, and in the lowest byte why the last was given. One writer.
+        let number = self.0.load(Ordering::Relaxed) >> 8;
+        self.0.store((number + 1) << 8 | why.index() as u64, Ordering::Relaxed);
+    }
+
+    /// Stands for the time before the next order.
+    pub fn era(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Whether there was an order since `era`.
+    pub fn since(&self, era: u64) -> Option<Eviction> {
+        let now = self.0.load(Ordering::Relaxed);
+        (now != era).then(|| Eviction::ALL[(now & 0xff) as usize])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_places_than_allowed_and_each_is_given_back() {
+        let live = Arc::new(Live::default());
+        let places: Vec<_> = (0..5).filter_map(|_| Place::take(&live, 3)).collect();
+        assert_eq!((places.len(), live.active.load(Ordering::Relaxed)), (3, 3));
+        drop(places);
+        assert!(Place::take(&live, 1).is_some());
+        assert_eq!(live.active.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn an_order_is_for_the_connections_of_before() {
+        let evictions = Evictions::default();
+        let era = evictions.era();
+        assert_eq!(evictions.since(era), None);
+        evictions.order(Eviction::Down);
+        assert_eq!(evictions.since(era), Some(Eviction::Down));
+        let later = evictions.era();
+        assert_eq!(evictions.since(later), None);
+        evictions.order(Eviction::Drained);
+        assert_eq!((evictions.since(era), evictions.since(later)), (Some(Eviction::Drained), Some(Eviction::Drained)));
+    }
+
+    #[test]
+    fn a_key_that_is_admitted_stays_so() {
+        let keys: Vec<_> = (0_u32..10_000).map(u32::to_le_bytes).collect();
+        let mut before = 0;
+        for percent in 0..=100 {
+            let (part, next) = (f64::from(percent) / 100.0, f64::from(percent + 1) / 100.0);
+            let taken: Vec<_> = keys.iter().filter(|key| Admission::part(part).takes(&key[..])).collect();
+            assert!(taken.iter().all(|key| Admission::part(next).takes(&key[..])));
+            assert!((taken.len() as f64 / keys.len() as f64 - part).abs() < 0.02, "{percent} %");
+            assert!(taken.len() >= before);
+            before = taken.len();
+        }
+        assert_eq!(before, keys.len());
     }
 }

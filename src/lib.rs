@@ -17,13 +17,14 @@
 //! - [`metrics`]: every metric's name, labels and help
 //! - [`config`]: the YAML file and its faults
 //!
-//! [`http_client`], [`labels`] and [`limits`] are leaves that several of them use.
+//! [`http_client`], [`handover`], [`labels`] and [`limits`] are leaves that several of them use.
 
 pub mod api;
 pub mod app;
 pub mod backend;
 pub mod config;
 pub mod control;
+pub mod handover;
 pub mod http_client;
 pub mod labels;
 pub mod limits;

@@ -18,11 +18,13 @@ fn main() -> ExitCode {
             return cli::init::run().unwrap_or_else(|failure| tell(&failure));
         }
         None | Some(Command::Run) => cli::run::run(&arguments.common),
-        Some(Command::Check) => cli::check(&arguments.common),
+        Some(Command::Check(ref check)) => cli::check(&arguments.common, check),
         Some(Command::Status(ref options)) => cli::status::status(&arguments.common, options),
         Some(Command::Reap(ref options)) => cli::reap::reap(&arguments.common, options),
         Some(Command::Healthcheck) => cli::healthcheck::healthcheck(),
+        Some(Command::Order(order)) => cli::orders::order(&arguments.common, order),
         Some(Command::EchoServer(options)) => cli::echo_server(options),
+        Some(Command::Shim(ref shim)) => cli::shim(shim),
         Some(Command::Launch(ref launch)) => cli::launch(launch),
     };
     outcome.map_or_else(|failure| tell(&failure), |()| ExitCode::SUCCESS)

@@ -8,7 +8,7 @@ use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
 use tokio::sync::watch;
 
-use crate::backend::{Backend, State};
+use crate::backend::{Admission, Backend, State};
 use crate::ring::Ring;
 
 /// A snapshot of one pool. Backend `i` is owner `i` of the ring.
@@ -17,14 +17,27 @@ pub struct Table {
     generation: u64,
     ring: Arc<Ring>,
     backends: Box<[Backend]>,
-    any_healthy: bool,
+    healthy: usize,
+    /// Backends are tried whatever their checks say.
+    takes_all: bool,
+    is_panic: bool,
+    /// Some healthy backend takes all of its keys, and some other does not: it gets only those of its keys that it takes.
+    spares_slow_ones: bool,
 }
 
 impl Table {
-    /// Joins a ring and the backends it was built from, in the same order.
-    pub fn new(generation: u64, ring: Arc<Ring>, backends: Box<[Backend]>) -> Self {
-        let any_healthy = backends.iter().any(|backend| backend.state == State::Healthy);
-        Self { generation, ring, backends, any_healthy }
+    /// Joins a ring and the backends it was built from, in the same order. Where less than `panic_below` percent of
+    /// those backends are healthy of which anything is known, the checks are not believed; 0: they always are.
+    pub fn new(generation: u64, ring: Arc<Ring>, backends: Box<[Backend]>, panic_below: u8) -> Self {
+        let count = |wanted: fn(State) -> bool| backends.iter().filter(|backend| wanted(backend.state)).count();
+        let healthy = count(|state| state == State::Healthy);
+        let known = count(|state| !matches!(state, State::Starting | State::Draining));
+        let is_panic = healthy * 100 < usize::from(panic_below) * known;
+        let takes_all = is_panic || (healthy == 0 && panic_below > 0);
+        let mut admissions = backends.iter().filter(|backend| backend.state == State::Healthy).map(|one| one.admission);
+        let is_all = |admission: Admission| admission == Admission::ALL;
+        let spares_slow_ones = !takes_all && admissions.clone().any(is_all) && !admissions.all(is_all);
+        Self { generation, ring, backends, healthy, takes_all, is_panic, spares_slow_ones }
     }
 
     /// Counts the snapshots of this pool, from 0.
@@ -44,23 +57,40 @@ impl Table {
 
     /// Whether any backend is healthy.
     pub fn any_healthy(&self) -> bool {
-        self.any_healthy
+        self.healthy > 0
+    }
+
+    /// How many backends are healthy.
+    pub fn healthy(&self) -> usize {
+        self.healthy
+    }
+
+    /// Whether so few backends are healthy that all are tried.
+    pub fn is_panic(&self) -> bool {
+        self.is_panic
     }
 
     /// The backends that may get the connection of `key`, in the order to try them.
     ///
-    /// Unhealthy ones are walked past. Where none is healthy, all that have an address are tried rather than
-    /// none: the checks may be wrong, and the connect will tell.
+    /// Unhealthy ones are walked past. Where too few are healthy, all that have an address are tried: the checks may
+    /// be wrong, those few might not bear the load of all, and the connect will tell.
     pub fn candidates(&self, key: &[u8]) -> impl Iterator<Item = (&Backend, SocketAddr)> {
-        self.ring.walk(key).filter_map(|owner| {
+        let is_spared = move |backend: &Backend| {
+            backend.state == State::Healthy && self.spares_slow_ones && !backend.admission.takes(key)
+        };
+        let first = self.ring.walk(key).filter_map(move |owner| {
             let backend = &self.backends[owner];
             let may = match backend.state {
-                State::Healthy => true,
-                State::Starting | State::Unhealthy | State::CrashLoop => !self.any_healthy,
+                State::Healthy => !is_spared(backend),
+                State::Starting | State::Unhealthy | State::Ejected | State::CrashLoop => self.takes_all,
                 State::Draining => false,
             };
             backend.address.filter(|_| may).map(|address| (backend, address))
-        })
+        });
+        // Better one that starts slowly than none.
+        let spared = self.spares_slow_ones.then(|| self.ring.walk(key)).into_iter().flatten();
+        let spared = spared.map(|owner| &self.backends[owner]).filter(move |backend| is_spared(backend));
+        first.chain(spared.filter_map(|backend| Some((backend, backend.address?))))
     }
 }
 
@@ -121,6 +151,10 @@ mod tests {
     use crate::ring::{Member, Parameters};
 
     fn table(states: &[(State, bool)]) -> Table {
+        floored(states, 50)
+    }
+
+    fn floored(states: &[(State, bool)], panic_below: u8) -> Table {
         let names: Vec<String> = (0..states.len()).map(|n| format!("b{n}")).collect();
         let members: Vec<_> = names.iter().map(|id| Member { id, weight: 1 }).collect();
         let ring = Ring::build(Parameters { virtual_nodes: 40, probes: 3, seed: 0 }, &members);
@@ -135,11 +169,14 @@ mod tests {
                 restarts: 0,
                 last_exit: None,
                 reported_bad: false,
-                health: Health { last: None, since: Instant::now() },
+                health: Health { last: None, verdict: None, since: Instant::now() },
+                well: None,
+                admission: Admission::ALL,
+                drain: None,
                 live: Arc::new(Live::default()),
             })
             .collect();
-        Table::new(0, Arc::new(ring), backends)
+        Table::new(0, Arc::new(ring), backends, panic_below)
     }
 
     fn ids(table: &Table, key: &[u8]) -> Vec<String> {
@@ -174,6 +211,58 @@ mod tests {
         let mut found = ids(&table, b"key");
         found.sort();
         assert_eq!(found, ["b0", "b2"]);
+    }
+
+    #[test]
+    fn under_the_floor_all_are_tried_and_without_a_floor_none() {
+        let states = |healthy: usize| -> Vec<_> {
+            (0..10).map(|n| (if n < healthy { State::Healthy } else { State::Unhealthy }, true)).collect()
+        };
+        let tried = |healthy, floor| {
+            let table = floored(&states(healthy), floor);
+            (table.is_panic(), ids(&table, b"key").len())
+        };
+        assert_eq!(tried(5, 50), (false, 5));
+        assert_eq!(tried(4, 50), (true, 10));
+        assert_eq!(tried(0, 50), (true, 10));
+        assert_eq!(tried(1, 10), (false, 1));
+        assert_eq!(tried(1, 0), (false, 1));
+        assert_eq!(tried(0, 0), (false, 0));
+        assert_eq!(tried(10, 100), (false, 10));
+        assert_eq!(tried(9, 100), (true, 10));
+        // Of what is only starting nothing is known, and what drains was taken out by somebody who knows.
+        let others = [(State::Healthy, true), (State::Starting, true), (State::Draining, true)];
+        let table = floored(&others, 100);
+        assert_eq!((table.is_panic(), ids(&table, b"key").len()), (false, 1));
+        let starting = floored(&[(State::Starting, true)], 50);
+        assert_eq!((starting.is_panic(), ids(&starting, b"key").len()), (false, 1));
+    }
+
+    #[test]
+    fn a_backend_that_starts_slowly_gets_a_part_of_its_keys_and_no_other_moves() {
+        let all = table(&[(State::Healthy, true); 3]);
+        let mut slow = table(&[(State::Healthy, true); 3]);
+        slow.backends[1].admission = Admission::part(0.25);
+        let slow = Table::new(0, Arc::clone(slow.ring()), slow.backends, 50);
+        let (mut own, mut kept) = (0, 0);
+        for key in 0_u32..8000 {
+            let (before, now) = (ids(&all, &key.to_le_bytes()), ids(&slow, &key.to_le_bytes()));
+            assert_eq!(now.len(), 3, "it is the last resort");
+            if before[0] == "b1" {
+                own += 1;
+                kept += u32::from(now[0] == "b1");
+            } else {
+                assert_eq!(before[0], now[0]);
+            }
+        }
+        assert!((f64::from(kept) / f64::from(own) - 0.25).abs() < 0.05, "{kept} of {own}");
+        // Where all start slowly, there is nobody to spare them.
+        let mut alone = Table::new(0, Arc::clone(slow.ring()), slow.backends.clone(), 50);
+        for backend in &mut alone.backends {
+            backend.admission = Admission::part(0.0);
+        }
+        let alone = Table::new(0, Arc::clone(alone.ring()), alone.backends.clone(), 50);
+        assert_eq!(ids(&alone, b"key").len(), 3);
     }
 
     #[test]

@@ -6,7 +6,10 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::harness::backends::{Refusing, Server, Silent};
-use crate::harness::{Ringway, eventually, eventually_async, http, soon, static_config};
+use crate::harness::program::{Killed, Program, is_alive};
+use crate::harness::{
+    Ringway, THREE_REPLICAS, config, eventually, eventually_async, get, http, metric_in, soon, static_config,
+};
 use ringway::backend::State;
 
 /// Every state as the table shows it, in the backends' order.
@@ -172,4 +175,169 @@ async fn a_connect_that_gets_no_answer_ends_at_its_timeout() {
     expect_reset(&ringway).await;
     assert!(began.elapsed() >= Duration::from_millis(300));
     assert_eq!(ringway.metric("ringway_connect_failures_total", &["cause=\"timeout\""]).await, 1.0);
+}
+
+/// Load at a steady rate, and how long each client took, while `during` goes on.
+async fn churned<T>(ringway: &Ringway, during: impl Future<Output = T>) -> (loadtest::Report, std::time::Instant, T) {
+    let began = std::time::Instant::now();
+    let load = tokio::spawn(loadtest::churn(ringway.web(), 250, Duration::from_secs(4), Duration::from_secs(20)));
+    let done = during.await;
+    (soon("the load", load).await.unwrap(), began, done)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_backend_that_begins_to_refuse_under_load_costs_no_client_an_error() {
+    let servers = [Server::echo("b0").await, Server::echo("b1").await];
+    let dying = Server::echo("b2").await;
+    let addresses = [servers[0].address, servers[1].address, dying.address];
+    let yaml = static_config(&addresses, "health_check: { kind: http, path: /heartbeat, interval: 200ms }");
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    let (report, ..) = churned(&ringway, async {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        // What it has accepted it still serves.
+        drop(dying);
+        eventually("it is out", || matches!(states(&ringway)[2], State::Unhealthy | State::Ejected)).await;
+    })
+    .await;
+    let failures: Vec<_> = report.outcomes.iter().filter(|outcome| outcome.server.is_err()).collect();
+    // Those that the kernel had accepted for it when it went are its own.
+    let live = &ringway.backend(2).live;
+    let refused = live.failures.of(ringway::backend::ConnectFailure::Refused);
+    assert!(refused > 0, "nobody was refused");
+    assert!(failures.len() <= 2, "{} of {}: {:?}", failures.len(), report.outcomes.len(), failures.first());
+    let attempts = ringway.metric("ringway_connect_attempts_total", &[]).await;
+    assert!(attempts <= 2.0 * report.outcomes.len() as f64);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_silent_backend_costs_a_client_the_connect_timeout_and_after_its_ejection_nobody_anything() {
+    const TIMEOUT: Duration = Duration::from_millis(400);
+    let servers = [Server::echo("b0").await, Server::echo("b1").await];
+    let silent = Silent::new();
+    let addresses = [servers[0].address, servers[1].address, silent.address];
+    let extra =
+        "health_check: { kind: none }\nejection: { after: 5, base: 1m }\nconnect: { timeout: 400ms, attempts: 2 }";
+    let ringway = Ringway::start(&static_config(&addresses, extra)).await;
+    let (report, began, ejected) = churned(&ringway, async {
+        eventually("ejected", || states(&ringway)[2] == State::Ejected).await;
+        std::time::Instant::now()
+    })
+    .await;
+    assert!(report.failures().is_empty(), "{:?}", report.failures());
+    let waited: Vec<_> = report.outcomes.iter().filter(|outcome| outcome.took >= TIMEOUT).collect();
+    assert!(!waited.is_empty(), "nobody was sent to the silent one");
+    for outcome in waited {
+        let after = (began + outcome.start).checked_duration_since(ejected);
+        assert!(after.is_none(), "a client that began {after:?} after the ejection took {:?}", outcome.took);
+    }
+    let attempts = ringway.metric("ringway_connect_attempts_total", &[]).await;
+    assert!(attempts <= 2.0 * report.outcomes.len() as f64, "{attempts}");
+}
+
+/// A replica of its own, which is killed when it is dropped.
+fn echo_process(name: &str) -> (Killed, std::net::SocketAddr) {
+    use std::io::{BufRead as _, BufReader};
+
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_ringway"));
+    command.args(["echo-server", "--listen", "127.0.0.1:0", "--name", name]);
+    let mut child = Killed(command.stdout(std::process::Stdio::piped()).spawn().unwrap());
+    let mut lines = BufReader::new(child.0.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let address = lines.find_map(|line| line.split_whitespace().find_map(|word| word.parse().ok()));
+    std::thread::spawn(move || lines.for_each(drop));
+    (child, address.expect("an address"))
+}
+
+#[tokio::test]
+async fn the_clients_of_a_backend_that_dies_spread_over_the_others_and_none_is_tried_too_often() {
+    const CLIENTS: usize = 1500;
+    ringway::limits::raise_open_files();
+    let mut backends: Vec<_> = (0..4).map(|n| echo_process(&format!("b{n}"))).collect();
+    let addresses: Vec<_> = backends.iter().map(|(_, address)| *address).collect();
+    let yaml = static_config(&addresses, "health_check: { kind: http, path: /heartbeat, interval: 500ms }");
+    let program = Program::start(&yaml).await.ready().await;
+    let mut clients = loadtest::open(program.web(), CLIENTS).await.unwrap();
+    let active = async || -> Vec<f64> {
+        let text = get(program.api(), "/metrics").await.1;
+        let of = |n| metric_in(&text, "ringway_backend_connections_active", &[&format!("backend=\"b{n}\"")]);
+        (0..4).map(of).collect()
+    };
+    eventually_async("all open", async || active().await.iter().sum::<f64>() == CLIENTS as f64).await;
+    let before = active().await;
+    drop(backends.remove(0));
+    // Each client that is cut off comes back at once, as clients do.
+    let web = program.web();
+    let mut coming_back = tokio::task::JoinSet::new();
+    for mut client in clients.drain(..) {
+        coming_back.spawn(async move {
+            let cut_off = tokio::time::timeout(Duration::from_secs(2), client.read(&mut [0; 1])).await.is_ok();
+            if cut_off { TcpStream::connect(web).await.unwrap() } else { client }
+        });
+    }
+    let clients = soon("all are back", coming_back.join_all()).await;
+    eventually_async("all open again", async || active().await[1..].iter().sum::<f64>() == CLIENTS as f64).await;
+    let after = active().await;
+    let won: Vec<_> = (1..4).map(|n| after[n] - before[n]).collect();
+    let share = before[0] / 3.0;
+    println!("{} came back: {won:?}", before[0]);
+    assert!(won.iter().all(|won| (0.5..1.6).contains(&(won / share))), "{won:?} of {share} each");
+    let text = get(program.api(), "/metrics").await.1;
+    let attempts = metric_in(&text, "ringway_connect_attempts_total", &[]);
+    assert!(attempts <= (CLIENTS as f64) + 2.0 * before[0], "{attempts} attempts");
+    assert_eq!(metric_in(&text, "ringway_connections_refused_total", &[]), 0.0);
+    drop(clients);
+}
+
+#[tokio::test]
+async fn transfers_that_end_within_the_drain_end_whole_and_no_child_is_left() {
+    const TRANSFERS: usize = 300;
+    const HALF: usize = 12_000;
+    let yaml = config(THREE_REPLICAS, "", "health_check: { kind: http, path: /heartbeat }\ndrain: 20s");
+    let mut program = Program::start(&yaml).await.ready().await;
+    let replicas = program.replicas().await;
+    let (go, gone) = tokio::sync::watch::channel(false);
+    let mut transfers = tokio::task::JoinSet::new();
+    for _ in 0..TRANSFERS {
+        let (web, mut gone) = (program.web(), gone.clone());
+        transfers.spawn(async move {
+            let mut stream = TcpStream::connect(web).await.unwrap();
+            let mut back = vec![0; HALF];
+            stream.write_all(&[b'a'; HALF]).await.unwrap();
+            stream.read_exact(&mut back).await.unwrap();
+            let _ = gone.wait_for(|&gone| gone).await;
+            stream.write_all(&[b'b'; HALF]).await.unwrap();
+            stream.shutdown().await.unwrap();
+            let mut rest = Vec::new();
+            stream.read_to_end(&mut rest).await.unwrap();
+            assert_eq!(rest, [b'b'; HALF]);
+        });
+    }
+    eventually_async("all in the middle", async || {
+        let text = get(program.api(), "/metrics").await.1;
+        metric_in(&text, "ringway_bytes_total", &["to_client"]) >= (TRANSFERS * HALF) as f64
+    })
+    .await;
+    program.signal(rustix::process::Signal::TERM);
+    eventually_async("no more accepts", async || TcpStream::connect(program.web()).await.is_err()).await;
+    go.send_replace(true);
+    soon("all transfers", transfers.join_all()).await;
+    assert_eq!(program.ended().await.code(), Some(0));
+    eventually("no child is left", || !replicas.iter().any(|&pid| is_alive(pid))).await;
+}
+
+#[tokio::test]
+async fn before_it_stops_it_is_not_ready_for_as_long_as_the_delay_and_still_accepts() {
+    let server = exact().await;
+    let yaml = format!("shutdown: {{ delay: 1s }}\n{}", static_config(&[server.address], "health_check: {}"));
+    let mut program = Program::start(&yaml).await.ready().await;
+    let began = std::time::Instant::now();
+    program.signal(rustix::process::Signal::TERM);
+    eventually_async("not ready", async || get(program.api(), "/readyz").await.0 == 503).await;
+    let mut late = TcpStream::connect(program.web()).await.unwrap();
+    late.write_all(b"late").await.unwrap();
+    late.shutdown().await.unwrap();
+    let mut back = String::new();
+    soon("an echo", late.read_to_string(&mut back)).await.unwrap();
+    assert_eq!(back, "late");
+    assert_eq!(program.ended().await.code(), Some(0));
+    assert!(began.elapsed() >= Duration::from_secs(1));
 }

@@ -8,7 +8,7 @@ use tokio::net::TcpStream;
 
 use crate::harness::backends::Server;
 use crate::harness::program::Program;
-use crate::harness::{eventually_async, get, metric_in, soon, static_config};
+use crate::harness::{Ringway, config, eventually_async, get, metric_in, soon, static_config};
 
 async fn metric(program: &Program, name: &str) -> f64 {
     metric_in(&get(program.api(), "/metrics").await.1, name, &[])
@@ -78,4 +78,111 @@ async fn an_idle_connection_costs_little_memory() {
     println!("{each} bytes for each of {CONNECTIONS} idle connections");
     assert!(each <= 2000, "{each} bytes");
     drop(open);
+}
+
+/// A connection from this address of the loopback network that is served; `None` where it was reset, be it while it was
+/// being made.
+async fn served_from(source: &str, target: std::net::SocketAddr) -> Option<TcpStream> {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind(std::net::SocketAddr::new(source.parse().unwrap(), 0)).unwrap();
+    let mut stream = soon("a connection or a reset", socket.connect(target)).await.ok()?;
+    soon("an answer or a reset", echoes(&mut stream)).await.then_some(stream)
+}
+
+#[tokio::test]
+async fn a_source_over_its_limit_is_reset_and_others_are_not() {
+    let server = Server::echo("a").await;
+    let listener = "per_source: { max_connections: 3 }";
+    let yaml = config_with(&server, listener, "health_check: { kind: none }");
+    let ringway = Ringway::start(&yaml).await;
+    let mut served = Vec::new();
+    for _ in 0..10 {
+        served.extend(served_from("127.0.0.2", ringway.web()).await);
+    }
+    assert_eq!(served.len(), 3);
+    for n in 0..20 {
+        assert!(served_from(&format!("127.0.1.{}", n + 1), ringway.web()).await.is_some());
+    }
+    let stats = std::sync::Arc::clone(&ringway.state().listeners[0].stats);
+    assert_eq!(stats.refused.of(ringway::proxy::stats::Refusal::SourceConnections), 7);
+    served.pop();
+    eventually_async("room again", async || served_from("127.0.0.2", ringway.web()).await.is_some()).await;
+}
+
+#[tokio::test]
+async fn a_source_that_connects_too_fast_is_reset_and_others_are_not() {
+    let server = Server::echo("a").await;
+    let yaml = config_with(&server, "per_source: { rate: 1, burst: 5 }", "health_check: { kind: none }");
+    let ringway = Ringway::start(&yaml).await;
+    let mut served = 0;
+    let began = std::time::Instant::now();
+    for n in 0..30 {
+        served += u64::from(served_from("127.0.0.2", ringway.web()).await.is_some());
+        assert!(served_from(&format!("127.0.2.{}", n + 1), ringway.web()).await.is_some());
+    }
+    let most = 5 + began.elapsed().as_secs() + 1;
+    assert!((5..=most).contains(&served), "{served} of {most}");
+    assert!(ringway.metric("ringway_connections_refused_total", &["source_rate"]).await >= 20.0);
+}
+
+#[tokio::test]
+async fn past_a_full_backend_the_walk_goes_on_and_the_cap_is_exact() {
+    let servers = [Server::echo("b0").await, Server::echo("b1").await];
+    let addresses = servers.each_ref().map(|server| server.address);
+    let yaml = static_config(&addresses, "health_check: { kind: none }\nmax_connections_per_backend: 20");
+    let ringway = Ringway::start(&yaml).await;
+    let mut clients = tokio::task::JoinSet::new();
+    for _ in 0..100 {
+        let web = ringway.web();
+        clients.spawn(async move { served_from("127.0.0.1", web).await });
+    }
+    let open: Vec<_> = soon("all", clients.join_all()).await.into_iter().flatten().collect();
+    assert_eq!(open.len(), 40);
+    let active = |n| ringway.backend(n).live.active.load(std::sync::atomic::Ordering::Relaxed);
+    assert_eq!((active(0), active(1)), (20, 20));
+    assert_eq!(ringway.metric("ringway_connections_refused_total", &["backends_full"]).await, 60.0);
+    assert!(ringway.metric("ringway_backends_full_total", &[]).await >= 60.0);
+    drop(open);
+    eventually_async("room again", async || served_from("127.0.0.1", ringway.web()).await.is_some()).await;
+}
+
+#[tokio::test]
+async fn over_a_listener_s_limit_the_backlog_holds_and_other_listeners_do_not_notice() {
+    let server = Server::echo("a").await;
+    let yaml = config_with(&server, "max_connections: 2", "health_check: { kind: none }");
+    let yaml = yaml.replace("pools:\n", "  - { name: other, listen: \"127.0.0.1:0\", pool: echo }\npools:\n");
+    let ringway = Ringway::start(&yaml).await;
+    let open = loadtest::open(ringway.web(), 5).await.unwrap();
+    let active = || ringway.state().listeners[0].stats.active.load(std::sync::atomic::Ordering::Relaxed);
+    eventually_async("two", async || active() == 2).await;
+    assert!(served_from("127.0.0.1", ringway.state().listeners[1].address).await.is_some());
+    assert_eq!(active(), 2);
+    // Those that wait are served as soon as there is room.
+    let mut clients = tokio::task::JoinSet::new();
+    for mut stream in open {
+        clients.spawn(async move { assert!(soon("an echo", echoes(&mut stream)).await) });
+    }
+    soon("all five", clients.join_all()).await;
+}
+
+#[tokio::test]
+async fn a_connection_that_is_too_old_is_reset() {
+    let server = Server::echo("a").await;
+    let yaml = static_config(&[server.address], "health_check: { kind: none }\ntimeouts: { max_connection_age: 2s }");
+    let ringway = Ringway::start(&yaml).await;
+    let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
+    let began = std::time::Instant::now();
+    let mut ended = None;
+    while ended.is_none() {
+        // Busy all the time: it is not idle.
+        ended = (!soon("an echo", echoes(&mut stream)).await).then(|| began.elapsed());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(ended.unwrap() >= Duration::from_millis(1800), "{ended:?}");
+    assert_eq!(ringway.metric("ringway_connections_ended_total", &["max_connection_age"]).await, 1.0);
+}
+
+/// One static backend behind a listener with further lines.
+fn config_with(server: &Server, listener: &str, pool: &str) -> String {
+    config(&format!("static: [{{ address: \"{}\", id: b0 }}]", server.address), listener, pool)
 }

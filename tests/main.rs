@@ -5,8 +5,10 @@
 //! Random tests print their seed; `RINGWAY_TEST_SEED` gives it again.
 
 mod harness;
+mod health;
 
 mod bytes;
+mod changes;
 mod closing;
 mod command_line;
 mod configs;
@@ -14,7 +16,10 @@ mod docker;
 mod documents;
 mod engine;
 mod failover;
+mod house;
 mod limits;
+mod reload;
 mod replicas;
 mod serving;
 mod side_port;
+mod upgrade;

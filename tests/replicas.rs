@@ -167,7 +167,7 @@ async fn sigterm_and_ctrl_c_end_it_in_order_with_exit_code_0() {
 async fn a_hangup_is_no_reason_to_end() {
     let mut program = Program::start(&program_config()).await.ready().await;
     program.signal(Signal::HUP);
-    eventually("a word about it", || program.log().contains("SIGHUP is ignored")).await;
+    eventually("a reload", || program.log().contains("order carried out: reload")).await;
     assert_eq!(get(program.api(), "/readyz").await.0, 200);
     program.signal(Signal::TERM);
     assert_eq!(program.ended().await.code(), Some(0));

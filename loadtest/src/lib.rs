@@ -4,8 +4,13 @@
 //!
 //! - this file: one request, and the three kinds of load
 //! - [`report`]: what became of it
+//! - [`soak`]: all kinds for long, with orders to the balancer in between; [`plot`] draws it
+
+pub mod plot;
+pub mod soak;
 
 mod report;
+mod side_port;
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -19,6 +24,9 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 pub use self::report::{Outcome, Report, Summary};
+
+/// After this long a request counts as failed.
+pub const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Opens `count` connections and gives them all, or the first error. Nothing is sent on them.
 ///

@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::{Parser, Subcommand};
+use loadtest::soak::{Options, soak};
+use loadtest::{TIMEOUT, plot};
 
 #[derive(Debug, Parser)]
 #[command(version, about)]
@@ -32,6 +34,8 @@ enum Load {
         #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
         rate: u32,
     },
+    /// Requests, transfers and broken connections for long, with reloads, upgrades and kills: does anything grow?
+    Soak(Options),
     /// Request after request on open connections
     Request {
         /// How many
@@ -39,9 +43,6 @@ enum Load {
         connections: usize,
     },
 }
-
-/// After this long a request counts as failed.
-const TIMEOUT: Duration = Duration::from_secs(10);
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<()> {
@@ -53,6 +54,11 @@ async fn main() -> anyhow::Result<()> {
             println!("{} connections are open for {} s", open.len(), duration.as_secs());
             tokio::time::sleep(duration).await;
             return Ok(());
+        }
+        Load::Soak(options) => {
+            let (outcomes, samples) = soak(target, duration, &options).await?;
+            println!("{}", serde_json::to_string_pretty(&outcomes)?);
+            return options.plot.map_or(Ok(()), |path| plot::draw(&samples, &path));
         }
         Load::Churn { rate } => loadtest::churn(target, rate, duration, TIMEOUT).await,
         Load::Request { connections } => loadtest::requests(target, connections, duration, TIMEOUT).await,

@@ -16,8 +16,9 @@ use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue};
 use serde::Deserialize;
 use tokio::net::TcpStream;
 
-use super::State;
 use super::error::Error;
+use super::{State, View};
+use crate::backend::Place;
 use crate::http_client::exchange;
 use crate::labels::Label as _;
 use crate::proxy::key::Key;
@@ -51,16 +52,12 @@ pub(super) async fn forward(
         let message = format!("{}: takes ?key= and ?pool=", rejection.body_text());
         Error::new(StatusCode::BAD_REQUEST, "bad_query", message)
     })?;
-    let body = body.map_err(|rejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => {
-            Error::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", "the body may have up to 1 MiB")
-        }
-        status => Error::new(status, "bad_body", rejection.body_text()),
-    })?;
+    let body = body.map_err(|rejection| Error::of_body(&rejection))?;
+    let state = state.view();
     let pool = find_pool(&state, parameters.pool.as_deref())?;
     let address_key = Key::of(pool.key, caller);
     let key = parameters.key.as_ref().map_or(address_key.as_bytes(), String::as_bytes);
-    let (backend, stream) = connect(pool, &state.tcp, key).await?;
+    let (backend, stream, _place) = connect(pool, &state.tcp, key).await?;
 
     let content_type =
         headers.get(CONTENT_TYPE).cloned().unwrap_or(HeaderValue::from_static("application/octet-stream"));
@@ -80,7 +77,7 @@ pub(super) async fn forward(
     Ok(passed_on(&backend, answer))
 }
 
-fn find_pool<'a>(state: &'a State, wanted: Option<&str>) -> Result<&'a Route, Error> {
+fn find_pool<'a>(state: &'a View, wanted: Option<&str>) -> Result<&'a Route, Error> {
     let first = state.listeners.first().map(|listener| &*listener.pool);
     let wanted = wanted.or(first).unwrap_or_default();
     state.pools.iter().find(|pool| &*pool.pool == wanted).ok_or_else(|| {
@@ -91,17 +88,19 @@ fn find_pool<'a>(state: &'a State, wanted: Option<&str>) -> Result<&'a Route, Er
 }
 
 /// To the first backend of the walk that answers, as the data plane does it.
-async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<(Arc<str>, TcpStream), Error> {
+async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<(Arc<str>, TcpStream, Place), Error> {
     let table = pool.table.load();
-    let connected = proxy::connect(table.candidates(key), pool, tcp).await.map_err(|refusal| {
+    let connected = proxy::connect(pool.pick(&table, key), pool, tcp).await.map_err(|refusal| {
         let (status, what) = match refusal {
             Refusal::NoBackend => (StatusCode::BAD_GATEWAY, "has no backend at the moment"),
+            Refusal::BackendsFull => (StatusCode::SERVICE_UNAVAILABLE, "has no backend that may take one more"),
+            Refusal::SourceConnections | Refusal::SourceRate => (StatusCode::TOO_MANY_REQUESTS, "may not be asked now"),
             Refusal::ConnectFailed => (StatusCode::BAD_GATEWAY, "has no backend that took the connection"),
             Refusal::NoDescriptors => (StatusCode::SERVICE_UNAVAILABLE, "cannot be reached: out of file descriptors"),
         };
         Error::new(status, refusal.as_str(), format!("pool {} {what}", pool.pool))
     })?;
-    Ok((Arc::clone(&connected.backend.id), connected.stream))
+    Ok((Arc::clone(&connected.backend.id), connected.stream, connected.place))
 }
 
 fn bad_gateway(backend: &str, error: &dyn std::error::Error) -> Error {

@@ -6,15 +6,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use axum::extract::State as Extract;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
+use tokio::runtime::Handle;
 
-use super::State;
+use super::{ListenerView, State};
 use crate::backend::{Backend, ConnectFailure, Moved, State as BackendState};
 use crate::control::docker::watch::Freshness;
 use crate::labels::{Label, Tally};
 use crate::limits;
 use crate::metrics::{self, Exporter, Metric};
+use crate::proxy::Route;
 use crate::proxy::access_log::LostLines;
-use crate::proxy::stats::ListenerStats;
 use crate::table::Table;
 
 pub(super) async fn metrics(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {
@@ -22,14 +23,17 @@ pub(super) async fn metrics(Extract(state): Extract<Arc<State>>) -> impl IntoRes
 }
 
 fn text(state: &State) -> String {
-    let exporter = &state.exporter;
-    for listener in &state.listeners {
-        of_listener(exporter, &listener.name, &listener.stats);
+    let (exporter, view) = (&state.exporter, state.view());
+    for listener in &view.listeners {
+        of_listener(exporter, listener);
     }
-    for pool in &state.pools {
-        of_pool(exporter, &pool.pool, &pool.table.load());
+    for pool in &view.pools {
+        of_pool(exporter, pool, &pool.table.load());
     }
-    for (pool, provider) in std::iter::zip(&state.pools, &state.providers) {
+    for (pool, differs) in std::iter::zip(&view.pools, &view.differs) {
+        exporter.set(&metrics::CHANGED, &[&pool.pool], differs.len() as u64);
+    }
+    for (pool, provider) in std::iter::zip(&view.pools, &view.providers) {
         if let Some(freshness) = &provider.freshness {
             of_engine(exporter, &pool.pool, freshness);
         }
@@ -38,21 +42,29 @@ fn text(state: &State) -> String {
         let worker = [index.to_string()];
         let worker = [worker[0].as_str()];
         exporter.set(&metrics::WORKER_CONNECTIONS, &worker, load(&stats.connections));
+        exporter.set(&metrics::TASKS, &worker, load(&stats.tasks));
         exporter.set(&metrics::PIPES, &worker, load(&stats.pipes));
         exporter.set(&metrics::PIPE_SHORTAGES, &worker, load(&stats.pipe_shortages));
     }
-    let lost = state.access_log_lost.as_ref().map_or(0, LostLines::count);
+    let tasks = Handle::try_current().map_or(0, |runtime| runtime.metrics().num_alive_tasks());
+    exporter.set(&metrics::TASKS, &["control"], tasks as u64);
+    let lost = view.access_log_lost.as_ref().map_or(0, LostLines::count);
     exporter.set(&metrics::ACCESS_LOG_LOST, &[], lost);
     exporter.set(&metrics::OPEN_FILES, &[], limits::open_files_now());
     exporter.set(&metrics::OPEN_FILES_LIMIT, &[], limits::open_files());
-    exporter.set(&metrics::MAX_CONNECTIONS, &[], state.max_connections as u64);
+    exporter.set(&metrics::MAX_CONNECTIONS, &[], state.limit.size() as u64);
+    tally(exporter, &metrics::RELOADS, &[], &state.reloads);
+    tally(exporter, &metrics::UPGRADES, &[], &state.upgrades);
     exporter.set(&metrics::READY, &[], state.ready.load(Ordering::Relaxed).into());
     exporter.set_fraction(&metrics::UPTIME, &[], state.started.elapsed().as_secs_f64());
     exporter.set(&metrics::BUILD_INFO, &[crate::VERSION], 1);
     exporter.render()
 }
 
-fn of_listener(exporter: &Exporter, name: &str, stats: &ListenerStats) {
+fn of_listener(exporter: &Exporter, listener: &ListenerView) {
+    let (name, stats) = (&*listener.name, &listener.stats);
+    let untracked = listener.sources.as_ref().map_or(0, |sources| sources.untracked());
+    exporter.set(&metrics::SOURCES_UNTRACKED, &[name], untracked);
     exporter.set(&metrics::ACCEPTED, &[name], load(&stats.accepted));
     exporter.set(&metrics::ACTIVE, &[name], load(&stats.active));
     tally(exporter, &metrics::ENDED, &[name], &stats.ended);
@@ -60,13 +72,16 @@ fn of_listener(exporter: &Exporter, name: &str, stats: &ListenerStats) {
     tally(exporter, &metrics::ACCEPT_ERRORS, &[name], &stats.accept_errors);
 }
 
-fn of_pool(exporter: &Exporter, pool: &str, table: &Table) {
+fn of_pool(exporter: &Exporter, route: &Route, table: &Table) {
+    let pool = &*route.pool;
+    exporter.set(&metrics::PANIC, &[pool], table.is_panic().into());
+    exporter.set(&metrics::PANIC_PICKS, &[pool], load(&route.stats.picked_in_panic));
+    exporter.set(&metrics::WALKED_PAST_FULL, &[pool], load(&route.stats.walked_past_full));
     exporter.set(&metrics::RING_POINTS, &[pool], table.ring().points() as u64);
     // A gauge is a double: its 53 bits hold this part of the digest exactly.
     exporter.set(&metrics::RING_DIGEST, &[pool], table.ring().digest() >> 12);
     exporter.set(&metrics::TABLE_GENERATION, &[pool], table.generation());
-    let healthy = table.backends().iter().filter(|backend| backend.state == BackendState::Healthy).count();
-    exporter.set(&metrics::POOL_HEALTHY, &[pool], healthy as u64);
+    exporter.set(&metrics::POOL_HEALTHY, &[pool], table.healthy() as u64);
     for backend in table.backends() {
         of_backend(exporter, pool, backend);
     }
@@ -84,6 +99,9 @@ fn of_backend(exporter: &Exporter, pool: &str, backend: &Backend) {
     let is = |state| u64::from(backend.state == state);
     exporter.set(&metrics::BACKEND_UP, &labels, is(BackendState::Healthy));
     exporter.set(&metrics::BACKEND_DRAINING, &labels, is(BackendState::Draining));
+    exporter.set(&metrics::BACKEND_EJECTED, &labels, is(BackendState::Ejected));
+    exporter.set(&metrics::EJECTIONS, &labels, load(&live.ejections));
+    exporter.set_fraction(&metrics::ADMISSION, &labels, backend.admission.as_part());
     exporter.set(&metrics::CRASH_LOOP, &labels, is(BackendState::CrashLoop));
     exporter.set(&metrics::REPLICA_RESTARTS, &labels, backend.restarts);
     exporter.set(&metrics::BACKEND_CONNECTIONS, &labels, load(&live.active));

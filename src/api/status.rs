@@ -19,8 +19,9 @@ use tokio::sync::mpsc;
 
 use super::{ListenerView, ProviderView, State};
 use crate::backend::{self, Backend};
+use crate::control::operator::Differs;
 use crate::labels::Label as _;
-use crate::proxy::{Intercept, Intercepted, Route};
+use crate::proxy::{Intercept, Intercepted, Limit, Route};
 use crate::table::Table;
 
 /// Connections that may wait for an answer on listeners; with more, the next goes to a backend.
@@ -34,6 +35,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 #[expect(missing_docs, reason = "the README explains each field")]
 pub struct Status {
     pub version: String,
+    pub pid: u32,
     pub uptime_seconds: f64,
     pub ready: bool,
     pub listeners: Vec<Listener>,
@@ -47,6 +49,7 @@ pub struct Listener {
     pub address: String,
     pub pool: String,
     pub connections: Connections,
+    pub max_connections: Option<u64>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -64,6 +67,9 @@ pub struct Pool {
     pub provider: Provider,
     pub ring: Ring,
     pub table_generation: u64,
+    pub panic: bool,
+    pub drain_seconds: f64,
+    pub differs: Vec<Differs>,
     pub backends: Vec<Member>,
 }
 
@@ -107,6 +113,17 @@ pub struct Member {
     pub connections: BackendConnections,
     pub bytes: Moved,
     pub health: Health,
+    pub admission: f64,
+    pub drain: Option<Drain>,
+    pub ejections: u64,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the README explains each field")]
+pub struct Drain {
+    pub since_seconds: f64,
+    pub deadline_in_seconds: Option<f64>,
+    pub leaves: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -153,6 +170,13 @@ pub(super) async fn status(Extract(state): Extract<Arc<State>>) -> Json<Status> 
 }
 
 impl Status {
+    /// A pool by its name, or by that of a listener in front of it.
+    pub fn pool(&self, name: &str) -> Option<&Pool> {
+        let behind = self.listeners.iter().find(|listener| listener.name == name).map(|listener| &listener.pool);
+        let find = |name: &str| self.pools.iter().find(|pool| pool.name == name);
+        find(name).or_else(|| find(behind?))
+    }
+
     /// Without what replicas have written, which is not for everybody who may connect to a listener.
     fn for_strangers(mut self) -> Self {
         for exit in
@@ -165,14 +189,15 @@ impl Status {
 
     /// The app as it is at the moment.
     pub fn of(state: &State) -> Self {
+        let view = state.view();
+        let pools = std::iter::zip(&view.pools, std::iter::zip(&view.providers, &view.differs));
         Self {
             version: crate::VERSION.to_owned(),
+            pid: std::process::id(),
             uptime_seconds: state.started.elapsed().as_secs_f64(),
             ready: state.ready.load(Ordering::Relaxed),
-            listeners: state.listeners.iter().map(Listener::of).collect(),
-            pools: std::iter::zip(&state.pools, &state.providers)
-                .map(|(pool, provider)| Pool::of(pool, provider))
-                .collect(),
+            listeners: view.listeners.iter().map(Listener::of).collect(),
+            pools: pools.map(|(pool, (provider, differs))| Pool::of(pool, provider, differs)).collect(),
         }
     }
 }
@@ -188,12 +213,13 @@ impl Listener {
             address: listener.address.to_string(),
             pool: listener.pool.to_string(),
             connections,
+            max_connections: Some(listener.limit.size() as u64).filter(|&most| most < Limit::UNLIMITED),
         }
     }
 }
 
 impl Pool {
-    fn of(pool: &Route, provider: &ProviderView) -> Self {
+    fn of(pool: &Route, provider: &ProviderView, differs: &[Differs]) -> Self {
         let table = pool.table.load();
         let parameters = table.ring().parameters();
         let ring = Ring {
@@ -210,6 +236,9 @@ impl Pool {
             provider: Provider::of(provider),
             ring,
             table_generation: table.generation(),
+            panic: table.is_panic(),
+            drain_seconds: pool.drain.as_secs_f64(),
+            differs: differs.to_vec(),
             backends,
         }
     }
@@ -262,6 +291,19 @@ impl Member {
                 last: backend.last_check().map(str::to_owned),
                 since_seconds: now.saturating_duration_since(backend.health.since).as_secs_f64(),
             },
+            admission: (backend.admission.as_part() * 1e4).round() / 1e4,
+            drain: backend.drain.map(|drain| Drain::of(drain, now)),
+            ejections: live.ejections.load(Ordering::Relaxed),
+        }
+    }
+}
+
+impl Drain {
+    fn of(drain: backend::Drain, now: Instant) -> Self {
+        Self {
+            since_seconds: now.saturating_duration_since(drain.since).as_secs_f64(),
+            deadline_in_seconds: drain.deadline.map(|at| at.saturating_duration_since(now).as_secs_f64()),
+            leaves: drain.leaves,
         }
     }
 }

@@ -39,6 +39,14 @@ pub enum StartError {
         /// The command's first word.
         program: String,
     },
+    /// A pool cannot be as it is wanted.
+    #[error("{place}: {problem}")]
+    Pool {
+        /// Key path.
+        place: String,
+        /// What is wrong, and the remedy.
+        problem: String,
+    },
     /// There are not enough free ports.
     #[error("{place}: cannot reserve ports for the replicas: {error}; choose another range, or auto")]
     NoPorts {
@@ -50,6 +58,14 @@ pub enum StartError {
     /// `DOCKER_HOST` is not an address.
     #[error("{0}")]
     Docker(String),
+    /// The side port's token cannot be had.
+    #[error("api.token_file: {}: {problem}", path.display())]
+    Token {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// The access log cannot be opened.
     #[error("access_log.path: cannot write {}: {error}", path.display())]
     AccessLog {

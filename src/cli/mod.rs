@@ -2,12 +2,14 @@
 //!
 //! - [`run`]: the main job
 //! - [`status`]: a running Ringway's state as a table
+//! - [`orders`]: what changes a running Ringway
 //! - [`reap`]: removes containers that Ringway has made
 //! - [`healthcheck`], [`init`]: for containers with Ringway in it
 //! - [`side_port`]: what several of them ask a running Ringway
 
 pub(crate) mod healthcheck;
 pub(crate) mod init;
+pub(crate) mod orders;
 pub(crate) mod reap;
 pub(crate) mod run;
 pub(crate) mod status;
@@ -20,8 +22,9 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ringway::app::StartError;
-use ringway::config::{self, BUILT_IN, Config};
+use ringway::config::{self, BUILT_IN, Config, Source};
 use ringway::control::supervisor::launch::{self, Launch};
+use ringway::control::supervisor::shim::{self, Shim};
 
 /// The config that is used without `--config`, where the current folder has it.
 const CONFIG_FILE: &str = "config.yaml";
@@ -45,6 +48,9 @@ pub(crate) struct Common {
     /// What is logged: error, warn, info, debug, trace, or a filter like `info,ringway::proxy=debug`
     #[arg(long, global = true, env = "RINGWAY_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
+    /// Take over from the Ringway that has started this one
+    #[arg(long, global = true, hide = true)]
+    take_over: bool,
     /// How it is logged, to standard error
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
@@ -64,18 +70,32 @@ pub(crate) enum Command {
     /// Balance connections (the default)
     Run,
     /// Validate the config and print it with every default filled in
-    Check,
+    Check(Check),
     /// Show pools and backends of a running Ringway
     Status(status::Options),
     /// Remove the containers that Ringway has made: they go on when it stops
     Reap(reap::Options),
     /// Exit with 0 when the Ringway of this container serves
     Healthcheck,
+    #[command(flatten)]
+    Order(orders::Order),
     /// Run the demo backend
     EchoServer(echo_server::Options),
-    /// Become a replica's program, tied to the life of Ringway
+    /// Run a replica for as long as there is a Ringway that wants it
+    #[command(hide = true)]
+    Shim(Shim),
+    /// Become a replica's program, tied to the life of its shim
     #[command(hide = true)]
     Launch(Launch),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Check {
+    /// Print instead what a reload would change in a running Ringway, and how many keys would move
+    #[arg(long)]
+    diff: bool,
+    #[command(flatten)]
+    port: orders::Port,
 }
 
 /// Why a command failed, in words for a person.
@@ -102,13 +122,10 @@ impl Failure {
 
 impl Common {
     /// The config and a name for where it came from.
-    fn config(&self) -> Result<(Config, String), config::Error> {
+    fn config(&self) -> Result<(Config, Source), config::Error> {
         let file = self.config.clone().or_else(|| Path::new(CONFIG_FILE).exists().then(|| CONFIG_FILE.into()));
-        if let Some(path) = file {
-            return Ok((Config::load(&path)?, path.display().to_string()));
-        }
-        let name = "the built-in config";
-        Ok((Config::parse(BUILT_IN, name)?, name.to_owned()))
+        let source = file.map_or(Source::BuiltIn, Source::File);
+        Ok((source.load()?, source))
     }
 
     fn start_logging(&self) -> Result<(), Failure> {
@@ -143,8 +160,16 @@ impl Common {
     }
 }
 
-pub(crate) fn check(common: &Common) -> Result<(), Failure> {
+pub(crate) fn check(common: &Common, check: &Check) -> Result<(), Failure> {
     let (config, origin) = common.config()?;
+    if check.diff {
+        let text = match &origin {
+            Source::File(path) => std::fs::read_to_string(path).map_err(anyhow::Error::from)?,
+            Source::BuiltIn => BUILT_IN.to_owned(),
+        };
+        let report = runtime()?.block_on(orders::diff(common, &check.port, text))?;
+        return print(&orders::told(&report, "no difference\n"));
+    }
     print(&format!("# {origin}, with every default filled in\n{}", config.to_yaml()))
 }
 
@@ -165,6 +190,10 @@ pub(crate) fn echo_server(options: echo_server::Options) -> Result<(), Failure> 
 pub(crate) fn launch(launch: &Launch) -> Result<(), Failure> {
     let program = launch.command.first().map(|program| program.display().to_string()).unwrap_or_default();
     Err(anyhow::anyhow!("cannot run {program}: {}", launch::launch(launch)).into())
+}
+
+pub(crate) fn shim(shim: &Shim) -> Result<(), Failure> {
+    Ok(shim::run(shim).map_err(|error| anyhow::anyhow!("cannot run a replica: {error}"))?)
 }
 
 /// One thread: the control plane's children live as long as the thread that started them.

@@ -6,6 +6,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use clap::Args;
 use ringway::api::status::{Connections, Member, Replica, Status};
+use ringway::control::operator::Differs;
 
 use super::{Common, Failure, print, runtime, side_port};
 
@@ -66,6 +67,12 @@ fn table(status: &Status) -> String {
         if let Some(error) = pool.provider.engine.as_ref().and_then(|engine| engine.error.as_ref()) {
             lines.push(format!("pool {}: {error}", pool.name));
         }
+        if pool.panic {
+            lines.push(format!("pool {}: panic: too few backends are healthy, all are tried", pool.name));
+        }
+        lines.extend(
+            pool.differs.iter().map(|differs| format!("pool {}: not as in the config: {}", pool.name, told(differs))),
+        );
     }
     lines.push(String::new());
     for row in &rows {
@@ -78,6 +85,16 @@ fn table(status: &Status) -> String {
         lines.extend(exit.output.iter().map(|line| format!("  {line}")));
     }
     lines.join("\n") + "\n"
+}
+
+/// What was changed at run time, in a few words.
+fn told(differs: &Differs) -> String {
+    let backend = differs.backend.as_ref().map(|id| format!(" {id}")).unwrap_or_default();
+    match (differs.config, differs.now) {
+        (Some(config), Some(now)) => format!("{}{backend} is {now}, not {config}", differs.what),
+        (None, Some(now)) => format!("{}{backend} is {now}", differs.what),
+        _ => format!("{}{backend}", differs.what),
+    }
 }
 
 fn row(pool: &str, backend: &Member) -> [String; 11] {

@@ -4,11 +4,18 @@ use std::time::Duration;
 
 use serde_yaml::{Mapping, Value};
 
+use super::parse_check::{Match, bytes_value};
 use super::parse_provider::join_host;
-use super::{Config, Containers, HealthCheck, Listener, Pool, Process, Provider, Restart};
+use super::{Api, Config, Containers, Ejection, HealthCheck, Listener, PerSource, Pool, Process, Provider, Restart};
+use crate::control::health::Kind;
 use crate::labels::Label as _;
 
 pub(super) fn yaml(config: &Config) -> String {
+    // Text, numbers and lists of them always serialize.
+    serde_yaml::to_string(&value(config)).unwrap_or_default()
+}
+
+pub(super) fn value(config: &Config) -> Value {
     let mut root = vec![
         ("workers", auto(config.workers)),
         ("max_connections", auto(config.max_connections)),
@@ -19,7 +26,7 @@ pub(super) fn yaml(config: &Config) -> String {
         let path = log.path.display().to_string();
         root.push(("access_log", map([("path", path.into()), ("format", log.format.as_str().into())])));
     }
-    root.push(("api", map([("listen", config.api.listen.to_string().into())])));
+    root.push(("api", api(&config.api)));
     let docker = &config.docker;
     root.push((
         "docker",
@@ -29,10 +36,17 @@ pub(super) fn yaml(config: &Config) -> String {
             ("timeout", duration(docker.timeout)),
         ]),
     ));
+    root.push(("shutdown", map([("delay", duration(config.shutdown.delay))])));
     root.push(("listeners", list(config.listeners.iter().map(listener))));
     root.push(("pools", list(config.pools.iter().map(pool))));
-    // Text, numbers and lists of them always serialize.
-    serde_yaml::to_string(&map(root)).unwrap_or_default()
+    map(root)
+}
+
+fn api(api: &Api) -> Value {
+    let mut entries = vec![("listen", api.listen.to_string().into())];
+    entries.extend(api.token_file.as_ref().map(|path| ("token_file", path.display().to_string().into())));
+    entries.push(("allowed_hosts", words(&api.allowed_hosts)));
+    map(entries)
 }
 
 fn tcp(config: &Config) -> Value {
@@ -53,7 +67,18 @@ fn listener(listener: &Listener) -> Value {
         ("pool", listener.pool.as_str().into()),
         ("answer_status", listener.answer_status.into()),
         ("backlog", listener.backlog.into()),
+        ("max_connections", auto(listener.max_connections)),
+        ("per_source", per_source(listener.per_source)),
     ])
+}
+
+fn per_source(limits: PerSource) -> Value {
+    let mut entries = vec![
+        ("max_connections", off(limits.max_connections.map(Into::into))),
+        ("rate", off(limits.rate.map(Into::into))),
+    ];
+    entries.extend(limits.rate.map(|_| ("burst", limits.burst.into())));
+    map(entries)
 }
 
 fn pool(pool: &Pool) -> Value {
@@ -63,7 +88,11 @@ fn pool(pool: &Pool) -> Value {
         ("seed", pool.ring.seed.into()),
     ]);
     let connect = map([("timeout", duration(pool.connect.timeout)), ("attempts", pool.connect.attempts.into())]);
-    let timeouts = map([("idle", duration(pool.timeouts.idle)), ("half_closed", duration(pool.timeouts.half_closed))]);
+    let timeouts = map([
+        ("idle", duration(pool.timeouts.idle)),
+        ("half_closed", duration(pool.timeouts.half_closed)),
+        ("max_connection_age", off(pool.timeouts.max_connection_age.map(duration))),
+    ]);
     map([
         ("name", pool.name.as_str().into()),
         ("key", pool.key.as_str().into()),
@@ -72,6 +101,11 @@ fn pool(pool: &Pool) -> Value {
         ("connect", connect),
         ("timeouts", timeouts),
         ("health_check", health_check(pool.health_check.as_ref())),
+        ("ejection", off(pool.ejection.map(ejection))),
+        ("panic_threshold", pool.panic_threshold.into()),
+        ("on_down", pool.on_down.as_str().into()),
+        ("slow_start", duration(pool.slow_start)),
+        ("max_connections_per_backend", off(pool.max_connections_per_backend.map(Into::into))),
         ("drain", duration(pool.drain)),
     ])
 }
@@ -138,7 +172,7 @@ fn restart(restart: &Restart) -> Value {
         ("stable_after", duration(restart.stable_after)),
         ("crash_loop_after", restart.crash_loop_after.into()),
         ("start_grace", duration(restart.start_grace)),
-        ("replace_after", restart.replace_after.map_or("off".into(), duration)),
+        ("replace_after", off(restart.replace_after.map(duration))),
     ])
 }
 
@@ -154,14 +188,42 @@ fn auto_text(text: Option<&str>) -> Value {
     text.unwrap_or("auto").into()
 }
 
+fn ejection(ejection: Ejection) -> Value {
+    map([
+        ("after", ejection.after.into()),
+        ("base", duration(ejection.settings.base)),
+        ("max", duration(ejection.settings.max)),
+        ("max_share", ejection.settings.max_share.into()),
+    ])
+}
+
 fn health_check(check: Option<&HealthCheck>) -> Value {
     let Some(check) = check else { return map([("kind", "none".into())]) };
-    let mut entries = match &check.http_path {
-        Some(path) => vec![("kind", "http".into()), ("path", path.as_str().into())],
-        None => vec![("kind", "tcp".into())],
+    let mut entries = match &check.probe.kind {
+        Kind::Tcp => vec![("kind", "tcp".into())],
+        Kind::Http(http) => {
+            let (first, last) = (http.status.start(), http.status.end());
+            let mut entries = vec![
+                ("kind", "http".into()),
+                ("path", http.path.to_string().into()),
+                ("status", format!("{first}-{last}").into()),
+            ];
+            entries.extend(http.host.as_deref().map(|host| ("host", host.into())));
+            entries.extend(http.body.as_deref().map(|body| ("body", body.into())));
+            entries
+        }
+        Kind::Expect(expect) => vec![
+            ("kind", "expect".into()),
+            ("send", bytes_value(&expect.send)),
+            ("expect", bytes_value(&expect.expect)),
+            ("match", if expect.is_prefix { Match::Prefix } else { Match::Contains }.as_str().into()),
+        ],
     };
+    entries.extend(check.probe.port.map(|port| ("port", port.into())));
     entries.extend([
         ("interval", duration(check.interval)),
+        ("fast_interval", duration(check.fast_interval)),
+        ("jitter", check.jitter.into()),
         ("timeout", duration(check.timeout)),
         ("rise", check.rise.into()),
         ("fall", check.fall.into()),
@@ -175,6 +237,11 @@ fn map(entries: impl IntoIterator<Item = (&'static str, Value)>) -> Value {
 
 fn list(items: impl Iterator<Item = Value>) -> Value {
     Value::Sequence(items.collect())
+}
+
+/// `None` as `off`.
+fn off(value: Option<Value>) -> Value {
+    value.unwrap_or_else(|| "off".into())
 }
 
 fn auto(number: Option<usize>) -> Value {

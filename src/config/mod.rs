@@ -3,12 +3,16 @@
 //! # Layout
 //!
 //! - this file: the types, and loading
-//! - [`parse`], [`parse_pool`], [`parse_provider`]: every key, its range and its default
+//! - [`parse`], [`parse_pool`], [`parse_check`], [`parse_provider`]: every key, its range and its default
 //! - [`reader`]: typed access to YAML that collects faults with their key path
+//! - [`diff`]: what differs between two configs
 //! - [`effective`]: the other way: the config with every default filled in, as YAML
+
+pub mod diff;
 
 mod effective;
 mod parse;
+mod parse_check;
 mod parse_pool;
 mod parse_provider;
 mod reader;
@@ -17,6 +21,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
+use crate::control::ejection;
+use crate::control::health::Probe;
+use crate::control::publisher::OnDown;
 use crate::control::supervisor::docker::Spec;
 use crate::proxy::access_log::Format;
 use crate::proxy::key::KeyKind;
@@ -25,6 +34,37 @@ use crate::ring::Parameters;
 
 /// The config that is built into the binary: `config.yaml` of the repository.
 pub const BUILT_IN: &str = include_str!("../../config.yaml");
+
+/// Where a config comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// A file.
+    File(PathBuf),
+    /// [`BUILT_IN`].
+    BuiltIn,
+}
+
+impl Source {
+    /// Reads the config.
+    ///
+    /// # Errors
+    /// When it cannot be read or is not a valid config.
+    pub fn load(&self) -> Result<Config, Error> {
+        match self {
+            Self::File(path) => Config::load(path),
+            Self::BuiltIn => Config::parse(BUILT_IN, &self.to_string()),
+        }
+    }
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(f),
+            Self::BuiltIn => f.write_str("the built-in config"),
+        }
+    }
+}
 
 /// Why there is no config.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +134,8 @@ pub struct Config {
     pub api: Api,
     /// How the Docker engine is used, where a pool needs it.
     pub docker: Docker,
+    /// How Ringway ends.
+    pub shutdown: Shutdown,
     /// Where clients connect; at least one.
     pub listeners: Vec<Listener>,
     /// Where connections go; at least one.
@@ -123,6 +165,17 @@ pub struct AccessLog {
 pub struct Api {
     /// Its address.
     pub listen: SocketAddr,
+    /// A file with the token that calls need which change something.
+    pub token_file: Option<PathBuf>,
+    /// Names, beside addresses and `localhost`, by which such calls may name this host.
+    pub allowed_hosts: Vec<String>,
+}
+
+/// How Ringway ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shutdown {
+    /// How long connections are accepted after the side port has begun to say not ready.
+    pub delay: Duration,
 }
 
 /// How the Docker engine is used.
@@ -149,6 +202,21 @@ pub struct Listener {
     pub answer_status: bool,
     /// Connections that the kernel queues until they are accepted.
     pub backlog: u16,
+    /// Connections of this listener; `None`: as many as the process may have.
+    pub max_connections: Option<usize>,
+    /// What one source address may do.
+    pub per_source: PerSource,
+}
+
+/// What one source address may do on a listener; an IPv6 source is a /64.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PerSource {
+    /// Connections at a time; `None`: any number.
+    pub max_connections: Option<u32>,
+    /// New connections per second, on average; `None`: any number.
+    pub rate: Option<u32>,
+    /// New connections at once.
+    pub burst: u32,
 }
 
 /// A named set of backends.
@@ -168,8 +236,27 @@ pub struct Pool {
     pub timeouts: Timeouts,
     /// How backends are checked; `None`: not at all.
     pub health_check: Option<HealthCheck>,
-    /// How long open connections may go on when Ringway stops.
+    /// When backends are taken out that fail connects; `None`: never.
+    pub ejection: Option<Ejection>,
+    /// Percentage of healthy backends under which all are tried; 0: never.
+    pub panic_threshold: u8,
+    /// What happens to the connections of a backend that goes down.
+    pub on_down: OnDown,
+    /// Time in which a backend that comes back gets all of its keys again; zero: at once.
+    pub slow_start: Duration,
+    /// Connections that one backend may have; `None`: any number.
+    pub max_connections_per_backend: Option<u32>,
+    /// How long open connections may go on when Ringway stops, or when a backend is drained.
     pub drain: Duration,
+}
+
+/// When backends are taken out that fail connects.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ejection {
+    /// Failures in a row that it takes.
+    pub after: u32,
+    /// For how long, and how many at most.
+    pub settings: ejection::Settings,
 }
 
 /// Where the backends of a pool come from.
@@ -189,6 +276,15 @@ pub enum Provider {
 const DISCOVERED: usize = 32;
 
 impl Provider {
+    /// How many replicas the config wants, where they are Ringway's to start.
+    pub fn replicas(&self) -> Option<u32> {
+        match self {
+            Self::Process(process) => Some(process.replicas),
+            Self::Containers(containers) => Some(containers.replicas),
+            Self::Static(_) | Self::Discover(_) => None,
+        }
+    }
+
     /// How many backends it has, or may well have.
     pub fn backends(&self) -> usize {
         match self {
@@ -201,7 +297,7 @@ impl Provider {
 }
 
 /// A backend listed in the config.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StaticBackend {
     /// Unique within the pool.
     pub id: String,
@@ -289,15 +385,21 @@ pub struct Timeouts {
     pub idle: Duration,
     /// Once one side has ended its stream.
     pub half_closed: Duration,
+    /// A connection as old as this is reset; `None`: never.
+    pub max_connection_age: Option<Duration>,
 }
 
 /// How backends are checked.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthCheck {
-    /// `None`: a TCP connect. Else an HTTP `GET` of this path.
-    pub http_path: Option<String>,
+    /// What one check does.
+    pub probe: Probe,
     /// Between checks of one backend.
     pub interval: Duration,
+    /// The same while its checks speak against its state.
+    pub fast_interval: Duration,
+    /// Most of an interval that is added to it, at random, in percent.
+    pub jitter: u8,
     /// Longest time for one check.
     pub timeout: Duration,
     /// Passes in a row that make an unhealthy backend healthy.

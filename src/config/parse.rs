@@ -10,7 +10,7 @@ use serde_yaml::Value;
 
 use super::parse_pool::pool;
 use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, check_name, hint, name, narrow, show};
-use super::{AccessLog, Api, Config, Docker, Fault, Listener, Pool, Process, Provider, Relay};
+use super::{AccessLog, Api, Config, Docker, Fault, Listener, PerSource, Pool, Process, Provider, Relay, Shutdown};
 use crate::proxy::access_log::Format;
 use crate::proxy::socket::{Keepalive, TcpOptions};
 
@@ -24,6 +24,10 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     let access_log = root.item("access_log").map(|item| access_log(item.section()));
     let api = api(root.section("api"));
     let docker = docker(root.section("docker"));
+    let mut shutdown = root.section("shutdown");
+    let delay = shutdown.duration("delay", Duration::ZERO..=HOUR, Duration::ZERO);
+    shutdown.finish();
+    let shutdown = Shutdown { delay };
     let pools = root.required("pools", "at least one pool").map(|item| (item.list(), item));
     let pools = pools.map_or(Vec::new(), |(items, list)| {
         if items.is_empty() && list.value.is_sequence() {
@@ -46,7 +50,7 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
 
     let faults = faults.into_vec();
     if faults.is_empty() {
-        Ok(Config { workers, max_connections, relay, tcp, access_log, api, docker, listeners, pools })
+        Ok(Config { workers, max_connections, relay, tcp, access_log, api, docker, shutdown, listeners, pools })
     } else {
         Err(faults)
     }
@@ -69,7 +73,7 @@ fn tcp(mut section: Section<'_>) -> TcpOptions {
 fn keepalive(tcp: &mut Section<'_>) -> Option<Keepalive> {
     let default = Keepalive { idle: 2 * MINUTE, interval: 30 * SECOND, probes: 4 };
     let Some(item) = tcp.item("keepalive") else { return Some(default) };
-    if item.value.as_str() == Some("off") || item.value.as_bool() == Some(false) {
+    if item.is_off() {
         return None;
     }
     if !item.value.is_mapping() {
@@ -102,8 +106,22 @@ fn access_log(mut section: Section<'_>) -> AccessLog {
 fn api(mut section: Section<'_>) -> Api {
     let default = SocketAddr::from(([127, 0, 0, 1], 8001));
     let listen = section.item("listen").and_then(|item| address(&item)).unwrap_or(default);
+    let token_file = section.item("token_file").and_then(|item| item.text()).map(PathBuf::from);
+    let allowed_hosts = section.item("allowed_hosts").map_or(Vec::new(), |item| {
+        let hosts = item.list();
+        hosts.iter().filter_map(host).collect()
+    });
     section.finish();
-    Api { listen }
+    Api { listen, token_file, allowed_hosts }
+}
+
+/// A name as it stands in the header `host`, without the port.
+fn host(item: &Item<'_>) -> Option<String> {
+    let name = item.text()?;
+    if name.is_empty() || name.contains([':', '/', ' ', '*']) {
+        item.fault(format_args!("{name:?} is not the name of a host, like balancer.example: give it without a port"));
+    }
+    Some(name)
 }
 
 fn docker(mut section: Section<'_>) -> Docker {
@@ -150,9 +168,24 @@ fn listener(mut section: Section<'_>, pools: &[Pool]) -> Listener {
         pool: pool.unwrap_or_default(),
         answer_status: section.truth("answer_status", false),
         backlog: narrow(section.integer("backlog", 1..=65_535, 4096)),
+        max_connections: section.auto_or_integer("max_connections", 1..=1_000_000),
+        per_source: per_source(section.section("per_source")),
     };
     section.finish();
     listener
+}
+
+fn per_source(mut section: Section<'_>) -> PerSource {
+    let max_connections = section.off_or_integer("max_connections", 1..=1_000_000).map(narrow);
+    let rate = section.off_or_integer("rate", 1..=1_000_000).map(narrow);
+    let burst = section.item("burst");
+    if let Some(item) = burst.as_ref().filter(|_| rate.is_none()) {
+        item.fault("is only for a rate: give rate too, or leave burst out");
+    }
+    // A second's worth, where nothing is said.
+    let burst = burst.and_then(|item| item.integer(&(1..=1_000_000))).map_or(rate.unwrap_or(1), narrow);
+    section.finish();
+    PerSource { max_connections, rate, burst }
 }
 
 fn address(item: &Item<'_>) -> Option<SocketAddr> {

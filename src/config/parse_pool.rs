@@ -1,21 +1,16 @@
 //! The keys of a pool: ranges and defaults.
 
-use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use super::parse_provider;
-use super::reader::{DAY, HOUR, MINUTE, MS, SECOND, Section, name, narrow};
-use super::{Connect, HealthCheck, Pool, Provider, Timeouts};
-use crate::label_enum;
+use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, name, narrow};
+use super::{Connect, Ejection, Pool, Provider, Timeouts, parse_check, parse_provider};
+use crate::control::ejection;
+use crate::control::publisher::OnDown;
 use crate::proxy::key::KeyKind;
 use crate::ring::Parameters;
 
 /// Points of one ring: 50 MB of memory and a third of a second to build.
 const MOST_POINTS: u64 = 1 << 22;
-
-label_enum! {
-    enum CheckKind { Tcp => "tcp", Http => "http", None => "none", }
-}
 
 pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let name = name(&mut section);
@@ -23,12 +18,6 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let ring = ring(section.section("ring"));
     let provider = section.required("provider", parse_provider::KINDS);
     let provider = provider.map_or(Provider::Static(Vec::new()), |item| parse_provider::provider(item.section()));
-    let points = points(&provider, ring);
-    if points > MOST_POINTS {
-        section.fault(format_args!(
-            "its ring would have {points} points, and {MOST_POINTS} is the most: take fewer virtual_nodes, backends or weight"
-        ));
-    }
     let mut connect = section.section("connect");
     let connect = {
         let settings = Connect {
@@ -43,14 +32,64 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         let settings = Timeouts {
             idle: timeouts.duration("idle", 100 * MS..=30 * DAY, 10 * MINUTE),
             half_closed: timeouts.duration("half_closed", 100 * MS..=30 * DAY, MINUTE),
+            max_connection_age: timeouts.off_or_duration("max_connection_age", SECOND..=30 * DAY, None),
         };
         timeouts.finish();
         settings
     };
-    let health_check = health_check(section.section("health_check"));
-    let drain = section.duration("drain", Duration::ZERO..=DAY, 30 * SECOND);
+    let pool = Pool {
+        name,
+        key,
+        ring,
+        provider,
+        connect,
+        timeouts,
+        health_check: parse_check::health_check(section.section("health_check")),
+        ejection: ejection(&mut section),
+        panic_threshold: narrow(section.integer("panic_threshold", 0..=100, 50)),
+        on_down: section.choice("on_down", OnDown::Keep),
+        slow_start: section.duration("slow_start", Duration::ZERO..=HOUR, Duration::ZERO),
+        max_connections_per_backend: section.off_or_integer("max_connections_per_backend", 1..=1_000_000).map(narrow),
+        drain: section.duration("drain", Duration::ZERO..=DAY, 30 * SECOND),
+    };
+    if let Some(problem) = pool.too_many_points() {
+        section.fault(problem);
+    }
     section.finish();
-    Pool { name, key, ring, provider, connect, timeouts, health_check, drain }
+    pool
+}
+
+impl Pool {
+    /// Why its ring would be too large, if it would be.
+    pub fn too_many_points(&self) -> Option<String> {
+        let points = points(&self.provider, self.ring);
+        (points > MOST_POINTS).then(|| {
+            format!(
+                "its ring would have {points} points, and {MOST_POINTS} is the most: take fewer virtual_nodes, backends or weight"
+            )
+        })
+    }
+}
+
+fn ejection(pool: &mut Section<'_>) -> Option<Ejection> {
+    let item = pool.item("ejection");
+    if item.as_ref().is_some_and(Item::is_off) {
+        return None;
+    }
+    let mut section = item.map_or_else(|| pool.empty("ejection"), Item::section);
+    let ejection = Ejection {
+        after: narrow(section.integer("after", 1..=1000, 5)),
+        settings: ejection::Settings {
+            base: section.duration("base", MS..=HOUR, 30 * SECOND),
+            max: section.duration("max", MS..=DAY, 5 * MINUTE),
+            max_share: narrow(section.integer("max_share", 1..=100, 50)),
+        },
+    };
+    if ejection.settings.max < ejection.settings.base {
+        section.fault("max is shorter than base: make it at least as long");
+    }
+    section.finish();
+    Some(ejection)
 }
 
 fn ring(mut section: Section<'_>) -> Parameters {
@@ -69,32 +108,4 @@ fn points(provider: &Provider, ring: Parameters) -> u64 {
         Provider::Process(_) | Provider::Containers(_) | Provider::Discover(_) => provider.backends() as u64,
     };
     weight * u64::from(ring.virtual_nodes)
-}
-
-fn health_check(mut section: Section<'_>) -> Option<HealthCheck> {
-    let kind = section.choice("kind", CheckKind::Tcp);
-    let path = section.item("path");
-    if let Some(item) = path.as_ref().filter(|_| kind != CheckKind::Http) {
-        item.fault("is only for `kind: http`: set that kind, or leave the path out");
-    }
-    let path = path.and_then(|item| {
-        let path = item.text()?;
-        let is_path = path.starts_with('/') && path.parse::<hyper::Uri>().is_ok();
-        if !is_path {
-            item.fault(format_args!("{path:?} is not a path like /heartbeat"));
-        }
-        is_path.then_some(path)
-    });
-    let interval = section.duration("interval", 10 * MS..=HOUR, 2 * SECOND);
-    let timeout = section.duration("timeout", MS..=HOUR, SECOND);
-    let counts: RangeInclusive<u64> = 1..=100;
-    let rise = narrow(section.integer("rise", counts.clone(), 2));
-    let fall = narrow(section.integer("fall", counts, 3));
-    section.finish();
-    let http_path = match kind {
-        CheckKind::None => return None,
-        CheckKind::Tcp => None,
-        CheckKind::Http => Some(path.unwrap_or_else(|| "/".to_owned())),
-    };
-    Some(HealthCheck { http_path, interval, timeout, rise, fall })
 }

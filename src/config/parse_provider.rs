@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, narrow, show};
 use super::{Containers, Discover, Process, Provider, Restart, StaticBackend};
 use crate::control::docker::label;
+use crate::control::provider::Listed;
 use crate::control::supervisor::docker::{Pull, Spec};
 
 /// The engine refuses less memory than this for a container.
@@ -253,7 +254,7 @@ fn restart(mut section: Section<'_>) -> Restart {
         stable_after: section.duration("stable_after", MS..=DAY, MINUTE),
         crash_loop_after: narrow(section.integer("crash_loop_after", 1..=1000, 5)),
         start_grace: section.duration("start_grace", Duration::ZERO..=DAY, MINUTE),
-        replace_after: replace_after(&mut section),
+        replace_after: section.off_or_duration("replace_after", SECOND..=DAY, Some(30 * SECOND)),
     };
     if restart.max_backoff < restart.backoff {
         section.fault("max_backoff is shorter than backoff: make it at least as long");
@@ -262,32 +263,9 @@ fn restart(mut section: Section<'_>) -> Restart {
     restart
 }
 
-fn replace_after(section: &mut Section<'_>) -> Option<Duration> {
-    let default = 30 * SECOND;
-    let Some(item) = section.item("replace_after") else { return Some(default) };
-    // YAML 1.1 takes a bare `off` for false.
-    if item.value.as_str() == Some("off") || item.value.as_bool() == Some(false) {
-        return None;
-    }
-    let is_duration = item.value.as_str().is_some_and(|text| humantime::parse_duration(text).is_ok());
-    if !is_duration {
-        item.fault(format_args!("{} is neither off nor a duration like 30s", show(item.value)));
-        return Some(default);
-    }
-    Some(item.duration(&(SECOND..=DAY)).unwrap_or(default))
-}
-
 fn host_and_port(item: &Item<'_>) -> Option<(String, u16)> {
     let text = item.value.as_str().unwrap_or_default();
-    let parts = text.rsplit_once(':').and_then(|(host, port)| {
-        let port = port.parse().ok().filter(|&port: &u16| port > 0)?;
-        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
-        let is_fine = match bare {
-            Some(ip) => ip.parse::<std::net::Ipv6Addr>().is_ok(),
-            None => !host.is_empty() && !host.contains([':', '[', ']', '/', ' ']),
-        };
-        is_fine.then(|| (bare.unwrap_or(host).to_owned(), port))
-    });
+    let parts = Listed::host_and_port(text);
     if parts.is_none() {
         item.fault(format_args!(
             "{} is not host:port: write it like 10.0.0.5:6379, [::1]:6379 or db.local:5432",

@@ -63,6 +63,11 @@ impl<'a> Item<'a> {
         Item { value, path: join(&self.path, key), faults: self.faults.clone() }
     }
 
+    /// `off`, which YAML 1.1 takes for false where it is bare.
+    pub(super) fn is_off(&self) -> bool {
+        self.value.as_str() == Some("off") || self.value.as_bool() == Some(false)
+    }
+
     pub(super) fn list(&self) -> Vec<Item<'a>> {
         let Some(list) = self.value.as_sequence() else {
             self.fault(format_args!("{} is not a list", show(self.value)));
@@ -159,11 +164,15 @@ impl<'a> Section<'a> {
 
     /// A section within this one; empty where the key is missing.
     pub(super) fn section(&mut self, key: &'static str) -> Section<'a> {
-        let path = join(&self.path, key);
         match self.item(key) {
             Some(item) => item.section(),
-            None => Section { map: None, path, faults: self.faults.clone(), known: Vec::new() },
+            None => self.empty(key),
         }
+    }
+
+    /// What stands for a section that is not there.
+    pub(super) fn empty(&self, key: &str) -> Section<'a> {
+        Section { map: None, path: join(&self.path, key), faults: self.faults.clone(), known: Vec::new() }
     }
 
     pub(super) fn integer(&mut self, key: &'static str, range: RangeInclusive<u64>, default: u64) -> u64 {
@@ -182,6 +191,39 @@ impl<'a> Section<'a> {
             item.fault(format_args!("{} is neither auto nor a whole number from {least} to {most}", show(item.value)));
         }
         number.and_then(|number| usize::try_from(number).ok())
+    }
+
+    /// A number, or `off` for `None`, which is the default.
+    pub(super) fn off_or_integer(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
+        let item = self.item(key)?;
+        if item.is_off() {
+            return None;
+        }
+        let number = item.value.as_u64().filter(|number| range.contains(number));
+        if number.is_none() {
+            let (least, most) = (range.start(), range.end());
+            item.fault(format_args!("{} is neither off nor a whole number from {least} to {most}", show(item.value)));
+        }
+        number
+    }
+
+    /// A duration, or `off` for `None`.
+    pub(super) fn off_or_duration(
+        &mut self,
+        key: &'static str,
+        range: RangeInclusive<Duration>,
+        default: Option<Duration>,
+    ) -> Option<Duration> {
+        let Some(item) = self.item(key) else { return default };
+        if item.is_off() {
+            return None;
+        }
+        let is_duration = item.value.as_str().is_some_and(|text| humantime::parse_duration(text).is_ok());
+        if !is_duration {
+            item.fault(format_args!("{} is neither off nor a duration like 30s", show(item.value)));
+            return default;
+        }
+        item.duration(&range).or(default)
     }
 
     pub(super) fn truth(&mut self, key: &'static str, default: bool) -> bool {

@@ -3,8 +3,8 @@
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use serde::Serialize;
@@ -26,12 +26,15 @@ label_enum! {
 const QUEUED_LINES: usize = 16_384;
 
 /// The log. Clones share one writer.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct AccessLog {
-    format: Format,
+    is_json: Arc<AtomicBool>,
+    file: Arc<Mutex<File>>,
     writer: NonBlocking,
     lost: LostLines,
 }
+
+type File = Box<dyn io::Write + Send>;
 
 /// Counts lines that did not get into the log.
 #[derive(Debug, Clone)]
@@ -49,13 +52,13 @@ impl LostLines {
 
 /// The file, on the writer's own thread. A line that it does not take is counted, and told once.
 struct Sink {
-    file: Box<dyn io::Write + Send>,
+    file: Arc<Mutex<File>>,
     not_written: Arc<AtomicU64>,
 }
 
 impl io::Write for Sink {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if let Err(error) = self.file.write_all(line) {
+        if let Err(error) = lock(&self.file).write_all(line) {
             let before = self.not_written.fetch_add(1, Ordering::Relaxed);
             if before == 0 {
                 tracing::error!(%error, "cannot write to the access log; lines are lost, and counted");
@@ -66,8 +69,14 @@ impl io::Write for Sink {
 
     fn flush(&mut self) -> io::Result<()> {
         // What a flush loses has been counted when it was written, or is beyond counting.
-        let _ = self.file.flush();
+        let _ = lock(&self.file).flush();
         Ok(())
+    }
+}
+
+impl std::fmt::Debug for AccessLog {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("AccessLog")
     }
 }
 
@@ -78,17 +87,25 @@ impl AccessLog {
     /// # Errors
     /// When the file cannot be opened for appending.
     pub fn open(path: &Path, format: Format) -> io::Result<(Self, WorkerGuard)> {
-        let file: Box<dyn io::Write + Send> = match path.to_str() {
-            Some("stdout") => Box::new(io::stdout()),
-            Some("stderr") => Box::new(io::stderr()),
-            _ => Box::new(std::fs::OpenOptions::new().create(true).append(true).open(path)?),
-        };
+        let file = Arc::new(Mutex::new(open(path)?));
         let not_written = Arc::new(AtomicU64::new(0));
-        let sink = Sink { file, not_written: Arc::clone(&not_written) };
+        let sink = Sink { file: Arc::clone(&file), not_written: Arc::clone(&not_written) };
         let (writer, guard) =
             NonBlockingBuilder::default().buffered_lines_limit(QUEUED_LINES).thread_name("access-log").finish(sink);
         let lost = LostLines { queue_full: writer.error_counter(), not_written };
-        Ok((Self { format, writer, lost }, guard))
+        let is_json = Arc::new(AtomicBool::new(format == Format::Json));
+        Ok((Self { is_json, file, writer, lost }, guard))
+    }
+
+    /// Opens the log anew, for a log that was rotated or is to be written elsewhere. Nothing is lost meanwhile.
+    ///
+    /// # Errors
+    /// When the file cannot be opened for appending; then the old one is written on.
+    pub fn reopen(&self, path: &Path, format: Format) -> io::Result<()> {
+        let file = open(path)?;
+        *lock(&self.file) = file;
+        self.is_json.store(format == Format::Json, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Counts the lines that did not get into it.
@@ -97,13 +114,22 @@ impl AccessLog {
     }
 
     pub(super) fn write(&self, line: &Line<'_>) {
-        let text = match self.format {
-            Format::Text => line.text(),
-            Format::Json => line.json(),
-        };
+        let text = if self.is_json.load(Ordering::Relaxed) { line.json() } else { line.text() };
         // Never fails: what does not fit in the queue is dropped and counted.
         let _ = self.writer.clone().write_all(text.as_bytes());
     }
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    Ok(match path.to_str() {
+        Some("stdout") => Box::new(io::stdout()),
+        Some("stderr") => Box::new(io::stderr()),
+        _ => Box::new(std::fs::OpenOptions::new().create(true).append(true).open(path)?),
+    })
+}
+
+fn lock(file: &Mutex<File>) -> MutexGuard<'_, File> {
+    file.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What is known of a connection when it ends.

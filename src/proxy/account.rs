@@ -8,9 +8,10 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::access_log::Line;
+use super::key::{Key, KeyKind};
 use super::lane::{Lane, Progress, Traffic};
 use super::stats::{End, Refusal};
-use crate::backend::Backend;
+use crate::backend::{Backend, Place};
 use crate::labels::Label as _;
 
 /// How a connection came out.
@@ -47,13 +48,14 @@ struct Served {
     connected_after: Duration,
     slot: usize,
     progress: Rc<Progress>,
+    _place: Place,
 }
 
 impl Account {
     /// Counts a connection that was accepted.
     pub(super) fn open(lane: &Rc<Lane>, client: SocketAddr) -> Self {
-        lane.stats.accepted.fetch_add(1, Ordering::Relaxed);
-        lane.stats.active.fetch_add(1, Ordering::Relaxed);
+        lane.serving.stats.accepted.fetch_add(1, Ordering::Relaxed);
+        lane.serving.stats.active.fetch_add(1, Ordering::Relaxed);
         lane.worker.stats.connections.fetch_add(1, Ordering::Relaxed);
         Self {
             lane: Rc::clone(lane),
@@ -65,15 +67,17 @@ impl Account {
     }
 
     /// Counts the connection for its backend, and shows it to the sweep.
-    pub(super) fn serve(&mut self, backend: &Backend, address: SocketAddr) -> Rc<Progress> {
+    pub(super) fn serve(&mut self, backend: &Backend, address: SocketAddr, place: Place) -> Rc<Progress> {
         backend.live.total.fetch_add(1, Ordering::Relaxed);
-        backend.live.active.fetch_add(1, Ordering::Relaxed);
+        let now = self.lane.worker.clock.get();
         let progress = Rc::new(Progress {
             lane: Rc::clone(&self.lane),
             backend: Arc::clone(&backend.live),
             from_client: Traffic::default(),
             to_client: Traffic::default(),
-            last_active: Cell::new(self.lane.worker.clock.get()),
+            last_active: Cell::new(now),
+            expires: expiry(self.lane.serving.route.max_age, self.client, now),
+            era: place.era(),
             half_closed: Cell::new(false),
             blocked: Cell::new(false),
             inspect: Cell::new(false),
@@ -87,6 +91,7 @@ impl Account {
             connected_after: self.opened.elapsed(),
             slot,
             progress: Rc::clone(&progress),
+            _place: place,
         });
         progress
     }
@@ -104,12 +109,11 @@ impl Drop for Account {
         if let Some(served) = &self.served {
             lane.worker.open.borrow_mut().try_remove(served.slot);
             served.progress.report();
-            served.progress.backend.active.fetch_sub(1, Ordering::Relaxed);
         }
-        if let Some(log) = &lane.worker.access_log {
+        if let Some(log) = &lane.serving.access_log {
             log.write(&Line {
-                listener: &lane.name,
-                pool: &lane.route.pool,
+                listener: &lane.serving.name,
+                pool: &lane.serving.route.pool,
                 client: self.client,
                 backend: self.served.as_ref().map(|served| (&*served.id, served.address)),
                 outcome: self.outcome.as_str(),
@@ -119,12 +123,20 @@ impl Drop for Account {
                 duration,
             });
         }
-        lane.connection_seconds.record(duration.as_secs_f64());
+        lane.serving.connection_seconds.record(duration.as_secs_f64());
         match self.outcome {
-            Outcome::Ended(end) => lane.stats.ended.count(end),
-            Outcome::Refused(refusal) => lane.stats.refused.count(refusal),
+            Outcome::Ended(end) => lane.serving.stats.ended.count(end),
+            Outcome::Refused(refusal) => lane.serving.stats.refused.count(refusal),
         }
         lane.worker.stats.connections.fetch_sub(1, Ordering::Relaxed);
-        lane.stats.active.fetch_sub(1, Ordering::Relaxed);
+        lane.serving.stats.active.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// When a connection is too old: up to a tenth sooner than `max_age` from now, so that those that began together do not
+/// end together.
+fn expiry(max_age: Option<Duration>, client: SocketAddr, now: Duration) -> Option<Duration> {
+    let max_age = max_age?;
+    let jitter = u32::from(seahash::hash(Key::of(KeyKind::Source, client).as_bytes()).to_le_bytes()[0]);
+    Some(now + max_age.saturating_sub(max_age / 10 * jitter / 255))
 }

@@ -4,9 +4,9 @@ use std::io;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
+use super::limit::Permit;
 use super::socket::end_cleanly;
 use super::{Intercept, Intercepted};
 
@@ -24,27 +24,28 @@ const LONGEST: usize = 64;
 #[derive(Debug)]
 pub(super) enum Admission {
     /// On to a backend.
-    Relay(TcpStream, OwnedSemaphorePermit),
+    Relay(TcpStream),
     /// It was taken over.
     HandedOver,
     /// The client broke it off.
     Broken,
 }
 
-/// Hands the connection over where its first bytes say so.
-pub(super) async fn admit(client: TcpStream, permit: OwnedSemaphorePermit, intercept: Option<&Intercept>) -> Admission {
-    let Some(intercept) = intercept else { return Admission::Relay(client, permit) };
+/// Hands the connection over where its first bytes say so, with its permit. That stays with who has it else, because an
+/// `async fn` keeps twice what it gives away and gets back, in every idle connection.
+pub(super) async fn admit(client: TcpStream, permit: &mut Option<Permit>, intercept: Option<&Intercept>) -> Admission {
+    let Some(intercept) = intercept else { return Admission::Relay(client) };
     let wanted = Instant::now() + FIRST_BYTES;
     match tokio::time::timeout_at(wanted, begins_with(&client, intercept.first_bytes)).await {
         Ok(Ok(true)) => {}
         // Other bytes, or none in time.
-        Ok(Ok(false)) | Err(_) => return Admission::Relay(client, permit),
+        Ok(Ok(false)) | Err(_) => return Admission::Relay(client),
         // A socket tells of a reset once: the relay would take it for a clean end.
         Ok(Err(_)) => return Admission::Broken,
     }
-    let Ok(place) = intercept.taker.try_reserve() else { return Admission::Relay(client, permit) };
+    let Ok(place) = intercept.taker.try_reserve() else { return Admission::Relay(client) };
     end_cleanly(&client);
-    if let Ok(stream) = client.into_std() {
+    if let (Ok(stream), Some(permit)) = (client.into_std(), permit.take()) {
         place.send(Intercepted { stream, permit });
     }
     Admission::HandedOver

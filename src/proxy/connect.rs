@@ -3,6 +3,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use tokio::net::{TcpSocket, TcpStream};
 use super::Route;
 use super::socket::TcpOptions;
 use super::stats::Refusal;
-use crate::backend::{Backend, ConnectFailure};
+use crate::backend::{Backend, ConnectFailure, Failing, Place};
 use crate::labels::Label as _;
 
 /// Pause before another try for a descriptor, and how many there are: a second in all.
@@ -27,11 +28,14 @@ pub struct Connected<'a> {
     pub backend: &'a Backend,
     /// Where it answered.
     pub address: SocketAddr,
+    /// The connection's place there.
+    pub place: Place,
     /// The connection.
     pub stream: TcpStream,
 }
 
-/// Tries the candidates in their order, at most `connect_attempts` of them. Counts each try for its backend.
+/// Tries the candidates in their order, at most `connect_attempts` of them. Counts each try for its backend. One that is
+/// full is walked past, which is no try.
 ///
 /// # Errors
 /// When none answers.
@@ -41,13 +45,27 @@ pub async fn connect<'a>(
     tcp: &TcpOptions,
 ) -> Result<Connected<'a>, Refusal> {
     let mut refusal = Refusal::NoBackend;
-    for (backend, address) in candidates.take(route.connect_attempts) {
+    let mut left = route.connect_attempts;
+    for (backend, address) in candidates {
+        if left == 0 {
+            break;
+        }
+        let Some(place) = Place::take(&backend.live, route.most_per_backend) else {
+            route.stats.walked_past_full.fetch_add(1, Ordering::Relaxed);
+            refusal = if refusal == Refusal::NoBackend { Refusal::BackendsFull } else { refusal };
+            continue;
+        };
+        left -= 1;
         backend.live.attempts.fetch_add(1, Ordering::Relaxed);
         let began = Instant::now();
         let failure = match attempt(address, route.connect_timeout, tcp).await {
             Ok(stream) => {
                 route.connect_seconds.record(began.elapsed().as_secs_f64());
-                return Ok(Connected { backend, address, stream });
+                // Written only where it changes: the line is shared by all workers.
+                if backend.live.failed_in_a_row.load(Ordering::Relaxed) > 0 {
+                    backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
+                }
+                return Ok(Connected { backend, address, place, stream });
             }
             Err(error) => {
                 let failure = ConnectFailure::of(&error);
@@ -56,6 +74,9 @@ pub async fn connect<'a>(
             }
         };
         backend.live.failures.count(failure);
+        if !failure.is_ours() {
+            report(backend, route);
+        }
         if failure == ConnectFailure::NoDescriptors {
             // No other backend would be any better.
             return Err(Refusal::NoDescriptors);
@@ -63,6 +84,15 @@ pub async fn connect<'a>(
         refusal = Refusal::ConnectFailed;
     }
     Err(refusal)
+}
+
+/// Tells of every so many failures in a row.
+fn report(backend: &Backend, route: &Route) {
+    let in_a_row = backend.live.failed_in_a_row.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
+    if let Some(reports) = route.failing.as_ref().filter(|reports| in_a_row.is_multiple_of(reports.after)) {
+        let failing = Failing { backend: Arc::clone(&backend.id), incarnation: backend.incarnation };
+        let _ = reports.to.try_send(failing);
+    }
 }
 
 async fn attempt(address: SocketAddr, timeout: Duration, tcp: &TcpOptions) -> io::Result<TcpStream> {

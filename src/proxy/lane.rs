@@ -7,15 +7,12 @@ use std::sync::atomic::Ordering;
 use std::task::Waker;
 use std::time::Duration;
 
-use ::metrics::Histogram;
 use slab::Slab;
 
-use super::access_log::AccessLog;
+use super::Serving;
 use super::pipe::PipePool;
 use super::remainders::Remainders;
-use super::socket::TcpOptions;
-use super::stats::{End, ListenerStats, WorkerStats};
-use super::{Intercept, Route};
+use super::stats::{End, WorkerStats};
 use crate::backend::{Live, Moved};
 use crate::table::{Table, TableReader};
 
@@ -23,8 +20,6 @@ use crate::table::{Table, TableReader};
 #[derive(Debug)]
 pub(super) struct Worker {
     pub(super) stats: Arc<WorkerStats>,
-    pub(super) tcp: TcpOptions,
-    pub(super) access_log: Option<AccessLog>,
     pub(super) scratch: RefCell<Box<[u8]>>,
     pub(super) remainders: RefCell<Remainders>,
     pub(super) pipes: RefCell<PipePool>,
@@ -32,6 +27,8 @@ pub(super) struct Worker {
     pub(super) open: RefCell<Slab<Rc<Progress>>>,
     /// Time since the worker's start as of the last sweep: coarse, and free to read.
     pub(super) clock: Cell<Duration>,
+    /// Time between sweeps: what the shortest timeout of any listener needs.
+    pub(super) tick: Cell<Duration>,
     /// Whether streams may be spliced at all.
     pub(super) splices: bool,
 }
@@ -39,11 +36,7 @@ pub(super) struct Worker {
 /// A listener as one worker sees it.
 #[derive(Debug)]
 pub(super) struct Lane {
-    pub(super) name: Arc<str>,
-    pub(super) route: Route,
-    pub(super) stats: Arc<ListenerStats>,
-    pub(super) intercept: Option<Intercept>,
-    pub(super) connection_seconds: Histogram,
+    pub(super) serving: Serving,
     pub(super) worker: Rc<Worker>,
     pub(super) table: RefCell<TableReader>,
 }
@@ -90,6 +83,10 @@ pub(super) struct Progress {
     pub(super) to_client: Traffic,
     /// The worker's clock when bytes last moved, or a stream last ended.
     pub(super) last_active: Cell<Duration>,
+    /// By the worker's clock, when it is too old.
+    pub(super) expires: Option<Duration>,
+    /// Orders to end the backend's connections that were given after this are for this one too.
+    pub(super) era: u64,
     /// One side has ended its stream.
     pub(super) half_closed: Cell<bool>,
     /// Bytes wait for a side that does not take them.

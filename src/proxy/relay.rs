@@ -151,7 +151,7 @@ impl Drop for Relay {
         let worker = &self.progress.lane.worker;
         self.up.release(worker);
         self.down.release(worker);
-        let gave_up = matches!(self.end, End::IdleTimeout | End::HalfClosedTimeout | End::Shutdown);
+        let gave_up = self.end.is_by_ringway();
         let is_whole = |direction: &Direction| self.end == End::Finished || gave_up && direction.has_ended();
         if !is_whole(&self.up) {
             reset_on_close(&self.backend);

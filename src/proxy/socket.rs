@@ -8,7 +8,7 @@ use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
 /// TCP options of both sides of a connection. `TCP_NODELAY` is always on: the relay writes what it has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TcpOptions {
     /// Probes of a silent peer; `None` leaves them off.
     pub keepalive: Option<Keepalive>,
@@ -86,6 +86,32 @@ pub fn listen(
     Ok(sockets)
 }
 
+/// Takes listening sockets that somebody else has bound, for each of `count` workers one at least. Workers share where
+/// there are fewer: siblings of their own would keep connections that are lost with them.
+///
+/// # Errors
+/// The system's.
+pub fn adopt(
+    mut sockets: Vec<TcpListener>,
+    count: usize,
+    backlog: i32,
+    options: &TcpOptions,
+    unserved: Unserved,
+) -> io::Result<Vec<TcpListener>> {
+    for socket in &sockets {
+        socket.set_nonblocking(true)?;
+        let socket = SockRef::from(socket);
+        reset(&socket, options)?;
+        socket.set_linger((unserved == Unserved::Reset).then_some(Duration::ZERO))?;
+        socket.listen(backlog)?;
+    }
+    let own = sockets.len().max(1);
+    for n in sockets.len()..count {
+        sockets.push(sockets[n % own].try_clone()?);
+    }
+    Ok(sockets)
+}
+
 fn unbound(address: SocketAddr, options: &TcpOptions, unserved: Unserved) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
@@ -101,6 +127,29 @@ fn unbound(address: SocketAddr, options: &TcpOptions, unserved: Unserved) -> io:
         socket.set_linger(Some(Duration::ZERO))?;
     }
     Ok(socket)
+}
+
+/// Gives a listening socket other options, for the connections that it accepts from now on. Probes that were on cannot be
+/// told apart from the system's own settings, so they are only switched off as a whole.
+///
+/// # Errors
+/// The system's, as from `setsockopt` and `listen`.
+pub(super) fn reconfigure(socket: &tokio::net::TcpListener, options: &TcpOptions, backlog: u16) -> io::Result<()> {
+    let socket = SockRef::from(socket);
+    reset(&socket, options)?;
+    // On a socket that listens already this changes the length of its queue.
+    socket.listen(backlog.into())
+}
+
+/// Sets options on a socket that may have had others.
+fn reset(socket: &SockRef<'_>, options: &TcpOptions) -> io::Result<()> {
+    if options.keepalive.is_none() {
+        socket.set_keepalive(false)?;
+    }
+    if options.user_timeout.is_zero() {
+        socket.set_tcp_user_timeout(None)?;
+    }
+    options.apply(socket)
 }
 
 /// Makes closing the socket send what is queued and then FIN. Until then a client's socket sends RST

@@ -24,6 +24,12 @@ label_enum! {
         HalfClosedTimeout => "half_closed_timeout",
         /// Ringway stopped and the pool's `drain` had passed.
         Shutdown => "shutdown",
+        /// The backend was drained, and the drain had reached its deadline.
+        DrainDeadline => "drain_deadline",
+        /// The backend went down, and its pool says `on_down: reset`.
+        BackendDown => "backend_down",
+        /// It was as old as the pool's `max_connection_age` allows.
+        MaxAge => "max_connection_age",
         /// Answered by Ringway itself (`answer_status`).
         Answered => "answered",
         /// Our fault: the system had no memory for it.
@@ -33,13 +39,34 @@ label_enum! {
     }
 }
 
+impl End {
+    /// Whether Ringway itself ended the connection, whatever its sides wanted.
+    pub fn is_by_ringway(self) -> bool {
+        matches!(
+            self,
+            Self::IdleTimeout
+                | Self::HalfClosedTimeout
+                | Self::Shutdown
+                | Self::DrainDeadline
+                | Self::BackendDown
+                | Self::MaxAge
+        )
+    }
+}
+
 label_enum! {
     /// Why a connection that was accepted was not served; the client got a reset.
     pub enum Refusal {
         /// The pool has no backend that may get connections.
         NoBackend => "no_backend",
+        /// Every backend that may get connections has as many as it may have.
+        BackendsFull => "backends_full",
         /// Every backend that was tried failed.
         ConnectFailed => "connect_failed",
+        /// Its source address has as many connections as it may have.
+        SourceConnections => "source_connections",
+        /// Its source address opens connections faster than it may.
+        SourceRate => "source_rate",
         /// Our fault: no file descriptor for the connection to the backend.
         NoDescriptors => "no_descriptors",
     }
@@ -74,11 +101,22 @@ pub struct ListenerStats {
     pub accept_errors: Tally<AcceptError>,
 }
 
+/// Counters of one pool, shared by all workers.
+#[derive(Debug, Default)]
+pub struct PoolStats {
+    /// Connections whose backend was picked in panic: whatever the checks said.
+    pub picked_in_panic: AtomicU64,
+    /// Times that a backend was walked past because it had as many connections as it may have.
+    pub walked_past_full: AtomicU64,
+}
+
 /// Counters of one worker.
 #[derive(Debug, Default)]
 pub struct WorkerStats {
     /// Connections that it serves at the moment.
     pub connections: AtomicU64,
+    /// Tasks of its runtime, as of its last sweep.
+    pub tasks: AtomicU64,
     /// Pipes that it holds, in use or pooled.
     pub pipes: AtomicU64,
     /// Times that a stream was copied because no pipe was to be had.

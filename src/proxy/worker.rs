@@ -1,26 +1,25 @@
 //! A worker: one thread, one runtime, its own sockets.
 
 use std::cell::{Cell, RefCell};
+use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ::metrics::Histogram;
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, LocalOptions};
-use tokio::sync::{Semaphore, mpsc};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::mpsc;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use super::accept::accept;
-use super::access_log::AccessLog;
+use super::accept::{Seat, accept};
 use super::lane::{Lane, Worker};
+use super::limit::Limit;
 use super::pipe::PipePool;
 use super::remainders::SCRATCH;
-use super::socket::TcpOptions;
-use super::stats::{ListenerStats, WorkerStats};
-use super::sweep;
-use super::{Intercept, Route, Settings};
+use super::socket::reconfigure;
+use super::stats::WorkerStats;
+use super::{ListenerId, Serving, sweep};
 
 /// After the last drain deadline, how long connections that are still connecting may take to end.
 const LEAVE: Duration = Duration::from_secs(1);
@@ -29,58 +28,21 @@ const LEAVE: Duration = Duration::from_secs(1);
 pub(super) struct Setup {
     pub(super) index: usize,
     pub(super) stats: Arc<WorkerStats>,
-    tcp: TcpOptions,
-    access_log: Option<AccessLog>,
-    max_pipes: usize,
-    lanes: Vec<LaneSetup>,
-    limit: Arc<Semaphore>,
-    stop: CancellationToken,
-    ended: mpsc::UnboundedSender<usize>,
+    pub(super) max_pipes: usize,
+    pub(super) limit: Arc<Limit>,
+    pub(super) commands: mpsc::UnboundedReceiver<Command>,
+    pub(super) stop: CancellationToken,
+    pub(super) ended: mpsc::UnboundedSender<usize>,
 }
 
-struct LaneSetup {
-    name: Arc<str>,
-    socket: std::net::TcpListener,
-    route: Route,
-    stats: Arc<ListenerStats>,
-    intercept: Option<Intercept>,
-    connection_seconds: Histogram,
-}
-
-/// Deals the settings out to the workers: to each one socket of each listener.
-pub(super) fn setups(
-    settings: Settings,
-    limit: &Arc<Semaphore>,
-    stop: &CancellationToken,
-    ended: &mpsc::UnboundedSender<usize>,
-) -> Vec<Setup> {
-    let workers = settings.workers.max(1);
-    let mut setups: Vec<_> = (0..workers)
-        .map(|index| Setup {
-            index,
-            stats: Arc::default(),
-            tcp: settings.tcp,
-            access_log: settings.access_log.clone(),
-            max_pipes: settings.max_pipes / workers + usize::from(index < settings.max_pipes % workers),
-            lanes: Vec::new(),
-            limit: Arc::clone(limit),
-            stop: stop.clone(),
-            ended: ended.clone(),
-        })
-        .collect();
-    for listener in settings.listeners {
-        for (setup, socket) in setups.iter_mut().zip(listener.sockets) {
-            setup.lanes.push(LaneSetup {
-                name: Arc::clone(&listener.name),
-                socket,
-                route: listener.route.clone(),
-                stats: Arc::clone(&listener.stats),
-                intercept: listener.intercept.clone(),
-                connection_seconds: listener.connection_seconds.clone(),
-            });
-        }
-    }
-    setups
+/// What a worker is told while it runs.
+pub(super) enum Command {
+    /// Accept on this socket.
+    Open(ListenerId, std::net::TcpListener, Serving),
+    /// Serve connections from now on like this; those that are open go on as they began.
+    Update(ListenerId, Serving),
+    /// Accept what is queued, and then no more.
+    Close(ListenerId),
 }
 
 /// The worker's thread: serves until it is told to stop and its connections have ended.
@@ -107,49 +69,100 @@ impl Drop for TellAtEnd {
     }
 }
 
-async fn serve(setup: Setup) {
+async fn serve(mut setup: Setup) {
     let worker = Rc::new(Worker {
         pipes: RefCell::new(PipePool::new(setup.max_pipes, Arc::clone(&setup.stats))),
         stats: setup.stats,
-        tcp: setup.tcp,
-        access_log: setup.access_log,
         scratch: RefCell::new(vec![0; SCRATCH].into_boxed_slice()),
         remainders: RefCell::default(),
         open: RefCell::default(),
         clock: Cell::default(),
+        tick: Cell::new(sweep::SLOWEST),
         splices: setup.max_pipes > 0,
     });
-    let (sessions, accepting) = (TaskTracker::new(), TaskTracker::new());
-    let (mut tick, mut drain) = (sweep::SLOWEST, Duration::ZERO);
-    for lane in setup.lanes {
-        tick = tick.min(sweep::tick(&lane.route));
-        drain = drain.max(lane.route.drain);
-        let listener = match TcpListener::from_std(lane.socket) {
-            Ok(listener) => listener,
-            Err(error) => {
-                tracing::error!(listener = %lane.name, %error, "cannot accept on this worker");
-                return;
-            }
+    let mut listeners =
+        Listeners { worker: Rc::clone(&worker), limit: setup.limit, seats: Vec::new(), sessions: TaskTracker::new() };
+    let accepting = TaskTracker::new();
+    let sweeping = sweep::sweep(Rc::clone(&worker), setup.stop.clone());
+    tokio::task::spawn_local(sweeping);
+    loop {
+        let command = tokio::select! {
+            biased;
+            () = setup.stop.cancelled() => break,
+            command = setup.commands.recv() => command,
         };
-        let lane = Rc::new(Lane {
-            name: lane.name,
-            table: RefCell::new(lane.route.table.reader()),
-            route: lane.route,
-            stats: lane.stats,
-            intercept: lane.intercept,
-            connection_seconds: lane.connection_seconds,
-            worker: Rc::clone(&worker),
-        });
-        let (limit, stop) = (Arc::clone(&setup.limit), setup.stop.clone());
-        let accept = accept(lane, listener, limit, sessions.clone(), stop);
-        tokio::task::spawn_local(accepting.track_future(accept));
+        let done = match command {
+            Some(Command::Open(id, socket, serving)) => listeners.open(id, socket, serving, &setup.stop).map(|loops| {
+                tokio::task::spawn_local(accepting.track_future(loops));
+            }),
+            Some(Command::Update(id, serving)) => listeners.update(id, serving),
+            Some(Command::Close(id)) => {
+                listeners.seats.retain(|(other, ..)| *other != id);
+                Ok(())
+            }
+            None => break,
+        };
+        if let Err(error) = done {
+            // Its socket would take connections that nobody serves: better to be started anew.
+            return tracing::error!(worker = setup.index, %error, "cannot serve a listener");
+        }
     }
-    tokio::task::spawn_local(sweep::sweep(Rc::clone(&worker), tick, setup.stop.clone()));
-
-    setup.stop.cancelled().await;
+    let drain = listeners.longest_drain();
+    let Listeners { seats, sessions, .. } = listeners;
+    drop(seats);
     accepting.close();
     accepting.wait().await;
     sessions.close();
     // The sweep ends what outlives its drain; the rest is bounded by its connect timeouts, or cut off here.
-    let _ = tokio::time::timeout(drain + 2 * tick + LEAVE, sessions.wait()).await;
+    let _ = tokio::time::timeout(drain + 2 * worker.tick.get() + LEAVE, sessions.wait()).await;
+}
+
+/// The listeners of a worker.
+struct Listeners {
+    worker: Rc<Worker>,
+    limit: Arc<Limit>,
+    /// Where each accepts. Dropping the guard ends that, once what is queued has been accepted.
+    seats: Vec<(ListenerId, Rc<Seat>, DropGuard)>,
+    sessions: TaskTracker,
+}
+
+impl Listeners {
+    /// The loop that accepts on the socket.
+    fn open(
+        &mut self,
+        id: ListenerId,
+        socket: std::net::TcpListener,
+        serving: Serving,
+        stop: &CancellationToken,
+    ) -> io::Result<impl Future<Output = ()> + use<>> {
+        let seat = Rc::new(Seat { socket: TcpListener::from_std(socket)?, lane: RefCell::new(self.lane(serving)) });
+        let close = stop.child_token();
+        let guard = close.clone().drop_guard();
+        self.seats.push((id, Rc::clone(&seat), guard));
+        Ok(accept(seat, Arc::clone(&self.limit), self.sessions.clone(), close))
+    }
+
+    fn update(&mut self, id: ListenerId, serving: Serving) -> io::Result<()> {
+        let lane = self.lane(serving);
+        for (_, seat, _) in self.seats.iter().filter(|(other, ..)| *other == id) {
+            reconfigure(&seat.socket, &lane.serving.tcp, lane.serving.backlog)?;
+            seat.lane.replace(Rc::clone(&lane));
+        }
+        Ok(())
+    }
+
+    fn lane(&self, serving: Serving) -> Rc<Lane> {
+        let tick = sweep::tick(&serving.route);
+        self.worker.tick.set(self.worker.tick.get().min(tick));
+        let (table, worker) = (RefCell::new(serving.route.table.reader()), Rc::clone(&self.worker));
+        Rc::new(Lane { serving, worker, table })
+    }
+
+    /// Of the connections that are open, and of those that are being made.
+    fn longest_drain(&self) -> Duration {
+        let open = self.worker.open.borrow();
+        let of_open = open.iter().map(|(_, progress)| progress.lane.serving.route.drain);
+        let of_seats = self.seats.iter().map(|(_, seat, _)| seat.lane.borrow().serving.route.drain);
+        of_open.chain(of_seats).max().unwrap_or_default()
+    }
 }

@@ -54,6 +54,17 @@ async fn as_process_1_it_obeys_signals_and_buries_orphans() {
     eventually("no zombies", || children(init).iter().all(|child| !child.1)).await;
     assert_eq!(children(init).len(), 1, "{:?}", children(init));
 
+    // An upgrade: process 1 follows it, and buries what it leaves behind.
+    kill_process(Pid::from_raw(init).unwrap(), Signal::USR2).unwrap();
+    eventually("another main process", || {
+        // The successor, and beside it the shims of its replicas, which have nobody else any more.
+        let all = children(init);
+        all.len() == 4 && !all.iter().any(|child| child.0 == main)
+    })
+    .await;
+    assert!(unshare.0.try_wait().unwrap().is_none(), "the container ended with the first process");
+    eventually("no zombies", || children(init).iter().all(|child| !child.1)).await;
+
     kill_process(Pid::from_raw(init).unwrap(), Signal::TERM).unwrap();
     let mut status = None;
     eventually("its end", || {

@@ -11,10 +11,11 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use ringway::api::State;
-use ringway::app::{App, Environment};
+use ringway::api::{State, View};
+use ringway::app::{App, Environment, Inheritance};
 use ringway::backend::{Backend, State as BackendState};
-use ringway::config::Config;
+use ringway::config::{Config, Source};
+use ringway::control::operator::{Order, Refusal, Report};
 use tokio_util::sync::CancellationToken;
 
 /// How long anything may take before a test gives up on it. Never how long it should take.
@@ -43,7 +44,7 @@ impl Ringway {
         let thread = std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
-                match App::start(config, environment()).await {
+                match App::start(config, environment(), Inheritance::default()).await {
                     Ok(app) => {
                         let _ = started.send(Ok((Arc::clone(app.state()), app.api_address())));
                         app.run(stopped.cancelled()).await.unwrap();
@@ -63,7 +64,7 @@ impl Ringway {
 
     /// The address of the first listener.
     pub(crate) fn web(&self) -> SocketAddr {
-        let mut address = self.state.listeners[0].address;
+        let mut address = self.state().listeners[0].address;
         if address.ip().is_unspecified() {
             address.set_ip([127, 0, 0, 1].into());
         }
@@ -74,8 +75,19 @@ impl Ringway {
         self.api
     }
 
-    pub(crate) fn state(&self) -> &State {
-        &self.state
+    /// Listeners and pools of this moment.
+    pub(crate) fn state(&self) -> Arc<View> {
+        self.state.view()
+    }
+
+    /// Gives an order, as the side port does.
+    pub(crate) async fn order(&self, order: Order) -> Result<Report, Refusal> {
+        soon("the order", self.state.operator().order(order)).await
+    }
+
+    /// Has the app run with this config from now on.
+    pub(crate) async fn reload(&self, yaml: &str) -> Result<Report, Refusal> {
+        self.order(Order::Reload { text: Some(yaml.to_owned()), is_dry_run: false }).await
     }
 
     /// Waits until every pool has had a healthy backend.
@@ -88,7 +100,7 @@ impl Ringway {
     pub(crate) async fn all_healthy(self) -> Self {
         eventually("all healthy", || {
             let healthy = |backend: &Backend| backend.state == BackendState::Healthy;
-            self.state.pools.iter().all(|pool| pool.table.load().backends().iter().all(healthy))
+            self.state().pools.iter().all(|pool| pool.table.load().backends().iter().all(healthy))
         })
         .await;
         self
@@ -142,6 +154,9 @@ impl Drop for Ringway {
 
 pub(crate) fn environment() -> Environment {
     Environment {
+        source: Source::BuiltIn,
+        token: None,
+        arguments: Vec::new(),
         executable: PathBuf::from(env!("CARGO_BIN_EXE_ringway")),
         replica_open_files: None,
         docker_host: None,
@@ -207,13 +222,23 @@ pub(crate) async fn get(address: SocketAddr, path: &str) -> (u16, String) {
 
 /// One request on a connection of its own.
 pub(crate) async fn http(address: SocketAddr, method: &str, path: &str, body: &[u8]) -> hyper::Response<bytes::Bytes> {
+    http_with(address, method, path, &[("host", &address.to_string())], body).await
+}
+
+/// The same with these headers, and no others.
+pub(crate) async fn http_with(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: &[u8],
+) -> hyper::Response<bytes::Bytes> {
     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let request = hyper::Request::builder()
-        .method(method)
-        .uri(path)
-        .header("host", address.to_string())
-        .body(http_body_util::Full::new(bytes::Bytes::copy_from_slice(body)))
-        .unwrap();
+    let mut request = hyper::Request::builder().method(method).uri(path);
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let request = request.body(http_body_util::Full::new(bytes::Bytes::copy_from_slice(body))).unwrap();
     soon(path, ringway::http_client::exchange(stream, request, 1 << 30)).await.unwrap()
 }
 

@@ -15,9 +15,11 @@ use super::{PATIENCE, eventually};
 /// A running `ringway`. Dropped, it is killed, and with it its replicas.
 pub(crate) struct Program {
     child: Killed,
+    /// Those that have taken over, the last one last.
+    successors: Vec<Pid>,
     log: Arc<Mutex<String>>,
     closed: Arc<AtomicBool>,
-    _config: NamedTempFile,
+    config: NamedTempFile,
 }
 
 impl Program {
@@ -54,7 +56,7 @@ impl Program {
                 log.push('\n');
             }
         });
-        let mut program = Self { child, log, closed, _config: config };
+        let mut program = Self { child, successors: Vec::new(), log, closed, config };
         eventually("the banner", || {
             assert!(program.child.0.try_wait().unwrap().is_none(), "it ended:\n{}", program.log());
             program.log().contains(" status --api ")
@@ -63,8 +65,28 @@ impl Program {
         program
     }
 
+    /// Puts another config in its file, as a whole.
+    pub(crate) fn write_config(&self, yaml: &str) {
+        std::fs::write(self.config.path(), yaml).unwrap();
+    }
+
     pub(crate) fn pid(&self) -> Pid {
         Pid::from_child(&self.child.0)
+    }
+
+    /// Has a successor take over. Its process id.
+    pub(crate) async fn upgrade(&mut self) -> Pid {
+        let answer = super::http(self.api(), "POST", "/api/upgrade", b"").await;
+        assert_eq!(answer.status(), 200, "{}\n{}", String::from_utf8_lossy(answer.body()), self.log());
+        self.follow().await
+    }
+
+    /// Finds out who has taken over. Its process id.
+    pub(crate) async fn follow(&mut self) -> Pid {
+        let pid = self.status().await["pid"].as_i64().unwrap();
+        let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+        self.successors.push(pid);
+        pid
     }
 
     pub(crate) fn log(&self) -> String {
@@ -106,9 +128,16 @@ impl Program {
             .collect()
     }
 
-    /// Waits until the side port says ready.
+    /// Waits until the side port says ready, and every slot has been tried.
     pub(crate) async fn ready(self) -> Self {
         super::eventually_async("ready", async || super::get(self.api(), "/readyz").await.0 == 200).await;
+        super::eventually_async("every slot tried", async || {
+            let status = self.status().await;
+            let pools = status["pools"].as_array().unwrap();
+            let backends = pools.iter().flat_map(|pool| pool["backends"].as_array().unwrap());
+            backends.into_iter().all(|one| one["state"] != "starting" || !one["address"].is_null())
+        })
+        .await;
         self
     }
 
@@ -139,6 +168,15 @@ impl Program {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.0.id())).unwrap();
         let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
         line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        for &successor in &self.successors {
+            // It may have ended.
+            let _ = kill_process(successor, Signal::KILL);
+        }
     }
 }
 

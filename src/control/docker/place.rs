@@ -21,7 +21,7 @@ pub(super) const COMPOSE_SERVICE: &str = "com.docker.compose.service";
 pub(super) const COMPOSE_ONEOFF: &str = "com.docker.compose.oneoff";
 
 /// What the config says of owner and network; `None` stands for `auto`.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
     /// Whose containers.
     pub owner: Option<String>,

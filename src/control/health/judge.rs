@@ -11,9 +11,9 @@ pub(super) struct Judge {
 }
 
 impl Judge {
-    /// No verdict yet: the first pass makes it healthy, `fall` failures unhealthy.
-    pub(super) fn new(rise: u32, fall: u32) -> Self {
-        Self { rise, fall, verdict: None, against: 0 }
+    /// Goes on from the verdict of before. Without one the first pass makes it healthy, `fall` failures unhealthy.
+    pub(super) fn new(rise: u32, fall: u32, verdict: Option<bool>) -> Self {
+        Self { rise, fall, verdict, against: 0 }
     }
 
     /// Healthy, unhealthy, or undecided.
@@ -44,7 +44,7 @@ mod tests {
     use super::*;
 
     fn verdicts(checks: &str) -> String {
-        let mut judge = Judge::new(2, 3);
+        let mut judge = Judge::new(2, 3, None);
         let letter = |verdict| match verdict {
             None => '?',
             Some(true) => 'H',
@@ -64,5 +64,26 @@ mod tests {
         assert_eq!(verdicts("+---++"), "HHHUUH");
         assert_eq!(verdicts("---+-++"), "??UUUUH");
         assert_eq!(verdicts("+--+--+---"), "HHHHHHHHHU");
+    }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
+
+        /// However a backend flaps: two changes take at least `rise + fall` checks.
+        #[test]
+        fn a_flapping_backend_changes_its_state_a_bounded_number_of_times(
+            checks in proptest::collection::vec(proptest::prelude::any::<bool>(), 1..2000),
+            rise in 1_u32..6,
+            fall in 1_u32..6,
+        ) {
+            let mut judge = Judge::new(rise, fall, Some(true));
+            let (mut changes, mut before) = (0, Some(true));
+            for &passed in &checks {
+                judge.observe(passed);
+                changes += usize::from(judge.verdict() != before);
+                before = judge.verdict();
+            }
+            proptest::prop_assert!(changes <= 2 * checks.len() / (rise + fall) as usize + 2, "{} changes", changes);
+        }
     }
 }

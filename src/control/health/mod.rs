@@ -15,14 +15,14 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use self::judge::Judge;
 use self::probe::Outcome;
-pub use self::probe::Probe;
+pub use self::probe::{Expect, Http, Kind, Probe};
 use super::Event;
-use crate::backend::{Backend, ConnectFailure, Live};
+use crate::backend::{Backend, Live, State};
 use crate::labels::Label as _;
 use crate::table::TableCell;
 
@@ -30,12 +30,16 @@ use crate::table::TableCell;
 const EAGER: Duration = Duration::from_millis(100);
 
 /// How a pool's backends are checked.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
     /// What one check does.
     pub probe: Probe,
     /// Between checks of one backend.
     pub interval: Duration,
+    /// The same while its checks speak against its state: news is had sooner.
+    pub fast_interval: Duration,
+    /// Most of an interval that is added to it, at random, in percent: checks do not march in step.
+    pub jitter: u8,
     /// Longest time for one check.
     pub timeout: Duration,
     /// Passes in a row that make an unhealthy backend healthy.
@@ -46,25 +50,33 @@ pub struct Settings {
     pub grace: Duration,
 }
 
-/// Checks the backends of `table` until the task is dropped.
-pub async fn check_all(table: TableCell, settings: Settings, events: mpsc::Sender<Event>) {
+/// Checks the backends of `table` until the task is dropped. With new settings all of them are checked anew.
+pub async fn check_all(table: TableCell, mut settings: watch::Receiver<Option<Settings>>, events: mpsc::Sender<Event>) {
     let mut checks: HashMap<Arc<str>, (u64, AbortOnDropHandle<()>)> = HashMap::new();
     let mut changes = table.watch();
     loop {
         let now = table.load();
+        let current = settings.borrow_and_update().clone();
         checks.retain(|id, (incarnation, _)| {
             let backend = now.backends().iter().find(|backend| backend.id == *id);
             backend.is_some_and(|backend| backend.address.is_some() && backend.incarnation == *incarnation)
         });
         for backend in now.backends() {
-            if let Some(address) = backend.address.filter(|_| !checks.contains_key(&backend.id)) {
+            let address = backend.address.filter(|_| !checks.contains_key(&backend.id));
+            if let (Some(address), Some(settings)) = (address, &current) {
                 let task = tokio::spawn(check(Subject::of(backend, address), settings.clone(), events.clone()));
                 checks.insert(Arc::clone(&backend.id), (backend.incarnation, AbortOnDropHandle::new(task)));
             }
         }
         drop(now);
-        if changes.changed().await.is_err() {
-            return;
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() {
+                return;
+            },
+            changed = settings.changed() => match changed {
+                Ok(()) => checks.clear(),
+                Err(_) => return,
+            },
         }
     }
 }
@@ -74,37 +86,39 @@ struct Subject {
     id: Arc<str>,
     incarnation: u64,
     address: SocketAddr,
+    /// What earlier checks have made of it.
+    verdict: Option<bool>,
     live: Arc<Live>,
 }
 
 impl Subject {
     fn of(backend: &Backend, address: SocketAddr) -> Self {
         let (id, live) = (Arc::clone(&backend.id), Arc::clone(&backend.live));
-        Self { id, incarnation: backend.incarnation, address, live }
+        // Where nothing was checked before, what serves is taken for well.
+        let verdict = backend.health.verdict.or_else(|| (backend.state == State::Healthy).then_some(true));
+        Self { id, incarnation: backend.incarnation, address, verdict, live }
     }
 
-    /// The interval, up to a tenth longer: backends that started together are not checked in step.
-    fn spread(&self, interval: Duration) -> Duration {
-        let tenth = u32::from(seahash::hash(self.id.as_bytes()).to_le_bytes()[0]);
-        interval + interval / 10 * tenth / 255
+    /// The interval and up to `percent` of it, another part for each backend and each check.
+    fn spread(&self, interval: Duration, percent: u8, number: u64) -> Duration {
+        let chance = u32::from(seahash::hash_seeded(self.id.as_bytes(), number, 0, 0, 0).to_le_bytes()[0]);
+        interval + interval / 100 * u32::from(percent) * chance / 255
     }
 }
 
 async fn check(subject: Subject, settings: Settings, events: mpsc::Sender<Event>) {
-    let mut judge = Judge::new(settings.rise, settings.fall);
+    let mut judge = Judge::new(settings.rise, settings.fall, subject.verdict);
     let began = Instant::now();
     let mut told = None;
-    loop {
-        let outcome = tokio::time::timeout(settings.timeout, settings.probe.run(subject.address)).await;
-        let (passed, result): (bool, Arc<str>) = match outcome {
-            Ok(Outcome::Passed) => (true, "ok".into()),
-            Ok(Outcome::Failed(what)) => (false, what),
-            Ok(Outcome::NotDone(why)) => {
+    for number in 0.. {
+        let (passed, result): (bool, Arc<str>) = match settings.probe.run(subject.address, settings.timeout).await {
+            Outcome::Passed => (true, "ok".into()),
+            Outcome::Failed(what) => (false, what),
+            Outcome::NotDone(why) => {
                 tracing::warn!(backend = %subject.id, why = why.as_str(), "cannot check");
                 tokio::time::sleep(settings.interval).await;
                 continue;
             }
-            Err(_elapsed) => (false, ConnectFailure::Timeout.as_str().into()),
         };
         let counter = if passed { &subject.live.checks_passed } else { &subject.live.checks_failed };
         counter.fetch_add(1, Ordering::Relaxed);
@@ -127,7 +141,8 @@ async fn check(subject: Subject, settings: Settings, events: mpsc::Sender<Event>
         }
         let wait = match judge.verdict() {
             None => settings.interval.min(EAGER),
-            Some(_) => subject.spread(settings.interval),
+            Some(verdict) if verdict != passed => subject.spread(settings.fast_interval, settings.jitter, number),
+            Some(_) => subject.spread(settings.interval, settings.jitter, number),
         };
         tokio::time::sleep(wait).await;
     }

@@ -1,28 +1,70 @@
 //! One health check.
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::header::{CONNECTION, HOST, USER_AGENT};
 use hyper::{Request, Uri};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::backend::ConnectFailure;
 use crate::http_client::exchange;
 use crate::labels::Label as _;
 
-/// Most of an answer that is read; what a heartbeat says does not matter.
-const BODY_LIMIT: usize = 1024 * 1024;
+/// Most of an answer that is read.
+const MOST_READ: usize = 1024 * 1024;
+
+/// How long a server may take to end its side once the check has ended ours. What it says meanwhile is read: closing a
+/// socket with unread bytes sends a reset, which servers count against the peer.
+const PARTING: Duration = Duration::from_millis(200);
 
 /// What one check does.
-#[derive(Debug, Clone)]
-pub enum Probe {
-    /// Connects and closes politely.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Probe {
+    /// What is said and expected.
+    pub kind: Kind,
+    /// Where, if not on the backend's own port.
+    pub port: Option<u16>,
+}
+
+/// What a check says, and what it expects.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Kind {
+    /// Nothing: a connection, closed politely, is enough.
     Tcp,
-    /// `GET`s this path and expects a status from 200 to 399.
-    Http(Uri),
+    /// An HTTP `GET`.
+    Http(Http),
+    /// Bytes, and bytes.
+    Expect(Expect),
+}
+
+/// An HTTP `GET` and its answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Http {
+    /// Path and query.
+    pub path: Uri,
+    /// The header `host`; `None`: the backend's address.
+    pub host: Option<String>,
+    /// Statuses that pass.
+    pub status: RangeInclusive<u16>,
+    /// Text that the body must contain.
+    pub body: Option<String>,
+}
+
+/// Bytes that are sent, and what must come back: for Redis, SMTP, SSH and the like.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Expect {
+    /// Sent at once; may be empty where the server speaks first.
+    pub send: Vec<u8>,
+    /// What the answer must begin with, or contain.
+    pub expect: Vec<u8>,
+    /// The answer must begin with it.
+    pub is_prefix: bool,
 }
 
 /// What one check came to.
@@ -37,8 +79,14 @@ pub(super) enum Outcome {
 }
 
 impl Probe {
-    /// Sets no timeout.
-    pub(super) async fn run(&self, address: SocketAddr) -> Outcome {
+    /// Checks the backend at `address`, for at most `timeout`.
+    pub(super) async fn run(&self, address: SocketAddr, timeout: Duration) -> Outcome {
+        let address = self.port.map_or(address, |port| SocketAddr::new(address.ip(), port));
+        let checked = tokio::time::timeout(timeout, self.check(address)).await;
+        checked.unwrap_or_else(|_elapsed| Outcome::Failed(ConnectFailure::Timeout.as_str().into()))
+    }
+
+    async fn check(&self, address: SocketAddr) -> Outcome {
         let stream = match TcpStream::connect(address).await {
             Ok(stream) => stream,
             Err(error) => {
@@ -50,30 +98,84 @@ impl Probe {
                 };
             }
         };
-        match self.speak(stream, address).await {
+        // A port on which nobody listens may be picked as our own source port: TCP then meets itself.
+        if stream.local_addr().ok() == Some(address) {
+            return Outcome::Failed(ConnectFailure::Refused.as_str().into());
+        }
+        let said = match &self.kind {
+            Kind::Tcp => {
+                tokio::spawn(part(stream));
+                Ok(())
+            }
+            Kind::Http(http) => http.speak(stream, address).await,
+            Kind::Expect(expect) => expect.speak(stream).await,
+        };
+        match said {
             Ok(()) => Outcome::Passed,
             Err(what) => Outcome::Failed(what),
         }
     }
+}
 
+impl Http {
     async fn speak(&self, stream: TcpStream, address: SocketAddr) -> Result<(), Arc<str>> {
-        // A port on which nobody listens may be picked as our own source port: TCP then meets itself.
-        if stream.local_addr().ok() == Some(address) {
-            return Err(ConnectFailure::Refused.as_str().into());
-        }
-        let Self::Http(path) = self else { return Ok(()) };
-        let request = Request::get(path.clone())
-            .header(HOST, address.to_string())
+        let request = Request::get(self.path.clone())
+            .header(HOST, self.host.clone().unwrap_or_else(|| address.to_string()))
             .header(USER_AGENT, concat!("ringway/", env!("CARGO_PKG_VERSION")))
             .header(CONNECTION, "close")
             .body(Full::<Bytes>::default())
             .map_err(|error| Arc::from(error.to_string()))?;
-        let answer = exchange(stream, request, BODY_LIMIT).await.map_err(|error| Arc::from(error.to_string()))?;
-        let status = answer.status();
-        if status.is_success() || status.is_redirection() {
-            Ok(())
-        } else {
-            Err(format!("status {}", status.as_u16()).into())
+        let answer = exchange(stream, request, MOST_READ).await.map_err(|error| Arc::from(error.to_string()))?;
+        let status = answer.status().as_u16();
+        if !self.status.contains(&status) {
+            return Err(format!("status {status}").into());
+        }
+        match &self.body {
+            Some(text) if !contains(answer.body(), text.as_bytes()) => Err("the body lacks the expected text".into()),
+            _ => Ok(()),
         }
     }
+}
+
+impl Expect {
+    async fn speak(&self, mut stream: TcpStream) -> Result<(), Arc<str>> {
+        let broke = |error: std::io::Error| -> Arc<str> { error.to_string().into() };
+        stream.write_all(&self.send).await.map_err(broke)?;
+        let mut answer = Vec::new();
+        loop {
+            let before = answer.len();
+            let read = stream.read_buf(&mut answer).await.map_err(broke)?;
+            let is_right = if self.is_prefix {
+                answer.starts_with(&self.expect)
+            } else {
+                // What was looked through before need not be again, but for a beginning at its end.
+                contains(&answer[before.saturating_sub(self.expect.len())..], &self.expect)
+            };
+            let can_become_right = !self.is_prefix || self.expect.starts_with(&answer);
+            if is_right {
+                tokio::spawn(part(stream));
+                return Ok(());
+            }
+            if read == 0 || answer.len() > MOST_READ || !can_become_right {
+                let begin = String::from_utf8_lossy(&answer[..answer.len().min(40)]).into_owned();
+                tokio::spawn(part(stream));
+                return Err(format!("unexpected answer {begin:?}").into());
+            }
+        }
+    }
+}
+
+fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
+    wanted.is_empty() || bytes.windows(wanted.len()).any(|window| window == wanted)
+}
+
+/// Closes politely: our end of stream, then whatever the server still says, then the socket.
+async fn part(mut stream: TcpStream) {
+    let _ = tokio::time::timeout(PARTING, async {
+        stream.shutdown().await?;
+        let mut rest = vec![0; 4096];
+        while stream.read(&mut rest).await? > 0 {}
+        std::io::Result::Ok(())
+    })
+    .await;
 }

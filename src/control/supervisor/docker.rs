@@ -11,7 +11,7 @@
 //! - [`create`]: how a container is made
 //! - [`hold`]: waits after what the engine did not do
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::plan::{Action, Policy, Slot, Why, plan};
-use super::{Ends, tell_of_stop, verdict};
+use super::{Ends, LOOK, Resting, drain, drained, joined, tell_of_stop, verdict};
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::control::docker::container::Container;
@@ -29,6 +29,7 @@ use crate::control::docker::engine::{Engine, EngineError};
 use crate::control::docker::label;
 use crate::control::docker::place::{self, Place, Wanted};
 use crate::control::docker::watch::{Freshness, Watch};
+use crate::control::provider::slots;
 use crate::labels::Label as _;
 use crate::table::{Table, TableCell};
 
@@ -49,13 +50,17 @@ const MANY_CONFLICTS: u32 = 8;
 /// How long a start or stop that is under way may go on when Ringway stops.
 const FINISH: Duration = Duration::from_secs(5);
 
-/// How a pool's replicas are run.
-#[derive(Debug, Clone)]
+/// How a pool's replicas are run. All but the pool's name and the place may change while they are.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
     /// The pool's name.
     pub pool: Arc<str>,
-    /// One replica for each.
-    pub slots: Vec<Arc<str>>,
+    /// How many; with none wanted the supervisor ends once the last has.
+    pub replicas: u32,
+    /// Weights of slots where they are not 1.
+    pub weights: BTreeMap<Arc<str>, u32>,
+    /// How long a replica's connections may go on before it is stopped because it is not wanted, or outdated.
+    pub drain: Duration,
     /// What each container is made from.
     pub spec: Spec,
     /// Whose containers, and where they are reached.
@@ -68,35 +73,51 @@ pub struct Settings {
     pub resync: Duration,
 }
 
-/// Keeps a container in every slot until `stop`. The containers go on: the next Ringway adopts them.
+/// Keeps a container in every slot until `stop`. The containers go on: the next Ringway adopts them. The settings may
+/// change meanwhile.
 pub async fn supervise(
-    settings: Settings,
+    mut settings: watch::Receiver<Settings>,
     engine: Engine,
     table: TableCell,
     events: mpsc::Sender<Event>,
     freshness: Arc<Freshness>,
+    resting: Resting,
     stop: CancellationToken,
 ) {
-    let found = place::wait_for(&engine, &settings.wanted, &settings.pool, &freshness);
-    let Some(place) = stop.run_until_cancelled(found).await else { return };
+    let Resting { mut settled, mut handovers } = resting;
+    let first = settings.borrow_and_update().clone();
+    let place = {
+        let mut found = std::pin::pin!(place::wait_for(&engine, &first.wanted, &first.pool, &freshness));
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                place = &mut found => break place,
+                Some(handover) = handovers.recv() => if handover.decide(Ok(Vec::new()), &stop).await {
+                    return;
+                },
+            }
+        }
+    };
     let poke = Arc::new(Notify::new());
     let watch = Watch {
         engine: engine.clone(),
-        pool: Arc::clone(&settings.pool),
+        pool: Arc::clone(&first.pool),
         labels: vec![
             format!("{}={}", label::OWNER, place.owner),
-            format!("{}={}", label::POOL, settings.pool),
+            format!("{}={}", label::POOL, first.pool),
             label::SLOT.to_owned(),
         ],
-        resync: settings.resync,
+        resync: first.resync,
         freshness: Arc::clone(&freshness),
         poke: Arc::clone(&poke),
     };
     let (sender, mut seen) = watch::channel(None);
     let mut watching = std::pin::pin!(watch.run(sender));
     let mut changes = table.watch();
-    let mut supervisor = Supervisor::new(settings, engine, place, events, freshness, poke);
-    while !stop.is_cancelled() {
+    let mut supervisor = Supervisor::new(first.clone(), engine, place, table.clone(), events, freshness, poke);
+    supervisor.is_settled = *settled.borrow_and_update();
+    supervisor.configure(first).await;
+    while !stop.is_cancelled() && !supervisor.is_done() {
         let wake = supervisor.carry_out().await;
         let due = tokio::time::sleep_until(wake.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600)).into());
         tokio::select! {
@@ -110,6 +131,19 @@ pub async fn supervise(
                 }
             }
             Ok(()) = changes.changed() => supervisor.judge(&table.load()),
+            Ok(()) = settings.changed() => {
+                let changed = settings.borrow_and_update().clone();
+                supervisor.configure(changed).await;
+            }
+            Ok(()) = settled.changed(), if !supervisor.is_settled => {
+                supervisor.is_settled = true;
+                let same = supervisor.settings.clone();
+                supervisor.configure(same).await;
+            }
+            // The other process adopts the containers by their labels.
+            Some(handover) = handovers.recv() => if handover.decide(Ok(Vec::new()), &stop).await {
+                return supervisor.finish().await;
+            },
             // Goes on as long as `seen` is there.
             () = &mut watching => {}
             Some(ended) = supervisor.work.join_next() => match ended {
@@ -127,11 +161,12 @@ struct Supervisor {
     engine: Engine,
     place: Place,
     maker: Arc<Maker>,
+    table: TableCell,
     events: mpsc::Sender<Event>,
     freshness: Arc<Freshness>,
     poke: Arc<Notify>,
     ends: Ends,
-    /// Those of the settings, and after them those of which only containers are left.
+    /// By number, from 1: those wanted, and after them those of which only containers are left.
     slots: Vec<Slot>,
     /// What fills a slot.
     known: HashMap<usize, Known>,
@@ -148,12 +183,16 @@ struct Supervisor {
     doubles: HashSet<Arc<str>>,
     double_holds: Holds<Arc<str>>,
     has_seen: bool,
+    /// No older Ringway has connections to what it has adopted.
+    is_settled: bool,
 }
 
 /// A running container.
 struct Known {
     id: Arc<str>,
     replica: Replica,
+    /// The digest of what it was made from.
+    spec: String,
     /// As the publisher was told.
     address: Option<SocketAddr>,
     /// As the publisher was told.
@@ -171,7 +210,7 @@ enum Work {
 /// Work on a slot that has come to an end.
 enum Done {
     /// Whether a container could be made from the settings of now.
-    Checked(Result<(), Failure>),
+    Checked(Action, Result<(), Failure>),
     Started(Result<(), Failure>),
     Stopped(Why, Result<(), EngineError>),
     /// How a container has ended.
@@ -185,12 +224,11 @@ impl Supervisor {
         settings: Settings,
         engine: Engine,
         place: Place,
+        table: TableCell,
         events: mpsc::Sender<Event>,
         freshness: Arc<Freshness>,
         poke: Arc<Notify>,
     ) -> Self {
-        let now = Instant::now();
-        let slots = settings.slots.iter().map(|name| Slot::new(Arc::clone(name), now)).collect();
         let ends = Ends::new(Arc::clone(&settings.pool), settings.policy);
         let maker = Arc::new(Maker::new(engine.clone(), &settings.pool, &place, settings.spec.clone()));
         Self {
@@ -198,11 +236,12 @@ impl Supervisor {
             engine,
             place,
             maker,
+            table,
             events,
             freshness,
             poke,
             ends,
-            slots,
+            slots: Vec::new(),
             known: HashMap::new(),
             leftovers: HashMap::new(),
             changed: HashMap::new(),
@@ -212,7 +251,58 @@ impl Supervisor {
             doubles: HashSet::new(),
             double_holds: Holds::default(),
             has_seen: false,
+            is_settled: true,
         }
+    }
+
+    /// Takes settings, the first or changed ones.
+    async fn configure(&mut self, settings: Settings) {
+        self.settings = settings;
+        self.ends.policy = self.settings.policy;
+        self.know_slots(self.settings.replicas);
+        let (pool, spec) = (&self.settings.pool, self.settings.spec.clone());
+        self.maker = Arc::new(Maker::new(self.engine.clone(), pool, &self.place, spec));
+        for (&slot, known) in &self.known {
+            let is_outdated = self.is_outdated(&known.spec);
+            self.slots[slot].outdated(is_outdated);
+        }
+        for event in joined(&self.settings.pool, self.settings.replicas, &self.settings.weights) {
+            self.send(event).await;
+        }
+        // One that was about to leave may have left before it joined again.
+        for (&slot, known) in self.known.iter().filter(|(slot, _)| **slot < self.settings.replicas as usize) {
+            let (Some(address), id) = (known.address, Arc::clone(&self.slots[slot].name)) else { continue };
+            self.send(Event::Started { id, address, replica: Some(known.replica.clone()) }).await;
+        }
+        // What runs is drained first.
+        for slot in self.slots.iter().skip(self.wanted()).filter(|slot| !slot.is_running()) {
+            self.send(Event::Left { id: Arc::clone(&slot.name) }).await;
+        }
+    }
+
+    /// How many slots are wanted at the moment. While an older Ringway may have connections, nothing is surplus.
+    fn wanted(&self) -> usize {
+        let wanted = self.settings.replicas as usize;
+        if self.is_settled { wanted } else { wanted.max(self.slots.len()) }
+    }
+
+    /// Whether a container was made from other settings than those of now, and that matters already.
+    fn is_outdated(&self, spec: &str) -> bool {
+        self.is_settled && spec != self.maker.digest()
+    }
+
+    /// Slots of which only containers are left are kept too; all are kept in the order of their numbers.
+    fn know_slots(&mut self, count: u32) {
+        let now = Instant::now();
+        for name in slots(&self.settings.pool, count).into_iter().skip(self.slots.len()) {
+            self.slots.push(Slot::new(name, now));
+        }
+    }
+
+    /// No replica is wanted any more, and none is left.
+    fn is_done(&self) -> bool {
+        let is_left = self.slots.iter().any(|slot| slot.is_running() || slot.is_starting());
+        self.settings.replicas == 0 && self.has_seen && !is_left && self.busy.is_empty()
     }
 
     /// Begins what the plan says. Returns when to ask it again.
@@ -222,12 +312,25 @@ impl Supervisor {
             return None;
         }
         let now = Instant::now();
-        let plan = plan(self.settings.slots.len(), &self.slots, &self.settings.policy, now);
-        let mut wake = plan.wake;
+        let looks_again = self.look_at_drains().await.then(|| now + LOOK);
+        let plan = plan(self.wanted(), &self.slots, &self.settings.policy, now);
+        let mut wake = plan.wake.into_iter().chain(looks_again).min();
         for action in plan.actions {
             let (slot, kind) = match action {
                 Action::Start(slot) => (slot, Work::Start),
-                Action::Stop(slot, _) => (slot, Work::Stop),
+                Action::Drain(slot, Why::Outdated) | Action::Stop(slot, _) => (slot, Work::Stop),
+                Action::Drain(slot, why) => {
+                    self.drain(slot, why).await;
+                    wake = Some(now);
+                    continue;
+                }
+                // `configure` has told the publisher.
+                Action::Keep(slot) => {
+                    let is_outdated = self.known.get(&slot).is_some_and(|known| self.is_outdated(&known.spec));
+                    self.slots[slot].kept(is_outdated);
+                    wake = Some(now);
+                    continue;
+                }
             };
             // The end of some work asks for the plan again.
             let is_full = self.busy.values().filter(|&&other| other == kind).count() >= MOST_AT_ONCE;
@@ -240,11 +343,42 @@ impl Supervisor {
             }
             match action {
                 Action::Start(slot) => self.start(slot),
-                Action::Stop(slot, Why::Outdated) => self.check(slot),
+                Action::Drain(slot, why) => self.check(slot, why, Action::Drain),
+                // One that is drained was checked before.
+                Action::Stop(slot, Why::Outdated) if self.slots[slot].is_drained() => {
+                    self.stop(slot, Why::Outdated).await;
+                }
+                Action::Stop(slot, Why::Outdated) => self.check(slot, Why::Outdated, Action::Stop),
                 Action::Stop(slot, why) => self.stop(slot, why).await,
+                Action::Keep(_) => {}
             }
         }
         wake
+    }
+
+    async fn drain(&mut self, slot: usize, why: Why) {
+        self.slots[slot].draining(why);
+        self.send(drain(&self.slots[slot].name, why, self.settings.drain)).await;
+    }
+
+    /// Whether there are any that go on.
+    async fn look_at_drains(&mut self) -> bool {
+        let (mut any, mut again) = (false, Vec::new());
+        for (n, slot) in self.slots.iter_mut().enumerate() {
+            let Some(why) = slot.drains_for() else { continue };
+            match drained(&self.table.load(), &slot.name, why) {
+                Some(true) => slot.drained(),
+                Some(false) => any = true,
+                None => {
+                    any = true;
+                    again.push((n, why));
+                }
+            }
+        }
+        for (slot, why) in again {
+            self.send(drain(&self.slots[slot].name, why, self.settings.drain)).await;
+        }
+        any
     }
 
     fn start(&mut self, slot: usize) {
@@ -255,9 +389,9 @@ impl Supervisor {
     }
 
     /// What runs is not given up for what cannot be made.
-    fn check(&mut self, slot: usize) {
+    fn check(&mut self, slot: usize, why: Why, then: fn(usize, Why) -> Action) {
         let maker = Arc::clone(&self.maker);
-        self.begin(slot, Work::Stop, async move { Done::Checked(maker.check().await) });
+        self.begin(slot, Work::Stop, async move { Done::Checked(then(slot, why), maker.check().await) });
     }
 
     async fn stop(&mut self, slot: usize, why: Why) {
@@ -271,7 +405,7 @@ impl Supervisor {
         tell_of_stop(&self.settings.pool, name, why);
         let event = Event::Stopped { id: Arc::clone(name), crash_loop: false, exit: None };
         self.slots[slot].stopping(why);
-        self.send(slot, event).await;
+        self.send(event).await;
         let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
         self.begin(slot, Work::Stop, async move { Done::Stopped(why, engine.end(&id, grace).await) });
     }
@@ -302,7 +436,7 @@ impl Supervisor {
                 if self.holds.fail(slot, now) == MANY_CONFLICTS {
                     let reason = "the engine says that it exists already, and does not show it";
                     let event = self.ends.refused(&mut self.slots[slot], reason, now);
-                    self.send(slot, event).await;
+                    self.send(event).await;
                 }
             }
             // Only a list that fails means that the engine is away.
@@ -314,10 +448,13 @@ impl Supervisor {
             Done::Started(Err(Failure::Refused(reason))) => {
                 self.holds.clear(&slot);
                 let event = self.ends.refused(&mut self.slots[slot], &reason, now);
-                self.send(slot, event).await;
+                self.send(event).await;
             }
             // Told of when it was ordered; nothing follows.
-            Done::Stopped(Why::Surplus, Ok(())) => drop(self.slots[slot].ended(&self.settings.policy, now)),
+            Done::Stopped(Why::Surplus, Ok(())) => {
+                self.known.remove(&slot);
+                self.slots[slot].ended(&self.settings.policy, now);
+            }
             Done::Stopped(why, Ok(())) => {
                 self.known.remove(&slot);
                 self.holds.clear(&slot);
@@ -330,8 +467,9 @@ impl Supervisor {
                 self.tell(slot, count, "a container is not stopped", &error);
             }
             Done::Examined(exit) => self.ended(slot, exit).await,
-            Done::Checked(Ok(())) => self.stop(slot, Why::Outdated).await,
-            Done::Checked(Err(failure)) => {
+            Done::Checked(Action::Drain(_, why), Ok(())) => self.drain(slot, why).await,
+            Done::Checked(_, Ok(())) => self.stop(slot, Why::Outdated).await,
+            Done::Checked(_, Err(failure)) => {
                 let count = self.holds.fail(slot, now);
                 self.tell(slot, count, "the new settings cannot be rolled out", &failure);
             }
@@ -350,7 +488,10 @@ impl Supervisor {
 
     async fn ended(&mut self, slot: usize, exit: Exit) {
         let event = self.ends.ended(&mut self.slots[slot], exit);
-        self.send(slot, event).await;
+        self.send(event).await;
+        if slot >= self.wanted() {
+            self.send(Event::Left { id: Arc::clone(&self.slots[slot].name) }).await;
+        }
     }
 
     fn judge(&mut self, table: &Table) {
@@ -364,12 +505,10 @@ impl Supervisor {
         }
     }
 
-    /// Of a slot that is not wanted nobody is told.
-    async fn send(&self, slot: usize, event: Event) {
-        if slot < self.settings.slots.len() {
-            // No publisher: the app is going down.
-            let _ = self.events.send(event).await;
-        }
+    /// The publisher takes no notice of slots that it does not know.
+    async fn send(&self, event: Event) {
+        // No publisher: the app is going down.
+        let _ = self.events.send(event).await;
     }
 
     async fn finish(mut self) {

@@ -1,4 +1,4 @@
-//! The step in a child before it becomes the replica: ties its life to Ringway's.
+//! The step in a child before it becomes the replica: ties its life to that of its [shim](super::shim).
 //!
 //! A parent-death signal must be set in the child and survives `exec`. Between fork and exec that would take
 //! unsafe code, so the child is first this binary (`ringway launch`), which sets it and then becomes the
@@ -14,7 +14,7 @@ use rustix::process::{Pid, Resource, Rlimit, Signal, getppid, getrlimit, set_par
 /// Arguments of `ringway launch`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Launch {
-    /// Process id of the Ringway that started this
+    /// Process id of the shim that started this
     #[arg(long)]
     pub parent: i32,
     /// Soft limit on open files to give the program: Ringway has raised its own
@@ -33,7 +33,7 @@ pub fn launch(launch: &Launch) -> io::Error {
     }
     // The parent may have died before the signal was set; then nobody will ever send it.
     if getppid() != Pid::from_raw(launch.parent) {
-        return io::Error::other("Ringway is gone");
+        return io::Error::other("its shim is gone");
     }
     if let Some(open_files) = launch.open_files {
         let maximum = getrlimit(Resource::Nofile).maximum;

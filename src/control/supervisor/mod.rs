@@ -6,6 +6,7 @@
 //! - [`plan`]: what to do next; pure
 //! - [`process`]: carries the plan out with child processes
 //! - [`docker`]: carries the plan out with containers
+//! - [`shim`]: the process between Ringway and a child process
 //! - [`launch`]: the step in a child before it becomes the replica
 //! - [`output`]: what child processes say, into the log
 
@@ -13,17 +14,53 @@ pub mod docker;
 pub mod launch;
 pub mod plan;
 pub mod process;
+pub mod shim;
 
 mod output;
 
+use std::collections::BTreeMap;
+use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 
 use self::plan::{Policy, Slot, Why};
+use self::process::Handed;
 use super::Event;
-use crate::backend::{Exit, Replica, State};
+use super::provider::slots;
+use crate::backend::{Exit, Replica};
 use crate::labels::Label as _;
 use crate::table::Table;
+
+/// Asks a supervisor to rest, and to leave what it has to another process.
+#[derive(Debug)]
+pub struct Handover {
+    /// Takes copies of what it has; or why there can be none.
+    pub handed: oneshot::Sender<io::Result<Vec<Handed>>>,
+    /// True: the other process has taken over. Else the supervisor goes on.
+    pub decision: oneshot::Receiver<bool>,
+}
+
+/// When a supervisor rests because of another Ringway.
+#[derive(Debug)]
+pub struct Resting {
+    /// True once an older Ringway has no connections any more to what was taken over.
+    pub settled: watch::Receiver<bool>,
+    /// A younger one takes over.
+    pub handovers: mpsc::Receiver<Handover>,
+}
+
+impl Handover {
+    /// Hands these over and waits for the decision: whether somebody else has taken over.
+    async fn decide(self, handed: io::Result<Vec<Handed>>, stop: &CancellationToken) -> bool {
+        // Who asked may have given up.
+        let _ = self.handed.send(handed);
+        matches!(stop.run_until_cancelled(self.decision).await, Some(Ok(true)))
+    }
+}
 
 /// Lines of a replica's output that are kept for its [`Exit`].
 const LAST_LINES: usize = 10;
@@ -34,11 +71,42 @@ fn verdict(table: &Table, slot: &str, replica: &Replica) -> Option<bool> {
     if backend.replica.as_ref() != Some(replica) {
         return None;
     }
-    match backend.state {
-        State::Healthy => Some(true),
-        State::Unhealthy => Some(false),
-        State::Starting | State::Draining | State::CrashLoop => None,
+    backend.well
+}
+
+/// Between looks at a replica that is drained. Also the least time that it is: a worker that picked it before has begun
+/// its connect long before.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Tells the publisher of the slots that there are, each with its weight: 1, where nothing else is said.
+fn joined<'a>(
+    pool: &'a str,
+    replicas: u32,
+    weights: &'a BTreeMap<Arc<str>, u32>,
+) -> impl Iterator<Item = Event> + use<'a> {
+    slots(pool, replicas).into_iter().map(|id| {
+        let weight = weights.get(&id).copied().unwrap_or(1);
+        Event::Joined { id, weight }
+    })
+}
+
+/// What the publisher is told when a replica is to be drained.
+fn drain(slot: &Arc<str>, why: Why, within: Duration) -> Event {
+    let id = Arc::clone(slot);
+    match why {
+        Why::Surplus => Event::Leaving { id, within },
+        Why::Outdated | Why::Unhealthy => Event::Retiring { id, within },
     }
+}
+
+/// Whether a replica that is drained has no connection any more; `None`: the publisher does not know of the drain, or not
+/// any more, because the replica has another address since.
+fn drained(table: &Table, slot: &str, why: Why) -> Option<bool> {
+    let Some(backend) = table.backends().iter().find(|backend| &*backend.id == slot) else { return Some(true) };
+    let drain = backend.drain?;
+    let is_unused = backend.address.is_none() || backend.live.active.load(Ordering::Relaxed) == 0;
+    // One that leaves the pool is taken out of the table by the publisher.
+    Some(why != Why::Surplus && drain.since.elapsed() >= LOOK && is_unused)
 }
 
 /// What is not well is louder than what was asked for.

@@ -15,7 +15,7 @@ mod tests;
 const UNJUDGED: Duration = Duration::from_secs(10);
 
 /// When a replica is started again, and when it is replaced.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
     /// Before the second start in a row that did not last; doubled with each more. The first is at once.
     pub backoff: Duration,
@@ -53,6 +53,12 @@ enum Phase {
         worth: Worth,
         is_outdated: bool,
     },
+    /// Its connections may end before it is stopped.
+    Draining {
+        since: Instant,
+        why: Why,
+        is_over: bool,
+    },
     Stopping {
         since: Instant,
         why: Why,
@@ -84,6 +90,10 @@ label_enum! {
 pub enum Action {
     /// Start a replica.
     Start(usize),
+    /// Let the replica's connections end, and give it no new ones.
+    Drain(usize, Why),
+    /// It was to be drained, and is wanted again.
+    Keep(usize),
     /// Stop the replica.
     Stop(usize, Why),
 }
@@ -102,33 +112,49 @@ pub struct Plan {
 ///
 /// One replica at a time is replaced, and the next only once its successor has shown what it is worth: whatever
 /// makes all of them unhealthy must not take all of them down. An outdated one waits until all are healthy, or goes
-/// at once where it is unhealthy: then nothing is lost, and the new settings may be the remedy.
+/// at once where it is unhealthy: then nothing is lost, and the new settings may be the remedy. What serves is drained
+/// before it is stopped.
 pub fn plan(wanted: usize, slots: &[Slot], policy: &Policy, now: Instant) -> Plan {
     let mut plan = Plan { actions: Vec::new(), wake: None };
     let (kept, surplus) = slots.split_at(wanted.min(slots.len()));
     for (index, slot) in kept.iter().enumerate() {
-        if let Phase::Empty { start_at } = slot.phase {
-            plan.do_at(start_at, Action::Start(index), now);
+        match slot.phase {
+            Phase::Empty { start_at } => plan.do_at(start_at, Action::Start(index), now),
+            Phase::Draining { why: Why::Surplus, .. } => plan.actions.push(Action::Keep(index)),
+            Phase::Draining { why, is_over: true, .. } => plan.actions.push(Action::Stop(index, why)),
+            _ => {}
         }
     }
-    for (index, slot) in surplus.iter().enumerate() {
-        if let Phase::Running { .. } = slot.phase {
-            plan.actions.push(Action::Stop(wanted + index, Why::Surplus));
+    for (index, slot) in surplus.iter().enumerate().map(|(index, slot)| (wanted + index, slot)) {
+        match slot.phase {
+            Phase::Draining { why: Why::Surplus, is_over: true, .. } => {
+                plan.actions.push(Action::Stop(index, Why::Surplus));
+            }
+            Phase::Running { .. } | Phase::Draining { why: Why::Outdated | Why::Unhealthy, .. } => {
+                plan.actions.push(Action::Drain(index, Why::Surplus));
+            }
+            Phase::Draining { .. } | Phase::Empty { .. } | Phase::Starting | Phase::Stopping { .. } => {}
         }
     }
-    if kept.iter().any(|slot| slot.in_replacement) {
+    // While its predecessor drains, a successor is not due yet: that may take long, and others may hang meanwhile.
+    if kept.iter().any(|slot| slot.in_replacement && slot.drains_for().is_none()) {
         return plan;
     }
     let unhealthy = kept.iter().enumerate().filter_map(|(index, slot)| Some((slot.unhealthy_since()?, index)));
     if let (Some(patience), Some((since, index))) = (policy.replace_after, unhealthy.min()) {
         plan.do_at(since + patience, Action::Stop(index, Why::Unhealthy), now);
     }
+    if kept.iter().any(|slot| slot.in_replacement) {
+        return plan;
+    }
     let all_healthy = kept.iter().all(Slot::is_healthy);
     let outdated =
         kept.iter().enumerate().filter_map(|(index, slot)| Some((slot.outdated_goes_at(all_healthy)?, index)));
     let is_other_stopped = plan.actions.iter().any(|action| matches!(action, Action::Stop(..)));
     if let Some((at, index)) = outdated.min().filter(|_| !is_other_stopped) {
-        plan.do_at(at, Action::Stop(index, Why::Outdated), now);
+        let is_of_use = slots[index].unhealthy_since().is_none();
+        let action = if is_of_use { Action::Drain(index, Why::Outdated) } else { Action::Stop(index, Why::Outdated) };
+        plan.do_at(at, action, now);
     }
     plan
 }
@@ -176,9 +202,38 @@ impl Slot {
         self.in_replacement &= verdict.is_none();
     }
 
+    /// The settings have changed: whether the running replica was made from others than those of now.
+    pub fn outdated(&mut self, outdated: bool) {
+        if let Phase::Running { is_outdated, .. } = &mut self.phase {
+            *is_outdated = outdated;
+        }
+    }
+
+    /// The replica gets no new connections from now on.
+    pub fn draining(&mut self, why: Why) {
+        if let Phase::Running { since, .. } | Phase::Draining { since, .. } = self.phase {
+            self.phase = Phase::Draining { since, why, is_over: false };
+            self.in_replacement = why != Why::Surplus;
+        }
+    }
+
+    /// Its last connection has ended, or their time is over.
+    pub fn drained(&mut self) {
+        if let Phase::Draining { is_over, .. } = &mut self.phase {
+            *is_over = true;
+        }
+    }
+
+    /// It is not to be drained any more.
+    pub fn kept(&mut self, is_outdated: bool) {
+        if let Phase::Draining { since, .. } = self.phase {
+            self.phase = Phase::Running { since, worth: Worth::Unknown, is_outdated };
+        }
+    }
+
     /// The replica was told to stop.
     pub fn stopping(&mut self, why: Why) {
-        if let Phase::Running { since, .. } = self.phase {
+        if let Phase::Running { since, .. } | Phase::Draining { since, .. } = self.phase {
             self.phase = Phase::Stopping { since, why };
             self.in_replacement = why != Why::Surplus;
         }
@@ -200,10 +255,10 @@ impl Slot {
             }
             Phase::Empty { .. } | Phase::Starting => false,
             // Ended because it was told to.
-            Phase::Stopping { .. } => true,
+            Phase::Stopping { .. } | Phase::Draining { .. } => true,
         };
         // A successor that ends has shown what it is worth.
-        self.in_replacement &= matches!(self.phase, Phase::Stopping { .. });
+        self.in_replacement &= matches!(self.phase, Phase::Stopping { .. } | Phase::Draining { .. });
         self.strikes = if lasted { 0 } else { self.strikes.saturating_add(1) };
         let wait = self.backoff(policy);
         self.phase = Phase::Empty { start_at: now + wait };
@@ -212,7 +267,20 @@ impl Slot {
 
     /// Whether a replica is there that may end or be judged.
     pub fn is_running(&self) -> bool {
-        matches!(self.phase, Phase::Running { .. } | Phase::Stopping { .. })
+        matches!(self.phase, Phase::Running { .. } | Phase::Draining { .. } | Phase::Stopping { .. })
+    }
+
+    /// Whether it was drained, and that is over.
+    pub fn is_drained(&self) -> bool {
+        matches!(self.phase, Phase::Draining { is_over: true, .. })
+    }
+
+    /// Why it is drained, while that is not over.
+    pub fn drains_for(&self) -> Option<Why> {
+        match self.phase {
+            Phase::Draining { why, is_over: false, .. } => Some(why),
+            _ => None,
+        }
     }
 
     /// Whether a start was ordered that has not shown a replica yet.

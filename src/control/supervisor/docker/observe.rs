@@ -12,8 +12,8 @@ use crate::control::docker::container::{Container, State};
 use crate::control::docker::engine::Engine;
 use crate::control::docker::label;
 use crate::control::docker::watch::Seen;
+use crate::control::provider::slot_number;
 use crate::control::supervisor::LAST_LINES;
-use crate::control::supervisor::plan::Slot;
 
 impl Supervisor {
     /// Takes a full list.
@@ -23,11 +23,8 @@ impl Supervisor {
         for container in seen.containers {
             by_slot.entry(container.label(label::SLOT).to_owned()).or_default().push(container);
         }
-        for name in by_slot.keys() {
-            if !self.slots.iter().any(|slot| *slot.name == **name) {
-                self.slots.push(Slot::new(name.as_str().into(), seen.as_of));
-            }
-        }
+        let highest = by_slot.keys().filter_map(|name| slot_number(&self.settings.pool, name)).max();
+        self.know_slots(highest.unwrap_or_default());
         for slot in 0..self.slots.len() {
             let containers = by_slot.remove(&*self.slots[slot].name).unwrap_or_default();
             let is_older = self.changed.get(&slot).is_some_and(|&changed| seen.as_of < changed);
@@ -35,6 +32,10 @@ impl Supervisor {
                 let incumbent = self.choose(slot, containers);
                 self.observe_slot(slot, incumbent).await;
             }
+        }
+        // Of no slot that there could be.
+        for container in by_slot.into_values().flatten() {
+            self.remove_double(0, container);
         }
     }
 
@@ -47,28 +48,38 @@ impl Supervisor {
         });
         let incumbent = containers.pop();
         for double in containers {
-            let is_held = self.double_holds.until(&double.id, Instant::now()).is_some();
-            if !is_held && self.doubles.insert(Arc::clone(&double.id)) {
-                tracing::warn!(pool = %self.settings.pool, slot = %self.slots[slot].name, container = %double.name,
-                    "a second container for this slot is removed");
-                let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
-                self.work.spawn(async move {
-                    let removed = engine.end(&double.id, grace).await;
-                    (slot, Done::Removed(double.id, removed))
-                });
-            }
+            self.remove_double(slot, double);
         }
         incumbent
+    }
+
+    fn remove_double(&mut self, slot: usize, double: Container) {
+        let is_held = self.double_holds.until(&double.id, Instant::now()).is_some();
+        if !is_held && self.doubles.insert(Arc::clone(&double.id)) {
+            tracing::warn!(pool = %self.settings.pool, slot = double.label(label::SLOT), container = %double.name,
+                "a container that fills no slot is removed");
+            let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
+            self.work.spawn(async move {
+                let removed = engine.end(&double.id, grace).await;
+                (slot, Done::Removed(double.id, removed))
+            });
+        }
     }
 
     async fn observe_slot(&mut self, slot: usize, incumbent: Option<Container>) {
         let now = Instant::now();
         self.leftovers.remove(&slot);
-        if slot >= self.settings.slots.len() {
+        if slot >= self.settings.replicas as usize && !self.known.contains_key(&slot) {
             // Whatever its state, the plan has it stopped and removed.
-            if let Some(container) = incumbent {
-                self.slots[slot].running(false, now);
-                self.leftovers.insert(slot, container);
+            match incumbent {
+                Some(container) => {
+                    if !self.slots[slot].is_running() {
+                        self.slots[slot].running(false, now);
+                    }
+                    self.leftovers.insert(slot, container);
+                }
+                None if self.slots[slot].is_running() => drop(self.slots[slot].ended(&self.settings.policy, now)),
+                None => {}
             }
             return;
         }
@@ -115,14 +126,14 @@ impl Supervisor {
             known.is_bad = is_bad;
         }
         for event in news {
-            self.send(slot, event).await;
+            self.send(event).await;
         }
     }
 
     /// A container that has not been seen in the slot before.
     fn meet(&mut self, slot: usize, container: &Container, now: Instant) {
         let (pool, name, network) = (&self.settings.pool, &self.slots[slot].name, &self.place.network);
-        let is_outdated = container.label(label::SPEC) != self.maker.digest();
+        let is_outdated = self.is_outdated(container.label(label::SPEC));
         let id = short(&container.id);
         match (self.slots[slot].is_starting(), self.slots[slot].is_first_try()) {
             (false, _) => tracing::info!(%pool, slot = %name, container = id, is_outdated, "replica adopted"),
@@ -139,13 +150,14 @@ impl Supervisor {
         self.holds.clear(&slot);
         self.ends.over();
         let replica = Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name) };
-        self.known.insert(slot, Known { id: Arc::clone(&container.id), replica, address: None, is_bad: false });
+        let spec = container.label(label::SPEC).to_owned();
+        self.known.insert(slot, Known { id: Arc::clone(&container.id), replica, spec, address: None, is_bad: false });
     }
 
     /// The slot's replica has ended. Why is asked at once, before the container makes room for the next.
     async fn died(&mut self, slot: usize, container: Option<&Container>) {
         let event = Event::Stopped { id: Arc::clone(&self.slots[slot].name), crash_loop: false, exit: None };
-        self.send(slot, event).await;
+        self.send(event).await;
         match container {
             Some(container) if container.state == State::Dead => {
                 let (engine, id) = (self.engine.clone(), Arc::clone(&container.id));

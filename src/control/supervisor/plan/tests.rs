@@ -41,11 +41,30 @@ fn empty_slots_are_filled_and_surplus_ones_stopped() {
         slot.running(false, now);
     }
     assert_eq!(actions(3, &slots, now), []);
+    assert_eq!(actions(2, &slots, now), [Action::Drain(2, Why::Surplus)]);
+    slots[2].draining(Why::Surplus);
+    assert_eq!(actions(2, &slots, now), []);
+    slots[2].drained();
     assert_eq!(actions(2, &slots, now), [Action::Stop(2, Why::Surplus)]);
     slots[2].stopping(Why::Surplus);
     assert_eq!(actions(2, &slots, now), []);
     slots[2].not_stopped();
-    assert_eq!(actions(2, &slots, now), [Action::Stop(2, Why::Surplus)]);
+    assert_eq!(actions(2, &slots, now), [Action::Drain(2, Why::Surplus)]);
+}
+
+#[test]
+fn a_surplus_replica_that_is_wanted_again_is_kept() {
+    let now = Instant::now();
+    let mut slots = healthy(3, now);
+    slots[2].draining(Why::Surplus);
+    slots[2].drained();
+    assert_eq!(actions(3, &slots, now), [Action::Keep(2)]);
+    slots[2].kept(false);
+    assert_eq!(actions(3, &slots, now), []);
+    // One that is drained for another reason, and is not wanted meanwhile, leaves for good.
+    slots[2].draining(Why::Outdated);
+    assert_eq!(actions(3, &slots, now), []);
+    assert_eq!(actions(2, &slots, now), [Action::Drain(2, Why::Surplus)]);
 }
 
 #[test]
@@ -149,11 +168,20 @@ fn outdated_replicas_are_replaced_one_by_one_while_all_others_are_healthy() {
         slot.running(true, now);
     }
     assert_eq!(plan(3, &slots, &POLICY, now), Plan { actions: vec![], wake: Some(now + UNJUDGED) });
-    assert_eq!(actions(3, &slots, now + UNJUDGED), [Action::Stop(0, Why::Outdated)], "not waited for any longer");
+    assert_eq!(actions(3, &slots, now + UNJUDGED), [Action::Drain(0, Why::Outdated)], "not waited for any longer");
     for slot in &mut slots {
         slot.judged(Some(true), now);
     }
     for n in 0..3 {
+        assert_eq!(actions(3, &slots, now), [Action::Drain(n, Why::Outdated)]);
+        slots[n].draining(Why::Outdated);
+        assert_eq!(actions(3, &slots, now), [], "its connections may end, and no other is touched meanwhile");
+        let mut other_hangs = slots.clone();
+        other_hangs[(n + 1) % 3].judged(Some(false), now);
+        let late = now + Duration::from_secs(31);
+        let others: Vec<_> = actions(3, &other_hangs, late);
+        assert_eq!(others, [Action::Stop((n + 1) % 3, Why::Unhealthy)], "but for one that hangs");
+        slots[n].drained();
         assert_eq!(actions(3, &slots, now), [Action::Stop(n, Why::Outdated)]);
         slots[n].stopping(Why::Outdated);
         assert_eq!(slots[n].ended(&POLICY, now), Duration::ZERO, "no strike: it was told to");
@@ -182,7 +210,7 @@ fn outdated_replicas_that_are_unhealthy_go_at_once_and_one_by_one() {
     slots[0].ended(&POLICY, now);
     slots[0].running(false, now);
     slots[0].judged(Some(true), now);
-    assert_eq!(actions(2, &slots, now), [Action::Stop(1, Why::Outdated)]);
+    assert_eq!(actions(2, &slots, now), [Action::Stop(1, Why::Outdated)], "nobody uses it");
     let late = now + Duration::from_secs(40);
     assert_eq!(actions(2, &slots, late).len(), 1, "also where it is overdue as an unhealthy one");
 }
@@ -207,6 +235,10 @@ enum Happening {
     /// From now on orders are refused by an engine that is there, or are lost with one that is not.
     Refusing(bool),
     Away(bool),
+    /// So many replicas are wanted from now on.
+    Scale(usize),
+    /// The settings have changed: all replicas that run are outdated.
+    Change,
     /// From now on started replicas need this long before they are seen to run.
     SlowStart(u64),
 }
@@ -223,6 +255,8 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => any::<bool>().prop_map(Happening::Refusing),
         1 => any::<bool>().prop_map(Happening::Away),
         1 => (0_u64..3000).prop_map(Happening::SlowStart),
+        1 => (1_usize..=3).prop_map(Happening::Scale),
+        1 => Just(Happening::Change),
     ]
 }
 
@@ -243,6 +277,12 @@ struct World {
     refusing: bool,
     away: bool,
     start_takes: Duration,
+    wanted: usize,
+    /// By slot: when its drain is over.
+    drains: [Option<Instant>; 3],
+    /// Replicas with a lower number are outdated.
+    current: u32,
+    changes: u32,
     started: u32,
     stopped_healthy: u32,
 }
@@ -261,6 +301,10 @@ impl World {
             refusing: false,
             away: false,
             start_takes: Duration::ZERO,
+            wanted: 3,
+            drains: [None; 3],
+            current: 0,
+            changes: 0,
             started: 0,
             stopped_healthy: 0,
         }
@@ -272,7 +316,9 @@ impl World {
                 // The adapter looks when it hears of something, when the plan says, and every 30 s.
                 let end = self.now + Duration::from_millis(millis);
                 while self.now < end {
-                    let wake = plan(3, &self.slots, &POLICY, self.now).wake;
+                    let wake = plan(self.wanted, &self.slots, &POLICY, self.now).wake;
+                    let drain = self.drains.iter().flatten().min().copied();
+                    let wake = wake.into_iter().chain(drain).min();
                     let next = wake.map_or(end, |wake| wake.min(end)).min(self.now + Duration::from_secs(30));
                     let hears = std::mem::take(&mut self.changed) && !self.deaf;
                     let soon = self.now + Duration::from_millis(10);
@@ -300,6 +346,17 @@ impl World {
             }
             Happening::Refusing(refusing) => self.refusing = refusing,
             Happening::Away(away) => self.away = away,
+            Happening::Scale(wanted) => {
+                (self.wanted, self.changed) = (wanted, true);
+                self.changes += 1;
+            }
+            Happening::Change => {
+                (self.current, self.changed) = (self.started + 1, true);
+                self.changes += 1;
+                for slot in &mut self.slots {
+                    slot.outdated(true);
+                }
+            }
             Happening::SlowStart(millis) => self.start_takes = Duration::from_millis(millis),
         }
     }
@@ -313,7 +370,7 @@ impl World {
             match self.replicas[n] {
                 Some((id, since, hangs)) if since + self.start_takes <= self.now || self.known[n] == Some(id) => {
                     if self.known[n] != Some(id) {
-                        self.slots[n].running(false, self.now);
+                        self.slots[n].running(id < self.current, self.now);
                         self.known[n] = Some(id);
                     }
                     self.slots[n].judged(Some(!hangs), self.now);
@@ -325,9 +382,25 @@ impl World {
                 _ => {}
             }
         }
-        for action in plan(3, &self.slots, &POLICY, self.now).actions {
+        for n in 0..3 {
+            let ends = self.slots[n].drains_for().and(self.drains[n]);
+            if ends.is_some_and(|ends| ends <= self.now) {
+                self.slots[n].drained();
+            }
+            self.drains[n] = ends.filter(|&ends| ends > self.now);
+        }
+        for action in plan(self.wanted, &self.slots, &POLICY, self.now).actions {
             self.changed = true;
             match action {
+                Action::Drain(n, why) => {
+                    self.slots[n].draining(why);
+                    self.drains[n] = Some(self.now + Duration::from_millis(500));
+                }
+                Action::Keep(n) => {
+                    assert!(n < self.wanted);
+                    let is_outdated = self.replicas[n].is_some_and(|(id, ..)| id < self.current);
+                    self.slots[n].kept(is_outdated);
+                }
                 Action::Start(n) if self.refusing => {
                     self.slots[n].starting();
                     self.slots[n].ended(&POLICY, self.now);
@@ -338,10 +411,14 @@ impl World {
                     self.started += 1;
                     self.replicas[n] = Some((self.started, self.now, false));
                 }
-                Action::Stop(n, _) => {
-                    let hangs = self.replicas[n].is_some_and(|(_, _, hangs)| hangs);
-                    self.stopped_healthy += u32::from(!hangs);
-                    self.slots[n].stopping(Why::Unhealthy);
+                Action::Stop(n, why) => {
+                    let may = match why {
+                        Why::Surplus => n >= self.wanted,
+                        Why::Outdated => self.replicas[n].is_none_or(|(id, ..)| id < self.current),
+                        Why::Unhealthy => self.replicas[n].is_none_or(|(_, _, hangs)| hangs),
+                    };
+                    self.stopped_healthy += u32::from(!may);
+                    self.slots[n].stopping(why);
                     self.replicas[n] = None;
                 }
             }
@@ -365,15 +442,17 @@ proptest! {
         prop_assert_eq!(world.stopped_healthy, 0);
         // Each slot: at once twice, then backing off until the waits are 24 s at least, and anew after each
         // replica that lasted a minute.
-        let most = 3 * (10 + (world.now - began).as_secs() / 20 + history.len() as u64 / 4);
+        let most = 3 * (10 + u64::from(world.changes) + (world.now - began).as_secs() / 20 + history.len() as u64 / 4);
         prop_assert!(u64::from(world.started) <= most, "{} starts in {:?}", world.started, world.now - began);
 
         (world.blind, world.deaf, world.refusing, world.away) = (false, false, false, false);
         world.start_takes = Duration::ZERO;
         // The next list, the patience with those that hang, and then the longest wait for one after the other.
         world.happens(&Happening::Pause(30_000 + 30_000 + 3 * 30_000 + 5000));
-        for n in 0..3 {
-            prop_assert!(matches!(world.replicas[n], Some((_, _, false))), "slot {}: {:?}", n, world.replicas[n]);
+        for n in 0..world.wanted {
+            let is_well = matches!(world.replicas[n], Some((id, _, false)) if id >= world.current);
+            prop_assert!(is_well, "slot {}: {:?} of {}", n, world.replicas[n], world.current);
         }
+        prop_assert_eq!(world.replicas.iter().flatten().count(), world.wanted);
     }
 }

@@ -1,0 +1,229 @@
+//! What was changed at run time: kept beside the config, laid over it, and dropped where a reload changes the same thing.
+//! Pure.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Config, Pool, Provider, StaticBackend};
+use crate::control::operator::Differs;
+use crate::control::provider::slots;
+
+/// The changes, by pool.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Changes(BTreeMap<String, OfPool>);
+
+/// The changes of a pool.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct OfPool {
+    pub(super) replicas: Option<u32>,
+    pub(super) weights: BTreeMap<String, u32>,
+    pub(super) added: Vec<StaticBackend>,
+    pub(super) removed: BTreeSet<String>,
+    pub(super) drained: BTreeSet<String>,
+}
+
+impl Changes {
+    /// Those of a pool, to be changed.
+    pub(super) fn of(&mut self, pool: &str) -> &mut OfPool {
+        self.0.entry(pool.to_owned()).or_default()
+    }
+
+    /// Those of a pool, to be read.
+    pub(super) fn get(&self, pool: &str) -> OfPool {
+        self.0.get(pool).cloned().unwrap_or_default()
+    }
+
+    /// The config with the changes laid over it.
+    pub(super) fn over(&self, config: &Config) -> Config {
+        let mut config = config.clone();
+        for pool in &mut config.pools {
+            if let Some(changes) = self.0.get(&pool.name) {
+                changes.lay_over(pool);
+            }
+        }
+        config
+    }
+
+    /// Without what is about slots that `config` does not want.
+    pub(super) fn pruned(&self, config: &Config) -> Self {
+        let mut pruned = self.clone();
+        for pool in &config.pools {
+            if let Some(changes) = pruned.0.get_mut(&pool.name) {
+                changes.prune(pool);
+            }
+        }
+        pruned
+    }
+
+    /// Without those that a new config makes void: it says something else than before of the same thing, or what they are
+    /// about is not there any more.
+    pub(super) fn kept(&self, before: &Config, after: &Config) -> Self {
+        let find = |config: &Config, name: &str| config.pools.iter().find(|pool| pool.name == name).cloned();
+        let kept = self.0.iter().filter_map(|(name, changes)| {
+            let kept = changes.kept(&find(before, name)?, &find(after, name)?);
+            (kept != OfPool::default()).then(|| (name.clone(), kept))
+        });
+        Self(kept.collect())
+    }
+}
+
+impl OfPool {
+    /// Without what is about slots that are not wanted.
+    fn prune(&mut self, pool: &Pool) {
+        if let Some(replicas) = pool.provider.replicas() {
+            let slots = slots(&pool.name, replicas);
+            let is_there = |id: &str| slots.iter().any(|slot| **slot == *id);
+            self.weights.retain(|id, _| is_there(id));
+            self.drained.retain(|id| is_there(id));
+        }
+    }
+
+    fn lay_over(&self, pool: &mut Pool) {
+        match &mut pool.provider {
+            Provider::Static(backends) => {
+                backends.retain(|backend| !self.removed.contains(&backend.id));
+                backends.extend(self.added.iter().cloned());
+                for backend in backends {
+                    backend.weight = self.weights.get(&backend.id).copied().unwrap_or(backend.weight);
+                }
+            }
+            Provider::Process(process) => process.replicas = self.replicas.unwrap_or(process.replicas),
+            Provider::Containers(containers) => {
+                containers.replicas = self.replicas.unwrap_or(containers.replicas);
+            }
+            Provider::Discover(_) => {}
+        }
+    }
+
+    fn kept(&self, before: &Pool, after: &Pool) -> Self {
+        let mut kept = self.clone();
+        match (&before.provider, &after.provider) {
+            (Provider::Static(before), Provider::Static(after)) => {
+                let find = |list: &[StaticBackend], id: &str| list.iter().find(|backend| backend.id == id).cloned();
+                kept.added.retain(|backend| find(after, &backend.id).is_none());
+                kept.removed.retain(|id| find(before, id) == find(after, id));
+                let is_there = |id: &str| {
+                    let was_added = kept.added.iter().any(|backend| backend.id == id);
+                    was_added || (find(after, id).is_some() && !kept.removed.contains(id))
+                };
+                let weight = |list: &[StaticBackend], id: &str| find(list, id).map(|backend| backend.weight);
+                kept.weights.retain(|id, _| is_there(id) && weight(before, id) == weight(after, id));
+                kept.drained.retain(|id| is_there(id));
+            }
+            (before, after) if std::mem::discriminant(before) == std::mem::discriminant(after) => {
+                if before.replicas() != after.replicas() {
+                    kept.replicas = None;
+                }
+            }
+            _ => return Self::default(),
+        }
+        kept
+    }
+
+    /// What of them differs from the config.
+    pub(super) fn differs(&self, pool: &Pool) -> Vec<Differs> {
+        let differs = |what: &str, backend: Option<&str>, config, now| Differs {
+            what: what.to_owned(),
+            backend: backend.map(Arc::from),
+            config,
+            now,
+        };
+        let configured = |id: &str| match &pool.provider {
+            Provider::Static(backends) => {
+                backends.iter().find(|backend| backend.id == id).map(|backend| backend.weight)
+            }
+            _ => Some(1),
+        };
+        let replicas = self.replicas.filter(|&replicas| Some(replicas) != pool.provider.replicas());
+        let mut list = Vec::new();
+        list.extend(replicas.map(|now| differs("replicas", None, pool.provider.replicas(), Some(now))));
+        list.extend(self.added.iter().map(|backend| differs("added", Some(&backend.id), None, None)));
+        list.extend(self.removed.iter().map(|id| differs("removed", Some(id), None, None)));
+        let weights = self.weights.iter().filter(|&(id, &weight)| configured(id) != Some(weight));
+        list.extend(weights.map(|(id, &weight)| differs("weight", Some(id), configured(id), Some(weight))));
+        list.extend(self.drained.iter().map(|id| differs("drain", Some(id), None, None)));
+        list
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(provider: &str) -> Config {
+        let yaml = format!(
+            "listeners: [{{ name: web, listen: \"127.0.0.1:0\", pool: p }}]\npools: [{{ name: p, provider: {{ {provider} }} }}]"
+        );
+        Config::parse(&yaml, "test").unwrap()
+    }
+
+    fn fixed(weights: &[u32]) -> Config {
+        let list: Vec<_> = weights
+            .iter()
+            .enumerate()
+            .map(|(n, weight)| format!("{{ address: \"127.0.0.1:{}\", id: b{n}, weight: {weight} }}", n + 1))
+            .collect();
+        config(&format!("static: [{}]", list.join(", ")))
+    }
+
+    fn process(replicas: u32) -> Config {
+        config(&format!("process: {{ replicas: {replicas}, command: [server, \"{{port}}\"] }}"))
+    }
+
+    fn weights(config: &Config) -> Vec<(String, u32)> {
+        let Provider::Static(backends) = &config.pools[0].provider else { panic!("not static") };
+        backends.iter().map(|backend| (backend.id.clone(), backend.weight)).collect()
+    }
+
+    fn added(id: &str) -> StaticBackend {
+        StaticBackend { id: id.to_owned(), host: "127.0.0.1".to_owned(), port: 9, weight: 1 }
+    }
+
+    #[test]
+    fn changes_are_laid_over_the_config_and_shown() {
+        let mut changes = Changes::default();
+        let of = changes.of("p");
+        of.weights.insert("b0".to_owned(), 5);
+        of.removed.insert("b1".to_owned());
+        of.added.push(added("x"));
+        of.drained.insert("x".to_owned());
+        let file = fixed(&[1, 1, 1]);
+        let wanted: Vec<_> = [("b0", 5), ("b2", 1), ("x", 1)].map(|(id, weight)| (id.to_owned(), weight)).into();
+        assert_eq!(weights(&changes.over(&file)), wanted);
+        let differs: Vec<_> = changes.get("p").differs(&file.pools[0]).into_iter().map(|one| one.what).collect();
+        assert_eq!(differs, ["added", "removed", "weight", "drain"]);
+        assert_eq!(changes.kept(&file, &file), changes);
+    }
+
+    #[test]
+    fn a_reload_voids_what_it_says_something_else_of_and_nothing_more() {
+        let mut changes = Changes::default();
+        let of = changes.of("p");
+        of.weights.extend([("b0".to_owned(), 5), ("b1".to_owned(), 7)]);
+        of.drained.extend(["b0".to_owned(), "b2".to_owned()]);
+        of.added.push(added("b3"));
+        let kept = changes.kept(&fixed(&[1, 1, 1]), &fixed(&[2, 1])).get("p");
+        assert_eq!(kept.weights.keys().collect::<Vec<_>>(), ["b1"], "the file has spoken of b0");
+        assert_eq!(kept.drained.iter().collect::<Vec<_>>(), ["b0"], "b2 is gone");
+        assert_eq!(kept.added.len(), 1);
+        let kept = changes.kept(&fixed(&[1, 1, 1]), &fixed(&[1, 1, 1, 1])).get("p");
+        assert!(kept.added.is_empty(), "the file has b3 too");
+        assert_eq!(changes.kept(&fixed(&[1]), &process(3)), Changes::default());
+
+        let mut changes = Changes::default();
+        changes.of("p").replicas = Some(5);
+        assert_eq!(changes.over(&process(3)).pools[0].provider.replicas(), Some(5));
+        assert_eq!(changes.kept(&process(3), &process(3)).get("p").replicas, Some(5));
+        assert_eq!(changes.kept(&process(3), &process(4)).get("p").replicas, None);
+    }
+
+    #[test]
+    fn what_is_changed_back_does_not_differ() {
+        let mut changes = Changes::default();
+        changes.of("p").replicas = Some(3);
+        assert!(changes.get("p").differs(&process(3).pools[0]).is_empty());
+        assert_eq!(changes.get("p").differs(&process(4).pools[0])[0].config, Some(4));
+    }
+}

@@ -1,0 +1,177 @@
+//! The listeners of the app: bound, changed while they are open, and closed.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+
+use super::StartError;
+use crate::api::ListenerView;
+use crate::config::{self, Config};
+use crate::metrics::{self, Exporter};
+use crate::proxy::access_log::AccessLog;
+use crate::proxy::socket::{self, TcpOptions, Unserved};
+use crate::proxy::{Intercept, Limit, ListenerId, Proxy, Route, Serving, SourceLimits, Sources};
+
+/// Connections to the side port that the kernel queues.
+const API_BACKLOG: u16 = 1024;
+
+/// What the connections of all listeners are served with.
+pub(super) struct Means<'a> {
+    pub(super) config: &'a Config,
+    pub(super) exporter: &'a Exporter,
+    pub(super) intercept: &'a Intercept,
+    pub(super) access_log: Option<&'a AccessLog>,
+}
+
+/// A listener that is bound and not open yet.
+pub(super) struct Bound {
+    sockets: Vec<TcpListener>,
+    /// Copies, to be handed over to a successor.
+    copies: Vec<TcpListener>,
+    address: SocketAddr,
+}
+
+/// An open listener.
+#[derive(Debug)]
+pub(super) struct Listener {
+    id: ListenerId,
+    config: config::Listener,
+    /// Where it really listens.
+    address: SocketAddr,
+    copies: Vec<TcpListener>,
+    serving: Serving,
+}
+
+/// Binds an address, once for each worker, or takes the sockets that there are.
+pub(super) fn bind(
+    place: &str,
+    listener: &config::Listener,
+    config: &Config,
+    workers: usize,
+    inherited: Vec<TcpListener>,
+) -> Result<Bound, StartError> {
+    let failed = |error| StartError::Listen { place: place.to_owned(), address: listener.listen, error };
+    let sockets = if inherited.is_empty() {
+        listen(place, listener.listen, workers, listener.backlog, &config.tcp, Unserved::Reset)?
+    } else {
+        socket::adopt(inherited, workers, listener.backlog.into(), &config.tcp, Unserved::Reset).map_err(failed)?
+    };
+    let address = sockets[0].local_addr().unwrap_or(listener.listen);
+    let copies = sockets.iter().map(TcpListener::try_clone).collect::<io::Result<_>>().map_err(failed)?;
+    Ok(Bound { sockets, copies, address })
+}
+
+fn listen(
+    place: &str,
+    address: SocketAddr,
+    count: usize,
+    backlog: u16,
+    tcp: &TcpOptions,
+    unserved: Unserved,
+) -> Result<Vec<TcpListener>, StartError> {
+    let sockets = socket::listen(address, count, backlog.into(), tcp, unserved);
+    sockets.map_err(|error| StartError::Listen { place: place.to_owned(), address, error })
+}
+
+/// Binds the side port, or takes the socket that there is.
+pub(super) fn side_port(config: &Config, inherited: Vec<TcpListener>) -> Result<TcpListener, StartError> {
+    let (place, address) = ("api.listen", config.api.listen);
+    let failed = |error| StartError::Listen { place: place.to_owned(), address, error };
+    let sockets = if inherited.is_empty() {
+        listen(place, address, 1, API_BACKLOG, &config.tcp, Unserved::End)?
+    } else {
+        socket::adopt(inherited, 1, API_BACKLOG.into(), &config.tcp, Unserved::End).map_err(failed)?
+    };
+    sockets.into_iter().next().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))
+}
+
+impl Bound {
+    /// Begins to accept.
+    pub(super) fn open(
+        self,
+        listener: &config::Listener,
+        route: &Route,
+        means: &Means<'_>,
+        proxy: &mut Proxy,
+    ) -> Listener {
+        let serving = serving(listener, route, means, None);
+        let id = proxy.open(self.sockets, &serving);
+        Listener { id, config: listener.clone(), address: self.address, copies: self.copies, serving }
+    }
+}
+
+impl Listener {
+    /// Whether `new` can be had without binding anything.
+    pub(super) fn can_become(&self, new: &config::Listener) -> bool {
+        self.config.listen == new.listen && (new.listen.port() != 0 || self.config.name == new.name)
+    }
+
+    /// Serves connections that are accepted from now on as `new` says.
+    pub(super) fn update(&mut self, new: &config::Listener, route: &Route, means: &Means<'_>, proxy: &Proxy) {
+        self.serving = serving(new, route, means, Some(&self.serving));
+        self.config = new.clone();
+        proxy.update(self.id, &self.serving);
+    }
+
+    /// Stops accepting; open connections go on.
+    pub(super) fn close(self, proxy: &Proxy) {
+        tracing::info!(listener = %self.config.name, address = %self.address, "listener is closed");
+        proxy.close(self.id);
+    }
+
+    /// Its config, and its sockets.
+    pub(super) fn sockets(&self) -> (&config::Listener, &[TcpListener]) {
+        (&self.config, &self.copies)
+    }
+
+    /// As the side port shows it.
+    pub(super) fn view(&self) -> ListenerView {
+        ListenerView {
+            name: Arc::clone(&self.serving.name),
+            address: self.address,
+            pool: Arc::clone(&self.serving.route.pool),
+            stats: Arc::clone(&self.serving.stats),
+            limit: Arc::clone(&self.serving.limit),
+            sources: self.serving.sources.clone(),
+        }
+    }
+}
+
+/// How a listener's connections are served; what counts goes on from `before`.
+fn serving(listener: &config::Listener, route: &Route, means: &Means<'_>, before: Option<&Serving>) -> Serving {
+    let limit = before.map_or_else(
+        || Arc::new(Limit::new(listener.max_connections)),
+        |before| {
+            before.limit.resize(listener.max_connections);
+            Arc::clone(&before.limit)
+        },
+    );
+    let wanted = source_limits(listener.per_source);
+    let known = before.and_then(|before| before.sources.clone());
+    let known = known.filter(|sources| Some(sources.limits()) == wanted);
+    // Renamed, it is another one to those who read metrics.
+    let same = before.filter(|before| *before.name == listener.name);
+    Serving {
+        name: listener.name.as_str().into(),
+        route: route.clone(),
+        stats: same.map_or_else(Arc::default, |same| Arc::clone(&same.stats)),
+        limit,
+        sources: known.or_else(|| wanted.map(|limits| Arc::new(Sources::new(limits)))),
+        intercept: listener.answer_status.then(|| means.intercept.clone()),
+        tcp: means.config.tcp,
+        backlog: listener.backlog,
+        access_log: means.access_log.cloned(),
+        connection_seconds: same.map_or_else(
+            || means.exporter.histogram(&metrics::CONNECTION_SECONDS, &[&listener.name]),
+            |same| same.connection_seconds.clone(),
+        ),
+    }
+}
+
+fn source_limits(limits: config::PerSource) -> Option<SourceLimits> {
+    let config::PerSource { max_connections, rate, burst } = limits;
+    (max_connections.is_some() || rate.is_some()).then(|| SourceLimits {
+        max_connections: max_connections.unwrap_or(u32::MAX),
+        rate: rate.map(|rate| (rate, burst)),
+    })
+}

@@ -1,0 +1,141 @@
+//! The keys of a pool's health check: ranges and defaults.
+
+use std::ops::RangeInclusive;
+
+use hyper::header::HeaderValue;
+use serde_yaml::Value;
+
+use super::HealthCheck;
+use super::reader::{HOUR, Item, MS, SECOND, Section, narrow, show};
+use crate::control::health::{Expect, Http, Kind, Probe};
+use crate::label_enum;
+use crate::labels::Label as _;
+
+label_enum! {
+    enum CheckKind { Tcp => "tcp", Http => "http", Expect => "expect", None => "none", }
+}
+
+label_enum! {
+    pub(super) enum Match { Prefix => "prefix", Contains => "contains", }
+}
+
+/// The keys that belong to one kind alone.
+const OF_KINDS: [(&str, CheckKind); 7] = [
+    ("path", CheckKind::Http),
+    ("host", CheckKind::Http),
+    ("status", CheckKind::Http),
+    ("body", CheckKind::Http),
+    ("send", CheckKind::Expect),
+    ("expect", CheckKind::Expect),
+    ("match", CheckKind::Expect),
+];
+
+pub(super) fn health_check(mut section: Section<'_>) -> Option<HealthCheck> {
+    let kind = section.choice("kind", CheckKind::Tcp);
+    for (key, other) in OF_KINDS.into_iter().filter(|&(_, other)| other != kind) {
+        if let Some(item) = section.item(key) {
+            item.fault(format_args!("is only for `kind: {}`: set that kind, or leave it out", other.as_str()));
+        }
+    }
+    let probe = match kind {
+        CheckKind::Tcp | CheckKind::None => Kind::Tcp,
+        CheckKind::Http => Kind::Http(http(&mut section)),
+        CheckKind::Expect => Kind::Expect(expect(&mut section)),
+    };
+    let port = section.item("port").and_then(|item| item.integer(&(1..=65_535))).map(narrow);
+    let interval = section.duration("interval", 10 * MS..=HOUR, 2 * SECOND);
+    let fast_interval = section.duration("fast_interval", 10 * MS..=HOUR, (interval / 4).max(10 * MS));
+    let timeout = section.duration("timeout", MS..=HOUR, SECOND);
+    let counts: RangeInclusive<u64> = 1..=100;
+    let check = HealthCheck {
+        probe: Probe { kind: probe, port },
+        interval,
+        fast_interval,
+        jitter: narrow(section.integer("jitter", 0..=100, 10)),
+        timeout,
+        rise: narrow(section.integer("rise", counts.clone(), 2)),
+        fall: narrow(section.integer("fall", counts, 3)),
+    };
+    section.finish();
+    (kind != CheckKind::None).then_some(check)
+}
+
+fn http(section: &mut Section<'_>) -> Http {
+    let path = section.item("path").and_then(|item| {
+        let path = item.text()?;
+        let uri = path.parse().ok().filter(|_| path.starts_with('/'));
+        if uri.is_none() {
+            item.fault(format_args!("{path:?} is not a path like /heartbeat"));
+        }
+        uri
+    });
+    let host = section.item("host").and_then(|item| {
+        let host = item.text()?;
+        if host.is_empty() || HeaderValue::from_str(&host).is_err() {
+            item.fault(format_args!("{host:?} is not a value for the header host"));
+        }
+        Some(host)
+    });
+    let status = section.item("status").and_then(|item| status(&item));
+    let body = section.item("body").and_then(|item| item.text());
+    Http { path: path.unwrap_or_default(), host, status: status.unwrap_or(200..=399), body }
+}
+
+/// `200`, or a range like `200-399`.
+fn status(item: &Item<'_>) -> Option<RangeInclusive<u16>> {
+    let text = item.text()?;
+    let (first, last) = text.split_once('-').unwrap_or((&text, &text));
+    let range = first.trim().parse().ok().zip(last.trim().parse().ok());
+    let range = range.filter(|&(first, last)| (100..=last).contains(&first) && last <= 599);
+    if range.is_none() {
+        item.fault(format_args!("{} is neither a status nor a range like 200-399", show(item.value)));
+    }
+    range.map(|(first, last): (u16, u16)| first..=last)
+}
+
+fn expect(section: &mut Section<'_>) -> Expect {
+    let send = section.item("send").and_then(|item| bytes(&item)).unwrap_or_default();
+    let expect = section.required("expect", "what the answer begins with, or contains").and_then(|item| {
+        let bytes = bytes(&item)?;
+        if bytes.is_empty() {
+            item.fault("is empty: give at least one byte, or take `kind: tcp`");
+        }
+        Some(bytes)
+    });
+    let is_prefix = section.choice("match", Match::Prefix) == Match::Prefix;
+    Expect { send, expect: expect.unwrap_or_default(), is_prefix }
+}
+
+/// Text, or `{ hex: "01 ff" }` for bytes that are none.
+fn bytes(item: &Item<'_>) -> Option<Vec<u8>> {
+    if !item.value.is_mapping() {
+        return item.text().map(String::into_bytes);
+    }
+    let mut section = item.clone().section();
+    let digits = section.required("hex", "pairs of hexadecimal digits").and_then(|item| {
+        let digits: String = item.text()?.split_whitespace().collect();
+        let bytes = (0..digits.len()).step_by(2).map(|at| {
+            let pair = digits.get(at..at + 2).filter(|pair| !pair.starts_with('+'))?;
+            u8::from_str_radix(pair, 16).ok()
+        });
+        let bytes: Option<Vec<u8>> = bytes.collect();
+        if bytes.is_none() {
+            item.fault(format_args!("{} is not pairs of hexadecimal digits like \"01 ff\"", show(item.value)));
+        }
+        bytes
+    });
+    section.finish();
+    digits
+}
+
+/// As [`bytes`] reads it.
+pub(super) fn bytes_value(bytes: &[u8]) -> Value {
+    let text = std::str::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
+    text.map_or_else(
+        || {
+            let pairs: Vec<_> = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+            Value::Mapping([("hex".into(), pairs.join(" ").into())].into_iter().collect())
+        },
+        Into::into,
+    )
+}

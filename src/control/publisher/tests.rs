@@ -1,0 +1,311 @@
+use super::*;
+use crate::backend::{Admission, Exit, Place, Replica};
+
+fn joined(id: &str) -> Event {
+    Event::Joined { id: id.into(), weight: 1 }
+}
+
+fn started(id: &str, port: u16) -> Event {
+    let address = ([127, 0, 0, 1], port).into();
+    Event::Started { id: id.into(), address, replica: Some(Replica::Process { pid: port.into() }) }
+}
+
+fn stopped(id: &str, crash_loop: bool) -> Event {
+    Event::Stopped { id: id.into(), crash_loop, exit: None }
+}
+
+fn checked(id: &str, incarnation: u64, healthy: bool) -> Event {
+    let result = if healthy { "ok" } else { "refused" };
+    Event::Checked { id: id.into(), incarnation, healthy: Some(healthy), result: result.into() }
+}
+
+fn settings(is_checked: bool) -> Settings {
+    Settings {
+        parameters: Parameters { virtual_nodes: 10, probes: 3, seed: 0 },
+        is_checked,
+        panic_below: 50,
+        on_down: OnDown::Keep,
+        slow_start: Duration::ZERO,
+    }
+}
+
+fn publisher(is_checked: bool, known: Vec<Event>) -> Publisher {
+    Publisher::new("echo".into(), settings(is_checked), known, Instant::now())
+}
+
+fn states(publisher: &Publisher) -> Vec<State> {
+    publisher.table().load().backends().iter().map(|backend| backend.state).collect()
+}
+
+#[test]
+fn a_slot_s_life() {
+    let mut publisher = publisher(true, vec![joined("a"), joined("b")]);
+    assert_eq!(states(&publisher), [State::Starting, State::Starting]);
+    let mut step = |event: Event| {
+        publisher.take([event], Instant::now());
+        states(&publisher)[0]
+    };
+    assert_eq!(step(started("a", 1)), State::Starting);
+    assert_eq!(step(checked("a", 1, true)), State::Healthy);
+    assert_eq!(step(checked("a", 1, false)), State::Unhealthy);
+    assert_eq!(step(stopped("a", false)), State::Starting);
+    assert_eq!(step(checked("a", 1, true)), State::Starting, "news of a replica that is gone");
+    assert_eq!(step(started("a", 2)), State::Starting);
+    assert_eq!(step(checked("a", 1, true)), State::Starting, "news of the replica before");
+    assert_eq!(step(checked("a", 2, true)), State::Healthy);
+    assert_eq!(step(stopped("a", true)), State::CrashLoop);
+    assert_eq!(publisher.table().load().backends()[0].restarts, 1);
+}
+
+#[test]
+fn without_checks_a_started_backend_is_healthy() {
+    let publisher = publisher(false, vec![joined("a"), started("a", 1)]);
+    assert_eq!(states(&publisher), [State::Healthy]);
+}
+
+#[test]
+fn the_ring_is_rebuilt_only_for_members_and_counters_outlive_replicas() {
+    let mut publisher = publisher(false, vec![joined("a"), joined("b")]);
+    let before = publisher.table().load();
+    publisher.take([started("a", 1), started("b", 2)], Instant::now());
+    let after = publisher.table().load();
+    assert!(Arc::ptr_eq(before.ring(), after.ring()));
+    assert!(Arc::ptr_eq(&before.backends()[0].live, &after.backends()[0].live));
+    assert_eq!(after.generation(), before.generation() + 1, "events that came together are one table");
+    publisher.take([joined("c")], Instant::now());
+    assert_eq!(publisher.table().load().ring().points(), 30);
+}
+
+#[test]
+fn a_backend_that_leaves_takes_its_points_and_its_return_brings_the_same() {
+    let mut publisher = publisher(false, vec![joined("a"), joined("b"), started("a", 1), started("b", 2)]);
+    let before = publisher.table().load().ring().digest();
+    publisher.take([Event::Left { id: "a".into() }], Instant::now());
+    assert_eq!(publisher.table().load().ring().points(), 10);
+    publisher.take([joined("a"), joined("a")], Instant::now());
+    assert_eq!(publisher.table().load().ring().digest(), before);
+}
+
+#[test]
+fn a_bad_report_overrules_the_checks_until_it_is_taken_back_or_the_replica_replaced() {
+    let mut publisher = publisher(true, vec![joined("a"), started("a", 1), checked("a", 1, true)]);
+    let report = |healthy| Event::Reported { id: "a".into(), healthy };
+    let mut step = |event: Event| {
+        publisher.take([event], Instant::now());
+        states(&publisher)[0]
+    };
+    assert_eq!(step(report(false)), State::Unhealthy);
+    assert_eq!(step(checked("a", 1, true)), State::Unhealthy);
+    assert_eq!(step(report(true)), State::Healthy);
+    assert_eq!(step(report(false)), State::Unhealthy);
+    assert_eq!(step(started("a", 2)), State::Starting);
+    assert_eq!(step(checked("a", 2, true)), State::Healthy);
+}
+
+#[test]
+fn a_new_address_of_the_same_replica_is_no_restart() {
+    let mut publisher = publisher(false, vec![joined("a"), started("a", 1)]);
+    let restarts = |publisher: &Publisher| publisher.table().load().backends()[0].restarts;
+    let moved = Event::Started {
+        id: "a".into(),
+        address: ([127, 0, 0, 9], 1).into(),
+        replica: Some(Replica::Process { pid: 1 }),
+    };
+    publisher.take([stopped("a", false), moved], Instant::now());
+    assert_eq!(restarts(&publisher), 0);
+    publisher.take([stopped("a", false), started("a", 2)], Instant::now());
+    assert_eq!(restarts(&publisher), 1);
+    let exit = |code| {
+        let exit = Exit { reason: String::new(), code, output: Vec::new(), at: Instant::now() };
+        Event::Stopped { id: "a".into(), crash_loop: false, exit: Some(Arc::new(exit)) }
+    };
+    publisher.take([exit(Some(3))], Instant::now());
+    assert_eq!(restarts(&publisher), 1, "the end of one that was told of");
+    publisher.take([exit(Some(3)), exit(Some(3))], Instant::now());
+    assert_eq!(restarts(&publisher), 3, "two that nobody saw running");
+    publisher.take([exit(None)], Instant::now());
+    assert_eq!(restarts(&publisher), 3, "one that could not be started");
+}
+
+#[test]
+fn news_of_strangers_publishes_nothing() {
+    let mut publisher = publisher(true, vec![joined("a")]);
+    let before = publisher.table().load().generation();
+    publisher.take([started("x", 1), checked("x", 0, true)], Instant::now());
+    assert_eq!(publisher.table().load().generation(), before);
+}
+
+fn drained(id: &str, within: Option<Duration>) -> Event {
+    Event::Drained { id: id.into(), within }
+}
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[test]
+fn a_drained_backend_keeps_its_points_and_comes_back_as_it_was() {
+    let mut publisher = publisher(false, vec![joined("a"), joined("b"), started("a", 1), started("b", 2)]);
+    let before = publisher.table().load().ring().digest();
+    publisher.take([drained("a", None)], Instant::now());
+    assert_eq!(states(&publisher), [State::Draining, State::Healthy]);
+    publisher.take([stopped("a", false), started("a", 3)], Instant::now());
+    assert_eq!(states(&publisher), [State::Draining, State::Healthy], "its next replica is drained too");
+    publisher.take([Event::Undrained { id: "a".into() }], Instant::now());
+    assert_eq!(states(&publisher), [State::Healthy; 2]);
+    assert_eq!(publisher.table().load().ring().digest(), before);
+}
+
+#[test]
+fn a_replica_that_retires_is_drained_until_the_next_and_what_the_operator_wants_stays() {
+    let mut publisher = publisher(false, vec![joined("a"), started("a", 1)]);
+    let retiring = || Event::Retiring { id: "a".into(), within: SECOND };
+    publisher.take([retiring()], Instant::now());
+    assert_eq!(states(&publisher), [State::Draining]);
+    publisher.take([Event::Undrained { id: "a".into() }], Instant::now());
+    assert_eq!(states(&publisher), [State::Draining], "nobody ordered that");
+    publisher.take([stopped("a", false), started("a", 2)], Instant::now());
+    assert_eq!(states(&publisher), [State::Healthy]);
+    publisher.take([drained("a", None), retiring(), started("a", 3)], Instant::now());
+    assert_eq!(states(&publisher), [State::Draining]);
+}
+
+#[test]
+fn at_the_deadline_of_a_drain_what_is_left_is_ended_until_nothing_is() {
+    let now = Instant::now();
+    let mut publisher = publisher(false, vec![joined("a"), started("a", 1)]);
+    let live = Arc::clone(&publisher.table().load().backends()[0].live);
+    let (era, place) = (live.evictions.era(), Place::take(&live, 10));
+    assert_eq!(publisher.take([drained("a", Some(10 * SECOND))], now), Some(now + 10 * SECOND));
+    publisher.take([], now + 9 * SECOND);
+    assert_eq!(live.evictions.since(era), None);
+    let again = publisher.take([], now + 10 * SECOND).unwrap();
+    assert_eq!(live.evictions.since(era), Some(Eviction::Drained));
+    let era = live.evictions.era();
+    publisher.take([], again);
+    assert_eq!(live.evictions.since(era), Some(Eviction::Drained), "one that connected late");
+    drop(place);
+    assert!(publisher.take([], again + SECOND).is_some(), "a connect that was under way may come late");
+    assert_eq!(publisher.take([], again + 70 * SECOND), None);
+}
+
+#[test]
+fn a_leaving_backend_has_no_points_and_goes_with_its_last_connection() {
+    let now = Instant::now();
+    let mut publisher = publisher(false, vec![joined("a"), joined("b"), started("a", 1), started("b", 2)]);
+    let place = Place::take(&publisher.table().load().backends()[0].live, 10);
+    let leaving = Event::Leaving { id: "a".into(), within: 60 * SECOND };
+    let mut wake = publisher.take([leaving.clone()], now).unwrap();
+    assert_eq!(publisher.table().load().ring().points(), 10);
+    assert_eq!(states(&publisher), [State::Draining, State::Healthy]);
+    for _ in 0..5 {
+        wake = publisher.take([], wake).unwrap();
+    }
+    assert_eq!(publisher.table().load().backends().len(), 2);
+    drop(place);
+    assert_eq!(publisher.take([], wake), None);
+    assert_eq!(publisher.table().load().backends().len(), 1);
+    // One that nobody uses goes too, but not before workers have seen that it leaves.
+    publisher.take([joined("a"), started("a", 1)], now);
+    let wake = publisher.take([leaving.clone()], now).unwrap();
+    assert_eq!(publisher.table().load().backends().len(), 2);
+    publisher.take([], wake);
+    assert_eq!(publisher.table().load().backends().len(), 1);
+    // And one that joins again in time stays.
+    publisher.take([joined("a"), started("a", 1), leaving], now);
+    publisher.take([joined("a")], now);
+    publisher.take([], now + 90 * SECOND);
+    assert_eq!(states(&publisher), [State::Healthy; 2]);
+    assert_eq!(publisher.table().load().ring().points(), 20);
+}
+
+#[test]
+fn an_ejected_replica_is_out_until_it_is_readmitted_or_replaced() {
+    let mut publisher = publisher(true, vec![joined("a"), started("a", 1), checked("a", 1, true)]);
+    let ejected = |incarnation| Event::Ejected { id: "a".into(), incarnation };
+    let mut step = |event: Event| {
+        publisher.take([event], Instant::now());
+        states(&publisher)[0]
+    };
+    assert_eq!(step(ejected(0)), State::Healthy, "news of another replica");
+    assert_eq!(step(ejected(1)), State::Ejected);
+    assert_eq!(step(checked("a", 1, true)), State::Ejected);
+    assert_eq!(step(checked("a", 1, false)), State::Unhealthy);
+    assert_eq!(step(checked("a", 1, true)), State::Ejected);
+    assert_eq!(step(Event::Readmitted { id: "a".into(), incarnation: 1 }), State::Healthy);
+    assert_eq!(step(ejected(1)), State::Ejected);
+    assert_eq!(step(started("a", 2)), State::Starting);
+    assert_eq!(step(checked("a", 2, true)), State::Healthy);
+}
+
+#[test]
+fn connections_of_a_backend_that_goes_down_are_ended_only_where_the_pool_says_so() {
+    for (on_down, expected) in [(OnDown::Keep, None), (OnDown::Reset, Some(Eviction::Down))] {
+        let known = vec![joined("a"), started("a", 1), checked("a", 1, true)];
+        let settings = Settings { on_down, ..settings(true) };
+        let mut publisher = Publisher::new("echo".into(), settings, known, Instant::now());
+        let live = Arc::clone(&publisher.table().load().backends()[0].live);
+        let era = live.evictions.era();
+        publisher.take([checked("a", 1, false)], Instant::now());
+        assert_eq!(live.evictions.since(era), expected);
+        let era = live.evictions.era();
+        publisher.take([checked("a", 1, false)], Instant::now());
+        assert_eq!(live.evictions.since(era), None, "once");
+    }
+}
+
+#[test]
+fn a_backend_that_comes_back_starts_slowly_and_the_first_of_all_do_not() {
+    let now = Instant::now();
+    let known = vec![joined("a"), joined("b"), started("a", 1), started("b", 2)];
+    let settings = Settings { slow_start: 10 * SECOND, ..settings(true) };
+    let mut publisher = Publisher::new("echo".into(), settings, known, now);
+    let admission = |publisher: &Publisher, n: usize| publisher.table().load().backends()[n].admission;
+    publisher.take([checked("a", 1, true)], now);
+    publisher.take([checked("b", 2, true)], now);
+    assert_eq!((admission(&publisher, 0), admission(&publisher, 1)), (Admission::ALL, Admission::ALL));
+    publisher.take([checked("b", 2, false)], now);
+    let mut wake = publisher.take([checked("b", 2, true)], now);
+    let (mut before, mut steps) = (0.0, 0);
+    assert!(admission(&publisher, 1).as_part() <= 0.1);
+    while let Some(at) = wake {
+        wake = publisher.take([], at);
+        let part = admission(&publisher, 1).as_part();
+        assert!(part > before, "{part}");
+        (before, steps) = (part, steps + 1);
+        assert!(at <= now + 10 * SECOND);
+    }
+    assert_eq!((admission(&publisher, 1), admission(&publisher, 0)), (Admission::ALL, Admission::ALL));
+    assert!(steps >= 15, "{steps}");
+    // The only one left has nobody to share with.
+    publisher.take([checked("a", 1, false), checked("b", 2, false)], now);
+    publisher.take([checked("a", 1, true)], now);
+    assert_eq!(admission(&publisher, 0), Admission::ALL);
+}
+
+#[test]
+fn new_settings_rebuild_the_ring_only_for_its_shape() {
+    let mut publisher = publisher(false, vec![joined("a"), started("a", 1)]);
+    let before = publisher.table().load();
+    publisher.take([Event::Configured(Settings { panic_below: 10, ..settings(false) })], Instant::now());
+    assert!(Arc::ptr_eq(before.ring(), publisher.table().load().ring()));
+    publisher.take([Event::Configured(Settings { is_checked: true, ..settings(false) })], Instant::now());
+    assert_eq!(states(&publisher), [State::Healthy], "checks are new, and it serves");
+    publisher.take([checked("a", 1, false)], Instant::now());
+    assert_eq!(states(&publisher), [State::Unhealthy]);
+    let parameters = Parameters { virtual_nodes: 20, probes: 3, seed: 0 };
+    publisher.take([Event::Configured(Settings { parameters, ..settings(false) })], Instant::now());
+    assert_eq!(publisher.table().load().ring().points(), 20);
+    assert_eq!(states(&publisher), [State::Healthy]);
+}
+
+#[test]
+fn a_drain_waits_for_a_backend_that_is_not_there_yet_or_comes_back() {
+    let mut publisher = publisher(false, vec![drained("a", None), joined("a"), started("a", 1), joined("b")]);
+    assert_eq!(states(&publisher)[0], State::Draining);
+    publisher.take([Event::Left { id: "a".into() }], Instant::now());
+    publisher.take([joined("a"), started("a", 2)], Instant::now());
+    assert_eq!(states(&publisher)[0], State::Draining);
+    publisher.take([Event::Left { id: "a".into() }], Instant::now());
+    publisher.take([Event::Undrained { id: "a".into() }], Instant::now());
+    publisher.take([joined("a"), started("a", 3)], Instant::now());
+    assert_eq!(states(&publisher)[0], State::Healthy);
+}

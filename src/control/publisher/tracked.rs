@@ -1,0 +1,350 @@
+//! What is known of one backend, and what its state follows from. Pure but for its counters.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::Settings;
+use crate::backend::{Admission, Backend, Drain, Eviction, Exit, Health, Live, Replica, State};
+use crate::control::Event;
+use crate::labels::Label as _;
+use crate::ring::Member;
+
+/// Between looks at a backend whose connections are to end. Also the least time that one drains: a worker that picked it
+/// from the table before has begun its connect long before.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How long after a drain's deadline a connect may come in that was under way before it.
+const LATE: Duration = Duration::from_secs(60);
+
+/// Steps in which a backend that starts slowly gets its keys back.
+const STEPS: u32 = 20;
+
+/// What of the published table has changed. The greater ones include the smaller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Change {
+    Nothing,
+    Backend,
+    Ring,
+}
+
+/// A backend as it will be published, and what its state follows from.
+#[derive(Debug)]
+pub(super) struct Tracked {
+    pub(super) backend: Backend,
+    runs: Runs,
+    drains: Drains,
+    healthy: Option<bool>,
+    crash_loop: bool,
+    is_ejected: bool,
+    /// The next time it becomes healthy is the first of a pool that nobody serves yet.
+    is_first: bool,
+    /// Since when it starts slowly.
+    warms_since: Option<Instant>,
+}
+
+/// What tells a replica that was started again from one that was only told of again.
+#[derive(Debug, Default)]
+struct Runs {
+    /// The last one, also when it has ended since.
+    last: Option<Replica>,
+    /// There has been one.
+    any: bool,
+    /// We were told of the last one before it ended.
+    is_seen: bool,
+}
+
+/// Why it is to get no new connections.
+#[derive(Debug, Default, Clone, Copy)]
+struct Drains {
+    /// It leaves the pool.
+    leaving: Option<Drain>,
+    /// This replica will be stopped; it is over with the next one.
+    retiring: Option<Drain>,
+    /// The operator wants it so.
+    ordered: Option<Drain>,
+}
+
+impl Tracked {
+    pub(super) fn new(id: Arc<str>, is_first: bool, now: Instant) -> Self {
+        let backend = Backend {
+            id,
+            address: None,
+            weight: 0,
+            state: State::Starting,
+            replica: None,
+            incarnation: 0,
+            restarts: 0,
+            last_exit: None,
+            reported_bad: false,
+            health: Health { last: None, verdict: None, since: now },
+            well: None,
+            admission: Admission::ALL,
+            drain: None,
+            live: Arc::new(Live::default()),
+        };
+        Self {
+            backend,
+            runs: Runs::default(),
+            drains: Drains::default(),
+            healthy: None,
+            crash_loop: false,
+            is_ejected: false,
+            is_first,
+            warms_since: None,
+        }
+    }
+
+    /// As the ring sees it: what leaves has no points any more.
+    pub(super) fn member(&self) -> Member<'_> {
+        Member { id: &self.backend.id, weight: if self.leaves() { 0 } else { self.backend.weight } }
+    }
+
+    /// It belongs to the pool, with this weight; one that was about to leave stays.
+    pub(super) fn joined(&mut self, weight: u32) -> Change {
+        let is_new = self.backend.weight != weight;
+        let stays = self.drains.leaving.take().is_some();
+        if stays {
+            // As one that has left and come back.
+            self.drains.ordered = None;
+        }
+        self.show_drain();
+        self.backend.weight = weight;
+        if is_new || stays { Change::Ring } else { Change::Nothing }
+    }
+
+    /// What happened to it, but for joining and leaving.
+    pub(super) fn apply(&mut self, event: Event, next: u64, now: Instant) -> Change {
+        match event {
+            Event::Started { address, replica, .. } => {
+                // Said once more, which is no news.
+                if self.backend.address == Some(address) && replica.is_some() && self.backend.replica == replica {
+                    return Change::Nothing;
+                }
+                self.backend.incarnation = next;
+                self.started(address, replica, now);
+            }
+            Event::Stopped { crash_loop, exit, .. } => self.stopped(crash_loop, exit, now),
+            Event::Reported { healthy, .. } => {
+                if self.backend.reported_bad != healthy {
+                    return Change::Nothing;
+                }
+                self.backend.reported_bad = !healthy;
+            }
+            Event::Checked { incarnation, healthy, result, .. } => {
+                // News of a replica before this one; or a check was under way when its replica died.
+                if self.backend.incarnation != incarnation || self.backend.address.is_none() {
+                    return Change::Nothing;
+                }
+                self.healthy = healthy;
+                self.backend.health.verdict = healthy;
+                if self.backend.health.last.as_ref() != Some(&result) {
+                    self.backend.health = Health { last: Some(result), verdict: healthy, since: now };
+                }
+            }
+            Event::Ejected { incarnation, .. } => {
+                if self.backend.incarnation != incarnation || self.is_ejected {
+                    return Change::Nothing;
+                }
+                self.is_ejected = true;
+                self.backend.live.ejections.fetch_add(1, Ordering::Relaxed);
+            }
+            Event::Readmitted { incarnation, .. } => {
+                if self.backend.incarnation != incarnation || !self.is_ejected {
+                    return Change::Nothing;
+                }
+                self.is_ejected = false;
+                self.backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
+            }
+            Event::Drained { within, .. } => {
+                self.drains.ordered = Some(drain(self.drains.ordered, within, false, now));
+                self.show_drain();
+            }
+            Event::Undrained { .. } => {
+                if self.drains.ordered.take().is_none() {
+                    return Change::Nothing;
+                }
+                self.show_drain();
+            }
+            Event::Retiring { within, .. } => {
+                self.drains.retiring = Some(drain(self.drains.retiring, Some(within), false, now));
+                self.show_drain();
+            }
+            Event::Leaving { within, .. } => {
+                let is_new = !self.leaves();
+                self.drains.leaving = Some(drain(self.drains.leaving, Some(within), true, now));
+                self.show_drain();
+                return if is_new { Change::Ring } else { Change::Backend };
+            }
+            Event::Joined { .. } | Event::Left { .. } | Event::Configured(_) => return Change::Nothing,
+        }
+        Change::Backend
+    }
+
+    fn started(&mut self, address: SocketAddr, replica: Option<Replica>, now: Instant) {
+        let backend = &mut self.backend;
+        // The same container with a new address has not been started again.
+        if replica.is_some() && self.runs.last != replica {
+            backend.restarts += u64::from(self.runs.any);
+            self.runs = Runs { last: replica.clone(), any: true, is_seen: true };
+        }
+        backend.address = Some(address);
+        backend.replica = replica;
+        self.forget(now);
+        self.crash_loop = false;
+    }
+
+    fn stopped(&mut self, crash_loop: bool, exit: Option<Arc<Exit>>, now: Instant) {
+        (self.backend.address, self.backend.replica) = (None, None);
+        if let Some(exit) = exit {
+            // It ran, even if it was gone before anybody could see it.
+            if exit.code.is_some() && !std::mem::take(&mut self.runs.is_seen) {
+                self.backend.restarts += u64::from(self.runs.any);
+                self.runs.any = true;
+            }
+            self.backend.last_exit = Some(exit);
+        }
+        self.forget(now);
+        self.crash_loop = crash_loop;
+    }
+
+    /// Of several drains the one is shown that is over last.
+    fn show_drain(&mut self) {
+        let Drains { leaving, retiring, ordered } = self.drains;
+        self.backend.drain = leaving.or(ordered).or(retiring);
+    }
+
+    /// Whether the operator wants it drained.
+    pub(super) fn is_drain_ordered(&self) -> bool {
+        self.drains.ordered.is_some()
+    }
+
+    fn leaves(&self) -> bool {
+        self.drains.leaving.is_some()
+    }
+
+    /// When its connections have had their time: by the first of several drains.
+    fn deadline(&self) -> Option<Instant> {
+        let Drains { leaving, retiring, ordered } = self.drains;
+        [leaving, retiring, ordered].into_iter().flatten().filter_map(|drain| drain.deadline).min()
+    }
+
+    /// What was known of the replica before says nothing about the next one.
+    fn forget(&mut self, now: Instant) {
+        self.backend.health = Health { last: None, verdict: None, since: now };
+        (self.healthy, self.backend.reported_bad, self.is_ejected) = (None, false, false);
+        self.drains.retiring = None;
+        self.show_drain();
+        self.backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether its replica is well, whoever has taken it out of service; `None`: nobody can tell.
+    pub(super) fn well(&self, settings: &Settings) -> Option<bool> {
+        self.backend.address?;
+        if self.backend.reported_bad || self.is_ejected {
+            return Some(false);
+        }
+        if settings.is_checked { self.healthy } else { Some(true) }
+    }
+
+    /// Follows changed settings. What becomes healthy by them alone takes all of its keys.
+    pub(super) fn settle(&mut self, settings: &Settings) {
+        let state = self.state(settings);
+        if state == State::Healthy && self.backend.state != State::Healthy {
+            (self.warms_since, self.backend.admission) = (None, Admission::ALL);
+        }
+        self.backend.state = state;
+        self.backend.well = self.well(settings);
+    }
+
+    /// It counts as having passed its checks.
+    pub(super) fn trust(&mut self) {
+        self.healthy = Some(true);
+    }
+
+    pub(super) fn state(&self, settings: &Settings) -> State {
+        match (self.backend.address, self.healthy) {
+            _ if self.backend.drain.is_some() => State::Draining,
+            (None, _) if self.crash_loop => State::CrashLoop,
+            (None, _) => State::Starting,
+            (Some(_), _) if self.backend.reported_bad => State::Unhealthy,
+            (Some(_), None) if settings.is_checked => State::Starting,
+            (Some(_), Some(false)) if settings.is_checked => State::Unhealthy,
+            (Some(_), _) if self.is_ejected => State::Ejected,
+            (Some(_), _) => State::Healthy,
+        }
+    }
+
+    /// It has become healthy: slowly where others can bear its load meanwhile.
+    pub(super) fn begin(&mut self, others_serve: bool, settings: &Settings, now: Instant) {
+        let is_first = std::mem::take(&mut self.is_first);
+        let is_slow = others_serve && !is_first && !settings.slow_start.is_zero();
+        self.warms_since = is_slow.then_some(now);
+        self.backend.admission = if is_slow { Admission::part(1.0 / f64::from(STEPS)) } else { Admission::ALL };
+    }
+
+    /// What time alone does: keys come back, and connections that had their time are ended.
+    pub(super) fn pass(&mut self, settings: &Settings, now: Instant) -> Change {
+        if self.deadline().is_some_and(|deadline| deadline <= now) && self.active() > 0 {
+            self.backend.live.evictions.order(Eviction::Drained);
+        }
+        let Some(since) = self.warms_since else { return Change::Nothing };
+        let passed = now.saturating_duration_since(since);
+        let step = (settings.slow_start / STEPS).max(Duration::from_millis(1));
+        let steps = u32::try_from(passed.as_nanos() / step.as_nanos()).unwrap_or(STEPS) + 1;
+        let admission =
+            if steps >= STEPS { Admission::ALL } else { Admission::part(f64::from(steps) / f64::from(STEPS)) };
+        if admission == Admission::ALL || self.backend.state != State::Healthy {
+            self.warms_since = None;
+        }
+        if std::mem::replace(&mut self.backend.admission, admission) == admission {
+            return Change::Nothing;
+        }
+        Change::Backend
+    }
+
+    /// When to look again.
+    pub(super) fn due(&self, settings: &Settings, now: Instant) -> Option<Instant> {
+        let drain = match self.deadline() {
+            _ if self.leaves() => Some(now + LOOK),
+            Some(deadline) if deadline > now => Some(deadline),
+            Some(_) if self.active() > 0 => Some(now + LOOK),
+            // A connect that was under way may come in late.
+            Some(deadline) if now < deadline + LATE => Some(now + LATE / 60),
+            _ => None,
+        };
+        let step = self.warms_since.map(|_| now + settings.slow_start / STEPS);
+        drain.into_iter().chain(step).min()
+    }
+
+    /// It leaves, and nothing holds it any more.
+    pub(super) fn is_gone(&self, now: Instant) -> bool {
+        let has_settled = |drain: Drain| now.saturating_duration_since(drain.since) >= LOOK;
+        self.drains.leaving.is_some_and(has_settled) && self.active() == 0
+    }
+
+    fn active(&self) -> u64 {
+        self.backend.live.active.load(Ordering::Relaxed)
+    }
+
+    /// One line for a change of state, as loud as it is bad.
+    pub(super) fn tell(&self, pool: &str, state: State) {
+        let backend = &self.backend;
+        let (id, was, is) = (&backend.id, backend.state.as_str(), state.as_str());
+        let check = backend.last_check().unwrap_or("-");
+        match (backend.state, state) {
+            // The supervisor has told of the crash loop; each further try is no news.
+            (State::CrashLoop, State::Starting) | (_, State::CrashLoop) => {
+                tracing::debug!(%pool, %id, was, check, "backend is {is}");
+            }
+            (_, State::Unhealthy | State::Ejected) => tracing::warn!(%pool, %id, was, check, "backend is {is}"),
+            _ => tracing::info!(%pool, %id, was, check, "backend is {is}"),
+        }
+    }
+}
+
+/// A drain that begins now, or goes on with another deadline.
+fn drain(before: Option<Drain>, within: Option<Duration>, leaves: bool, now: Instant) -> Drain {
+    Drain { since: before.map_or(now, |before| before.since), deadline: within.map(|within| now + within), leaves }
+}

@@ -1,0 +1,64 @@
+//! The ports of replicas that are child processes.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+
+use socket2::{Domain, Socket, Type};
+
+use super::Handed;
+use crate::control::provider::slot_number;
+
+/// Ports kept for slots. Bound, but not listening, with `SO_REUSEADDR`: the replica can bind it too, while the
+/// system gives it to nobody as a port of its own choice. A slot keeps its port for good.
+#[derive(Debug)]
+pub struct Ports {
+    range: Option<(u16, u16)>,
+    pub(super) reserved: Vec<(SocketAddr, Socket)>,
+}
+
+impl Ports {
+    /// Reserves one port for each slot; replicas that are taken over have theirs.
+    ///
+    /// # Errors
+    /// When the range has not enough free ones.
+    pub fn reserve(pool: &str, range: Option<(u16, u16)>, slots: usize, handed: &[Handed]) -> io::Result<Self> {
+        let mut ports = Self { range, reserved: Vec::new() };
+        let highest = handed.iter().filter_map(|one| slot_number(pool, &one.slot)).max().unwrap_or_default();
+        for n in 1..=slots.max(highest as usize) {
+            match handed.iter().find(|one| slot_number(pool, &one.slot) == u32::try_from(n).ok()) {
+                Some(one) => ports.reserved.push((one.address, one.port.try_clone()?)),
+                None => ports.extend(n)?,
+            }
+        }
+        Ok(ports)
+    }
+
+    /// Reserves ports for slots that have none yet.
+    pub(super) fn extend(&mut self, slots: usize) -> io::Result<()> {
+        let mut candidates: Box<dyn Iterator<Item = u16>> = match self.range {
+            Some((first, last)) => Box::new(first..=last),
+            None => Box::new(std::iter::repeat(0)),
+        };
+        while self.reserved.len() < slots {
+            let port = candidates.next().ok_or(io::ErrorKind::AddrInUse)?;
+            // Two of our own would get along on one port as long as nobody listens.
+            if port != 0 && self.reserved.iter().any(|(address, _)| address.port() == port) {
+                continue;
+            }
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+            socket.set_reuse_address(true)?;
+            match socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, port)).into()) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse && port != 0 => continue,
+                Err(error) => return Err(error),
+            }
+            let address = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
+            self.reserved.push((address, socket));
+        }
+        Ok(())
+    }
+
+    pub(super) fn address(&self, slot: usize) -> Option<SocketAddr> {
+        self.reserved.get(slot).map(|(address, _)| *address)
+    }
+}

@@ -1,0 +1,95 @@
+//! The process between Ringway and a replica: a replica must live on while one Ringway takes over from another, and must
+//! not outlive the last of them.
+//!
+//! A shim starts the replica and holds one end of a socket, the lifeline; Ringway holds the other, and hands it over when
+//! it is upgraded. Over it the shim says which process the replica is and how it ended, and is told to stop it. When nobody
+//! holds the other end any more, be it because Ringway was killed, the shim kills the replica with all that it has started.
+//! (containerd has a shim to each container for the same reason.) Should the shim itself be killed, the kernel kills the
+//! replica: see [`launch`](super::launch).
+
+use std::ffi::OsString;
+use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+
+/// Arguments of `ringway shim`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Shim {
+    /// Soft limit on open files to give the program: Ringway has raised its own
+    #[arg(long)]
+    pub open_files: Option<u64>,
+    /// The program and its arguments
+    #[arg(trailing_var_arg = true, required = true)]
+    pub command: Vec<OsString>,
+}
+
+/// Said over the lifeline by Ringway: end, please.
+pub(super) const TERM: u8 = b'T';
+/// Said over the lifeline by Ringway: end now.
+pub(super) const KILL: u8 = b'K';
+
+/// Runs a replica as its shim, the lifeline being standard input, until the replica has ended.
+///
+/// # Errors
+/// When the replica cannot be started, or the system does not tell of its end.
+pub fn run(shim: &Shim) -> io::Result<()> {
+    let mut lifeline = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let launcher = std::env::current_exe().ok().filter(|path| path.exists());
+    let launcher = launcher.as_deref().unwrap_or(Path::new("/proc/self/exe"));
+    let mut command = Command::new(launcher);
+    command.args(["launch", "--parent", &std::process::id().to_string()]);
+    if let Some(open_files) = shim.open_files {
+        command.args(["--open-files", &open_files.to_string()]);
+    }
+    // A group of its own: what it has started is ended with it, and the shim is not.
+    command.arg("--").args(&shim.command).stdin(Stdio::null()).process_group(0);
+    let mut child = command.spawn()?;
+    let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else {
+        return Err(io::ErrorKind::InvalidData.into());
+    };
+    // Where nobody listens any more, the wait below finds out.
+    let _ = writeln!(lifeline, "pid {}", child.id());
+    let ended = wait(&mut child, pid, &mut lifeline);
+    // Also where it has ended: what it leaves behind would keep its port, and answer for its successor.
+    signal(pid, Signal::KILL);
+    let status = child.wait()?;
+    let code = status.code().map_or_else(String::new, |code| code.to_string());
+    let _ = writeln!(lifeline, "exit {code} {status}");
+    ended
+}
+
+/// Waits for the replica's end, and passes on what is asked for meanwhile.
+fn wait(child: &mut Child, pid: Pid, lifeline: &mut UnixStream) -> io::Result<()> {
+    let ended: OwnedFd = pidfd_open(pid, PidfdFlags::empty())?;
+    loop {
+        let ready = {
+            let mut fds = [PollFd::new(&ended, PollFlags::IN), PollFd::new(&*lifeline, PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Err(rustix::io::Errno::INTR) => continue,
+                other => other?,
+            };
+            fds.map(|fd| !fd.revents().is_empty())
+        };
+        if ready[0] || child.try_wait()?.is_some() {
+            return Ok(());
+        }
+        let mut word = [0; 1];
+        match lifeline.read(&mut word) {
+            Ok(1) if word[0] == TERM => signal(pid, Signal::TERM),
+            // Told so, or nobody holds the other end.
+            _ => return Ok(()),
+        }
+    }
+}
+
+/// To the replica's whole process group, so that the children of a shell go too.
+fn signal(group: Pid, signal: Signal) {
+    // Fails only where it has just ended by itself.
+    let _ = kill_process_group(group, signal);
+}

@@ -1,0 +1,299 @@
+//! Changes at run time: drain, weight, add, remove, scale, and who may make them.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use ringway::backend::State;
+use ringway::control::operator::{Order, Refusal};
+use ringway::control::provider::Listed;
+use ringway::proxy::stats::End;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::harness::backends::Server;
+use crate::harness::program::Program;
+use crate::harness::{
+    Ringway, THREE_REPLICAS, config, eventually, eventually_async, http, http_with, soon, static_config,
+};
+
+/// A backend that names itself to each connection and then echoes.
+async fn named(name: &'static str) -> Server {
+    Server::start(move |mut stream| async move {
+        let _ = stream.write_all(name.as_bytes()).await;
+        let mut buffer = [0; 1024];
+        while let Ok(read @ 1..) = stream.read(&mut buffer).await {
+            if stream.write_all(&buffer[..read]).await.is_err() {
+                return;
+            }
+        }
+    })
+    .await
+}
+
+/// A connection and who serves it.
+async fn connect(ringway: &Ringway) -> (TcpStream, String) {
+    let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
+    let mut name = [0; 2];
+    soon("a name", stream.read_exact(&mut name)).await.unwrap();
+    (stream, String::from_utf8_lossy(&name).into_owned())
+}
+
+async fn echoes(stream: &mut TcpStream) -> bool {
+    let mut back = [0; 4];
+    stream.write_all(b"ping").await.is_ok() && stream.read_exact(&mut back).await.is_ok() && &back == b"ping"
+}
+
+fn drain(backend: &str, within: Option<Duration>) -> Order {
+    Order::Drain { pool: "echo".to_owned(), backend: backend.to_owned(), within }
+}
+
+async fn three() -> ([Server; 3], Ringway) {
+    let servers = [named("b0").await, named("b1").await, named("b2").await];
+    let yaml =
+        static_config(&servers.each_ref().map(|server| server.address), "health_check: { kind: none }\ndrain: 1m");
+    let ringway = Ringway::start(&yaml).await;
+    (servers, ringway)
+}
+
+/// Connections until some are served by this backend.
+async fn connect_to(ringway: &Ringway, name: &str) -> TcpStream {
+    for _ in 0..200 {
+        let (stream, who) = connect(ringway).await;
+        if who == name {
+            return stream;
+        }
+    }
+    panic!("nobody gets to {name}");
+}
+
+#[tokio::test]
+async fn a_drained_backend_gets_no_new_connection_and_old_ones_finish() {
+    let (_servers, ringway) = three().await;
+    let before = ringway.mapping();
+    let mut old = connect_to(&ringway, "b1").await;
+    ringway.order(drain("b1", None)).await.unwrap();
+    eventually("draining", || ringway.states()[1] == State::Draining).await;
+    for _ in 0..60 {
+        assert_ne!(connect(&ringway).await.1, "b1");
+    }
+    assert!(echoes(&mut old).await);
+    let after = ringway.mapping();
+    assert!(before.iter().all(|(key, owner)| owner == "b1" || after[key] == *owner), "others moved");
+    old.shutdown().await.unwrap();
+    soon("the end", old.read_to_end(&mut Vec::new())).await.unwrap();
+    eventually("none left", || ringway.backend(1).live.active.load(Ordering::Relaxed) == 0).await;
+    assert_eq!(ringway.state().listeners[0].stats.ended.of(End::DrainDeadline), 0);
+
+    ringway.order(Order::Undrain { pool: "echo".to_owned(), backend: "b1".to_owned() }).await.unwrap();
+    eventually("healthy again", || ringway.states() == [State::Healthy; 3]).await;
+    assert_eq!(ringway.mapping(), before);
+}
+
+#[tokio::test]
+async fn at_the_deadline_of_a_drain_the_rest_is_reset_to_the_second() {
+    let (_servers, ringway) = three().await;
+    let mut old = connect_to(&ringway, "b1").await;
+    let began = Instant::now();
+    ringway.order(drain("b1", Some(Duration::from_secs(2)))).await.unwrap();
+    let error = soon("the deadline", old.read_exact(&mut [0; 1])).await.unwrap_err();
+    let took = began.elapsed();
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    assert!(took >= Duration::from_secs(2), "{took:?}");
+    println!("2 s of drain took {took:?}");
+    eventually("counted", || ringway.state().listeners[0].stats.ended.of(End::DrainDeadline) == 1).await;
+}
+
+#[tokio::test]
+async fn backends_of_a_static_pool_come_and_go() {
+    let (_servers, ringway) = three().await;
+    let new = named("b3").await;
+    let before = ringway.mapping();
+    let mut old = connect_to(&ringway, "b0").await;
+    let backend = Listed { id: "b3".into(), host: "127.0.0.1".to_owned(), port: new.address.port(), weight: 1 };
+    let report = ringway.order(Order::Add { pool: "echo".to_owned(), backend: backend.clone() }).await.unwrap();
+    assert_eq!(report.changes.len(), 1, "{report:?}");
+    eventually("it is there", || ringway.states() == [State::Healthy; 4]).await;
+    let with = ringway.mapping();
+    let moved = with.iter().filter(|&(key, owner)| before[key] != *owner).count() as f64 / with.len() as f64;
+    assert!(with.iter().all(|(key, owner)| before[key] == *owner || owner == "b3"), "keys moved to others");
+    assert!((report.moved[0].share - moved).abs() < 0.03, "predicted {:?}, moved {moved}", report.moved);
+    connect_to(&ringway, "b3").await;
+
+    let again = ringway.order(Order::Add { pool: "echo".to_owned(), backend }).await.unwrap_err();
+    assert!(matches!(again, Refusal::Conflict(_)), "{again}");
+    let remove = |id: &str| Order::Remove { pool: "echo".to_owned(), backend: id.to_owned() };
+    ringway.order(remove("b0")).await.unwrap();
+    eventually("b0 leaves", || ringway.backend(0).drain.is_some_and(|drain| drain.leaves)).await;
+    assert!(echoes(&mut old).await, "its connection lives");
+    for _ in 0..40 {
+        assert_ne!(connect(&ringway).await.1, "b0");
+    }
+    let status: serde_json::Value =
+        serde_json::from_slice(http(ringway.api(), "GET", "/api/status", b"").await.body()).unwrap();
+    let differs: Vec<_> = status["pools"][0]["differs"].as_array().unwrap().iter().map(|one| &one["what"]).collect();
+    assert_eq!(differs, ["added", "removed"]);
+    drop(old);
+    eventually("b0 is gone", || ringway.states().len() == 3).await;
+    ringway.order(remove("b3")).await.unwrap();
+    ringway.order(remove("b1")).await.unwrap();
+    let last = ringway.order(remove("b2")).await.unwrap_err();
+    assert!(matches!(last, Refusal::Conflict(_)), "{last}");
+}
+
+#[tokio::test]
+async fn a_weight_moves_keys_as_predicted() {
+    let (_servers, ringway) = three().await;
+    let before = ringway.mapping();
+    let order = Order::Weight { pool: "echo".to_owned(), backend: "b0".to_owned(), weight: 4 };
+    let report = ringway.order(order).await.unwrap();
+    eventually("it weighs more", || ringway.backend(0).weight == 4).await;
+    let after = ringway.mapping();
+    let moved = after.iter().filter(|&(key, owner)| before[key] != *owner).count() as f64 / after.len() as f64;
+    assert!((report.moved[0].share - moved).abs() < 0.03, "predicted {:?}, moved {moved}", report.moved);
+    assert!(after.iter().all(|(key, owner)| before[key] == *owner || owner == "b0"));
+    assert!(moved > 0.2, "{moved}");
+}
+
+#[tokio::test]
+async fn scaling_adds_slots_and_drains_the_highest_before_they_stop() {
+    let yaml = config(THREE_REPLICAS, "", "health_check: { kind: http, path: /heartbeat, interval: 100ms }\ndrain: 1m");
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    let before = ringway.mapping();
+    let scale = |replicas| Order::Scale { pool: "web".to_owned(), replicas };
+    let report = ringway.order(scale(5)).await.unwrap();
+    assert!((report.moved[0].share - 0.4).abs() < 0.1, "{report:?}");
+    eventually("five", || ringway.states() == [State::Healthy; 5]).await;
+    let with = ringway.mapping();
+    assert!(with.iter().all(|(key, owner)| before[key] == *owner || owner == "echo-4" || owner == "echo-5"));
+
+    let pids: BTreeSet<_> = (0..3).map(|n| format!("{:?}", ringway.backend(n).replica)).collect();
+    let mut old = Vec::new();
+    eventually_async("a connection to the fifth", async || {
+        let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
+        assert!(echoes(&mut stream).await);
+        old.push(stream);
+        ringway.backend(4).live.active.load(Ordering::Relaxed) > 0
+    })
+    .await;
+    ringway.order(scale(3)).await.unwrap();
+    eventually("the fourth is gone or drains", || ringway.state().pools[0].table.load().ring().points() == 480).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    for stream in &mut old {
+        assert!(echoes(stream).await, "a replica was stopped with connections open");
+    }
+    assert_eq!(ringway.mapping(), before);
+    drop(old);
+    eventually("three", || ringway.states() == [State::Healthy; 3]).await;
+    assert_eq!(pids, (0..3).map(|n| format!("{:?}", ringway.backend(n).replica)).collect(), "others were restarted");
+    assert_eq!(ringway.metric("ringway_pool_runtime_changes", &[]).await, 0.0, "it is as in the config again");
+    ringway.order(scale(4)).await.unwrap();
+    eventually("four", || ringway.states() == [State::Healthy; 4]).await;
+}
+
+#[tokio::test]
+async fn a_replica_that_is_not_wanted_and_wanted_again_is_kept() {
+    let yaml = config(THREE_REPLICAS, "", "health_check: { interval: 100ms }\ndrain: 1m");
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    let mut old = Vec::new();
+    eventually_async("a connection to the third", async || {
+        old.push(TcpStream::connect(ringway.web()).await.unwrap());
+        ringway.backend(2).live.active.load(Ordering::Relaxed) > 0
+    })
+    .await;
+    let replica = ringway.backend(2).replica;
+    let scale = |replicas| Order::Scale { pool: "echo".to_owned(), replicas };
+    ringway.order(scale(2)).await.unwrap();
+    eventually("it drains", || ringway.states()[2] == State::Draining).await;
+    ringway.order(scale(3)).await.unwrap();
+    eventually("it is back", || ringway.states() == [State::Healthy; 3]).await;
+    assert_eq!(ringway.backend(2).replica, replica);
+    for stream in &mut old {
+        assert!(echoes(stream).await);
+    }
+}
+
+/// Method, path, headers beside the usual or in their place, body; status and code of the answer.
+type Case<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)], &'a [u8], u16, &'a str);
+
+#[tokio::test]
+async fn every_refusal_is_json_and_changes_nothing() {
+    let (_servers, ringway) = three().await;
+    let generation = ringway.state().pools[0].table.load().generation();
+    let own = ringway.api().to_string();
+    let large = vec![b'x'; (1 << 20) + 1];
+    let b0 = "/api/pools/echo/backends/b0";
+    let cases: &[Case<'_>] = &[
+        ("POST", &format!("{b0}/weight"), &[], b"{}", 400, "invalid"),
+        ("POST", &format!("{b0}/weight"), &[], b"not json", 400, "invalid"),
+        ("POST", &format!("{b0}/weight"), &[], b"{\"weight\": 0}", 400, "invalid"),
+        ("POST", &format!("{b0}/weight"), &[], b"{\"weight\": -1}", 400, "invalid"),
+        ("POST", &format!("{b0}/weight"), &[], b"{\"weight\": 2, \"x\": 1}", 400, "invalid"),
+        ("POST", &format!("{b0}/drain"), &[], b"{\"within_seconds\": -1}", 400, "invalid"),
+        ("POST", "/api/pools/echo/backends", &[], b"{\"address\": \"nowhere\"}", 400, "invalid"),
+        ("POST", "/api/pools/echo/scale", &[], b"{\"replicas\": 0}", 400, "invalid"),
+        ("POST", "/api/reload?colour=red", &[], b"", 400, "invalid"),
+        ("POST", "/api/reload", &[], b"pools: []", 400, "invalid"),
+        ("POST", "/api/reload?dry_run=true", &[], b"pools: []", 400, "invalid"),
+        ("POST", &format!("{b0}/drain"), &[("origin", "http://evil.example")], b"", 403, "cross_site"),
+        ("POST", "/api/pools/nope/backends/b0/drain", &[], b"", 404, "not_found"),
+        ("POST", "/api/pools/echo/backends/nope/drain", &[], b"", 404, "not_found"),
+        ("DELETE", "/api/pools/echo/backends/nope", &[], b"", 404, "not_found"),
+        ("GET", &format!("{b0}/drain"), &[], b"", 405, "method_not_allowed"),
+        ("GET", "/api/reload", &[], b"", 405, "method_not_allowed"),
+        ("POST", &format!("{b0}/undrain"), &[], b"", 409, "conflict"),
+        ("POST", "/api/pools/echo/scale", &[], b"{\"replicas\": 2}", 409, "conflict"),
+        ("POST", "/api/pools/echo/backends", &[], b"{\"address\": \"127.0.0.1:1\", \"id\": \"b0\"}", 409, "conflict"),
+        ("POST", &format!("{b0}/weight"), &[], &large, 413, "body_too_large"),
+        ("POST", "/api/reload?dry_run=true", &[], &large, 413, "body_too_large"),
+        ("POST", &format!("{b0}/drain"), &[("host", "evil.example")], b"", 421, "foreign_host"),
+    ];
+    for (method, path, headers, body, status, code) in cases {
+        let mut all = vec![("host", own.as_str())];
+        all.retain(|(name, _)| !headers.iter().any(|(other, _)| other == name));
+        all.extend(*headers);
+        let answer = http_with(ringway.api(), method, path, &all, body).await;
+        let json: serde_json::Value = serde_json::from_slice(answer.body()).unwrap();
+        assert_eq!(answer.status(), *status, "{method} {path}: {json}");
+        assert_eq!(json["error"]["code"], *code, "{method} {path}: {json}");
+        assert!(json["error"]["message"].as_str().is_some_and(|message| message.len() > 10), "{json}");
+    }
+    assert_eq!(ringway.state().pools[0].table.load().generation(), generation);
+    assert_eq!(ringway.metric("ringway_pool_runtime_changes", &[]).await, 0.0);
+    assert_eq!(ringway.states(), [State::Healthy; 3]);
+}
+
+#[tokio::test]
+async fn off_loopback_nothing_is_changed_without_the_token() {
+    let server = named("b0").await;
+    let other = named("b1").await;
+    let yaml = static_config(&[server.address, other.address], "health_check: { kind: none }");
+    let yaml = yaml.replace("api: { listen: \"127.0.0.1:0\" }", "api: { listen: \"0.0.0.0:0\" }");
+    let path = "/api/pools/echo/backends/b0/drain";
+    let call = async |program: &Program, token: Option<&str>| {
+        let mut address = program.api();
+        address.set_ip([127, 0, 0, 1].into());
+        let (host, bearer) = (address.to_string(), token.map(|token| format!("Bearer {token}")).unwrap_or_default());
+        let mut headers = vec![("host", host.as_str())];
+        headers.extend(token.map(|_| ("authorization", bearer.as_str())));
+        http_with(address, "POST", path, &headers, b"").await.status().as_u16()
+    };
+    let open = Program::start(&yaml).await;
+    assert!(open.log().contains("the side port is read-only"), "{}", open.log());
+    assert_eq!(call(&open, None).await, 403);
+    assert_eq!(call(&open, Some("anything")).await, 403);
+    drop(open);
+    let token = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(token.path(), "from-file\n").unwrap();
+    let with_file =
+        yaml.replace("\"0.0.0.0:0\" }", &format!("\"0.0.0.0:0\", token_file: \"{}\" }}", token.path().display()));
+    for (yaml, expected, environment) in
+        [(&yaml, "from-env", vec![("RINGWAY_TOKEN", "from-env")]), (&with_file, "from-file", vec![])]
+    {
+        let program = Program::start_with(yaml, &environment).await;
+        assert_eq!(call(&program, None).await, 401);
+        assert_eq!(call(&program, Some("wrong")).await, 401);
+        assert_eq!(call(&program, Some(expected)).await, 200);
+        assert!(!program.log().contains(expected), "the token is in the log");
+    }
+}

@@ -1,0 +1,218 @@
+//! Checks of all kinds, ejection, panic, and what happens to the connections of a backend that goes down.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
+
+use ringway::backend::State;
+use ringway::proxy::stats::End;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::harness::backends::{Refusing, Server};
+use crate::harness::{Ringway, eventually, eventually_async, http, soon, static_config};
+
+/// A server that says `greeting` first, and answers each line with `answer`.
+async fn talker(greeting: &'static [u8], answer: &'static [u8]) -> Server {
+    Server::start(move |mut stream| async move {
+        let _ = stream.write_all(greeting).await;
+        let mut line = [0; 256];
+        while stream.read(&mut line).await.is_ok_and(|read| read > 0) {
+            let _ = stream.write_all(answer).await;
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_check_may_send_and_expect() {
+    let redis = talker(b"", b"+PONG\r\n").await;
+    let ssh = talker(b"SSH-2.0-Test_1\r\n", b"").await;
+    let cases = [
+        (&redis, r#"send: "PING\r\n", expect: "+PONG""#, "ok"),
+        (&redis, r#"send: { hex: "50 49 4e 47 0d 0a" }, expect: PONG, match: contains"#, "ok"),
+        (&redis, r#"send: "PING\r\n", expect: PONG"#, "unexpected answer \"+PONG\\r\\n\""),
+        (&redis, r#"expect: "+PONG""#, "timeout"),
+        (&ssh, r#"expect: "SSH-2.0""#, "ok"),
+        (&ssh, "expect: Test, match: contains", "ok"),
+        (&ssh, r#"expect: "SSH-1""#, "unexpected answer \"SSH-2.0-Test_1\\r\\n\""),
+    ];
+    for (server, expect, result) in cases {
+        let check = format!("health_check: {{ kind: expect, {expect}, interval: 50ms, timeout: 300ms, fall: 1 }}");
+        let ringway = Ringway::start(&static_config(&[server.address], &check)).await;
+        eventually(expect, || ringway.backend(0).health.last.as_deref() == Some(result)).await;
+        let state = if result == "ok" { State::Healthy } else { State::Unhealthy };
+        eventually(expect, || ringway.states() == [state]).await;
+    }
+}
+
+#[tokio::test]
+async fn an_http_check_looks_at_status_body_host_and_another_port() {
+    let server = Server::start(|mut stream| async move {
+        let mut request = vec![0; 4096];
+        let read = stream.read(&mut request).await.unwrap_or(0);
+        let request = String::from_utf8_lossy(&request[..read]).to_lowercase();
+        let host = if request.contains("host: www.example\r\n") { "known" } else { "unknown" };
+        let answer = format!("HTTP/1.1 503 Busy\r\ncontent-length: {}\r\n\r\n{host}", host.len());
+        let _ = stream.write_all(answer.as_bytes()).await;
+    })
+    .await;
+    let other = Refusing::new();
+    let port = server.address.port();
+    let cases = [
+        ("status: 503".to_owned(), "ok"),
+        ("status: 500-599, host: www.example, body: known".to_owned(), "ok"),
+        ("status: 200-299".to_owned(), "status 503"),
+        ("status: 503, body: nothing of the kind".to_owned(), "the body lacks the expected text"),
+    ];
+    for (keys, result) in cases {
+        let check = format!("health_check: {{ kind: http, port: {port}, interval: 50ms, fall: 1, {keys} }}");
+        let ringway = Ringway::start(&static_config(&[other.address], &check)).await;
+        eventually(&keys, || ringway.backend(0).health.last.as_deref() == Some(result)).await;
+    }
+}
+
+/// Servers that greet would else have unread bytes reset into their faces, and count that against us.
+#[tokio::test]
+async fn a_tcp_check_ends_politely_and_reads_what_the_server_says() {
+    let (clean, broken) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (seen_clean, seen_broken) = (Arc::clone(&clean), Arc::clone(&broken));
+    let greeter = Server::start(move |mut stream| {
+        let (clean, broken) = (Arc::clone(&seen_clean), Arc::clone(&seen_broken));
+        async move {
+            let _ = stream.write_all(&[b'x'; 2000]).await;
+            match stream.read(&mut [0; 16]).await {
+                Ok(0) => clean.fetch_add(1, Ordering::Relaxed),
+                _ => broken.fetch_add(1, Ordering::Relaxed),
+            };
+        }
+    })
+    .await;
+    let _ringway = Ringway::start(&static_config(&[greeter.address], "health_check: { interval: 20ms }")).await;
+    eventually("checks", || clean.load(Ordering::Relaxed) + broken.load(Ordering::Relaxed) >= 20).await;
+    assert_eq!(broken.load(Ordering::Relaxed), 0);
+}
+
+#[tokio::test]
+async fn a_backend_that_fails_connects_is_ejected_and_comes_back() {
+    let (refusing, good) = (Refusing::new(), Server::echo("b1").await);
+    let extra =
+        "health_check: { kind: none }\nejection: { after: 3, base: 500ms }\nconnect: { timeout: 1s, attempts: 2 }";
+    let ringway = Ringway::start(&static_config(&[refusing.address, good.address], extra)).await;
+    let ask = async || http(ringway.web(), "GET", "/heartbeat", b"").await.status() == 200;
+    eventually_async("ejected", async || {
+        assert!(ask().await, "a client noticed");
+        ringway.states() == [State::Ejected, State::Healthy]
+    })
+    .await;
+    let failed = ringway.metric("ringway_connect_failures_total", &["b0"]).await;
+    assert!((3.0..4.0).contains(&failed), "{failed}: clients came one by one");
+    for _ in 0..20 {
+        assert!(ask().await);
+    }
+    assert_eq!(ringway.metric("ringway_connect_failures_total", &["b0"]).await, failed, "nobody waits for it any more");
+    assert_eq!(ringway.metric("ringway_backend_ejected", &["b0"]).await, 1.0);
+    eventually("readmitted", || ringway.states() == [State::Healthy; 2]).await;
+    assert_eq!(ringway.metric("ringway_backend_ejections_total", &["b0"]).await, 1.0);
+}
+
+#[tokio::test]
+async fn under_the_floor_all_backends_are_tried_and_it_shows() {
+    let (good, ill) = (Server::echo("b0").await, [Server::echo("b1").await, Server::echo("b2").await]);
+    let check = "health_check: { kind: expect, expect: never, interval: 50ms, timeout: 50ms, fall: 1 }";
+    for (threshold, panic) in [(50, true), (0, false), (30, false)] {
+        // Two of three fail their checks: one healthy backend is 33 %.
+        let kinds = [good.address, ill[0].address, ill[1].address];
+        let well = Server::start(|mut stream| async move {
+            let _ = stream.write_all(b"never").await;
+            let _ = stream.read(&mut [0; 16]).await;
+        })
+        .await;
+        let yaml =
+            static_config(&[well.address, kinds[1], kinds[2]], &format!("{check}\npanic_threshold: {threshold}"));
+        let ringway = Ringway::start(&yaml).await;
+        eventually("verdicts", || ringway.states() == [State::Healthy, State::Unhealthy, State::Unhealthy]).await;
+        let pools = ringway.state();
+        let owners: std::collections::BTreeSet<_> = ringway.mapping().into_values().collect();
+        assert_eq!(owners.len(), if panic { 3 } else { 1 }, "threshold {threshold}");
+        assert_eq!(ringway.metric("ringway_pool_panic", &[]).await, f64::from(u8::from(panic)));
+        let _connections = loadtest::open(ringway.web(), 5).await.unwrap();
+        let stats = Arc::clone(&pools.listeners[0].stats);
+        eventually("accepted", || stats.active.load(Ordering::Relaxed) == 5).await;
+        let picks = ringway.metric("ringway_pool_panic_picks_total", &[]).await;
+        assert_eq!(picks > 0.0, panic, "{picks}");
+    }
+}
+
+/// A server that serves clients well whatever it tells its checks, which it knows by their first byte.
+async fn moody(ill: &Arc<AtomicBool>) -> Server {
+    let ill = Arc::clone(ill);
+    Server::start(move |mut stream| {
+        let ill = Arc::clone(&ill);
+        async move {
+            let mut byte = [0; 1];
+            while stream.read_exact(&mut byte).await.is_ok() {
+                let answer = if byte == *b"?" && ill.load(Ordering::Relaxed) { b"-" } else { b"+" };
+                let _ = stream.write_all(answer).await;
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn connections_of_a_backend_that_goes_down_are_kept_or_reset() {
+    for (on_down, is_kept) in [("keep", true), ("reset", false)] {
+        let ill = Arc::new(AtomicBool::new(false));
+        let moody = moody(&ill).await;
+        let check = "health_check: { kind: expect, send: \"?\", expect: \"+\", interval: 50ms, fall: 2 }";
+        let yaml = static_config(&[moody.address], &format!("{check}\non_down: {on_down}"));
+        let ringway = Ringway::start(&yaml).await.all_healthy().await;
+        let mut client = TcpStream::connect(ringway.web()).await.unwrap();
+        let mut byte = [0; 1];
+        client.write_all(b"x").await.unwrap();
+        soon("an answer", client.read_exact(&mut byte)).await.unwrap();
+        ill.store(true, Ordering::Relaxed);
+        eventually("down", || ringway.states() == [State::Unhealthy]).await;
+        if is_kept {
+            // Longer than the sweep that would have ended it.
+            tokio::time::sleep(Duration::from_millis(700)).await;
+            client.write_all(b"x").await.unwrap();
+            soon("an answer", client.read_exact(&mut byte)).await.unwrap();
+        } else {
+            let error = soon("the reset", client.read_exact(&mut byte)).await.unwrap_err();
+            assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+            let stats = Arc::clone(&ringway.state().listeners[0].stats);
+            eventually("counted", || stats.ended.of(End::BackendDown) == 1).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_backend_that_comes_back_gets_its_keys_little_by_little() {
+    let ill = Arc::new(AtomicBool::new(false));
+    let (moody, steady) = (moody(&ill).await, moody(&Arc::default()).await);
+    let check = "health_check: { kind: expect, send: \"?\", expect: \"+\", interval: 30ms, rise: 1, fall: 1 }";
+    let yaml =
+        static_config(&[moody.address, steady.address], &format!("{check}\nslow_start: 2s\npanic_threshold: 10"));
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    let share = || {
+        let mapping = ringway.mapping();
+        mapping.values().filter(|owner| *owner == "b0").count() as f64 / mapping.len() as f64
+    };
+    let before = share();
+    assert!((0.4..0.6).contains(&before), "the first of all are not slow: {before}");
+    ill.store(true, Ordering::Relaxed);
+    eventually("b0 is down", || ringway.states() == [State::Unhealthy, State::Healthy]).await;
+    ill.store(false, Ordering::Relaxed);
+    let mut shares = Vec::new();
+    eventually("b0 is back with all of its keys", || {
+        shares.push(share());
+        ringway.backend(0).admission.as_part() >= 1.0 && ringway.states() == [State::Healthy; 2]
+    })
+    .await;
+    assert!(shares.windows(2).all(|pair| pair[0] <= pair[1]), "keys went back and forth: {shares:?}");
+    shares.dedup();
+    assert!(shares.len() >= 5, "all at once: {shares:?}");
+    assert_eq!(share(), before);
+}
