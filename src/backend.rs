@@ -262,9 +262,14 @@ impl Place {
         Some(Self { live: Arc::clone(live), era: live.evictions.era() })
     }
 
-    /// Orders to end the backend's connections that were given since then are for this one too.
-    pub fn era(&self) -> u64 {
-        self.era
+    /// The backend.
+    pub fn live(&self) -> &Live {
+        &self.live
+    }
+
+    /// Why the connection is to end, if that was ordered since the place was taken.
+    pub fn eviction(&self) -> Option<Eviction> {
+        self.live.evictions.since(self.era)
     }
 }
 

@@ -15,6 +15,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::account::Account;
 use super::lane::Lane;
 use super::limit::{Limit, Permit};
 use super::session::session;
@@ -44,7 +45,7 @@ impl Seat {
 /// Accepts on one seat until `stop`, and then what the kernel has already queued.
 pub(super) async fn accept(seat: Rc<Seat>, process: Arc<Limit>, sessions: TaskTracker, stop: CancellationToken) {
     let start = |(client, peer): (TcpStream, SocketAddr), permit: Permit, lane: Rc<Lane>| {
-        tokio::task::spawn_local(sessions.track_future(session(client, peer, Some(permit), lane)));
+        tokio::task::spawn_local(sessions.track_future(session(client, Account::open(lane, peer, permit))));
     };
     let mut turn = 0;
     loop {

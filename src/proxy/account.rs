@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::access_log::Line;
 use super::key::{Key, KeyKind};
 use super::lane::{Lane, Progress, Traffic};
+use super::limit::Permit;
 use super::stats::{End, Refusal};
 use crate::backend::{Backend, Place};
 use crate::labels::Label as _;
@@ -30,11 +31,25 @@ impl Outcome {
     }
 }
 
+impl From<End> for Outcome {
+    fn from(end: End) -> Self {
+        Self::Ended(end)
+    }
+}
+
+impl From<Refusal> for Outcome {
+    fn from(refusal: Refusal) -> Self {
+        Self::Refused(refusal)
+    }
+}
+
 /// The guard. Dropping it closes the account, with [`End::Dropped`] where no outcome was set.
 #[derive(Debug)]
 pub(super) struct Account {
-    lane: Rc<Lane>,
-    client: SocketAddr,
+    pub(super) lane: Rc<Lane>,
+    pub(super) client: SocketAddr,
+    /// Its place under the limits, until it is handed over with the connection.
+    pub(super) permit: Option<Permit>,
     opened: Instant,
     outcome: Outcome,
     served: Option<Served>,
@@ -48,18 +63,18 @@ struct Served {
     connected_after: Duration,
     slot: usize,
     progress: Rc<Progress>,
-    _place: Place,
 }
 
 impl Account {
     /// Counts a connection that was accepted.
-    pub(super) fn open(lane: &Rc<Lane>, client: SocketAddr) -> Self {
+    pub(super) fn open(lane: Rc<Lane>, client: SocketAddr, permit: Permit) -> Self {
         lane.serving.stats.accepted.fetch_add(1, Ordering::Relaxed);
         lane.serving.stats.active.fetch_add(1, Ordering::Relaxed);
         lane.worker.stats.connections.fetch_add(1, Ordering::Relaxed);
         Self {
-            lane: Rc::clone(lane),
+            lane,
             client,
+            permit: Some(permit),
             opened: Instant::now(),
             outcome: Outcome::Ended(End::Dropped),
             served: None,
@@ -72,12 +87,11 @@ impl Account {
         let now = self.lane.worker.clock.get();
         let progress = Rc::new(Progress {
             lane: Rc::clone(&self.lane),
-            backend: Arc::clone(&backend.live),
+            place,
             from_client: Traffic::default(),
             to_client: Traffic::default(),
             last_active: Cell::new(now),
             expires: expiry(self.lane.serving.route.max_age, self.client, now),
-            era: place.era(),
             half_closed: Cell::new(false),
             blocked: Cell::new(false),
             inspect: Cell::new(false),
@@ -91,7 +105,6 @@ impl Account {
             connected_after: self.opened.elapsed(),
             slot,
             progress: Rc::clone(&progress),
-            _place: place,
         });
         progress
     }

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 
 use super::limit::Permit;
 use super::socket::end_cleanly;
+use super::stats::End;
 use super::{Intercept, Intercepted};
 
 /// Longest wait for first bytes. A protocol in which the server speaks first is late by this much on a
@@ -20,35 +21,30 @@ const AGAIN: Duration = Duration::from_millis(5);
 /// Longest of all first bytes looked for.
 const LONGEST: usize = 64;
 
-/// Where a connection goes.
-#[derive(Debug)]
-pub(super) enum Admission {
-    /// On to a backend.
-    Relay(TcpStream),
-    /// It was taken over.
-    HandedOver,
-    /// The client broke it off.
-    Broken,
-}
-
-/// Hands the connection over where its first bytes say so, with its permit. That stays with who has it else, because an
-/// `async fn` keeps twice what it gives away and gets back, in every idle connection.
-pub(super) async fn admit(client: TcpStream, permit: &mut Option<Permit>, intercept: Option<&Intercept>) -> Admission {
-    let Some(intercept) = intercept else { return Admission::Relay(client) };
+/// Lets the connection go on to a backend, or hands it over, with its permit, where its first bytes say so.
+///
+/// # Errors
+/// When it goes no further: it was handed over, or the client broke it off.
+pub(super) async fn admit(
+    client: TcpStream,
+    permit: &mut Option<Permit>,
+    intercept: Option<&Intercept>,
+) -> Result<TcpStream, End> {
+    let Some(intercept) = intercept else { return Ok(client) };
     let wanted = Instant::now() + FIRST_BYTES;
     match tokio::time::timeout_at(wanted, begins_with(&client, intercept.first_bytes)).await {
         Ok(Ok(true)) => {}
         // Other bytes, or none in time.
-        Ok(Ok(false)) | Err(_) => return Admission::Relay(client),
+        Ok(Ok(false)) | Err(_) => return Ok(client),
         // A socket tells of a reset once: the relay would take it for a clean end.
-        Ok(Err(_)) => return Admission::Broken,
+        Ok(Err(_)) => return Err(End::ClientReset),
     }
-    let Ok(place) = intercept.taker.try_reserve() else { return Admission::Relay(client) };
+    let Ok(place) = intercept.taker.try_reserve() else { return Ok(client) };
     end_cleanly(&client);
     if let (Ok(stream), Some(permit)) = (client.into_std(), permit.take()) {
         place.send(Intercepted { stream, permit });
     }
-    Admission::HandedOver
+    Err(End::Answered)
 }
 
 /// Whether the first bytes are one of `wanted`; waits as long as they may still become it.

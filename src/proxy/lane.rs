@@ -13,7 +13,7 @@ use super::Serving;
 use super::pipe::PipePool;
 use super::remainders::Remainders;
 use super::stats::{End, WorkerStats};
-use crate::backend::{Live, Moved};
+use crate::backend::{Moved, Place};
 use crate::table::{Table, TableReader};
 
 /// What a worker's connections share; never crosses to another thread.
@@ -78,15 +78,13 @@ impl Traffic {
 #[derive(Debug)]
 pub(super) struct Progress {
     pub(super) lane: Rc<Lane>,
-    pub(super) backend: Arc<Live>,
+    pub(super) place: Place,
     pub(super) from_client: Traffic,
     pub(super) to_client: Traffic,
     /// The worker's clock when bytes last moved, or a stream last ended.
     pub(super) last_active: Cell<Duration>,
     /// By the worker's clock, when it is too old.
     pub(super) expires: Option<Duration>,
-    /// Orders to end the backend's connections that were given after this are for this one too.
-    pub(super) era: u64,
     /// One side has ended its stream.
     pub(super) half_closed: Cell<bool>,
     /// Bytes wait for a side that does not take them.
@@ -101,7 +99,8 @@ pub(super) struct Progress {
 impl Progress {
     /// Brings the shared counters up to date.
     pub(super) fn report(&self) {
-        self.from_client.report(&self.backend.from_client);
-        self.to_client.report(&self.backend.to_client);
+        let live = self.place.live();
+        self.from_client.report(&live.from_client);
+        self.to_client.report(&live.to_client);
     }
 }

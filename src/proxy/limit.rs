@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::sources::SourcePlace;
 
@@ -13,11 +13,29 @@ pub struct Limit {
     size: Mutex<usize>,
 }
 
+/// One place, given back when it is dropped. The semaphore's own permit can be many and is twice as large, in every idle
+/// connection.
+#[derive(Debug)]
+struct Place(Arc<Semaphore>);
+
+impl Place {
+    fn of(permit: SemaphorePermit<'_>, places: &Arc<Semaphore>) -> Self {
+        permit.forget();
+        Self(Arc::clone(places))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.add_permits(1);
+    }
+}
+
 /// A connection's place under the limits of its listener, of the process and of its source. Dropping it gives it back.
 #[derive(Debug)]
 pub struct Permit {
-    _listener: OwnedSemaphorePermit,
-    _process: OwnedSemaphorePermit,
+    _listener: Place,
+    _process: Place,
     /// Its place among those of its source, if they are counted.
     pub(super) source: Option<SourcePlace>,
 }
@@ -74,15 +92,15 @@ impl Permit {
 
     /// A place under both limits, if there is one.
     pub(super) fn try_acquire(listener: &Limit, process: &Limit) -> Option<Self> {
-        let of_listener = Arc::clone(&listener.places).try_acquire_owned().ok()?;
-        let of_process = Arc::clone(&process.places).try_acquire_owned().ok()?;
+        let of_listener = Place::of(listener.places.try_acquire().ok()?, &listener.places);
+        let of_process = Place::of(process.places.try_acquire().ok()?, &process.places);
         Some(Self { _listener: of_listener, _process: of_process, source: None })
     }
 }
 
-async fn acquire(limit: &Limit) -> OwnedSemaphorePermit {
-    match Arc::clone(&limit.places).acquire_owned().await {
-        Ok(permit) => permit,
+async fn acquire(limit: &Limit) -> Place {
+    match limit.places.acquire().await {
+        Ok(permit) => Place::of(permit, &limit.places),
         // Nobody ever closes the semaphore.
         Err(_closed) => std::future::pending().await,
     }

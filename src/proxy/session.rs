@@ -1,53 +1,50 @@
 //! The corridor: the whole way of one connection, a line for each stage.
 
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::Instant;
 
 use tokio::net::TcpStream;
 
 use super::account::{Account, Outcome};
-use super::admit::{self, Admission};
-use super::connect;
+use super::admit::admit;
+use super::connect::connect;
 use super::key::Key;
-use super::lane::Lane;
-use super::limit::Permit;
 use super::relay::Relay;
-use super::stats::End;
 
-/// Serves one accepted connection. The permit is its place under `max_connections`, those of listener and process.
+/// Serves one accepted connection.
 ///
-/// The stages on the way to a backend are boxed: what they need is given back before the relay begins, which may
-/// be idle for hours, ten thousandfold.
-pub(super) async fn session(client: TcpStream, peer: SocketAddr, mut permit: Option<Permit>, lane: Rc<Lane>) {
-    let mut account = Account::open(&lane, peer);
-
-    if let Some(sources) = &lane.serving.sources {
-        match sources.admit(peer.ip(), Instant::now()) {
-            Ok(place) => {
-                if let Some(permit) = &mut permit {
-                    permit.source = place;
-                }
-            }
-            Err(refusal) => return account.close(Outcome::Refused(refusal)),
-        }
+/// Idle connections come by the ten thousand, and each keeps this future for hours: it holds the relay and the account
+/// once, and not what the stages before needed. So those are boxed, and this is no `async fn`, which would keep its
+/// arguments beside what has become of them.
+pub(super) fn session(client: TcpStream, mut account: Account) -> impl Future<Output = ()> {
+    let way = Box::pin(async move {
+        let relay = reach_backend(client, &mut account).await;
+        (relay, account)
+    });
+    async move {
+        let (mut relay, account) = way.await;
+        let outcome = match &mut relay {
+            Ok(relay) => relay.await.into(),
+            Err(outcome) => *outcome,
+        };
+        drop(relay);
+        account.close(outcome);
     }
-    let client = match Box::pin(admit::admit(client, &mut permit, lane.serving.intercept.as_ref())).await {
-        Admission::Relay(client) => client,
-        Admission::HandedOver => return account.close(Outcome::Ended(End::Answered)),
-        Admission::Broken => return account.close(Outcome::Ended(End::ClientReset)),
-    };
-    let key = Key::of(lane.serving.route.key, peer);
-    let table = lane.table();
-    let candidates = lane.serving.route.pick(&table, key.as_bytes());
-    let (backend, progress) = match Box::pin(connect::connect(candidates, &lane.serving.route, &lane.serving.tcp)).await
-    {
-        Ok(connected) => (connected.stream, account.serve(connected.backend, connected.address, connected.place)),
-        Err(refusal) => return account.close(Outcome::Refused(refusal)),
-    };
-    drop(table);
-    let end = Relay::new(client, backend, progress).await;
+}
 
-    account.close(Outcome::Ended(end));
-    drop(permit);
+/// The stages on the way to a backend.
+async fn reach_backend(client: TcpStream, account: &mut Account) -> Result<Relay, Outcome> {
+    let lane = Rc::clone(&account.lane);
+    let (serving, peer) = (&lane.serving, account.client);
+
+    if let (Some(sources), Some(permit)) = (&serving.sources, &mut account.permit) {
+        permit.source = sources.admit(peer.ip(), Instant::now())?;
+    }
+    let client = admit(client, &mut account.permit, serving.intercept.as_ref()).await?;
+    let key = Key::of(serving.route.key, peer);
+    let table = lane.table();
+    let candidates = serving.route.pick(&table, key.as_bytes());
+    let backend = connect(candidates, &serving.route, &serving.tcp).await?;
+    let progress = account.serve(backend.backend, backend.address, backend.place);
+    Ok(Relay::new(client, backend.stream, progress))
 }

@@ -75,7 +75,7 @@ fn verdict(progress: &Progress, now: Duration, tick: Duration, stopped: Option<I
     if progress.expires.is_some_and(|expires| expires <= now) {
         return Some(End::MaxAge);
     }
-    if let Some(why) = progress.backend.evictions.since(progress.era) {
+    if let Some(why) = progress.place.eviction() {
         return Some(match why {
             Eviction::Drained => End::DrainDeadline,
             Eviction::Down => End::BackendDown,
