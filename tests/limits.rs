@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use ringway::backend::State;
 use rustix::process::{Resource, Rlimit, prlimit};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -180,6 +181,48 @@ async fn a_connection_that_is_too_old_is_reset() {
     }
     assert!(ended.unwrap() >= Duration::from_millis(1800), "{ended:?}");
     assert_eq!(ringway.metric("ringway_connections_ended_total", &["max_connection_age"]).await, 1.0);
+}
+
+/// In a network of its own with 32 ephemeral ports: the test runs itself again in there, which takes root.
+#[tokio::test]
+#[ignore = "needs root"]
+async fn without_ephemeral_ports_no_backend_is_blamed_and_it_recovers() {
+    const INSIDE: &str = "RINGWAY_TEST_INSIDE";
+    const SETUP: &str =
+        "ip link set lo up && echo 40000 40031 > /proc/sys/net/ipv4/ip_local_port_range && exec \"$0\" \"$@\"";
+    const NAME: &str = "limits::without_ephemeral_ports_no_backend_is_blamed_and_it_recovers";
+    if std::env::var_os(INSIDE).is_none() {
+        let inside = tokio::process::Command::new("unshare")
+            .args(["--net", "sh", "-c", SETUP])
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", NAME, "--ignored", "--nocapture"])
+            .env(INSIDE, "1")
+            .kill_on_drop(true)
+            .output();
+        let inside = soon("the test inside", inside).await.unwrap();
+        let said = String::from_utf8_lossy(&inside.stdout) + String::from_utf8_lossy(&inside.stderr);
+        assert!(inside.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    let server = Server::echo("a").await;
+    let pool = "health_check: { kind: tcp, interval: 50ms, timeout: 1s, fall: 1 }\nejection: { after: 1 }";
+    let ringway = Ringway::start(&static_config(&[server.address], pool)).await.all_healthy().await;
+    // Each client has an address of its own, and so 32 ports; Ringway has 32 for them all.
+    let mut open = Vec::new();
+    for n in 0..40 {
+        open.extend(served_from(&format!("127.0.3.{}", n + 1), ringway.web()).await);
+    }
+    assert!((1..=32).contains(&open.len()), "{} were served", open.len());
+    let short = async || ringway.metric("ringway_connect_failures_total", &["no_ports"]).await;
+    assert!(short().await >= (40 - open.len()) as f64);
+    // Checks find no port either, and that is held against no backend.
+    let checks = ringway.metric("ringway_health_checks_total", &["failed"]).await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(ringway.metric("ringway_health_checks_total", &["failed"]).await, checks);
+    assert_eq!(ringway.metric("ringway_backend_ejections_total", &[]).await, 0.0);
+    assert_eq!(ringway.states(), [State::Healthy]);
+    drop(open);
+    eventually_async("room again", async || served_from("127.0.4.1", ringway.web()).await.is_some()).await;
 }
 
 /// One static backend behind a listener with further lines.
