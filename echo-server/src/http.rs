@@ -1,12 +1,15 @@
 //! The echo server's HTTP routes.
 
+use std::convert::Infallible;
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::body::Incoming;
+use http_body_util::{BodyExt as _, Either, Full, Limited};
+use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
@@ -40,14 +43,45 @@ pub(crate) async fn serve(server: &Arc<Server>, stream: TcpStream) -> io::Result
     ended.map_err(io::Error::other)
 }
 
-async fn answer(server: &Server, request: Request<Incoming>) -> Response<Full<Bytes>> {
+type Answer = Response<Either<Full<Bytes>, Filler>>;
+
+/// A body of so many bytes that mean nothing.
+struct Filler(u64);
+
+static CHUNK: [u8; 64 * 1024] = [b'd'; 64 * 1024];
+
+impl Body for Filler {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let size = usize::try_from(self.0).map_or(CHUNK.len(), |left| left.min(CHUNK.len()));
+        self.0 -= size as u64;
+        Poll::Ready((size > 0).then(|| Ok(Frame::data(Bytes::from_static(&CHUNK[..size])))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0 == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.0)
+    }
+}
+
+async fn answer(server: &Server, request: Request<Incoming>) -> Answer {
+    // Simulated work: so many at a time, the others wait for their turn.
+    let turn = server.turns.acquire().await;
     if !server.delay.is_zero() {
         tokio::time::sleep(server.delay).await;
     }
+    drop(turn);
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    let bytes = path.strip_prefix("/bytes/").and_then(|bytes| bytes.parse::<u64>().ok());
     let allowed = match path.as_str() {
-        "/api/request" => Method::POST,
+        "/api/request" | "/sink" => Method::POST,
         "/api/status" | "/heartbeat" | "/home" => Method::GET,
+        _ if bytes.is_some() => Method::GET,
         _ => {
             return reply(
                 server,
@@ -75,8 +109,25 @@ async fn answer(server: &Server, request: Request<Incoming>) -> Response<Full<By
             StatusCode::OK,
             &json!({"message": format!("Hello from Server: {}", server.name), "status": "successful"}),
         ),
-        _ => signed(server, Response::new(Full::default())),
+        "/sink" => sink(server, request.into_body()).await,
+        "/heartbeat" => signed(server, Response::new(Either::Left(Full::default()))),
+        _ => signed(server, Response::new(Either::Right(Filler(bytes.unwrap_or(0))))),
     }
+}
+
+/// Takes a body of any length and says how long it was.
+async fn sink(server: &Server, mut body: Incoming) -> Answer {
+    let mut length = 0;
+    while let Some(frame) = body.frame().await {
+        match frame {
+            Ok(frame) => length += frame.data_ref().map_or(0, Bytes::len),
+            Err(error) => {
+                let refusal = json!({"error": {"code": "bad_body", "message": error.to_string()}});
+                return reply(server, StatusCode::BAD_REQUEST, &refusal);
+            }
+        }
+    }
+    reply(server, StatusCode::OK, &json!({"server": server.name, "bytes": length}))
 }
 
 /// The answer to `POST /api/request`, in this order.
@@ -87,7 +138,7 @@ struct Echo<'a> {
 }
 
 /// The body as JSON where it is JSON, else as text.
-async fn echo(server: &Server, body: Incoming) -> Response<Full<Bytes>> {
+async fn echo(server: &Server, body: Incoming) -> Answer {
     let bytes = match Limited::new(body, BODY_LIMIT).collect().await {
         Ok(body) => body.to_bytes(),
         Err(error) => {
@@ -111,17 +162,17 @@ fn status(server: &Server) -> Value {
     })
 }
 
-fn reply(server: &Server, status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {
+fn reply(server: &Server, status: StatusCode, body: &impl Serialize) -> Answer {
     // Text, numbers and maps with text keys always serialize.
     let mut bytes = serde_json::to_vec(body).unwrap_or_default();
     bytes.push(b'\n');
-    let mut response = Response::new(Full::new(Bytes::from(bytes)));
+    let mut response = Response::new(Either::Left(Full::new(Bytes::from(bytes))));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     signed(server, response)
 }
 
-fn signed(server: &Server, mut response: Response<Full<Bytes>>) -> Response<Full<Bytes>> {
+fn signed(server: &Server, mut response: Answer) -> Answer {
     if let Ok(name) = HeaderValue::from_str(&server.name) {
         response.headers_mut().insert("x-server", name);
     }

@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -37,6 +38,9 @@ pub struct Options {
     /// Wait this many milliseconds before each HTTP answer (simulated work)
     #[arg(long, default_value_t = 0, value_name = "MS")]
     pub delay_ms: u64,
+    /// Work on this many HTTP requests at a time, the others wait; 0: any number
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub concurrency: u32,
     /// On SIGTERM, let open connections finish for this many milliseconds
     #[arg(long, default_value_t = 3000, value_name = "MS")]
     pub grace_ms: u64,
@@ -47,6 +51,7 @@ pub struct Options {
 struct Server {
     name: String,
     delay: Duration,
+    turns: Semaphore,
     started: Instant,
     active: AtomicU64,
     total: AtomicU64,
@@ -88,6 +93,11 @@ pub async fn run(listener: TcpListener, options: Options, shutdown: impl Future<
     let server = Arc::new(Server {
         name: options.name,
         delay: Duration::from_millis(options.delay_ms),
+        turns: Semaphore::new(if options.concurrency == 0 {
+            Semaphore::MAX_PERMITS
+        } else {
+            options.concurrency as usize
+        }),
         started: Instant::now(),
         active: AtomicU64::new(0),
         total: AtomicU64::new(0),

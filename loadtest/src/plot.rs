@@ -1,53 +1,219 @@
-//! Draws a soak as SVG: what may grow, over time.
+//! Plots as SVG text: lines over a common axis, bars, and ranges.
 
-use std::path::Path;
-
+use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use crate::soak::Sample;
-
-/// Width of the plot, and height of each of its parts, in pixels.
+/// Width of a plot in pixels.
 const WIDTH: u32 = 900;
-const PART: u32 = 200;
 
-/// One part of the plot: what it shows, and the figure of a sample.
-type Part = (&'static str, fn(&Sample) -> f64);
+/// Height of lines and bars in pixels.
+const HEIGHT: u32 = 260;
 
-const PARTS: [Part; 4] = [
-    ("resident memory, MiB", |sample| sample.memory / f64::from(1 << 20)),
-    ("open descriptors", |sample| sample.descriptors),
-    ("tasks", |sample| sample.tasks),
-    ("connections", |sample| sample.connections),
+/// Height of one range in pixels.
+const RANGE: u32 = 26;
+
+/// Width of the names of ranges in pixels.
+const NAMES: i32 = 260;
+
+/// Colours that differ in brightness too, so that they do without colour.
+const COLOURS: [RGBColor; 6] = [
+    RGBColor(31, 95, 168),
+    RGBColor(217, 106, 27),
+    RGBColor(46, 130, 72),
+    RGBColor(150, 60, 120),
+    RGBColor(120, 120, 120),
+    RGBColor(200, 160, 30),
 ];
 
-/// Draws the samples.
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+/// A line.
+#[derive(Debug, Clone)]
+pub struct Line {
+    /// What it is.
+    pub name: String,
+    /// From left to right.
+    pub points: Vec<(f64, f64)>,
+}
+
+impl Line {
+    /// A line through these points.
+    pub fn new(name: impl Into<String>, points: impl IntoIterator<Item = (f64, f64)>) -> Self {
+        Self { name: name.into(), points: points.into_iter().collect() }
+    }
+}
+
+/// One measured figure with its spread.
+#[derive(Debug, Clone)]
+pub struct Range {
+    /// What was measured.
+    pub name: String,
+    /// The lowest, the median and the highest.
+    pub figures: [f64; 3],
+}
+
+/// Lines, each with its name.
 ///
 /// # Errors
-/// When there are none, or the file cannot be written.
-pub fn draw(samples: &[Sample], path: &Path) -> anyhow::Result<()> {
-    let end = samples.last().map(|sample| sample.at.as_secs_f64()).unwrap_or_default();
-    anyhow::ensure!(end > 0.0, "nothing was sampled: there is nothing to draw");
-    let failed = |error: &dyn std::fmt::Display| anyhow::anyhow!("cannot write {}: {error}", path.display());
-    let root = SVGBackend::new(path, (WIDTH, PART * PARTS.len() as u32)).into_drawing_area();
-    root.fill(&WHITE).map_err(|error| failed(&error))?;
-    for ((title, figure), area) in std::iter::zip(PARTS, root.split_evenly((PARTS.len(), 1))) {
-        let highest = samples.iter().map(figure).fold(1.0, f64::max);
-        let mut chart = ChartBuilder::on(&area)
+/// When there is nothing to draw.
+pub fn lines(title: &str, x: &str, lines: &[Line]) -> anyhow::Result<String> {
+    let points = || lines.iter().flat_map(|line| &line.points).filter(|(x, y)| x.is_finite() && y.is_finite());
+    let right = points().map(|point| point.0).fold(0.0, f64::max);
+    anyhow::ensure!(right > 0.0, "{title}: there is nothing to draw");
+    let left = points().map(|point| point.0).fold(right, f64::min);
+    let top = points().map(|point| point.1).fold(0.0, f64::max).max(1e-9);
+    draw(HEIGHT, |area| {
+        let mut chart = ChartBuilder::on(area)
             .caption(title, ("sans-serif", 15))
             .margin(8)
-            .x_label_area_size(24)
-            .y_label_area_size(56)
-            .build_cartesian_2d(0.0..end, 0.0..highest * 1.1)
-            .map_err(|error| failed(&error))?;
+            .x_label_area_size(36)
+            .y_label_area_size(64)
+            .build_cartesian_2d(left.min(right * 0.99)..right, 0.0..top * 1.12)?;
         chart
             .configure_mesh()
             .light_line_style(TRANSPARENT)
             .y_labels(5)
-            .x_label_formatter(&|seconds| format!("{seconds:.0} s"))
-            .draw()
-            .map_err(|error| failed(&error))?;
-        let line = samples.iter().map(|sample| (sample.at.as_secs_f64(), figure(sample)));
-        chart.draw_series(LineSeries::new(line, &BLUE)).map_err(|error| failed(&error))?;
+            .y_label_formatter(&|value| figure(*value))
+            .x_desc(x)
+            .x_label_formatter(&|value| figure(*value))
+            .draw()?;
+        for (line, colour) in std::iter::zip(lines, COLOURS.iter().cycle()) {
+            let series = chart.draw_series(LineSeries::new(line.points.iter().copied(), colour.stroke_width(2)))?;
+            if lines.len() > 1 {
+                series
+                    .label(line.name.as_str())
+                    .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+            }
+        }
+        if lines.len() > 1 {
+            chart
+                .configure_series_labels()
+                .position(SeriesLabelPosition::UpperLeft)
+                .border_style(TRANSPARENT)
+                .draw()?;
+        }
+        Ok(())
+    })
+}
+
+/// A bar for each, with its name below and its figure above.
+///
+/// # Errors
+/// When there is none.
+pub fn bars(title: &str, bars: &[(String, f64)]) -> anyhow::Result<String> {
+    anyhow::ensure!(!bars.is_empty(), "{title}: there is nothing to draw");
+    let top = bars.iter().map(|bar| bar.1).fold(0.0, f64::max).max(1e-9);
+    draw(HEIGHT, |area| {
+        let area = area.titled(title, ("sans-serif", 15))?;
+        let (width, height) = area.dim_in_pixel();
+        let (left, base, step) = (16, to_pixels(f64::from(height) - 28.0), f64::from(width - 32) / bars.len() as f64);
+        for (index, (name, value)) in bars.iter().enumerate() {
+            let begin = left + to_pixels(step * (index as f64 + 0.15));
+            let end = left + to_pixels(step * (index as f64 + 0.85));
+            let tall = to_pixels((f64::from(base) - 24.0) * value / top);
+            area.draw(&Rectangle::new([(begin, base - tall), (end, base)], COLOURS[0].filled()))?;
+            area.draw(&Text::new(figure(*value), (begin, base - tall - 16), ("sans-serif", 12)))?;
+            area.draw(&Text::new(name.clone(), (begin, base + 6), ("sans-serif", 12)))?;
+        }
+        Ok(())
+    })
+}
+
+/// Ranges from lowest to highest with a mark at the median, one below the other, and a line at `reference`.
+///
+/// # Errors
+/// When there is none.
+pub fn ranges(title: &str, reference: f64, ranges: &[Range]) -> anyhow::Result<String> {
+    anyhow::ensure!(!ranges.is_empty(), "{title}: there is nothing to draw");
+    let highest = ranges.iter().map(|range| range.figures[2]).fold(reference, f64::max) * 1.05;
+    let height = RANGE * (u32::try_from(ranges.len())? + 2);
+    draw(height, |area| {
+        let area = area.titled(title, ("sans-serif", 15))?;
+        let at = |value: f64| NAMES + to_pixels(f64::from(WIDTH - 80 - NAMES.unsigned_abs()) * value / highest);
+        let bottom = to_pixels(f64::from(RANGE) * ranges.len() as f64);
+        area.draw(&PathElement::new([(at(reference), 0), (at(reference), bottom)], BLACK.mix(0.3)))?;
+        for (index, range) in ranges.iter().enumerate() {
+            let y = to_pixels(f64::from(RANGE) * (index as f64 + 0.5));
+            let [low, median, high] = range.figures;
+            area.draw(&Text::new(range.name.clone(), (8, y - 7), ("sans-serif", 13)))?;
+            area.draw(&PathElement::new([(at(low), y), (at(high), y)], COLOURS[0].stroke_width(2)))?;
+            area.draw(&Circle::new((at(median), y), 4, COLOURS[0].filled()))?;
+            area.draw(&Text::new(figure(median), (at(high) + 8, y - 7), ("sans-serif", 12)))?;
+        }
+        Ok(())
+    })
+}
+
+/// One plot below the other in one SVG.
+pub fn stacked(plots: &[String]) -> String {
+    let mut all = String::new();
+    let mut top = 0;
+    for plot in plots {
+        // Each begins with its size, which becomes its place.
+        let height: u32 = attribute(plot, "height").unwrap_or(HEIGHT);
+        all.push_str(&plot.replacen("<svg ", &format!("<svg y=\"{top}\" "), 1));
+        top += height;
     }
-    root.present().map_err(|error| failed(&error))
+    format!(
+        "<svg width=\"{WIDTH}\" height=\"{top}\" viewBox=\"0 0 {WIDTH} {top}\" xmlns=\"http://www.w3.org/2000/svg\">\n{all}</svg>\n"
+    )
+}
+
+fn attribute(svg: &str, name: &str) -> Option<u32> {
+    svg.split_once(&format!("{name}=\""))?.1.split_once('"')?.0.parse().ok()
+}
+
+fn draw(height: u32, plot: impl FnOnce(&Area<'_>) -> anyhow::Result<()>) -> anyhow::Result<String> {
+    let mut svg = String::new();
+    {
+        let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
+        area.fill(&WHITE)?;
+        plot(&area)?;
+        area.present()?;
+    }
+    Ok(svg)
+}
+
+fn to_pixels(value: f64) -> i32 {
+    value as i32
+}
+
+/// A figure with three digits that count.
+pub(crate) fn figure(value: f64) -> String {
+    let size = value.abs();
+    match size {
+        _ if size == 0.0 => "0".to_owned(),
+        _ if size >= 1e9 => format!("{:.2} G", value / 1e9),
+        _ if size >= 1e6 => format!("{:.2} M", value / 1e6),
+        _ if size >= 1e4 => format!("{:.1} k", value / 1e3),
+        _ if size >= 100.0 => format!("{value:.0}"),
+        _ if size >= 10.0 => format!("{value:.1}"),
+        _ if size >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plots_hold_their_names_and_refuse_to_be_empty() {
+        let line = Line::new("fast", [(0.0, 1.0), (1.0, 2.0)]);
+        let one = lines("speed", "seconds", &[line.clone(), Line::new("slow", [(0.0, 0.5), (1.0, 0.4)])]).unwrap();
+        let two = bars("answers", &[("echo-1".to_owned(), 12.0)]).unwrap();
+        let three = ranges("ratio", 1.0, &[Range { name: "off".to_owned(), figures: [0.9, 1.1, 1.4] }]).unwrap();
+        let all = stacked(&[one, two, three]);
+        for word in ["speed", "fast", "slow", "echo-1", "ratio", "off", "1.10"] {
+            assert!(all.contains(word), "{word}");
+        }
+        assert_eq!(all.matches("<svg ").count(), 4);
+        assert!(lines("speed", "seconds", &[]).is_err() && bars("answers", &[]).is_err());
+    }
+
+    #[test]
+    fn figures_have_three_digits() {
+        let figures = [0.0, 0.1234, 1.234, 12.34, 123.4, 12_345.0, 1.5e7, 2.5e10].map(figure);
+        assert_eq!(figures, ["0", "0.123", "1.23", "12.3", "123", "12.3 k", "15.00 M", "25.00 G"]);
+    }
 }

@@ -1,21 +1,29 @@
 //! A long load of all kinds, with reloads, upgrades and deaths in between, and whether anything grows.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use serde::Serialize;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
-use crate::report::{Outcome, Report, Summary};
+use crate::client::{Client, Protocol};
+use crate::load::{Collect as _, Outcome};
+use crate::plot::{self, Line};
+use crate::process::Tree;
+use crate::record::{Record, Summary};
+use crate::run::progress_bar;
 use crate::side_port::SidePort;
-use crate::{TIMEOUT, one};
 
 /// Between samples.
 const SAMPLE: Duration = Duration::from_secs(1);
+
+/// After this long a request or a transfer counts as failed.
+const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Bytes of a transfer.
 const TRANSFER: usize = 256 * 1024;
@@ -26,6 +34,12 @@ const WARM_UP: usize = 10;
 /// What a soak does.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
+    /// Where the balancer listens
+    #[arg(long, default_value = "127.0.0.1:8000")]
+    pub target: SocketAddr,
+    /// How long, in seconds
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
+    pub seconds: u64,
     /// The balancer's side port
     #[arg(long, default_value = "127.0.0.1:8001")]
     pub api: SocketAddr,
@@ -84,7 +98,7 @@ pub struct Outcomes {
     /// Requests and transfers.
     pub load: Summary,
     /// Connections that were broken off on purpose.
-    pub aborted: usize,
+    pub aborted: u64,
     /// Reloads, upgrades and kills that were carried out.
     pub reloads: usize,
     /// Processes that took over.
@@ -99,24 +113,28 @@ pub struct Outcomes {
     pub tasks: Slope,
 }
 
-/// Runs it.
+/// Runs it, prints what it came to as JSON, and plots it where that is asked for.
 ///
 /// # Errors
 /// When the side port is not to be reached, or refuses an order.
-pub async fn soak(
-    target: SocketAddr,
-    duration: Duration,
-    options: &Options,
-) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
+pub async fn soak(options: &Options) -> anyhow::Result<()> {
+    let (outcomes, samples) = churn(options).await?;
+    println!("{}", serde_json::to_string_pretty(&outcomes)?);
+    options.plot.as_deref().map_or(Ok(()), |path| draw(&samples, path))
+}
+
+async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
+    let (target, duration) = (options.target, Duration::from_secs(options.seconds));
     let side_port = SidePort::new(options.api);
     side_port.status().await.context("a soak watches the balancer by its side port (--api)")?;
     let began = Instant::now();
+    let bar = progress_bar(duration);
     let mut connections = ticks(1.0 / f64::from(options.rate));
     let mut sampling = ticks(SAMPLE.as_secs_f64());
     let (mut reloads, mut upgrades, mut kills) =
         (ticks(options.reload_every), ticks(options.upgrade_every), ticks(options.kill_every));
-    let (mut report, mut samples, mut exchanges, mut orders) =
-        (Report::default(), Vec::new(), JoinSet::new(), JoinSet::new());
+    let (mut record, mut samples, mut exchanges, mut orders) =
+        (Record::default(), Vec::new(), JoinSet::new(), JoinSet::new());
     let (mut number, mut done) = (0_u32, [0_usize; 3]);
     while began.elapsed() < duration {
         tokio::select! {
@@ -125,15 +143,19 @@ pub async fn soak(
                 // Spread evenly: 37 and 100 have no common divisor.
                 let chance = number.wrapping_mul(37) % 100;
                 if chance < options.transfers {
-                    exchanges.spawn(async move { Some(transfer(target, began).await) });
+                    exchanges.spawn(exchange(target, began, true));
                 } else if chance < options.transfers + options.aborts {
-                    exchanges.spawn(async move { abort(target).await.map_or_else(|error| Some(failed(began, &error)), |()| None) });
+                    exchanges.spawn(abort(target, began));
                 } else {
-                    exchanges.spawn(async move { Some(one(target, TIMEOUT, began).await) });
+                    exchanges.spawn(exchange(target, began, false));
                 }
             }
             // Not while an order is under way: samples and orders are of one process.
-            _ = sampling.tick(), if orders.is_empty() => samples.extend(sample(&side_port, began).await),
+            _ = sampling.tick(), if orders.is_empty() => {
+                samples.extend(sample(&side_port, began).await);
+                bar.set_position(began.elapsed().as_secs());
+                bar.set_message(format!("{} answers, {} failed", record.answered(), record.failed()));
+            }
             _ = reloads.tick(), if options.reload_every > 0.0 && orders.is_empty() => {
                 orders.spawn(order(side_port, "/api/reload", 0));
             }
@@ -144,15 +166,21 @@ pub async fn soak(
                 orders.spawn(kill(side_port, number as usize));
             }
             Some(ended) = orders.join_next() => done[ended??] += 1,
-            Some(ended) = exchanges.join_next(), if !exchanges.is_empty() => report.extend(ended?),
+            Some(ended) = exchanges.join_next(), if !exchanges.is_empty() => {
+                if let Some(outcome) = ended? {
+                    record.add(outcome);
+                }
+            }
         }
     }
-    while let Some(ended) = exchanges.join_next().await {
-        report.extend(ended?);
+    for outcome in exchanges.join_all().await.into_iter().flatten() {
+        record.add(outcome);
     }
+    bar.finish_and_clear();
+    let load = record.summary(began.elapsed());
     let outcomes = Outcomes {
-        aborted: number as usize - report.outcomes.len(),
-        load: report.summary(),
+        aborted: u64::from(number) - load.requests,
+        load,
         reloads: done[0],
         upgrades: done[1],
         kills: done[2],
@@ -161,6 +189,21 @@ pub async fn soak(
         tasks: slope(&samples, |sample| sample.tasks),
     };
     Ok((outcomes, samples))
+}
+
+/// What may grow, over time.
+fn draw(samples: &[Sample], path: &Path) -> anyhow::Result<()> {
+    let over_time = |title: &str, figure: fn(&Sample) -> f64| {
+        let points = samples.iter().map(|sample| (sample.at.as_secs_f64(), figure(sample)));
+        plot::lines(title, "second of the run", &[Line::new(title, points)])
+    };
+    let plots = [
+        over_time("resident memory, MiB", |sample| sample.memory / f64::from(1 << 20))?,
+        over_time("open descriptors", |sample| sample.descriptors)?,
+        over_time("tasks", |sample| sample.tasks)?,
+        over_time("connections", |sample| sample.connections)?,
+    ];
+    std::fs::write(path, plot::stacked(&plots)).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Ticks every so many seconds, the first time after as many.
@@ -172,40 +215,26 @@ fn ticks(seconds: f64) -> Interval {
     ticks
 }
 
-/// Bytes there and back, and that they are the same.
-async fn transfer(target: SocketAddr, began: Instant) -> Outcome {
+/// A connection with a request, or with bytes there and back.
+async fn exchange(target: SocketAddr, began: Instant, transfers: bool) -> Option<Outcome> {
     let start = began.elapsed();
-    let moved = tokio::time::timeout(TIMEOUT, async {
-        let (mut reader, mut writer) = TcpStream::connect(target).await?.into_split();
-        let sent: Vec<u8> = (0..TRANSFER).map(|n| (n % 251) as u8).collect();
-        let expected = sent.clone();
-        let writing = tokio::spawn(async move {
-            writer.write_all(&sent).await?;
-            writer.shutdown().await
-        });
-        let mut got = Vec::with_capacity(TRANSFER);
-        reader.read_to_end(&mut got).await?;
-        writing.await.map_err(std::io::Error::other)??;
-        if got == expected {
-            Ok(())
-        } else {
-            Err(std::io::Error::other(format!("{} other bytes came back", got.len())))
-        }
+    let mut client = Client::new(target, None, Protocol::Http);
+    let answer = tokio::time::timeout(TIMEOUT, async {
+        if transfers { client.exchange(TRANSFER, |_| {}).await } else { client.request().await }
     });
-    let moved = moved.await.unwrap_or_else(|_| Err(std::io::Error::other("no answer in time")));
-    let server = moved.map(|()| "transfer".to_owned()).map_err(|error| format!("transfer: {error}"));
-    Outcome { start, took: began.elapsed().saturating_sub(start), server }
+    let server = answer.await.unwrap_or_else(|_| Err("no answer in time".to_owned()));
+    Some(Outcome { start, took: began.elapsed().saturating_sub(start), server })
 }
 
-/// A connection that is reset in the middle of a request.
-async fn abort(target: SocketAddr) -> std::io::Result<()> {
-    let mut stream = TcpStream::connect(target).await?;
-    stream.write_all(b"GET /home HT").await?;
-    stream.set_zero_linger()
-}
-
-fn failed(began: Instant, error: &std::io::Error) -> Outcome {
-    Outcome { start: began.elapsed(), took: Duration::ZERO, server: Err(format!("connect: {error}")) }
+/// A connection that is reset in the middle of a request; an outcome only where it could not be made.
+async fn abort(target: SocketAddr, began: Instant) -> Option<Outcome> {
+    let aborted = async {
+        let mut stream = TcpStream::connect(target).await?;
+        stream.write_all(b"GET /home HT").await?;
+        stream.set_zero_linger()
+    };
+    let error = aborted.await.err()?;
+    Some(Outcome { start: began.elapsed(), took: Duration::ZERO, server: Err(format!("connect: {error}")) })
 }
 
 async fn order(side_port: SidePort, path: &'static str, kind: usize) -> anyhow::Result<usize> {
@@ -229,7 +258,7 @@ async fn kill(side_port: SidePort, number: usize) -> anyhow::Result<usize> {
 
 async fn sample(side_port: &SidePort, began: Instant) -> Option<Sample> {
     // A moment without an answer is a sample less.
-    let pid = side_port.status().await.ok()?["pid"].as_u64()?;
+    let pid = side_port.status().await.ok()?["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok())?;
     let metrics = side_port.metrics().await.ok()?;
     let sum = |name: &str| -> f64 {
         let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']));
@@ -237,18 +266,11 @@ async fn sample(side_port: &SidePort, began: Instant) -> Option<Sample> {
     };
     Some(Sample {
         at: began.elapsed(),
-        memory: resident(pid)?,
+        memory: Tree::resident_alone(pid)?,
         descriptors: sum("ringway_open_files"),
         tasks: sum("ringway_tasks"),
         connections: sum("ringway_connections_active"),
     })
-}
-
-/// Resident memory of a process on this machine, in bytes.
-fn resident(pid: u64) -> Option<f64> {
-    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
-    line.split_whitespace().nth(1)?.parse::<f64>().ok().map(|kilobytes| kilobytes * 1024.0)
 }
 
 /// By least squares over what comes after the warm-up.

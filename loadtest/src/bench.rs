@@ -1,0 +1,186 @@
+//! A bench: servers and load on one processor, a balancer on another, and what its work costs it.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::balancers::{Balancer, Kind, Settings, Setup, pin};
+use crate::client::{Client, Protocol};
+use crate::load::{self, Direction, Load, Pace, Work};
+use crate::preflight;
+use crate::process::Tree;
+use crate::record::Record;
+
+/// Addresses that clients connect from: so many keys are spread over few servers without much luck.
+const SOURCES: u16 = 250;
+
+/// Bytes of one transfer.
+const TRANSFER: usize = 64 << 20;
+
+/// Where the balancer and everything else run.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Places {
+    /// Processor that the balancer has to itself
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    balancer_cpu: usize,
+    /// Processor of the servers and the load
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    load_cpu: usize,
+}
+
+/// Servers, and where things run.
+#[derive(Debug)]
+pub(crate) struct Bench {
+    /// The servers: they run in this process.
+    pub(crate) servers: Vec<SocketAddr>,
+    balancer_cpu: usize,
+}
+
+/// One kind of work, whose cost is measured.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Task {
+    /// Requests on 64 connections.
+    Requests,
+    /// Connections with one request, 32 at a time.
+    Connections,
+    /// Downloads on so many connections.
+    Bulk(usize),
+    /// Requests on 64 connections at this rate.
+    Rate(f64),
+}
+
+/// What a piece of work came to.
+#[derive(Debug)]
+pub(crate) struct Cost {
+    /// CPU time of the balancer.
+    pub(crate) cpu: Duration,
+    /// Length of the load.
+    pub(crate) took: Duration,
+    pub(crate) record: Record,
+}
+
+impl Cost {
+    /// Microseconds of CPU time for each answer.
+    pub(crate) fn per_answer(&self) -> f64 {
+        self.cpu.as_secs_f64() * 1e6 / (self.record.answered() as f64).max(1.0)
+    }
+
+    /// Seconds of CPU time for each GB (10^9 bytes).
+    pub(crate) fn per_gigabyte(&self) -> f64 {
+        self.cpu.as_secs_f64() * 1e9 / (self.record.bytes() as f64).max(1.0)
+    }
+
+    /// Answers a second.
+    pub(crate) fn rate(&self) -> f64 {
+        self.record.answered() as f64 / self.took.as_secs_f64()
+    }
+}
+
+impl Bench {
+    /// Pins this process and starts its servers. Other threads must not have been started before.
+    pub(crate) async fn new(places: &Places, servers: usize, connections: usize) -> anyhow::Result<Self> {
+        // Each has a client's and a server's end in this process.
+        preflight::open_files(2 * connections as u64)?;
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let highest = places.balancer_cpu.max(places.load_cpu);
+        anyhow::ensure!(
+            places.balancer_cpu != places.load_cpu && highest < processors,
+            "this takes two processors and there are {processors}: --balancer-cpu and --load-cpu say which"
+        );
+        pin(&[places.load_cpu]).with_context(|| format!("cannot run on processor {}", places.load_cpu))?;
+        let mut bench = Self { servers: Vec::new(), balancer_cpu: places.balancer_cpu };
+        for number in 0..servers {
+            bench.servers.push(server(&format!("server-{}", number + 1), "127.0.0.1:0").await?);
+        }
+        Ok(bench)
+    }
+
+    /// A balancer on its processor, in front of these servers.
+    pub(crate) async fn start(
+        &self,
+        kind: Kind,
+        program: &Path,
+        connections: usize,
+        settings: &Settings,
+    ) -> anyhow::Result<Balancer> {
+        let mut setup = self.setup(connections);
+        if settings.workers > 1 {
+            setup.processors = Vec::new();
+        }
+        Balancer::start(kind, program, &setup, settings).await
+    }
+
+    /// What a balancer on its processor is given.
+    pub(crate) fn setup(&self, connections: usize) -> Setup {
+        Setup { backends: self.servers.clone(), connections: connections + 512, processors: vec![self.balancer_cpu] }
+    }
+
+    /// Lets the target work, and measures what it costs these processes.
+    pub(crate) async fn measure(
+        &self,
+        task: Task,
+        target: SocketAddr,
+        tree: Option<Tree>,
+        duration: Duration,
+    ) -> anyhow::Result<Cost> {
+        let (work, connections, pace) = match task {
+            Task::Requests => (Work::Requests, 64, Pace::Closed),
+            Task::Connections => (Work::Connections, 32, Pace::Closed),
+            Task::Bulk(streams) => (Work::Bulk(Direction::Down, TRANSFER), streams, Pace::Closed),
+            Task::Rate(rate) => (Work::Requests, 64, Pace::Open(rate)),
+        };
+        let load = Load {
+            target,
+            sources: SOURCES,
+            work,
+            protocol: Protocol::Echo,
+            connections,
+            pace,
+            duration,
+            timeout: Duration::from_secs(10),
+            precise: true,
+        };
+        let record = Arc::new(Mutex::new(Record::default()));
+        let before = tree.map(Tree::cpu).unwrap_or_default();
+        let began = std::time::Instant::now();
+        load::run(&load, &record).await;
+        let took = began.elapsed();
+        let cpu = tree.map(Tree::cpu).unwrap_or_default().saturating_sub(before);
+        let record = std::mem::take(&mut *record.lock().unwrap_or_else(PoisonError::into_inner));
+        let failures = record.failures.iter().next();
+        if let Some((failure, count)) = failures {
+            anyhow::bail!("{task:?} on {target}: failed {count} times: {failure}");
+        }
+        anyhow::ensure!(record.answered() > 0 || record.bytes() > 0, "{task:?} on {target}: not one answer came");
+        Ok(Cost { cpu, took, record })
+    }
+
+    /// Opens connections through the target, and gives them when the servers have them all.
+    pub(crate) async fn idle(&self, target: SocketAddr, connections: usize) -> anyhow::Result<Vec<TcpStream>> {
+        let mut open = Vec::with_capacity(connections);
+        for number in 0..connections {
+            let source = load::loopback(u16::try_from(number % usize::from(SOURCES))?);
+            open.push(crate::client::connect(target, Some(source)).await?);
+        }
+        // One that is served answers; the last one comes behind all others.
+        let mut last = Client::new(target, None, Protocol::Echo);
+        last.request().await.map_err(anyhow::Error::msg)?;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        Ok(open)
+    }
+}
+
+/// Starts a server in this process.
+pub(crate) async fn server(name: &str, address: &str) -> anyhow::Result<SocketAddr> {
+    use clap::Parser as _;
+
+    let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+    let address = listener.local_addr()?;
+    let options = echo_server::Options::try_parse_from(["echo-server", "--name", name])?;
+    tokio::spawn(echo_server::run(listener, options, std::future::pending()));
+    Ok(address)
+}

@@ -1,0 +1,266 @@
+//! `loadtest compare`: balancers beside each other on the same work in the same run, in rounds, so that what disturbs one
+//! disturbs all.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::balancers::{Balancer, Kind, Settings};
+use crate::bench::{Bench, Places, Task};
+use crate::findings::{Output, Spread, machine};
+use crate::plot::{self, Range};
+use crate::process::Tree;
+use crate::run::progress_bar;
+use crate::table::Table;
+
+/// How `loadtest compare` is called.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Who is compared, of those that are found
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kind::ALL)]
+    pub only: Vec<Kind>,
+    /// Rounds: in each, every one does all of the work
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rounds: u32,
+    /// Seconds of each piece of work
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub seconds: u64,
+    /// Idle connections by which memory is measured
+    #[arg(long, default_value_t = 4000, value_parser = clap::value_parser!(u32).range(100..=9000))]
+    pub idle: u32,
+    /// Ringway's program. Default: the one beside this one
+    #[arg(long, value_name = "FILE")]
+    pub ringway: Option<PathBuf>,
+    #[command(flatten)]
+    places: Places,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// What is measured.
+const MEASURES: [&str; 10] = [
+    "CPU us a request",
+    "CPU us a connection",
+    "CPU s a GB, 1 stream",
+    "CPU s a GB, 32 streams",
+    "p50 ms",
+    "p99 ms",
+    "requests a second",
+    "bytes an idle connection",
+    "program MB",
+    "start-up ms",
+];
+
+/// Of the measures, those in which less is better and a ratio says something.
+const COMPARED: [usize; 7] = [0, 1, 2, 3, 4, 5, 7];
+
+/// One balancer, or none.
+struct Contestant {
+    name: String,
+    kind: Option<Kind>,
+    program: PathBuf,
+    version: String,
+    /// By measure.
+    figures: Vec<Vec<f64>>,
+}
+
+#[derive(Debug, Serialize)]
+struct Findings {
+    machine: String,
+    rounds: u32,
+    seconds: u64,
+    requests_offered_per_second: f64,
+    balancers: Vec<Finding>,
+}
+
+#[derive(Debug, Serialize)]
+struct Finding {
+    name: String,
+    version: String,
+    figures: Vec<(&'static str, Option<Spread>)>,
+}
+
+/// Runs it and prints what it came to.
+///
+/// # Errors
+/// When a balancer cannot be started or fails a request, or a report cannot be written.
+pub async fn compare(options: &Options) -> anyhow::Result<()> {
+    let mut contestants = contestants(options)?;
+    let bench = Bench::new(&options.places, 3, options.idle as usize).await?;
+    let duration = Duration::from_secs(options.seconds);
+    let steps = u64::from(options.rounds) * 6 * contestants.len() as u64;
+    let bar = progress_bar(Duration::from_secs(steps));
+    let running = start_all(&bench, &contestants).await?;
+    let mut rate = f64::MAX;
+    for round in 0..options.rounds as usize {
+        for (index, task) in [Task::Requests, Task::Connections, Task::Bulk(1), Task::Bulk(32)].into_iter().enumerate()
+        {
+            for turn in turns(round, contestants.len()) {
+                bar.set_message(format!("{}: {}", contestants[turn].name, MEASURES[index]));
+                let (target, tree) = place(&bench, running[turn].as_ref());
+                let cost = bench.measure(task, target, tree, duration).await?;
+                bar.inc(1);
+                if task == Task::Requests {
+                    contestants[turn].figures[6].push(cost.rate());
+                    rate = rate.min(cost.rate() / 2.0);
+                }
+                if tree.is_some() {
+                    let figure = if matches!(task, Task::Bulk(_)) { cost.per_gigabyte() } else { cost.per_answer() };
+                    contestants[turn].figures[index].push(figure);
+                }
+            }
+        }
+    }
+    // At a rate that leaves the slowest half of its time.
+    for round in 0..options.rounds as usize {
+        for turn in turns(round, contestants.len()) {
+            bar.set_message(format!("{}: latency", contestants[turn].name));
+            let (target, tree) = place(&bench, running[turn].as_ref());
+            let cost = bench.measure(Task::Rate(rate), target, tree, duration).await?;
+            bar.inc(1);
+            contestants[turn].figures[4].push(cost.record.percentile(50.0));
+            contestants[turn].figures[5].push(cost.record.percentile(99.0));
+        }
+    }
+    drop(running);
+    for round in 0..options.rounds as usize {
+        for turn in turns(round, contestants.len()) {
+            bar.inc(1);
+            footprint(&bench, &mut contestants[turn], options.idle as usize).await?;
+        }
+    }
+    bar.finish_and_clear();
+    show(options, &contestants, rate)
+}
+
+/// Who takes part: what is asked for and found, and none.
+fn contestants(options: &Options) -> anyhow::Result<Vec<Contestant>> {
+    let mut contestants = Vec::new();
+    for kind in &options.only {
+        let given = options.ringway.clone().filter(|_| *kind == Kind::Ringway);
+        let Some(program) = given.or_else(|| kind.find()) else {
+            eprintln!("without {}, which is not found; to have it: {}", kind.name(), kind.remedy());
+            continue;
+        };
+        let version = kind.version(&program);
+        contestants.push(Contestant {
+            name: kind.name().to_owned(),
+            kind: Some(*kind),
+            program,
+            version,
+            figures: vec![Vec::new(); MEASURES.len()],
+        });
+    }
+    anyhow::ensure!(!contestants.is_empty(), "there is nobody to compare");
+    contestants.push(Contestant {
+        name: "no balancer".to_owned(),
+        kind: None,
+        program: PathBuf::new(),
+        version: String::new(),
+        figures: vec![Vec::new(); MEASURES.len()],
+    });
+    Ok(contestants)
+}
+
+async fn start_all(bench: &Bench, contestants: &[Contestant]) -> anyhow::Result<Vec<Option<Balancer>>> {
+    let mut running = Vec::new();
+    for Contestant { kind, program, .. } in contestants {
+        running.push(match kind {
+            Some(kind) => Some(bench.start(*kind, program, 512, &Settings::default()).await?),
+            None => None,
+        });
+    }
+    Ok(running)
+}
+
+/// Another one begins in each round.
+fn turns(round: usize, contestants: usize) -> impl Iterator<Item = usize> {
+    (0..contestants).map(move |turn| (turn + round) % contestants)
+}
+
+/// Where the load goes, and whose CPU time counts.
+fn place(bench: &Bench, balancer: Option<&Balancer>) -> (std::net::SocketAddr, Option<Tree>) {
+    balancer.map_or((bench.servers[0], None), |balancer| (balancer.address, Some(balancer.tree())))
+}
+
+/// Start-up, size, and the memory of idle connections, of one that is started anew.
+async fn footprint(bench: &Bench, contestant: &mut Contestant, idle: usize) -> anyhow::Result<()> {
+    let Some(kind) = contestant.kind else { return Ok(()) };
+    let balancer = bench.start(kind, &contestant.program, idle, &Settings::default()).await?;
+    let size = std::fs::metadata(&contestant.program)?.len();
+    // What the first connections cost once and for all is not theirs.
+    drop(bench.idle(balancer.address, 100).await?);
+    let before = balancer.tree().proportional();
+    let open = bench.idle(balancer.address, idle).await?;
+    let after = balancer.tree().proportional();
+    drop(open);
+    let figures = [
+        (7, after.saturating_sub(before) as f64 / idle as f64),
+        (8, size as f64 / 1e6),
+        (9, balancer.start_up.as_secs_f64() * 1e3),
+    ];
+    for (index, figure) in figures {
+        contestant.figures[index].push(figure);
+    }
+    Ok(())
+}
+
+fn show(options: &Options, contestants: &[Contestant], rate: f64) -> anyhow::Result<()> {
+    let mut all = Table::new(std::iter::once("").chain(contestants.iter().map(|one| one.name.as_str())));
+    for (index, measure) in MEASURES.iter().enumerate() {
+        let cells = contestants
+            .iter()
+            .map(|one| Spread::of(&one.figures[index]).map_or("-".to_owned(), |spread| spread.text()));
+        all.row(std::iter::once((*measure).to_owned()).chain(cells));
+    }
+    all.row(std::iter::once("version").chain(contestants.iter().map(|one| one.version.as_str())));
+    let mut tables = vec![all];
+    let mut plots = Vec::new();
+    let ringway = contestants.iter().find(|one| one.kind == Some(Kind::Ringway));
+    let peers: Vec<_> = contestants.iter().filter(|one| one.kind.is_some_and(|kind| kind != Kind::Ringway)).collect();
+    if let (Some(ringway), false) = (ringway, peers.is_empty()) {
+        let mut ratios =
+            Table::new(std::iter::once("Ringway to".to_owned()).chain(peers.iter().map(|peer| peer.name.clone())));
+        for index in COMPARED {
+            let ratio = |peer: &&Contestant| {
+                let (one, other) = (Spread::of(&ringway.figures[index])?, Spread::of(&peer.figures[index])?);
+                Some(one.median / other.median)
+            };
+            let cells = peers.iter().map(|peer| ratio(peer).map_or("-".to_owned(), |ratio| format!("{ratio:.2}")));
+            ratios.row(std::iter::once(MEASURES[index].to_owned()).chain(cells));
+        }
+        tables.push(ratios);
+    }
+    for index in COMPARED {
+        let ranges: Vec<_> = contestants
+            .iter()
+            .filter_map(|one| {
+                let Spread { min, median, max } = Spread::of(&one.figures[index])?;
+                Some(Range { name: one.name.clone(), figures: [min, median, max] })
+            })
+            .collect();
+        plots.push(plot::ranges(MEASURES[index], 0.0, &ranges)?);
+    }
+    let findings = Findings {
+        machine: machine(),
+        rounds: options.rounds,
+        seconds: options.seconds,
+        requests_offered_per_second: rate,
+        balancers: contestants
+            .iter()
+            .map(|one| Finding {
+                name: one.name.clone(),
+                version: one.version.clone(),
+                figures: std::iter::zip(MEASURES, &one.figures)
+                    .map(|(measure, figures)| (measure, Spread::of(figures)))
+                    .collect(),
+            })
+            .collect(),
+    };
+    eprintln!(
+        "{}; {} rounds of {} s; latency at {rate:.0} requests a second",
+        findings.machine, options.rounds, options.seconds
+    );
+    options.output.show("Balancers beside each other", &findings, &tables, &plots)
+}

@@ -1,0 +1,299 @@
+//! The loads: what clients do, and how fast.
+//!
+//! Closed loop: each client begins its next request when the last one has ended, so a slow answer slows the load down. Open
+//! loop: requests are due at a constant rate whatever becomes of those before, and each is timed from when it was due, so
+//! that waiting in the generator counts too (no coordinated omission; Tene, "How NOT to measure latency").
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinSet;
+
+use crate::client::{Client, Protocol};
+
+/// Pause of a client after a failure, so that a dead target is not stormed.
+const AFTER_FAILURE: Duration = Duration::from_millis(10);
+
+/// Bytes of the transfers in a mixed load.
+const MIXED_TRANSFER: usize = 256 * 1024;
+
+/// What clients do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Request after request on open connections.
+    Requests,
+    /// Connect, one request, close.
+    Connections,
+    /// Transfer after transfer of so many bytes.
+    Bulk(Direction, usize),
+    /// Open connections on which nothing is said.
+    Idle,
+    /// Eight requests on an open connection, then one on a new one, then a transfer of 256 KiB both ways.
+    Mixed,
+}
+
+/// Which way bytes go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Direction {
+    /// To the client
+    Down,
+    /// To the server
+    Up,
+    /// An echo: to the server and back at once
+    Both,
+}
+
+/// How fast.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Pace {
+    /// As fast as the answers come.
+    Closed,
+    /// So many a second, timed from when they were due.
+    Open(f64),
+}
+
+/// A load.
+#[derive(Debug, Clone)]
+pub struct Load {
+    /// Where it goes.
+    pub target: SocketAddr,
+    /// Addresses that clients connect from, in 127.1.0.0/16; 0: the system chooses.
+    pub sources: u16,
+    /// What clients do.
+    pub work: Work,
+    /// What they speak.
+    pub protocol: Protocol,
+    /// Clients at a time. An open loop of new connections has as many as it needs.
+    pub connections: usize,
+    /// How fast they go on.
+    pub pace: Pace,
+    /// For how long.
+    pub duration: Duration,
+    /// After this long an answer counts as missing.
+    pub timeout: Duration,
+    /// Whether an open loop holds its times to microseconds, which costs the generator's core; otherwise to a millisecond.
+    pub precise: bool,
+}
+
+/// What became of one request, connection or transfer.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// When it began, or was due, since the load's start.
+    pub start: Duration,
+    /// How long it took from then.
+    pub took: Duration,
+    /// Who answered, or what went wrong.
+    pub server: Result<Arc<str>, String>,
+}
+
+/// Takes what becomes of a load.
+pub trait Collect: Default + Send + 'static {
+    /// One more outcome.
+    fn add(&mut self, outcome: Outcome);
+
+    /// Bytes of a transfer have come, or were taken.
+    fn moved(&mut self, at: Duration, bytes: usize);
+}
+
+/// Puts the load on its target; what becomes of it goes to the collector as it happens.
+pub async fn run<C: Collect>(load: &Load, collector: &Arc<Mutex<C>>) {
+    let (load, run) = (Arc::new(load.clone()), Run { began: Instant::now(), collector: Arc::clone(collector) });
+    match (load.work, load.pace) {
+        (Work::Connections, Pace::Open(rate)) => connections_at(&load, rate, &run).await,
+        (Work::Idle, _) => idle(&load, &run).await,
+        _ => {
+            let mut clients = JoinSet::new();
+            for number in 0..load.connections {
+                clients.spawn(client(number, Arc::clone(&load), run.clone()));
+            }
+            clients.join_all().await;
+        }
+    }
+}
+
+/// What the clients of a run share.
+struct Run<C> {
+    began: Instant,
+    collector: Arc<Mutex<C>>,
+}
+
+impl<C> Clone for Run<C> {
+    fn clone(&self) -> Self {
+        Self { began: self.began, collector: Arc::clone(&self.collector) }
+    }
+}
+
+impl<C: Collect> Run<C> {
+    fn collector(&self) -> MutexGuard<'_, C> {
+        self.collector.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Times what is done from `due` on.
+    async fn timed(
+        &self,
+        due: Duration,
+        timeout: Duration,
+        done: impl Future<Output = Result<Arc<str>, String>>,
+    ) -> bool {
+        let server = tokio::time::timeout(timeout, done).await.unwrap_or_else(|_| Err("no answer in time".to_owned()));
+        let (took, is_answer) = (self.began.elapsed().saturating_sub(due), server.is_ok());
+        self.collector().add(Outcome { start: due, took, server });
+        is_answer
+    }
+}
+
+/// One of the clients: does its work until the time is up.
+async fn client<C: Collect>(number: usize, load: Arc<Load>, run: Run<C>) {
+    let mut client = Client::new(load.target, source(&load, number), load.protocol);
+    let mut schedule = Schedule::of(number, &load);
+    let mut round = number;
+    loop {
+        let Some(due) = schedule.next(&run.began).await.filter(|due| *due < load.duration) else { return };
+        round += 1;
+        let is_answer = match load.work {
+            Work::Requests => run.timed(due, load.timeout, client.request()).await,
+            Work::Connections => {
+                let is_answer = run.timed(due, load.timeout, client.request()).await;
+                client.close();
+                is_answer
+            }
+            Work::Bulk(direction, bytes) => {
+                // A transfer that is under way when the time is up counts by its bytes alone.
+                let left = load.duration.saturating_sub(run.began.elapsed());
+                let transfer = transfer(&mut client, direction, bytes, &run, due, load.timeout.max(load.duration));
+                let Ok(is_answer) = tokio::time::timeout(left, transfer).await else { return };
+                is_answer
+            }
+            Work::Mixed => match round % 10 {
+                8 => {
+                    client.close();
+                    run.timed(due, load.timeout, client.request()).await
+                }
+                9 => transfer(&mut client, Direction::Both, MIXED_TRANSFER, &run, due, load.timeout).await,
+                _ => run.timed(due, load.timeout, client.request()).await,
+            },
+            Work::Idle => return,
+        };
+        if !is_answer {
+            client.close();
+            tokio::time::sleep(AFTER_FAILURE).await;
+        }
+    }
+}
+
+async fn transfer<C: Collect>(
+    client: &mut Client,
+    direction: Direction,
+    bytes: usize,
+    run: &Run<C>,
+    due: Duration,
+    timeout: Duration,
+) -> bool {
+    let moved = |bytes| run.collector().moved(run.began.elapsed(), bytes);
+    match direction {
+        Direction::Down => run.timed(due, timeout, client.download(bytes, moved)).await,
+        Direction::Up => run.timed(due, timeout, client.upload(bytes, moved)).await,
+        Direction::Both => run.timed(due, timeout, client.exchange(bytes, moved)).await,
+    }
+}
+
+/// New connections at a constant rate, however long the ones before take.
+async fn connections_at<C: Collect>(load: &Arc<Load>, rate: f64, run: &Run<C>) {
+    let mut schedule =
+        Schedule { next: Duration::ZERO, step: Duration::from_secs_f64(1.0 / rate), load: Arc::clone(load) };
+    let mut open = JoinSet::new();
+    let mut number = 0;
+    while let Some(due) = schedule.next(&run.began).await.filter(|due| *due < load.duration) {
+        let (load, run) = (Arc::clone(load), run.clone());
+        let mut client = Client::new(load.target, source(&load, number), load.protocol);
+        number += 1;
+        open.spawn(async move { run.timed(due, load.timeout, client.request()).await });
+        while open.try_join_next().is_some() {}
+    }
+    open.join_all().await;
+}
+
+/// Opens connections, waits, and looks which are still there. An outcome for each: the time is that of its connect.
+async fn idle<C: Collect>(load: &Load, run: &Run<C>) {
+    let mut clients = Vec::with_capacity(load.connections);
+    for number in 0..load.connections {
+        let due = run.began.elapsed();
+        let mut client = Client::new(load.target, source(load, number), load.protocol);
+        let connected = tokio::time::timeout(load.timeout, client.connect()).await;
+        let connected = connected.unwrap_or_else(|_| Err("connect: no answer in time".to_owned())).map(|_| ());
+        let took = run.began.elapsed().saturating_sub(due);
+        match connected {
+            Ok(()) => clients.push((client, due, took)),
+            Err(error) => run.collector().add(Outcome { start: due, took, server: Err(error) }),
+        }
+    }
+    tokio::time::sleep_until((run.began + load.duration).into()).await;
+    for (client, start, took) in clients {
+        let server = if client.is_open() { Ok(Arc::from("idle")) } else { Err("closed while it was idle".to_owned()) };
+        run.collector().add(Outcome { start, took, server });
+    }
+}
+
+/// When a client's requests are due.
+struct Schedule {
+    /// The next one, since the load's start. Not used in a closed loop.
+    next: Duration,
+    /// Between two; zero: a closed loop.
+    step: Duration,
+    load: Arc<Load>,
+}
+
+impl Schedule {
+    /// The clients take turns: each has its share of the rate, and the first ones are spread over one step.
+    fn of(number: usize, load: &Arc<Load>) -> Self {
+        let (next, step) = match load.pace {
+            Pace::Closed => (Duration::ZERO, Duration::ZERO),
+            Pace::Open(rate) => {
+                let each = 1.0 / rate;
+                (Duration::from_secs_f64(each * number as f64), Duration::from_secs_f64(each * load.connections as f64))
+            }
+        };
+        Self { next, step, load: Arc::clone(load) }
+    }
+
+    /// Waits for the next, and gives when it was due: in a closed loop now.
+    async fn next(&mut self, began: &Instant) -> Option<Duration> {
+        if self.step.is_zero() {
+            return Some(began.elapsed());
+        }
+        let due = self.next;
+        self.next += self.step;
+        if due < self.load.duration {
+            until(*began + due, self.load.precise).await;
+        }
+        Some(due)
+    }
+}
+
+/// Waits until then. The runtime's timers have a grain of a millisecond, which is more than a good answer takes.
+async fn until(at: Instant, precise: bool) {
+    const GRAIN: Duration = Duration::from_millis(1);
+    if !precise {
+        return tokio::time::sleep_until(at.into()).await;
+    }
+    let coarse = at.saturating_duration_since(Instant::now()).saturating_sub(GRAIN);
+    if !coarse.is_zero() {
+        tokio::time::sleep(coarse).await;
+    }
+    while Instant::now() < at {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// The address that a client connects from.
+fn source(load: &Load, number: usize) -> Option<IpAddr> {
+    let number = u16::try_from(number % usize::from(load.sources.max(1))).unwrap_or(0);
+    (load.sources > 0).then_some(loopback(number))
+}
+
+/// One of the addresses 127.1.0.0/16.
+pub(crate) fn loopback(number: u16) -> IpAddr {
+    let [high, low] = number.to_be_bytes();
+    IpAddr::V4(Ipv4Addr::new(127, 1, high, low))
+}
