@@ -96,8 +96,9 @@ impl Client {
         let request = format!("GET /bytes/{bytes} HTTP/1.1\r\nhost: {}\r\n\r\n", self.target);
         self.write(request.as_bytes()).await?;
         let head = self.head().await?;
+        let server = self.answered(&head)?;
         self.body(head.length, moved).await?;
-        self.answered(&head)
+        Ok(server)
     }
 
     /// Sends so many bytes by HTTP (`POST /sink`), and tells of those that were taken.

@@ -20,6 +20,9 @@ pub struct Options {
     /// Who is compared, of those that are found
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kind::ALL)]
     pub only: Vec<Kind>,
+    /// Which work is done
+    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Work::ALL)]
+    pub work: Vec<Work>,
     /// Rounds: in each, every one does all of the work
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: u32,
@@ -36,6 +39,36 @@ pub struct Options {
     places: Places,
     #[command(flatten)]
     output: Output,
+}
+
+/// What the balancers do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Work {
+    /// Requests on 64 open connections
+    Requests,
+    /// Connections with one request, 32 at a time
+    Connections,
+    /// Downloads on one connection
+    Bulk,
+    /// Downloads on 32 connections
+    Streams,
+    /// Requests at half of the rate that the slowest could do, which takes `requests`
+    Latency,
+    /// Start-up, size and idle connections
+    Footprint,
+}
+
+impl Work {
+    /// All of it.
+    pub const ALL: [Self; 6] =
+        [Self::Requests, Self::Connections, Self::Bulk, Self::Streams, Self::Latency, Self::Footprint];
+}
+
+impl Options {
+    /// Rounds of this work.
+    fn rounds_of(&self, work: Work) -> usize {
+        if self.work.contains(&work) { self.rounds as usize } else { 0 }
+    }
 }
 
 /// What is measured.
@@ -86,16 +119,28 @@ struct Finding {
 /// # Errors
 /// When a balancer cannot be started or fails a request, or a report cannot be written.
 pub async fn compare(options: &Options) -> anyhow::Result<()> {
+    let machine = machine();
+    anyhow::ensure!(
+        !options.work.contains(&Work::Latency) || options.work.contains(&Work::Requests),
+        "--work latency takes --work requests: it is at half of that rate"
+    );
     let mut contestants = contestants(options)?;
     let bench = Bench::new(&options.places, 3, options.idle as usize).await?;
     let duration = Duration::from_secs(options.seconds);
-    let steps = u64::from(options.rounds) * 6 * contestants.len() as u64;
+    let steps = u64::from(options.rounds) * (options.work.len() * contestants.len()) as u64;
     let bar = progress_bar(Duration::from_secs(steps));
     let running = start_all(&bench, &contestants).await?;
     let mut rate = f64::MAX;
     for round in 0..options.rounds as usize {
-        for (index, task) in [Task::Requests, Task::Connections, Task::Bulk(1), Task::Bulk(32)].into_iter().enumerate()
-        {
+        for (index, work, task) in [
+            (0, Work::Requests, Task::Requests),
+            (1, Work::Connections, Task::Connections),
+            (2, Work::Bulk, Task::Bulk(1)),
+            (3, Work::Streams, Task::Bulk(32)),
+        ] {
+            if !options.work.contains(&work) {
+                continue;
+            }
             for turn in turns(round, contestants.len()) {
                 bar.set_message(format!("{}: {}", contestants[turn].name, MEASURES[index]));
                 let (target, tree) = place(&bench, running[turn].as_ref());
@@ -113,7 +158,7 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
         }
     }
     // At a rate that leaves the slowest half of its time.
-    for round in 0..options.rounds as usize {
+    for round in 0..options.rounds_of(Work::Latency) {
         for turn in turns(round, contestants.len()) {
             bar.set_message(format!("{}: latency", contestants[turn].name));
             let (target, tree) = place(&bench, running[turn].as_ref());
@@ -124,14 +169,14 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
         }
     }
     drop(running);
-    for round in 0..options.rounds as usize {
+    for round in 0..options.rounds_of(Work::Footprint) {
         for turn in turns(round, contestants.len()) {
             bar.inc(1);
             footprint(&bench, &mut contestants[turn], options.idle as usize).await?;
         }
     }
     bar.finish_and_clear();
-    show(options, &contestants, rate)
+    show(options, &contestants, machine, rate)
 }
 
 /// Who takes part: what is asked for and found, and none.
@@ -206,9 +251,12 @@ async fn footprint(bench: &Bench, contestant: &mut Contestant, idle: usize) -> a
     Ok(())
 }
 
-fn show(options: &Options, contestants: &[Contestant], rate: f64) -> anyhow::Result<()> {
+fn show(options: &Options, contestants: &[Contestant], machine: String, rate: f64) -> anyhow::Result<()> {
     let mut all = Table::new(std::iter::once("").chain(contestants.iter().map(|one| one.name.as_str())));
     for (index, measure) in MEASURES.iter().enumerate() {
+        if contestants.iter().all(|one| one.figures[index].is_empty()) {
+            continue;
+        }
         let cells = contestants
             .iter()
             .map(|one| Spread::of(&one.figures[index]).map_or("-".to_owned(), |spread| spread.text()));
@@ -222,7 +270,7 @@ fn show(options: &Options, contestants: &[Contestant], rate: f64) -> anyhow::Res
     if let (Some(ringway), false) = (ringway, peers.is_empty()) {
         let mut ratios =
             Table::new(std::iter::once("Ringway to".to_owned()).chain(peers.iter().map(|peer| peer.name.clone())));
-        for index in COMPARED {
+        for index in COMPARED.into_iter().filter(|index| !ringway.figures[*index].is_empty()) {
             let ratio = |peer: &&Contestant| {
                 let (one, other) = (Spread::of(&ringway.figures[index])?, Spread::of(&peer.figures[index])?);
                 Some(one.median / other.median)
@@ -240,10 +288,11 @@ fn show(options: &Options, contestants: &[Contestant], rate: f64) -> anyhow::Res
                 Some(Range { name: one.name.clone(), figures: [min, median, max] })
             })
             .collect();
-        plots.push(plot::ranges(MEASURES[index], 0.0, &ranges)?);
+        // Of work that was not done there is no plot.
+        plots.extend(plot::ranges(MEASURES[index], 0.0, &ranges));
     }
     let findings = Findings {
-        machine: machine(),
+        machine,
         rounds: options.rounds,
         seconds: options.seconds,
         requests_offered_per_second: rate,
