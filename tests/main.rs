@@ -12,6 +12,7 @@ mod changes;
 mod closing;
 mod command_line;
 mod configs;
+mod costs;
 mod docker;
 mod documents;
 mod engine;

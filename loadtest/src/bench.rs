@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::net::{TcpListener, TcpStream};
@@ -38,6 +38,7 @@ pub(crate) struct Bench {
     /// The servers: they run in this process.
     pub(crate) servers: Vec<SocketAddr>,
     balancer_cpu: usize,
+    load_cpu: usize,
 }
 
 /// One kind of work, whose cost is measured.
@@ -92,31 +93,43 @@ impl Bench {
             "this takes two processors and there are {processors}: --balancer-cpu and --load-cpu say which"
         );
         pin(&[places.load_cpu]).with_context(|| format!("cannot run on processor {}", places.load_cpu))?;
-        let mut bench = Self { servers: Vec::new(), balancer_cpu: places.balancer_cpu };
+        let mut bench = Self { servers: Vec::new(), balancer_cpu: places.balancer_cpu, load_cpu: places.load_cpu };
         for number in 0..servers {
-            bench.servers.push(server(&format!("server-{}", number + 1), "127.0.0.1:0").await?);
+            bench.servers.push(server_with(&["--name", &format!("server-{}", number + 1)], "127.0.0.1:0").await?);
         }
         Ok(bench)
     }
 
-    /// A balancer on its processor, in front of these servers.
-    pub(crate) async fn start(
+    /// A balancer on its processor, in front of the servers.
+    pub(crate) async fn start(&self, kind: Kind, program: &Path, connections: usize) -> anyhow::Result<Balancer> {
+        Balancer::start(kind, program, &self.setup(&self.servers, connections), &Settings::default()).await
+    }
+
+    /// A Ringway in front of these backends. One of several workers runs on all processors.
+    pub(crate) async fn start_before(
         &self,
-        kind: Kind,
         program: &Path,
+        backends: &[SocketAddr],
         connections: usize,
         settings: &Settings,
     ) -> anyhow::Result<Balancer> {
-        let mut setup = self.setup(connections);
+        let mut setup = self.setup(backends, connections);
         if settings.workers > 1 {
-            setup.processors = Vec::new();
+            setup.processors.push(self.load_cpu);
         }
-        Balancer::start(kind, program, &setup, settings).await
+        Balancer::start(Kind::Ringway, program, &setup, settings).await
     }
 
-    /// What a balancer on its processor is given.
-    pub(crate) fn setup(&self, connections: usize) -> Setup {
-        Setup { backends: self.servers.clone(), connections: connections + 512, processors: vec![self.balancer_cpu] }
+    fn setup(&self, backends: &[SocketAddr], connections: usize) -> Setup {
+        Setup { backends: backends.to_vec(), connections: connections + 512, processors: vec![self.balancer_cpu] }
+    }
+
+    /// So many backends: addresses of loopback at which one and the same server answers.
+    pub(crate) async fn many(&self, backends: usize) -> anyhow::Result<Vec<SocketAddr>> {
+        let server = server_with(&["--name", "many"], "0.0.0.0:0").await?;
+        let address =
+            |number: usize| anyhow::Ok(SocketAddr::new(load::loopback(u16::try_from(number)?), server.port()));
+        (1..=backends).map(address).collect()
     }
 
     /// Lets the target work, and measures what it costs these processes.
@@ -144,18 +157,9 @@ impl Bench {
             timeout: Duration::from_secs(10),
             precise: true,
         };
-        let record = Arc::new(Mutex::new(Record::default()));
         let before = tree.map(Tree::cpu).unwrap_or_default();
-        let began = std::time::Instant::now();
-        load::run(&load, &record).await;
-        let took = began.elapsed();
+        let (record, took) = put(&load).await?;
         let cpu = tree.map(Tree::cpu).unwrap_or_default().saturating_sub(before);
-        let record = std::mem::take(&mut *record.lock().unwrap_or_else(PoisonError::into_inner));
-        let failures = record.failures.iter().next();
-        if let Some((failure, count)) = failures {
-            anyhow::bail!("{task:?} on {target}: failed {count} times: {failure}");
-        }
-        anyhow::ensure!(record.answered() > 0 || record.bytes() > 0, "{task:?} on {target}: not one answer came");
         Ok(Cost { cpu, took, record })
     }
 
@@ -174,13 +178,33 @@ impl Bench {
     }
 }
 
-/// Starts a server in this process.
-pub(crate) async fn server(name: &str, address: &str) -> anyhow::Result<SocketAddr> {
+/// Puts the load on its target, of which nothing may fail.
+pub(crate) async fn put(load: &Load) -> anyhow::Result<(Record, Duration)> {
+    preflight::tracking()?;
+    let record = Arc::new(Mutex::new(Record::default()));
+    let began = Instant::now();
+    load::run(load, &record).await;
+    let took = began.elapsed();
+    let record = std::mem::take(&mut *record.lock().unwrap_or_else(PoisonError::into_inner));
+    if let Some((failure, count)) = record.failures.iter().next() {
+        anyhow::bail!("{:?} on {}: failed {count} times: {failure}", load.work, load.target);
+    }
+    anyhow::ensure!(
+        record.answered() > 0 || record.bytes() > 0,
+        "{:?} on {}: not one answer came",
+        load.work,
+        load.target
+    );
+    Ok((record, took))
+}
+
+/// Starts a server in this process with these arguments of the echo server.
+pub(crate) async fn server_with(arguments: &[&str], address: &str) -> anyhow::Result<SocketAddr> {
     use clap::Parser as _;
 
     let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
     let address = listener.local_addr()?;
-    let options = echo_server::Options::try_parse_from(["echo-server", "--name", name])?;
+    let options = echo_server::Options::try_parse_from(std::iter::once(&"echo-server").chain(arguments))?;
     tokio::spawn(echo_server::run(listener, options, std::future::pending()));
     Ok(address)
 }

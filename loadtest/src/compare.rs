@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::balancers::{Balancer, Kind, Settings};
+use crate::balancers::{Balancer, Kind};
 use crate::bench::{Bench, Places, Task};
 use crate::findings::{Output, Spread, machine};
 use crate::plot::{self, Range};
@@ -32,9 +32,9 @@ pub struct Options {
     /// Idle connections by which memory is measured
     #[arg(long, default_value_t = 4000, value_parser = clap::value_parser!(u32).range(100..=9000))]
     pub idle: u32,
-    /// Ringway's program. Default: the one beside this one
-    #[arg(long, value_name = "FILE")]
-    pub ringway: Option<PathBuf>,
+    /// Ringway's program, or several of them: ratios are of the first. Default: the one beside this one
+    #[arg(long, value_name = "FILE", value_delimiter = ',')]
+    pub ringway: Vec<PathBuf>,
     #[command(flatten)]
     places: Places,
     #[command(flatten)]
@@ -183,19 +183,23 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
 fn contestants(options: &Options) -> anyhow::Result<Vec<Contestant>> {
     let mut contestants = Vec::new();
     for kind in &options.only {
-        let given = options.ringway.clone().filter(|_| *kind == Kind::Ringway);
-        let Some(program) = given.or_else(|| kind.find()) else {
-            eprintln!("without {}, which is not found; to have it: {}", kind.name(), kind.remedy());
-            continue;
+        let programs = match kind {
+            Kind::Ringway if !options.ringway.is_empty() => options.ringway.clone(),
+            _ => kind.find().into_iter().collect(),
         };
-        let version = kind.version(&program);
-        contestants.push(Contestant {
-            name: kind.name().to_owned(),
-            kind: Some(*kind),
-            program,
-            version,
-            figures: vec![Vec::new(); MEASURES.len()],
-        });
+        if programs.is_empty() {
+            eprintln!("without {}, which is not found; to have it: {}", kind.name(), kind.remedy());
+        }
+        for (index, program) in programs.into_iter().enumerate() {
+            let name = if index == 0 { kind.name().to_owned() } else { format!("{} {}", kind.name(), index + 1) };
+            contestants.push(Contestant {
+                name,
+                kind: Some(*kind),
+                version: kind.version(&program),
+                program,
+                figures: vec![Vec::new(); MEASURES.len()],
+            });
+        }
     }
     anyhow::ensure!(!contestants.is_empty(), "there is nobody to compare");
     contestants.push(Contestant {
@@ -212,7 +216,7 @@ async fn start_all(bench: &Bench, contestants: &[Contestant]) -> anyhow::Result<
     let mut running = Vec::new();
     for Contestant { kind, program, .. } in contestants {
         running.push(match kind {
-            Some(kind) => Some(bench.start(*kind, program, 512, &Settings::default()).await?),
+            Some(kind) => Some(bench.start(*kind, program, 512).await?),
             None => None,
         });
     }
@@ -232,18 +236,21 @@ fn place(bench: &Bench, balancer: Option<&Balancer>) -> (std::net::SocketAddr, O
 /// Start-up, size, and the memory of idle connections, of one that is started anew.
 async fn footprint(bench: &Bench, contestant: &mut Contestant, idle: usize) -> anyhow::Result<()> {
     let Some(kind) = contestant.kind else { return Ok(()) };
-    let balancer = bench.start(kind, &contestant.program, idle, &Settings::default()).await?;
-    let size = std::fs::metadata(&contestant.program)?.len();
+    let balancer = bench.start(kind, &contestant.program, idle).await?;
+    let (size, start_up) = (std::fs::metadata(&contestant.program)?.len(), balancer.start_up);
     // What the first connections cost once and for all is not theirs.
     drop(bench.idle(balancer.address, 100).await?);
     let before = balancer.tree().proportional();
     let open = bench.idle(balancer.address, idle).await?;
     let after = balancer.tree().proportional();
     drop(open);
+    // What is left to do for those that have gone must not delay the next one's start.
+    drop(balancer);
+    tokio::time::sleep(Duration::from_millis(500)).await;
     let figures = [
         (7, after.saturating_sub(before) as f64 / idle as f64),
         (8, size as f64 / 1e6),
-        (9, balancer.start_up.as_secs_f64() * 1e3),
+        (9, start_up.as_secs_f64() * 1e3),
     ];
     for (index, figure) in figures {
         contestant.figures[index].push(figure);
@@ -266,7 +273,8 @@ fn show(options: &Options, contestants: &[Contestant], machine: String, rate: f6
     let mut tables = vec![all];
     let mut plots = Vec::new();
     let ringway = contestants.iter().find(|one| one.kind == Some(Kind::Ringway));
-    let peers: Vec<_> = contestants.iter().filter(|one| one.kind.is_some_and(|kind| kind != Kind::Ringway)).collect();
+    let is_peer = |one: &&Contestant| one.kind.is_some() && ringway.is_some_and(|ringway| ringway.name != one.name);
+    let peers: Vec<_> = contestants.iter().filter(is_peer).collect();
     if let (Some(ringway), false) = (ringway, peers.is_empty()) {
         let mut ratios =
             Table::new(std::iter::once("Ringway to".to_owned()).chain(peers.iter().map(|peer| peer.name.clone())));

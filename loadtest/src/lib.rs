@@ -5,6 +5,7 @@
 //! - [`load`]: the loads, each on a [`client`]; [`record`] and [`report`] take what becomes of them, in figures or one by one
 //! - [`run`]: one load on any target; [`soak`]: all kinds for long, with orders to the balancer in between
 //! - [`compare`]: balancers beside each other, as [`balancers`] starts them, on a [`bench`]; [`findings`] is what it came to
+//! - [`tune`]: settings of Ringway on that bench; [`scale`]: more servers
 //! - [`preflight`], [`process`]: what this machine can do, and what a process on it uses
 //! - [`plot`], [`table`]: how results look
 
@@ -18,8 +19,10 @@ pub mod process;
 pub mod record;
 pub mod report;
 pub mod run;
+pub mod scale;
 pub mod soak;
 pub mod table;
+pub mod tune;
 
 mod bench;
 

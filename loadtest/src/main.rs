@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use loadtest::{compare, run, soak};
+use loadtest::{compare, run, scale, soak, tune};
 
 #[derive(Debug, Parser)]
 #[command(version, about)]
@@ -18,6 +18,10 @@ enum Command {
     Run(run::Options),
     /// Balancers beside each other on the same work
     Compare(compare::Options),
+    /// What a setting of Ringway changes
+    Tune(tune::Options),
+    /// What more servers bring
+    Scale(scale::Options),
     /// Requests, transfers and broken connections for long, with reloads, upgrades and kills: does anything grow?
     Soak(soak::Options),
 }
@@ -27,6 +31,8 @@ async fn main() -> ExitCode {
     let done = match Arguments::parse().command {
         Command::Run(options) => run::run(&options).await,
         Command::Compare(options) => compare::compare(&options).await,
+        Command::Tune(options) => tune::tune(&options).await,
+        Command::Scale(options) => scale::scale(&options).await,
         Command::Soak(options) => soak::soak(&options).await,
     };
     match done {

@@ -34,6 +34,7 @@ pub async fn check(load: &Load, allow_remote: bool) -> anyhow::Result<()> {
     }
     open_files(load.connections as u64)?;
     ports(load)?;
+    tracking()?;
     reachable(target, load.timeout).await
 }
 
@@ -75,6 +76,27 @@ fn ports(load: &Load) -> anyhow::Result<()> {
         bail!(
             "this takes {needed} ephemeral ports and there are {there_are}: --sources {} (loopback only), or a wider {RANGE}",
             needed / (last - first + 1) + 1
+        );
+    }
+    Ok(())
+}
+
+/// Whether the kernel's firewall has room to track connections, where it tracks them (Docker's rules make it do so). It
+/// remembers each for two minutes after its end, and drops packets of new ones when it is full.
+///
+/// # Errors
+/// When it is nearly full.
+pub fn tracking() -> anyhow::Result<()> {
+    let figure = |name: &str| -> Option<u64> {
+        std::fs::read_to_string(format!("/proc/sys/net/netfilter/nf_conntrack_{name}")).ok()?.trim().parse().ok()
+    };
+    if let (Some(count), Some(most)) = (figure("count"), figure("max"))
+        && count > most / 10 * 8
+    {
+        bail!(
+            "the firewall tracks {count} connections and {most} at most; past that it drops packets: wait two minutes, or \
+             sysctl -w net.netfilter.nf_conntrack_max={}",
+            most * 8
         );
     }
     Ok(())

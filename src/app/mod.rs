@@ -190,8 +190,9 @@ impl App {
         inheritance.close_leftovers();
         let access_log = config.access_log.as_ref().map(open_log).transpose()?;
 
-        let proxy =
-            Proxy::start(proxy::Settings { workers, max_connections, max_pipes }).map_err(StartError::Workers)?;
+        let (buffer, splice_from) = (config.relay.buffer_kib * 1024, config.relay.splice_from_kib * 1024);
+        let proxy = proxy::Settings { workers, max_connections, max_pipes, buffer, splice_from };
+        let proxy = Proxy::start(proxy).map_err(StartError::Workers)?;
         let (intercept, intercepted) = api::status::intercept();
         let (operator, orders) = Operator::new();
         let state = Arc::new(State::new(exporter, guard, operator, &proxy));

@@ -6,7 +6,9 @@ use serde_yaml::{Mapping, Value};
 
 use super::parse_check::{Match, bytes_value};
 use super::parse_provider::join_host;
-use super::{Api, Config, Containers, Ejection, HealthCheck, Listener, PerSource, Pool, Process, Provider, Restart};
+use super::{
+    Api, Config, Containers, Ejection, HealthCheck, Listener, PerSource, Pool, Process, Provider, Relay, Restart,
+};
 use crate::control::health::Kind;
 use crate::labels::Label as _;
 
@@ -19,7 +21,7 @@ pub(super) fn value(config: &Config) -> Value {
     let mut root = vec![
         ("workers", auto(config.workers)),
         ("max_connections", auto(config.max_connections)),
-        ("relay", map([("splice", config.relay.splice.into()), ("max_pipes", auto(config.relay.max_pipes))])),
+        ("relay", relay(&config.relay)),
         ("tcp", tcp(config)),
     ];
     if let Some(log) = &config.access_log {
@@ -186,6 +188,15 @@ fn pairs(pairs: &[(String, String)]) -> Value {
 
 fn auto_text(text: Option<&str>) -> Value {
     text.unwrap_or("auto").into()
+}
+
+fn relay(relay: &Relay) -> Value {
+    map([
+        ("splice", relay.splice.into()),
+        ("max_pipes", auto(relay.max_pipes)),
+        ("buffer_kib", (relay.buffer_kib as u64).into()),
+        ("splice_from_kib", (relay.splice_from_kib as u64).into()),
+    ])
 }
 
 fn ejection(ejection: Ejection) -> Value {

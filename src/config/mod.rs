@@ -149,6 +149,10 @@ pub struct Relay {
     pub splice: bool,
     /// Pipes for that; `None`: what the limit on open files allows.
     pub max_pipes: Option<usize>,
+    /// Each worker's buffer of the copy path, in KiB: the most that one read moves.
+    pub buffer_kib: usize,
+    /// Reads of this many KiB speak for splicing; at most the buffer.
+    pub splice_from_kib: usize,
 }
 
 /// A line per connection.

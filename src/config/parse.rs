@@ -57,8 +57,18 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
 }
 
 fn relay(mut section: Section<'_>) -> Relay {
-    let relay =
-        Relay { splice: section.truth("splice", true), max_pipes: section.auto_or_integer("max_pipes", 0..=1_000_000) };
+    let relay = Relay {
+        splice: section.truth("splice", true),
+        max_pipes: section.auto_or_integer("max_pipes", 0..=1_000_000),
+        buffer_kib: narrow(section.integer("buffer_kib", 4..=1024, 64)),
+        splice_from_kib: narrow(section.integer("splice_from_kib", 1..=1024, 32)),
+    };
+    if relay.splice_from_kib > relay.buffer_kib {
+        section.fault(format_args!(
+            "splice_from_kib is {} and no read is larger than buffer_kib, {}: lower the one or raise the other",
+            relay.splice_from_kib, relay.buffer_kib
+        ));
+    }
     section.finish();
     relay
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::access_log::Line;
 use super::key::{Key, KeyKind};
-use super::lane::{Lane, Progress, Traffic};
+use super::lane::{Lane, Probes, Progress, Traffic};
 use super::limit::Permit;
 use super::stats::{End, Refusal};
 use crate::backend::{Backend, Place};
@@ -94,6 +94,7 @@ impl Account {
             expires: expiry(self.lane.serving.route.max_age, self.client, now),
             half_closed: Cell::new(false),
             blocked: Cell::new(false),
+            probes: Cell::new(Probes::NotYet),
             inspect: Cell::new(false),
             verdict: Cell::new(None),
             waker: RefCell::new(None),

@@ -97,7 +97,7 @@ fn report(backend: &Backend, route: &Route) {
 
 async fn attempt(address: SocketAddr, timeout: Duration, tcp: &TcpOptions) -> io::Result<TcpStream> {
     let socket = socket(address).await?;
-    tcp.apply(&SockRef::from(&socket))?;
+    tcp.apply_first(&SockRef::from(&socket))?;
     let connect = tokio::time::timeout(timeout, socket.connect(address));
     let stream = connect.await.map_err(|_elapsed| io::Error::from(Errno::TIMEDOUT))??;
     // A local port on which nobody listens may be picked as our own source port; then TCP connects the

@@ -18,16 +18,10 @@ use super::lane::Traffic;
 use super::lane::Worker;
 use super::pipe::Pipe;
 
-/// A read of this much or more counts as large: from here on splicing is cheaper than copying.
-const LARGE: usize = 32 * 1024;
-
 /// Large reads in a row after which a direction splices.
 const LARGE_READS: u8 = 4;
 
-/// A splice of less than this counts as small: copying would have been cheaper.
-const SMALL: usize = 16 * 1024;
-
-/// Small splices in a row after which a direction copies again.
+/// Splices in a row of less than half of a large read after which a direction copies again.
 const SMALL_READS: u8 = 4;
 
 /// Bytes that one direction moves before the worker's other tasks get their turn.
@@ -82,7 +76,8 @@ impl Direction {
     }
 
     /// Moves bytes until nothing can move, a turn's worth has moved, or the source has ended and everything
-    /// before its end is written; the sink's stream is ended then.
+    /// before its end is written. Then the sink's stream is ended, but by the last of the two directions, behind which
+    /// both sockets are closed.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -90,6 +85,7 @@ impl Direction {
         sink: &mut TcpStream,
         worker: &Worker,
         traffic: &Traffic,
+        is_last: bool,
     ) -> Poll<Result<(), Broken>> {
         if self.ended {
             return Poll::Ready(Ok(()));
@@ -115,7 +111,7 @@ impl Direction {
                 Read::Nothing | Read::Unsure => {}
                 Read::End => {
                     self.ended = true;
-                    if !self.last_words {
+                    if !self.last_words && !is_last {
                         ready!(Pin::new(sink).poll_shutdown(cx)).map_err(Broken::Sink)?;
                     }
                     return Poll::Ready(Ok(()));
@@ -193,7 +189,9 @@ impl Direction {
         if written < bytes.len() {
             self.held = Held::Bytes(worker.remainders.borrow_mut().take(&bytes[written..]));
         }
-        if self.path == Path::Copy && self.counts(bytes.len() >= LARGE, LARGE_READS) && worker.splices {
+        if let (Path::Copy, Some(large)) = (self.path, worker.splice_from)
+            && self.counts(bytes.len() >= large, LARGE_READS)
+        {
             self.path = Path::Splice;
         }
         Poll::Ready(Ok(Read::Bytes(bytes.len())))
@@ -222,7 +220,7 @@ impl Direction {
             // plain read can tell.
             Ok(0) => Ok(Read::Unsure),
             Ok(moved) => {
-                if self.counts(moved < SMALL, SMALL_READS) {
+                if self.counts(moved < worker.splice_from.unwrap_or(0) / 2, SMALL_READS) {
                     self.path = Path::Copy;
                 }
                 Ok(Read::Bytes(moved))

@@ -29,8 +29,8 @@ pub(super) struct Worker {
     pub(super) clock: Cell<Duration>,
     /// Time between sweeps: what the shortest timeout of any listener needs.
     pub(super) tick: Cell<Duration>,
-    /// Whether streams may be spliced at all.
-    pub(super) splices: bool,
+    /// Bytes of a read that speaks for splicing; `None`: nothing is spliced.
+    pub(super) splice_from: Option<usize>,
 }
 
 /// A listener as one worker sees it.
@@ -74,6 +74,16 @@ impl Traffic {
     }
 }
 
+/// Whether the backend of a connection is probed when it is silent (TCP keepalive).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Probes {
+    /// Short connections are spared the calls.
+    NotYet,
+    /// A sweep has met the connection: it lives long enough.
+    Due,
+    On,
+}
+
 /// What the sweep sees of a connection, and how it speaks to its task.
 #[derive(Debug)]
 pub(super) struct Progress {
@@ -89,6 +99,8 @@ pub(super) struct Progress {
     pub(super) half_closed: Cell<bool>,
     /// Bytes wait for a side that does not take them.
     pub(super) blocked: Cell<bool>,
+    /// Whether the backend is probed when it is silent.
+    pub(super) probes: Cell<Probes>,
     /// Set by the sweep: look whether a side has broken.
     pub(super) inspect: Cell<bool>,
     /// Set by the sweep: end, for this reason.

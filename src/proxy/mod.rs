@@ -65,6 +65,10 @@ pub struct Settings {
     pub max_connections: usize,
     /// Pipes of the splice path in the whole process; 0 turns splicing off.
     pub max_pipes: usize,
+    /// Bytes of a worker's buffer, which is the most that one read moves.
+    pub buffer: usize,
+    /// Bytes of a read that speaks for splicing.
+    pub splice_from: usize,
 }
 
 /// Names a listener for as long as it is open.
@@ -215,6 +219,8 @@ impl Proxy {
                 index,
                 stats: Arc::default(),
                 max_pipes: settings.max_pipes / workers + usize::from(index < settings.max_pipes % workers),
+                buffer: settings.buffer,
+                splice_from: settings.splice_from,
                 limit: Arc::clone(&proxy.limit),
                 commands,
                 stop: proxy.stop.clone(),

@@ -7,10 +7,11 @@ use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
 use rustix::io::Errno;
+use socket2::SockRef;
 use tokio::net::TcpStream;
 
 use super::direction::{Broken, Direction};
-use super::lane::Progress;
+use super::lane::{Probes, Progress};
 use super::socket::{end_cleanly, reset_on_close};
 use super::stats::End;
 
@@ -57,6 +58,11 @@ impl Relay {
             && let Some(end) = self.inspect()
         {
             return Poll::Ready(end);
+        }
+        if progress.probes.get() == Probes::Due {
+            progress.probes.set(Probes::On);
+            // Fails only on a socket that is already gone.
+            let _ = progress.lane.serving.tcp.probe(&SockRef::from(&self.backend));
         }
         let before = self.activity();
         let polled = self.poll_directions(cx);
@@ -126,12 +132,14 @@ impl Relay {
 
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let progress = &self.progress;
-        self.up.poll(cx, &mut self.client, &mut self.backend, &progress.lane.worker, &progress.from_client)
+        let is_last = self.down.has_ended();
+        self.up.poll(cx, &mut self.client, &mut self.backend, &progress.lane.worker, &progress.from_client, is_last)
     }
 
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
         let progress = &self.progress;
-        self.down.poll(cx, &mut self.backend, &mut self.client, &progress.lane.worker, &progress.to_client)
+        let is_last = self.up.has_ended();
+        self.down.poll(cx, &mut self.backend, &mut self.client, &progress.lane.worker, &progress.to_client, is_last)
     }
 }
 

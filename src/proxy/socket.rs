@@ -29,18 +29,30 @@ pub struct Keepalive {
 }
 
 impl TcpOptions {
-    /// Sets the options on a socket. Accepted sockets inherit those of their listening socket.
-    pub(crate) fn apply(&self, socket: &SockRef<'_>) -> io::Result<()> {
+    /// Sets all options on a socket. Accepted sockets inherit those of their listening socket.
+    fn apply(&self, socket: &SockRef<'_>) -> io::Result<()> {
+        self.apply_first(socket)?;
+        self.probe(socket)
+    }
+
+    /// Sets what counts from the first byte on. Probes are for connections that live longer than a moment: they begin with
+    /// [`Self::probe`], and short ones are spared its four calls.
+    pub(crate) fn apply_first(&self, socket: &SockRef<'_>) -> io::Result<()> {
         socket.set_tcp_nodelay(true)?;
+        if !self.user_timeout.is_zero() {
+            socket.set_tcp_user_timeout(Some(self.user_timeout))?;
+        }
+        Ok(())
+    }
+
+    /// Begins to probe the peer when it is silent.
+    pub(super) fn probe(&self, socket: &SockRef<'_>) -> io::Result<()> {
         if let Some(keepalive) = self.keepalive {
             let options = TcpKeepalive::new()
                 .with_time(keepalive.idle)
                 .with_interval(keepalive.interval)
                 .with_retries(keepalive.probes);
             socket.set_tcp_keepalive(&options)?;
-        }
-        if !self.user_timeout.is_zero() {
-            socket.set_tcp_user_timeout(Some(self.user_timeout))?;
         }
         Ok(())
     }

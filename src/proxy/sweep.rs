@@ -9,7 +9,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::Route;
-use super::lane::{Progress, Worker};
+use super::lane::{Probes, Progress, Worker};
 use super::stats::End;
 use crate::backend::Eviction;
 
@@ -52,7 +52,11 @@ pub(super) async fn sweep(worker: Rc<Worker>, stop: CancellationToken) {
             let inspect = progress.blocked.get() || progress.half_closed.get();
             progress.verdict.set(verdict);
             progress.inspect.set(inspect);
-            if (verdict.is_some() || inspect)
+            let probe = progress.probes.get() == Probes::NotYet;
+            if probe {
+                progress.probes.set(Probes::Due);
+            }
+            if (verdict.is_some() || inspect || probe)
                 && let Some(waker) = progress.waker.take()
             {
                 waker.wake();

@@ -16,7 +16,7 @@ use super::accept::{Seat, accept};
 use super::lane::{Lane, Worker};
 use super::limit::Limit;
 use super::pipe::PipePool;
-use super::remainders::SCRATCH;
+use super::remainders::Remainders;
 use super::socket::reconfigure;
 use super::stats::WorkerStats;
 use super::{ListenerId, Serving, sweep};
@@ -29,6 +29,8 @@ pub(super) struct Setup {
     pub(super) index: usize,
     pub(super) stats: Arc<WorkerStats>,
     pub(super) max_pipes: usize,
+    pub(super) buffer: usize,
+    pub(super) splice_from: usize,
     pub(super) limit: Arc<Limit>,
     pub(super) commands: mpsc::UnboundedReceiver<Command>,
     pub(super) stop: CancellationToken,
@@ -73,12 +75,12 @@ async fn serve(mut setup: Setup) {
     let worker = Rc::new(Worker {
         pipes: RefCell::new(PipePool::new(setup.max_pipes, Arc::clone(&setup.stats))),
         stats: setup.stats,
-        scratch: RefCell::new(vec![0; SCRATCH].into_boxed_slice()),
-        remainders: RefCell::default(),
+        scratch: RefCell::new(vec![0; setup.buffer].into_boxed_slice()),
+        remainders: RefCell::new(Remainders::new(setup.buffer)),
         open: RefCell::default(),
         clock: Cell::default(),
         tick: Cell::new(sweep::SLOWEST),
-        splices: setup.max_pipes > 0,
+        splice_from: (setup.max_pipes > 0).then_some(setup.splice_from),
     });
     let mut listeners =
         Listeners { worker: Rc::clone(&worker), limit: setup.limit, seats: Vec::new(), sessions: TaskTracker::new() };

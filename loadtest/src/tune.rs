@@ -1,0 +1,235 @@
+//! `loadtest tune`: what a setting of Ringway changes. Each variant differs from the baseline in one thing and does the same
+//! work in every round, the baseline among them, so that the spread shows what is noise.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use serde::Serialize;
+
+use crate::balancers::{Balancer, Kind, Settings};
+use crate::bench::{Bench, Places, Task};
+use crate::findings::{Output, Spread, machine};
+use crate::plot::{self, Range};
+use crate::run::progress_bar;
+use crate::side_port::SidePort;
+use crate::table::Table;
+
+/// Between two scrapes of the variant that is scraped a lot.
+const SCRAPE: Duration = Duration::from_millis(100);
+
+/// Connections that stay idle beside the work of the variant that has them.
+const IDLE: usize = 8000;
+
+/// Backends of the variant that has many.
+const MANY: usize = 1000;
+
+/// How `loadtest tune` is called.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Options {
+    /// Rounds: in each, every variant does its work
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub rounds: u32,
+    /// Seconds of each piece of work
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub seconds: u64,
+    /// Only variants whose names contain this
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub only: String,
+    /// Ringway's program. Default: the one beside this one
+    #[arg(long, value_name = "FILE")]
+    pub ringway: Option<PathBuf>,
+    #[command(flatten)]
+    places: Places,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// One thing that is not as in the baseline.
+struct Variant {
+    name: &'static str,
+    tasks: &'static [Task],
+    settings: Settings,
+    beside: Beside,
+    /// CPU time by task and round.
+    figures: Vec<Vec<f64>>,
+}
+
+/// What goes on beside the work.
+#[derive(Clone, Copy, PartialEq)]
+enum Beside {
+    Nothing,
+    Scrapes,
+    Idle,
+    ManyBackends,
+}
+
+#[derive(Debug, Serialize)]
+struct Finding {
+    variant: &'static str,
+    work: &'static str,
+    unit: &'static str,
+    cpu: Spread,
+    /// To the baseline's in the same round.
+    ratio: Spread,
+}
+
+#[derive(Debug, Serialize)]
+struct Findings {
+    machine: String,
+    rounds: u32,
+    seconds: u64,
+    variants: Vec<Finding>,
+}
+
+const REQUESTS: &[Task] = &[Task::Requests];
+const CONNECTIONS: &[Task] = &[Task::Connections];
+const BULK: &[Task] = &[Task::Bulk(1), Task::Bulk(32)];
+const ALL: &[Task] = &[Task::Requests, Task::Connections, Task::Bulk(1), Task::Bulk(32)];
+
+fn variants() -> Vec<Variant> {
+    let plain = |name, tasks, root: &str, pool: &str| Variant {
+        name,
+        tasks,
+        settings: Settings { root: root.to_owned(), pool: pool.to_owned(), workers: 1 },
+        beside: Beside::Nothing,
+        figures: vec![Vec::new(); tasks.len()],
+    };
+    let with = |variant: Variant, beside| Variant { beside, ..variant };
+    let mut two_workers = plain("two workers on two cores", REQUESTS, "", "");
+    two_workers.settings.workers = 2;
+    vec![
+        plain("baseline", ALL, "", ""),
+        two_workers,
+        plain("splice: false", BULK, "relay: { splice: false }", ""),
+        plain("splice_from_kib: 8", BULK, "relay: { splice_from_kib: 8 }", ""),
+        plain("splice_from_kib: 64", BULK, "relay: { splice_from_kib: 64 }", ""),
+        plain("buffer_kib: 32", ALL, "relay: { buffer_kib: 32 }", ""),
+        plain("buffer_kib: 256", ALL, "relay: { buffer_kib: 256 }", ""),
+        plain("virtual_nodes: 16", CONNECTIONS, "", "ring: { virtual_nodes: 16 }"),
+        plain("virtual_nodes: 1000", CONNECTIONS, "", "ring: { virtual_nodes: 1000 }"),
+        plain("probes: 1", CONNECTIONS, "", "ring: { probes: 1 }"),
+        plain("probes: 21", CONNECTIONS, "", "ring: { probes: 21 }"),
+        plain("checks every 50 ms", REQUESTS, "", "health_check: { kind: tcp, interval: 50ms, timeout: 40ms }"),
+        plain("checks off", REQUESTS, "", "health_check: { kind: none }"),
+        plain("access log to a file", CONNECTIONS, "access_log: { path: /dev/null }", ""),
+        plain("keepalive: off", CONNECTIONS, "tcp: { keepalive: off }", ""),
+        with(plain("metrics scraped 10 times a second", REQUESTS, "", ""), Beside::Scrapes),
+        with(plain("8,000 idle connections beside", REQUESTS, "", ""), Beside::Idle),
+        with(plain("1,000 backends instead of 3", CONNECTIONS, "", ""), Beside::ManyBackends),
+    ]
+}
+
+/// Runs it and prints what it came to.
+///
+/// # Errors
+/// When Ringway cannot be started or fails a request, or a report cannot be written.
+pub async fn tune(options: &Options) -> anyhow::Result<()> {
+    let machine = machine();
+    let program = options.ringway.clone().or_else(|| Kind::Ringway.find());
+    let program =
+        program.with_context(|| format!("there is no ringway beside this program: {}", Kind::Ringway.remedy()))?;
+    let mut variants = variants();
+    variants.retain(|variant| variant.name == "baseline" || variant.name.contains(&options.only));
+    let bench = Bench::new(&options.places, 3, IDLE + 512).await?;
+    let many = bench.many(MANY).await?;
+    let duration = Duration::from_secs(options.seconds);
+    let pieces: usize = variants.iter().map(|variant| variant.tasks.len()).sum();
+    let bar = progress_bar(Duration::from_secs(u64::from(options.rounds) * pieces as u64));
+    for round in 0..options.rounds as usize {
+        for turn in 0..variants.len() {
+            let number = (turn + round) % variants.len();
+            let variant = &mut variants[number];
+            let backends = if variant.beside == Beside::ManyBackends { &many } else { &bench.servers };
+            let balancer = bench.start_before(&program, backends, IDLE, &variant.settings).await?;
+            let beside = Company::join(&bench, &balancer, variant.beside).await?;
+            for (index, task) in variant.tasks.iter().enumerate() {
+                bar.set_message(variant.name);
+                let cost = bench.measure(*task, balancer.address, Some(balancer.tree()), duration).await?;
+                let figure = if matches!(task, Task::Bulk(_)) { cost.per_gigabyte() } else { cost.per_answer() };
+                variant.figures[index].push(figure);
+                bar.inc(1);
+            }
+            drop(beside);
+        }
+    }
+    bar.finish_and_clear();
+    let findings =
+        Findings { machine, rounds: options.rounds, seconds: options.seconds, variants: findings(&variants) };
+    show(options, &findings)
+}
+
+/// What goes on beside the work, until this is dropped.
+struct Company {
+    _open: Vec<tokio::net::TcpStream>,
+    scraping: Option<tokio::task::AbortHandle>,
+}
+
+impl Company {
+    async fn join(bench: &Bench, balancer: &Balancer, beside: Beside) -> anyhow::Result<Self> {
+        let open = if beside == Beside::Idle { bench.idle(balancer.address, IDLE).await? } else { Vec::new() };
+        let scraping = (beside == Beside::Scrapes).then(|| {
+            let side_port = SidePort::new(balancer.side_port);
+            let scraping = async move {
+                let mut ticks = tokio::time::interval(SCRAPE);
+                loop {
+                    ticks.tick().await;
+                    // One that fails is missing in the cost, and the next one comes at once.
+                    let _ = side_port.metrics().await;
+                }
+            };
+            tokio::spawn(scraping).abort_handle()
+        });
+        Ok(Self { _open: open, scraping })
+    }
+}
+
+impl Drop for Company {
+    fn drop(&mut self) {
+        if let Some(scraping) = &self.scraping {
+            scraping.abort();
+        }
+    }
+}
+
+fn findings(variants: &[Variant]) -> Vec<Finding> {
+    let Some(baseline) = variants.first() else { return Vec::new() };
+    let mut findings = Vec::new();
+    for variant in variants {
+        for (task, figures) in std::iter::zip(variant.tasks, &variant.figures) {
+            let same = baseline.tasks.iter().position(|other| other == task).map(|index| &baseline.figures[index]);
+            let ratios: Vec<_> =
+                same.map_or(Vec::new(), |same| std::iter::zip(figures, same).map(|(one, base)| one / base).collect());
+            let (work, unit) = match task {
+                Task::Requests | Task::Rate(_) => ("requests", "CPU us each"),
+                Task::Connections => ("connections", "CPU us each"),
+                Task::Bulk(1) => ("bulk, 1 stream", "CPU s a GB"),
+                Task::Bulk(_) => ("bulk, 32 streams", "CPU s a GB"),
+            };
+            if let (Some(cpu), Some(ratio)) = (Spread::of(figures), Spread::of(&ratios)) {
+                findings.push(Finding { variant: variant.name, work, unit, cpu, ratio });
+            }
+        }
+    }
+    findings
+}
+
+fn show(options: &Options, findings: &Findings) -> anyhow::Result<()> {
+    let mut table = Table::new(["setting", "work", "CPU", "unit", "ratio to the baseline"]);
+    for Finding { variant, work, unit, cpu, ratio } in &findings.variants {
+        table.row([(*variant).to_owned(), (*work).to_owned(), cpu.text(), (*unit).to_owned(), ratio.text()]);
+    }
+    let ranges: Vec<_> = findings
+        .variants
+        .iter()
+        .filter(|finding| finding.variant != "baseline")
+        .map(|finding| Range {
+            name: format!("{}, {}", finding.variant, finding.work),
+            figures: [finding.ratio.min, finding.ratio.median, finding.ratio.max],
+        })
+        .collect();
+    let plots: Vec<_> =
+        plot::ranges("CPU time, ratio to the baseline of the same round", 1.0, &ranges).into_iter().collect();
+    eprintln!("{}; {} rounds of {} s", findings.machine, findings.rounds, findings.seconds);
+    options.output.show("Settings of Ringway", findings, &[table], &plots)
+}

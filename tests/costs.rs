@@ -1,0 +1,159 @@
+//! What a request and a connection cost in system calls: unlike time, the same on every machine.
+
+use std::collections::BTreeMap;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::harness::backends::Server;
+use crate::harness::program::{Killed, Program};
+use crate::harness::{eventually, eventually_async, get, metric_in, soon, static_config};
+
+/// Counts the system calls of a process until it is told to stop.
+struct Trace {
+    strace: Killed,
+    file: tempfile::NamedTempFile,
+}
+
+impl Trace {
+    /// `None` where there is no strace, or where it may not trace.
+    async fn begin(pid: Pid) -> Option<Self> {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let strace = Command::new("strace")
+            .args(["-f", "-c", "-U", "name,calls", "-o"])
+            .arg(file.path())
+            .args(["-p", &pid.as_raw_nonzero().to_string()])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        let mut strace = Killed(strace.ok()?);
+        let traced = || {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
+            status.lines().any(|line| line.strip_prefix("TracerPid:").is_some_and(|tracer| tracer.trim() != "0"))
+        };
+        let mut gone = false;
+        eventually("strace", || {
+            gone = strace.0.try_wait().unwrap().is_some();
+            gone || traced()
+        })
+        .await;
+        (!gone).then_some(Self { strace, file })
+    }
+
+    /// Calls by name.
+    async fn end(mut self) -> BTreeMap<String, f64> {
+        let pid = Pid::from_raw(i32::try_from(self.strace.0.id()).unwrap()).unwrap();
+        kill_process(pid, Signal::INT).unwrap();
+        eventually("the end of strace", || self.strace.0.try_wait().unwrap().is_some()).await;
+        let text = std::fs::read_to_string(self.file.path()).unwrap();
+        let call = |line: &str| {
+            let (name, calls) = line.trim().split_once(char::is_whitespace)?;
+            Some((name.to_owned(), calls.trim().parse::<f64>().ok()?))
+        };
+        text.lines().filter_map(call).filter(|(name, _)| name != "total").collect()
+    }
+}
+
+/// Of these calls, so many for each of `count`.
+fn each(calls: &BTreeMap<String, f64>, names: &[&str], count: usize) -> f64 {
+    names.iter().filter_map(|name| calls.get(*name)).sum::<f64>() / count as f64
+}
+
+async fn ping(stream: &mut TcpStream) {
+    let mut back = [0; 4];
+    let echo = async {
+        stream.write_all(b"ping").await.unwrap();
+        stream.read_exact(&mut back).await.unwrap();
+    };
+    soon("an echo", echo).await;
+    assert_eq!(&back, b"ping");
+}
+
+#[tokio::test]
+async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
+    const REQUESTS: usize = 500;
+    const CONNECTIONS: usize = 200;
+    let server = Server::echo("a").await;
+    let yaml = static_config(&[server.address], "health_check: { kind: none }");
+    let program = Program::start(&yaml.replace("workers: 2", "workers: 1")).await;
+    let mut stream = TcpStream::connect(program.web()).await.unwrap();
+    ping(&mut stream).await;
+
+    let Some(trace) = Trace::begin(program.pid()).await else {
+        println!("skipped: strace is missing or may not trace");
+        return;
+    };
+    for _ in 0..REQUESTS {
+        ping(&mut stream).await;
+    }
+    let calls = trace.end().await;
+    println!("{REQUESTS} requests: {calls:?}");
+    // A read and a write each way, and not one that finds nothing.
+    for name in ["recvfrom", "sendto"] {
+        let each = each(&calls, &[name], REQUESTS);
+        assert!((2.0..2.05).contains(&each), "{each} {name} a request");
+    }
+    // At worst a wake-up for each side; the sweep adds its own.
+    let waits = each(&calls, &["epoll_wait", "epoll_pwait", "epoll_pwait2"], REQUESTS);
+    assert!(waits < 2.3, "{waits} waits a request");
+    let total: f64 = calls.values().sum::<f64>() / REQUESTS as f64;
+    assert!(total < 6.8, "{total} a request: {calls:?}");
+
+    let trace = Trace::begin(program.pid()).await.unwrap();
+    for _ in 0..CONNECTIONS {
+        ping(&mut TcpStream::connect(program.web()).await.unwrap()).await;
+    }
+    eventually_async("all have ended", async || {
+        metric_in(&get(program.api(), "/metrics").await.1, "ringway_connections_active", &[]) == 1.0
+    })
+    .await;
+    let calls = trace.end().await;
+    println!("{CONNECTIONS} connections: {calls:?}");
+    for (names, most) in [
+        (&["accept4"][..], 2.1),
+        (&["socket"], 1.05),
+        (&["connect"], 1.05),
+        // The client's linger and the backend's TCP_NODELAY; probes are for those that live on.
+        (&["setsockopt"], 2.2),
+        (&["shutdown"], 1.05),
+        // Its request, the answer, and two ends; some are tried before they are there.
+        (&["recvfrom"], 5.2),
+        (&["sendto"], 2.05),
+        (&["epoll_ctl"], 4.1),
+        (&["close"], 2.1),
+    ] {
+        let each = each(&calls, names, CONNECTIONS);
+        assert!(each <= most, "{each} {names:?} a connection: {calls:?}");
+    }
+}
+
+/// Whether the kernel has this timer set for an established connection to `port`: 2 is keepalive's.
+fn has_timer(port: u16, timer: &str) -> bool {
+    let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+    table.lines().skip(1).any(|line| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        fields[2].ends_with(&format!(":{port:04X}")) && fields[3] == "01" && fields[5].starts_with(timer)
+    })
+}
+
+#[tokio::test]
+async fn a_backend_is_probed_once_its_connection_lives_on() {
+    let server = Server::echo("a").await;
+    let yaml = static_config(&[server.address], "health_check: { kind: none }");
+    let program = Program::start(&yaml).await;
+    // Idle from its first moment on: nothing but the sweep can see to it.
+    let _idle = TcpStream::connect(program.web()).await.unwrap();
+    eventually("probes", || has_timer(server.address.port(), "02")).await;
+    let off = Program::start(&format!("tcp: {{ keepalive: off }}\n{yaml}")).await;
+    drop(program);
+    let _idle = TcpStream::connect(off.web()).await.unwrap();
+    eventually_async("connected", async || {
+        metric_in(&get(off.api(), "/metrics").await.1, "ringway_backend_connections_active", &[]) == 1.0
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    assert!(!has_timer(server.address.port(), "02"));
+}
