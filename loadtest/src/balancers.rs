@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use crate::client::{Client, Protocol};
 use crate::process::Tree;
 
-/// Longest wait for a balancer to serve, or to end.
+/// Longest wait for a balancer to serve.
 const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Who balances.
@@ -169,15 +169,14 @@ impl Balancer {
 }
 
 impl Drop for Balancer {
+    /// At once: nobody waits for its connections, whose other ends are in this very thread.
     fn drop(&mut self) {
-        if let Some(pid) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
-            let _ = kill_process(pid, Signal::TERM);
+        for pid in self.tree().processes() {
+            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+                // It may just have ended.
+                let _ = kill_process(pid, Signal::KILL);
+            }
         }
-        let began = Instant::now();
-        while began.elapsed() < PATIENCE && matches!(self.child.try_wait(), Ok(None)) {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }

@@ -1,5 +1,6 @@
-//! `loadtest tune`: what a setting of Ringway changes. Each variant differs from the baseline in one thing and does the same
-//! work in every round, the baseline among them, so that the spread shows what is noise.
+//! `loadtest tune`: what a setting of Ringway changes. Each variant differs from the baseline in one thing, and each piece of its
+//! work is done by the baseline too, just before or just after it: machines change by the minute. One variant differs in
+//! nothing, and its ratios show what is noise.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -51,8 +52,8 @@ struct Variant {
     tasks: &'static [Task],
     settings: Settings,
     beside: Beside,
-    /// CPU time by task and round.
-    figures: Vec<Vec<f64>>,
+    /// CPU time by task and round: its own, and the baseline's beside it.
+    figures: Vec<Vec<[f64; 2]>>,
 }
 
 /// What goes on beside the work.
@@ -70,7 +71,7 @@ struct Finding {
     work: &'static str,
     unit: &'static str,
     cpu: Spread,
-    /// To the baseline's in the same round.
+    /// To the baseline's beside it.
     ratio: Spread,
 }
 
@@ -99,7 +100,7 @@ fn variants() -> Vec<Variant> {
     let mut two_workers = plain("two workers on two cores", REQUESTS, "", "");
     two_workers.settings.workers = 2;
     vec![
-        plain("baseline", ALL, "", ""),
+        plain("nothing: noise", ALL, "", ""),
         two_workers,
         plain("splice: false", BULK, "relay: { splice: false }", ""),
         plain("splice_from_kib: 8", BULK, "relay: { splice_from_kib: 8 }", ""),
@@ -117,6 +118,10 @@ fn variants() -> Vec<Variant> {
         with(plain("metrics scraped 10 times a second", REQUESTS, "", ""), Beside::Scrapes),
         with(plain("8,000 idle connections beside", REQUESTS, "", ""), Beside::Idle),
         with(plain("1,000 backends instead of 3", CONNECTIONS, "", ""), Beside::ManyBackends),
+        with(
+            plain("1,000 backends, checks off", CONNECTIONS, "", "health_check: { kind: none }"),
+            Beside::ManyBackends,
+        ),
     ]
 }
 
@@ -130,12 +135,14 @@ pub async fn tune(options: &Options) -> anyhow::Result<()> {
     let program =
         program.with_context(|| format!("there is no ringway beside this program: {}", Kind::Ringway.remedy()))?;
     let mut variants = variants();
-    variants.retain(|variant| variant.name == "baseline" || variant.name.contains(&options.only));
+    variants.retain(|variant| variant.name.contains(&options.only));
+    anyhow::ensure!(!variants.is_empty(), "--only {}: no variant has that in its name", options.only);
     let bench = Bench::new(&options.places, 3, IDLE + 512).await?;
     let many = bench.many(MANY).await?;
     let duration = Duration::from_secs(options.seconds);
     let pieces: usize = variants.iter().map(|variant| variant.tasks.len()).sum();
     let bar = progress_bar(Duration::from_secs(u64::from(options.rounds) * pieces as u64));
+    let baseline = bench.start_before(&program, &bench.servers, IDLE, &Settings::default()).await?;
     for round in 0..options.rounds as usize {
         for turn in 0..variants.len() {
             let number = (turn + round) % variants.len();
@@ -145,9 +152,14 @@ pub async fn tune(options: &Options) -> anyhow::Result<()> {
             let beside = Company::join(&bench, &balancer, variant.beside).await?;
             for (index, task) in variant.tasks.iter().enumerate() {
                 bar.set_message(variant.name);
-                let cost = bench.measure(*task, balancer.address, Some(balancer.tree()), duration).await?;
-                let figure = if matches!(task, Task::Bulk(_)) { cost.per_gigabyte() } else { cost.per_answer() };
-                variant.figures[index].push(figure);
+                let mut pair = [0.0; 2];
+                // Who begins alternates.
+                for which in [round % 2, 1 - round % 2] {
+                    let measured = [&balancer, &baseline][which];
+                    let cost = bench.measure(*task, measured.address, Some(measured.tree()), duration).await?;
+                    pair[which] = if matches!(task, Task::Bulk(_)) { cost.per_gigabyte() } else { cost.per_answer() };
+                }
+                variant.figures[index].push(pair);
                 bar.inc(1);
             }
             drop(beside);
@@ -193,20 +205,18 @@ impl Drop for Company {
 }
 
 fn findings(variants: &[Variant]) -> Vec<Finding> {
-    let Some(baseline) = variants.first() else { return Vec::new() };
     let mut findings = Vec::new();
     for variant in variants {
-        for (task, figures) in std::iter::zip(variant.tasks, &variant.figures) {
-            let same = baseline.tasks.iter().position(|other| other == task).map(|index| &baseline.figures[index]);
-            let ratios: Vec<_> =
-                same.map_or(Vec::new(), |same| std::iter::zip(figures, same).map(|(one, base)| one / base).collect());
+        for (task, pairs) in std::iter::zip(variant.tasks, &variant.figures) {
             let (work, unit) = match task {
                 Task::Requests | Task::Rate(_) => ("requests", "CPU us each"),
                 Task::Connections => ("connections", "CPU us each"),
                 Task::Bulk(1) => ("bulk, 1 stream", "CPU s a GB"),
                 Task::Bulk(_) => ("bulk, 32 streams", "CPU s a GB"),
             };
-            if let (Some(cpu), Some(ratio)) = (Spread::of(figures), Spread::of(&ratios)) {
+            let own: Vec<_> = pairs.iter().map(|[own, _]| *own).collect();
+            let ratios: Vec<_> = pairs.iter().map(|[own, baseline]| own / baseline).collect();
+            if let (Some(cpu), Some(ratio)) = (Spread::of(&own), Spread::of(&ratios)) {
                 findings.push(Finding { variant: variant.name, work, unit, cpu, ratio });
             }
         }
@@ -222,14 +232,12 @@ fn show(options: &Options, findings: &Findings) -> anyhow::Result<()> {
     let ranges: Vec<_> = findings
         .variants
         .iter()
-        .filter(|finding| finding.variant != "baseline")
         .map(|finding| Range {
             name: format!("{}, {}", finding.variant, finding.work),
             figures: [finding.ratio.min, finding.ratio.median, finding.ratio.max],
         })
         .collect();
-    let plots: Vec<_> =
-        plot::ranges("CPU time, ratio to the baseline of the same round", 1.0, &ranges).into_iter().collect();
+    let plots: Vec<_> = plot::ranges("CPU time, ratio to the baseline beside it", 1.0, &ranges).into_iter().collect();
     eprintln!("{}; {} rounds of {} s", findings.machine, findings.rounds, findings.seconds);
     options.output.show("Settings of Ringway", findings, &[table], &plots)
 }
