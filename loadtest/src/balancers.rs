@@ -150,7 +150,7 @@ impl Balancer {
             spawn(command, setup.processors.clone()).with_context(|| format!("cannot start {}", program.display()))?;
         let mut balancer = Self { address, side_port, start_up: Duration::ZERO, child, files };
         let mut client = Client::new(address, None, Protocol::Echo);
-        while client.request().await.is_err() {
+        while !matches!(tokio::time::timeout(PATIENCE, client.request()).await, Ok(Ok(_))) {
             client.close();
             if began.elapsed() > PATIENCE || balancer.child.try_wait()?.is_some() {
                 let said = std::fs::read_to_string(balancer.files.path().join("log")).unwrap_or_default();
@@ -171,6 +171,9 @@ impl Balancer {
 impl Drop for Balancer {
     /// At once: nobody waits for its connections, whose other ends are in this very thread.
     fn drop(&mut self) {
+        if !matches!(self.child.try_wait(), Ok(None)) {
+            return;
+        }
         for pid in self.tree().processes() {
             if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
                 // It may just have ended.

@@ -15,7 +15,7 @@ use crate::preflight;
 use crate::process::Tree;
 use crate::record::Record;
 
-/// Addresses that clients connect from: so many keys are spread over few servers without much luck.
+/// Addresses that clients connect from, where there are as many clients.
 const SOURCES: u16 = 250;
 
 /// Bytes of one transfer.
@@ -152,6 +152,7 @@ impl Bench {
             work,
             protocol: Protocol::Echo,
             connections,
+            share: None,
             pace,
             duration,
             timeout: Duration::from_secs(10),
@@ -172,7 +173,8 @@ impl Bench {
         }
         // One that is served answers; the last one comes behind all others.
         let mut last = Client::new(target, None, Protocol::Echo);
-        last.request().await.map_err(anyhow::Error::msg)?;
+        let answer = tokio::time::timeout(Duration::from_secs(10), last.request()).await;
+        answer.context("no answer behind idle connections")?.map_err(anyhow::Error::msg)?;
         tokio::time::sleep(Duration::from_millis(500)).await;
         Ok(open)
     }

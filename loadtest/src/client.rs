@@ -33,7 +33,8 @@ pub(crate) struct Client {
     protocol: Protocol,
     stream: Option<TcpStream>,
     buffer: BytesMut,
-    request: Vec<u8>,
+    /// Shared, so that a request that is given up for its time leaves nothing behind.
+    request: Arc<[u8]>,
     /// Who answered last; on one connection that is always the same.
     server: Option<Arc<str>>,
 }
@@ -50,7 +51,8 @@ impl Client {
         let request = match protocol {
             Protocol::Http => format!("GET /home HTTP/1.1\r\nhost: {target}\r\n\r\n").into_bytes(),
             Protocol::Echo => vec![b'r'; ECHO],
-        };
+        }
+        .into();
         Self { target, source, protocol, stream: None, buffer: BytesMut::new(), request, server: None }
     }
 
@@ -63,6 +65,11 @@ impl Client {
         Ok(self.stream.insert(stream))
     }
 
+    /// The next connection comes from there.
+    pub(crate) fn come_from(&mut self, source: Option<IpAddr>) {
+        self.source = source;
+    }
+
     /// Ends the connection, if there is one.
     pub(crate) fn close(&mut self) {
         self.stream = None;
@@ -71,13 +78,8 @@ impl Client {
 
     /// One request. Gives who answered, which an echo does not say.
     pub(crate) async fn request(&mut self) -> Result<Arc<str>, String> {
-        let request = std::mem::take(&mut self.request);
-        let sent = match self.connect().await {
-            Ok(stream) => stream.write_all(&request).await.map_err(|error| error.to_string()),
-            Err(error) => Err(error),
-        };
-        self.request = request;
-        sent?;
+        let request = Arc::clone(&self.request);
+        self.write(&request).await?;
         match self.protocol {
             Protocol::Http => {
                 let head = self.head().await?;

@@ -103,7 +103,8 @@ struct Findings {
     machine: String,
     rounds: u32,
     seconds: u64,
-    requests_offered_per_second: f64,
+    /// In the work on latency.
+    requests_offered_per_second: Option<f64>,
     balancers: Vec<Finding>,
 }
 
@@ -176,6 +177,7 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
         }
     }
     bar.finish_and_clear();
+    let rate = options.work.contains(&Work::Latency).then_some(rate);
     show(options, &contestants, machine, rate)
 }
 
@@ -239,11 +241,11 @@ async fn footprint(bench: &Bench, contestant: &mut Contestant, idle: usize) -> a
     let balancer = bench.start(kind, &contestant.program, idle).await?;
     let (size, start_up) = (std::fs::metadata(&contestant.program)?.len(), balancer.start_up);
     // What the first connections cost once and for all is not theirs.
-    drop(bench.idle(balancer.address, 100).await?);
+    let first = bench.idle(balancer.address, 100).await?;
     let before = balancer.tree().proportional();
     let open = bench.idle(balancer.address, idle).await?;
     let after = balancer.tree().proportional();
-    drop(open);
+    drop((first, open));
     // What is left to do for those that have gone must not delay the next one's start.
     drop(balancer);
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -258,7 +260,7 @@ async fn footprint(bench: &Bench, contestant: &mut Contestant, idle: usize) -> a
     Ok(())
 }
 
-fn show(options: &Options, contestants: &[Contestant], machine: String, rate: f64) -> anyhow::Result<()> {
+fn show(options: &Options, contestants: &[Contestant], machine: String, rate: Option<f64>) -> anyhow::Result<()> {
     let mut all = Table::new(std::iter::once("").chain(contestants.iter().map(|one| one.name.as_str())));
     for (index, measure) in MEASURES.iter().enumerate() {
         if contestants.iter().all(|one| one.figures[index].is_empty()) {
@@ -315,9 +317,7 @@ fn show(options: &Options, contestants: &[Contestant], machine: String, rate: f6
             })
             .collect(),
     };
-    eprintln!(
-        "{}; {} rounds of {} s; latency at {rate:.0} requests a second",
-        findings.machine, options.rounds, options.seconds
-    );
+    let latency = rate.map_or(String::new(), |rate| format!("; latency at {rate:.0} requests a second"));
+    eprintln!("{}; {} rounds of {} s{latency}", findings.machine, options.rounds, options.seconds);
     options.output.show("Balancers beside each other", &findings, &tables, &plots)
 }

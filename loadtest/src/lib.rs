@@ -60,6 +60,7 @@ pub async fn churn(target: SocketAddr, rate: u32, duration: Duration, timeout: D
         work: Work::Connections,
         protocol: Protocol::Http,
         connections: 0,
+        share: None,
         pace: Pace::Open(f64::from(rate)),
         duration,
         timeout,

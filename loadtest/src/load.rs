@@ -5,6 +5,7 @@
 //! that waiting in the generator counts too (no coordinated omission; Tene, "How NOT to measure latency").
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -66,6 +67,8 @@ pub struct Load {
     pub protocol: Protocol,
     /// Clients at a time. An open loop of new connections has as many as it needs.
     pub connections: usize,
+    /// Where the load is shared with other generators: the number of its first client, and how many clients there are in all.
+    pub share: Option<(usize, usize)>,
     /// How fast they go on.
     pub pace: Pace,
     /// For how long.
@@ -104,7 +107,8 @@ pub async fn run<C: Collect>(load: &Load, collector: &Arc<Mutex<C>>) {
         (Work::Idle, _) => idle(&load, &run).await,
         _ => {
             let mut clients = JoinSet::new();
-            for number in 0..load.connections {
+            let first = load.share.map_or(0, |(first, _)| first);
+            for number in first..first + load.connections {
                 clients.spawn(client(number, Arc::clone(&load), run.clone()));
             }
             clients.join_all().await;
@@ -151,9 +155,16 @@ async fn client<C: Collect>(number: usize, load: Arc<Load>, run: Run<C>) {
     loop {
         let Some(due) = schedule.next(&run.began).await.filter(|due| *due < load.duration) else { return };
         round += 1;
+        // A target that answers nothing must not keep the load going until all that was due has been tried.
+        if run.began.elapsed() > load.duration + load.timeout {
+            let server = Err("not begun in time".to_owned());
+            run.collector().add(Outcome { start: due, took: run.began.elapsed().saturating_sub(due), server });
+            continue;
+        }
         let is_answer = match load.work {
             Work::Requests => run.timed(due, load.timeout, client.request()).await,
             Work::Connections => {
+                client.come_from(source(&load, round));
                 let is_answer = run.timed(due, load.timeout, client.request()).await;
                 client.close();
                 is_answer
@@ -161,16 +172,27 @@ async fn client<C: Collect>(number: usize, load: Arc<Load>, run: Run<C>) {
             Work::Bulk(direction, bytes) => {
                 // A transfer that is under way when the time is up counts by its bytes alone.
                 let left = load.duration.saturating_sub(run.began.elapsed());
-                let transfer = transfer(&mut client, direction, bytes, &run, due, load.timeout.max(load.duration));
-                let Ok(is_answer) = tokio::time::timeout(left, transfer).await else { return };
-                is_answer
+                let moved = AtomicBool::new(false);
+                let whole = load.timeout.max(load.duration);
+                let transfer = transfer(&mut client, direction, bytes, &run, due, whole, &moved);
+                match tokio::time::timeout(left, transfer).await {
+                    Ok(is_answer) => is_answer,
+                    Err(_) if !moved.load(Ordering::Relaxed) && left >= load.timeout => {
+                        let server = Err("nothing moved in time".to_owned());
+                        return run.collector().add(Outcome { start: due, took: left, server });
+                    }
+                    Err(_) => return,
+                }
             }
             Work::Mixed => match round % 10 {
                 8 => {
                     client.close();
                     run.timed(due, load.timeout, client.request()).await
                 }
-                9 => transfer(&mut client, Direction::Both, MIXED_TRANSFER, &run, due, load.timeout).await,
+                9 => {
+                    let moved = AtomicBool::new(false);
+                    transfer(&mut client, Direction::Both, MIXED_TRANSFER, &run, due, load.timeout, &moved).await
+                }
                 _ => run.timed(due, load.timeout, client.request()).await,
             },
             Work::Idle => return,
@@ -189,8 +211,12 @@ async fn transfer<C: Collect>(
     run: &Run<C>,
     due: Duration,
     timeout: Duration,
+    any: &AtomicBool,
 ) -> bool {
-    let moved = |bytes| run.collector().moved(run.began.elapsed(), bytes);
+    let moved = |bytes| {
+        any.store(true, Ordering::Relaxed);
+        run.collector().moved(run.began.elapsed(), bytes);
+    };
     match direction {
         Direction::Down => run.timed(due, timeout, client.download(bytes, moved)).await,
         Direction::Up => run.timed(due, timeout, client.upload(bytes, moved)).await,
@@ -200,8 +226,14 @@ async fn transfer<C: Collect>(
 
 /// New connections at a constant rate, however long the ones before take.
 async fn connections_at<C: Collect>(load: &Arc<Load>, rate: f64, run: &Run<C>) {
-    let mut schedule =
-        Schedule { next: Duration::ZERO, step: Duration::from_secs_f64(1.0 / rate), load: Arc::clone(load) };
+    let (first, of) = load.share.unwrap_or((0, load.connections));
+    // This one's part of the rate, begun where its part of the clients begins.
+    let part = if of == 0 { 1.0 } else { load.connections as f64 / of as f64 };
+    let mut schedule = Schedule {
+        next: Duration::from_secs_f64(first as f64 / of.max(1) as f64 / rate),
+        step: Duration::from_secs_f64(1.0 / (rate * part)),
+        load: Arc::clone(load),
+    };
     let mut open = JoinSet::new();
     let mut number = 0;
     while let Some(due) = schedule.next(&run.began).await.filter(|due| *due < load.duration) {
@@ -210,6 +242,8 @@ async fn connections_at<C: Collect>(load: &Arc<Load>, rate: f64, run: &Run<C>) {
         number += 1;
         open.spawn(async move { run.timed(due, load.timeout, client.request()).await });
         while open.try_join_next().is_some() {}
+        // Also where it is behind: those that are open have to go on.
+        tokio::task::yield_now().await;
     }
     open.join_all().await;
 }
@@ -245,13 +279,14 @@ struct Schedule {
 }
 
 impl Schedule {
-    /// The clients take turns: each has its share of the rate, and the first ones are spread over one step.
+    /// The clients take turns, those of other generators among them: their first requests are spread over one step.
     fn of(number: usize, load: &Arc<Load>) -> Self {
         let (next, step) = match load.pace {
             Pace::Closed => (Duration::ZERO, Duration::ZERO),
             Pace::Open(rate) => {
                 let each = 1.0 / rate;
-                (Duration::from_secs_f64(each * number as f64), Duration::from_secs_f64(each * load.connections as f64))
+                let clients = load.share.map_or(load.connections, |(_, clients)| clients);
+                (Duration::from_secs_f64(each * number as f64), Duration::from_secs_f64(each * clients as f64))
             }
         };
         Self { next, step, load: Arc::clone(load) }
@@ -271,9 +306,9 @@ impl Schedule {
     }
 }
 
-/// Waits until then. The runtime's timers have a grain of a millisecond, which is more than a good answer takes.
+/// Waits until then. The runtime's timers are up to two milliseconds late, which is more than a good answer takes.
 async fn until(at: Instant, precise: bool) {
-    const GRAIN: Duration = Duration::from_millis(1);
+    const GRAIN: Duration = Duration::from_millis(2);
     if !precise {
         return tokio::time::sleep_until(at.into()).await;
     }
@@ -315,6 +350,7 @@ mod tests {
             work,
             protocol: Protocol::Echo,
             connections: 1,
+            share: None,
             pace: Pace::Closed,
             duration: Duration::from_secs(1),
             timeout: Duration::from_secs(10),
@@ -385,6 +421,47 @@ mod tests {
             Load { sources: 3, connections: 7, duration: Duration::from_millis(200), ..load(target, Work::Requests) };
         assert!(report(&load).await.failures().is_empty());
         assert_eq!(seen.lock().unwrap().len(), 3);
+    }
+
+    #[tokio::test]
+    async fn a_request_that_is_given_up_while_it_is_sent_leaves_a_client_whole() {
+        let target = server(stalls).await;
+        let mut client = Client::new(target, None, Protocol::Echo);
+        {
+            // Dropped at its first wait, which is that for the connection.
+            let mut request = std::pin::pin!(client.request());
+            let polled = std::future::poll_fn(|cx| std::task::Poll::Ready(request.as_mut().poll(cx))).await;
+            assert!(polled.is_pending());
+        }
+        client.close();
+        assert!(client.request().await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn what_a_silent_target_was_due_is_counted_and_not_waited_for() {
+        let silent = server(|stream| async move {
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            drop(stream);
+        });
+        let due =
+            Load { timeout: Duration::from_millis(300), pace: Pace::Open(200.0), ..load(silent.await, Work::Requests) };
+        let began = Instant::now();
+        let failures = report(&due).await.failures();
+        assert_eq!(failures.values().sum::<usize>(), 200, "{failures:?}");
+        assert!(failures["not begun in time"] > 150 && began.elapsed() < Duration::from_secs(30), "{failures:?}");
+    }
+
+    #[tokio::test]
+    async fn generators_that_share_a_load_have_clients_of_their_own() {
+        let load = Arc::new(Load {
+            connections: 2,
+            pace: Pace::Open(10.0),
+            ..load(([127, 0, 0, 1], 1).into(), Work::Requests)
+        });
+        let whole = Schedule::of(3, &Arc::new(Load { connections: 4, ..(*load).clone() }));
+        let shared = Schedule::of(3, &Arc::new(Load { share: Some((2, 4)), ..(*load).clone() }));
+        assert_eq!((whole.next, whole.step), (shared.next, shared.step));
+        assert_eq!((whole.next.as_millis(), whole.step.as_millis()), (300, 400));
     }
 
     #[tokio::test]

@@ -28,12 +28,19 @@ enum Command {
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
-    let done = match Arguments::parse().command {
-        Command::Run(options) => run::run(&options).await,
-        Command::Compare(options) => compare::compare(&options).await,
-        Command::Tune(options) => tune::tune(&options).await,
-        Command::Scale(options) => scale::scale(&options).await,
-        Command::Soak(options) => soak::soak(&options).await,
+    let work = async {
+        match Arguments::parse().command {
+            Command::Run(options) => run::run(&options).await,
+            Command::Compare(options) => compare::compare(&options).await,
+            Command::Tune(options) => tune::tune(&options).await,
+            Command::Scale(options) => scale::scale(&options).await,
+            Command::Soak(options) => soak::soak(&options).await,
+        }
+    };
+    // What is dropped on the way out ends the balancers that were started.
+    let done = tokio::select! {
+        done = work => done,
+        stopped = stopped() => stopped,
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -42,4 +49,15 @@ async fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+async fn stopped() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    anyhow::bail!("stopped by a signal")
 }

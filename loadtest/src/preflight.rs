@@ -68,8 +68,9 @@ fn ports(load: &Load) -> anyhow::Result<()> {
         (Work::Connections, Pace::Open(rate)) => Duration::from_secs_f64(1.0 / rate),
         _ => Duration::MAX,
     };
-    // On loopback Linux takes a resting port again after a second (tcp_tw_reuse 2, its default).
-    let rest = if load.target.ip().is_loopback() { Duration::from_secs(1) } else { REST };
+    // On loopback Linux takes a resting port again after a second (tcp_tw_reuse 2, its default), but not for a socket that
+    // is bound to its address.
+    let rest = if load.target.ip().is_loopback() && load.sources == 0 { Duration::from_secs(1) } else { REST };
     let resting = load.duration.min(rest).as_nanos() / step.as_nanos().max(1);
     let needed = load.connections as u64 + u64::try_from(resting).unwrap_or(u64::MAX);
     if needed > there_are {

@@ -140,6 +140,7 @@ impl Options {
             },
             protocol: self.protocol,
             connections: self.connections as usize,
+            share: None,
             pace: self.rate.map_or(Pace::Closed, Pace::Open),
             duration: Duration::from_secs(self.seconds),
             timeout: Duration::from_secs(self.timeout),
@@ -154,6 +155,10 @@ impl Options {
 /// When the target is not to be reached, this machine cannot put the load on it, or a report cannot be written.
 pub async fn run(options: &Options) -> anyhow::Result<()> {
     let load = options.load();
+    anyhow::ensure!(
+        options.rate.is_none() || options.scenario != Scenario::Idle,
+        "--rate is for what goes on, and idle connections do not"
+    );
     preflight::check(&load, options.allow_remote).await?;
     if let Some(pid) = options.pid {
         anyhow::ensure!(!Tree(pid).processes().is_empty(), "--pid {pid}: there is no such process");
@@ -190,13 +195,12 @@ async fn put(load: &Load, options: &Options) -> anyhow::Result<(Record, Vec<Samp
     let began = Instant::now();
     let threads = (options.threads as usize).min(load.connections);
     let records: Vec<_> = (0..threads).map(|_| Arc::new(Mutex::new(Record::default()))).collect();
-    let mut generators = JoinSet::new();
+    let (mut generators, mut first) = (JoinSet::new(), 0);
     for (index, record) in records.iter().enumerate() {
         let mut share = load.clone();
         share.connections = load.connections / threads + usize::from(index < load.connections % threads);
-        if let Pace::Open(rate) = load.pace {
-            share.pace = Pace::Open(rate * share.connections as f64 / load.connections as f64);
-        }
+        share.share = Some((first, load.connections));
+        first += share.connections;
         let record = Arc::clone(record);
         generators.spawn_blocking(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -241,7 +245,7 @@ pub(crate) fn progress_bar(duration: Duration) -> ProgressBar {
     let target =
         if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
     let bar = ProgressBar::with_draw_target(Some(duration.as_secs()), target);
-    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos} of {len} s  {msg}") {
+    if let Ok(style) = ProgressStyle::with_template("{bar:30} {pos} of {len}  {msg}") {
         bar.set_style(style);
     }
     bar

@@ -91,6 +91,7 @@ pub async fn scale(options: &Options) -> anyhow::Result<()> {
             work: Work::Requests,
             protocol: Protocol::Http,
             connections: (servers * options.clients) as usize,
+            share: None,
             pace: Pace::Closed,
             duration: Duration::from_secs(options.seconds),
             timeout: Duration::from_secs(30),

@@ -53,13 +53,13 @@ pub struct Options {
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(0..=100))]
     pub aborts: u32,
     /// Seconds between reloads of the config; 0: none
-    #[arg(long, default_value_t = 10.0)]
+    #[arg(long, default_value_t = 10.0, value_parser = seconds)]
     pub reload_every: f64,
     /// Seconds between upgrades; 0: none
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_parser = seconds)]
     pub upgrade_every: f64,
     /// Seconds between kills of a replica that is a child process; 0: none. The connections that it has fail
-    #[arg(long, default_value_t = 0.0)]
+    #[arg(long, default_value_t = 0.0, value_parser = seconds)]
     pub kill_every: f64,
     /// Where a plot is written
     #[arg(long, value_name = "FILE.svg")]
@@ -124,6 +124,10 @@ pub async fn soak(options: &Options) -> anyhow::Result<()> {
 }
 
 async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
+    anyhow::ensure!(
+        options.transfers + options.aborts <= 100,
+        "--transfers and --aborts are parts of a hundred connections"
+    );
     let (target, duration) = (options.target, Duration::from_secs(options.seconds));
     let side_port = SidePort::new(options.api);
     side_port.status().await.context("a soak watches the balancer by its side port (--api)")?;
@@ -135,13 +139,13 @@ async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
         (ticks(options.reload_every), ticks(options.upgrade_every), ticks(options.kill_every));
     let (mut record, mut samples, mut exchanges, mut orders) =
         (Record::default(), Vec::new(), JoinSet::new(), JoinSet::new());
-    let (mut number, mut done) = (0_u32, [0_usize; 3]);
+    let (mut number, mut done) = (0_u64, [0_usize; 3]);
     while began.elapsed() < duration {
         tokio::select! {
             _ = connections.tick() => {
-                number = number.wrapping_add(1);
+                number += 1;
                 // Spread evenly: 37 and 100 have no common divisor.
-                let chance = number.wrapping_mul(37) % 100;
+                let chance = (number % 100 * 37 % 100) as u32;
                 if chance < options.transfers {
                     exchanges.spawn(exchange(target, began, true));
                 } else if chance < options.transfers + options.aborts {
@@ -179,7 +183,7 @@ async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
     bar.finish_and_clear();
     let load = record.summary(began.elapsed());
     let outcomes = Outcomes {
-        aborted: u64::from(number) - load.requests,
+        aborted: number - load.requests,
         load,
         reloads: done[0],
         upgrades: done[1],
@@ -204,6 +208,12 @@ fn draw(samples: &[Sample], path: &Path) -> anyhow::Result<()> {
         over_time("connections", |sample| sample.connections)?,
     ];
     std::fs::write(path, plot::stacked(&plots)).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Seconds between orders, as clap takes them.
+fn seconds(text: &str) -> Result<f64, String> {
+    let is_fine = |seconds: &f64| *seconds == 0.0 || (0.01..=1e6).contains(seconds);
+    text.parse().ok().filter(is_fine).ok_or_else(|| "a number from 0.01 to 1000000, or 0".to_owned())
 }
 
 /// Ticks every so many seconds, the first time after as many.

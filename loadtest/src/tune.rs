@@ -19,6 +19,9 @@ use crate::table::Table;
 /// Between two scrapes of the variant that is scraped a lot.
 const SCRAPE: Duration = Duration::from_millis(100);
 
+/// Work before what is measured.
+const WARM_UP: Duration = Duration::from_millis(300);
+
 /// Connections that stay idle beside the work of the variant that has them.
 const IDLE: usize = 8000;
 
@@ -113,7 +116,7 @@ fn variants() -> Vec<Variant> {
         plain("probes: 21", CONNECTIONS, "", "ring: { probes: 21 }"),
         plain("checks every 50 ms", REQUESTS, "", "health_check: { kind: tcp, interval: 50ms, timeout: 40ms }"),
         plain("checks off", REQUESTS, "", "health_check: { kind: none }"),
-        plain("access log to a file", CONNECTIONS, "access_log: { path: /dev/null }", ""),
+        plain("access log to /dev/null", CONNECTIONS, "access_log: { path: /dev/null }", ""),
         plain("keepalive: off", CONNECTIONS, "tcp: { keepalive: off }", ""),
         with(plain("metrics scraped 10 times a second", REQUESTS, "", ""), Beside::Scrapes),
         with(plain("8,000 idle connections beside", REQUESTS, "", ""), Beside::Idle),
@@ -152,6 +155,8 @@ pub async fn tune(options: &Options) -> anyhow::Result<()> {
             let beside = Company::join(&bench, &balancer, variant.beside).await?;
             for (index, task) in variant.tasks.iter().enumerate() {
                 bar.set_message(variant.name);
+                // The baseline runs all the time and has its memory; let the other get as far.
+                bench.measure(*task, balancer.address, None, WARM_UP).await?;
                 let mut pair = [0.0; 2];
                 // Who begins alternates.
                 for which in [round % 2, 1 - round % 2] {

@@ -45,7 +45,7 @@ fn wrong_arguments_and_targets_end_with_one_line_and_their_code() {
         (&["soak", "--api", &nobody], 1, "--api"),
         (&["compare", "--ringway", "/no/such/file", "--only", "ringway"], 1, "cannot start /no/such/file"),
         (&["compare", "--work", "latency"], 1, "--work requests"),
-        (&["tune", "--balancer-cpu", "0", "--load-cpu", "0"], 1, "two processors"),
+        (&["tune", "--ringway", "/no/such/file", "--balancer-cpu", "0", "--load-cpu", "0"], 1, "two processors"),
         (&["scale", "--servers", "1", "--ringway", "/no/such/file"], 1, "cannot start /no/such/file"),
     ] {
         let output = loadtest(arguments);

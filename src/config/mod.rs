@@ -151,7 +151,7 @@ pub struct Relay {
     pub max_pipes: Option<usize>,
     /// Each worker's buffer of the copy path, in KiB: the most that one read moves.
     pub buffer_kib: usize,
-    /// Reads of this many KiB speak for splicing; at most the buffer.
+    /// Reads of this many KiB speak for splicing; at most the buffer, and half of what a pipe takes.
     pub splice_from_kib: usize,
 }
 

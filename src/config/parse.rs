@@ -61,7 +61,7 @@ fn relay(mut section: Section<'_>) -> Relay {
         splice: section.truth("splice", true),
         max_pipes: section.auto_or_integer("max_pipes", 0..=1_000_000),
         buffer_kib: narrow(section.integer("buffer_kib", 4..=1024, 64)),
-        splice_from_kib: narrow(section.integer("splice_from_kib", 1..=1024, 32)),
+        splice_from_kib: narrow(section.integer("splice_from_kib", 1..=128, 32)),
     };
     if relay.splice_from_kib > relay.buffer_kib {
         section.fault(format_args!(
