@@ -85,6 +85,15 @@ impl Kind {
     }
 }
 
+/// Ringway's program: the given one, or the one beside this one.
+///
+/// # Errors
+/// When there is none, with the remedy.
+pub fn ringway(given: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let program = given.map(Path::to_owned).or_else(|| Kind::Ringway.find());
+    program.with_context(|| format!("there is no ringway beside this program: {}", Kind::Ringway.remedy()))
+}
+
 /// What every balancer of a comparison is given.
 #[derive(Debug, Clone)]
 pub struct Setup {
@@ -129,7 +138,7 @@ impl Balancer {
         let files = TempDir::new().context("cannot make a directory for configs")?;
         let (address, side_port) = (free_address()?, free_address()?);
         let text = match kind {
-            Kind::Ringway => ringway(address, side_port, setup, settings),
+            Kind::Ringway => ringway_yaml(address, side_port, setup, settings),
             Kind::Haproxy => haproxy(address, setup),
             Kind::Nginx => nginx(address, setup, files.path()),
             Kind::Envoy => envoy(address, side_port, setup),
@@ -213,7 +222,7 @@ fn free_address() -> std::io::Result<SocketAddr> {
     std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()
 }
 
-fn ringway(address: SocketAddr, side_port: SocketAddr, setup: &Setup, settings: &Settings) -> String {
+fn ringway_yaml(address: SocketAddr, side_port: SocketAddr, setup: &Setup, settings: &Settings) -> String {
     let backends: Vec<_> = setup.backends.iter().map(|backend| format!("{{ address: \"{backend}\" }}")).collect();
     let Settings { root, pool, workers } = settings;
     let check = if pool.contains("health_check") { "" } else { "    health_check: { kind: tcp, interval: 2s }\n" };

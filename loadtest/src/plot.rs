@@ -61,14 +61,16 @@ pub fn lines(title: &str, x: &str, lines: &[Line]) -> anyhow::Result<String> {
     let right = points().map(|point| point.0).fold(0.0, f64::max);
     anyhow::ensure!(right > 0.0, "{title}: there is nothing to draw");
     let left = points().map(|point| point.0).fold(right, f64::min);
-    let top = points().map(|point| point.1).fold(0.0, f64::max).max(1e-9);
+    // Names stand above what they name.
+    let room = if lines.len() > 1 { 1.4 } else { 1.12 };
+    let top = points().map(|point| point.1).fold(0.0, f64::max).max(1e-9) * room;
     draw(HEIGHT, |area| {
         let mut chart = ChartBuilder::on(area)
             .caption(title, ("sans-serif", 15))
             .margin(8)
             .x_label_area_size(36)
             .y_label_area_size(64)
-            .build_cartesian_2d(left.min(right * 0.99)..right, 0.0..top * 1.12)?;
+            .build_cartesian_2d(left.min(right * 0.99)..right, 0.0..top)?;
         chart
             .configure_mesh()
             .light_line_style(TRANSPARENT)

@@ -4,10 +4,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use serde::Serialize;
 
-use crate::balancers::{Balancer, Kind, Settings, Setup};
+use crate::balancers::{Balancer, Kind, Settings, Setup, ringway};
 use crate::bench::{put, server_with};
 use crate::client::Protocol;
 use crate::findings::{Output, machine};
@@ -70,9 +69,7 @@ struct Findings {
 /// # Errors
 /// When Ringway cannot be started or fails a request, or a report cannot be written.
 pub async fn scale(options: &Options) -> anyhow::Result<()> {
-    let program = options.ringway.clone().or_else(|| Kind::Ringway.find());
-    let program =
-        program.with_context(|| format!("there is no ringway beside this program: {}", Kind::Ringway.remedy()))?;
+    let program = ringway(options.ringway.as_deref())?;
     let most = (options.servers * options.clients) as usize;
     preflight::open_files(2 * most as u64)?;
     let (delay, concurrency) = (options.delay_ms.to_string(), options.concurrency.to_string());

@@ -5,10 +5,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use serde::Serialize;
 
-use crate::balancers::{Balancer, Kind, Settings};
+use crate::balancers::{Balancer, Settings, ringway};
 use crate::bench::{Bench, Places, Task};
 use crate::findings::{Output, Spread, machine};
 use crate::plot::{self, Range};
@@ -134,9 +133,7 @@ fn variants() -> Vec<Variant> {
 /// When Ringway cannot be started or fails a request, or a report cannot be written.
 pub async fn tune(options: &Options) -> anyhow::Result<()> {
     let machine = machine();
-    let program = options.ringway.clone().or_else(|| Kind::Ringway.find());
-    let program =
-        program.with_context(|| format!("there is no ringway beside this program: {}", Kind::Ringway.remedy()))?;
+    let program = ringway(options.ringway.as_deref())?;
     let mut variants = variants();
     variants.retain(|variant| variant.name.contains(&options.only));
     anyhow::ensure!(!variants.is_empty(), "--only {}: no variant has that in its name", options.only);
