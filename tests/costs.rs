@@ -30,10 +30,12 @@ impl Trace {
             .stderr(Stdio::null())
             .spawn();
         let mut strace = Killed(strace.ok()?);
-        let traced = || {
-            let status = std::fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
+        // Threads are attached to one by one.
+        let is_traced = |task: std::io::Result<std::fs::DirEntry>| {
+            let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap_or_default();
             status.lines().any(|line| line.strip_prefix("TracerPid:").is_some_and(|tracer| tracer.trim() != "0"))
         };
+        let traced = || std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero())).unwrap().all(is_traced);
         let mut gone = false;
         eventually("strace", || {
             gone = strace.0.try_wait().unwrap().is_some();
@@ -94,7 +96,7 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
     // A read and a write each way, and not one that finds nothing.
     for name in ["recvfrom", "sendto"] {
         let each = each(&calls, &[name], REQUESTS);
-        assert!((2.0..2.05).contains(&each), "{each} {name} a request");
+        assert!((2.0..2.1).contains(&each), "{each} {name} a request: {calls:?}");
     }
     // At worst a wake-up for each side; the sweep adds its own.
     let waits = each(&calls, &["epoll_wait", "epoll_pwait", "epoll_pwait2"], REQUESTS);
@@ -116,8 +118,9 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
         (&["accept4"][..], 2.1),
         (&["socket"], 1.05),
         (&["connect"], 1.05),
-        // The client's linger and the backend's TCP_NODELAY; probes are for those that live on.
-        (&["setsockopt"], 2.2),
+        // The client's linger and the backend's TCP_NODELAY. Probes, another four, are for those that a sweep meets: on a
+        // slow machine some.
+        (&["setsockopt"], 3.5),
         (&["shutdown"], 1.05),
         // Its request, the answer, and two ends; some are tried before they are there.
         (&["recvfrom"], 5.2),
