@@ -136,7 +136,7 @@ impl Balancer {
     /// When it does not serve in time, with what it said.
     pub async fn start(kind: Kind, program: &Path, setup: &Setup, settings: &Settings) -> anyhow::Result<Self> {
         let files = TempDir::new().context("cannot make a directory for configs")?;
-        let (address, side_port) = (free_address()?, free_address()?);
+        let [address, side_port] = free_addresses()?;
         let text = match kind {
             Kind::Ringway => ringway_yaml(address, side_port, setup, settings),
             Kind::Haproxy => haproxy(address, setup),
@@ -217,9 +217,11 @@ pub fn pin(processors: &[usize]) -> std::io::Result<()> {
     Ok(sched_setaffinity(None, &set)?)
 }
 
-/// An address that was free a moment ago.
-fn free_address() -> std::io::Result<SocketAddr> {
-    std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()
+/// Two addresses that were free a moment ago: bound at the same time, so that they differ.
+fn free_addresses() -> std::io::Result<[SocketAddr; 2]> {
+    let bind = || std::net::TcpListener::bind("127.0.0.1:0");
+    let (one, other) = (bind()?, bind()?);
+    Ok([one.local_addr()?, other.local_addr()?])
 }
 
 fn ringway_yaml(address: SocketAddr, side_port: SocketAddr, setup: &Setup, settings: &Settings) -> String {
