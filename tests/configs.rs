@@ -1,14 +1,19 @@
-//! The fixture folders: every invalid config with its message, every valid one loads.
+//! The fixture folders and the examples: every invalid config yields its messages, and every valid one loads.
 //!
-//! An invalid config says in its comments what is expected: each line `# fault: <text>` must be a fault of
-//! its own, and there are no others.
+//! An invalid config lists its faults in comments: each line `# fault: <text>` must match one fault, and the config
+//! must have no other faults.
 
 use std::path::{Path, PathBuf};
 
 use ringway::config::{Config, Error};
 
 fn fixtures(kind: &str) -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/configs").join(kind);
+    files(&format!("tests/configs/{kind}"))
+}
+
+/// The files of a folder of the repository, in the order of their names.
+fn files(folder: &str) -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
     let mut files: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();
     files
@@ -46,5 +51,17 @@ fn valid_configs_load_and_survive_being_printed() {
         let config = Config::load(&file).unwrap_or_else(|error| panic!("{error}"));
         let printed = config.to_yaml();
         assert_eq!(Config::parse(&printed, "printed").unwrap(), config, "{printed}");
+    }
+}
+
+#[test]
+fn every_example_is_valid() {
+    let mut examples = files("examples");
+    examples.retain(|file| file.extension().is_some_and(|extension| extension == "yaml"));
+    assert!(!examples.is_empty(), "examples/ contains no config");
+    for file in examples {
+        if let Err(error) = Config::load(&file) {
+            panic!("{}: {error}", file.display());
+        }
     }
 }
