@@ -1,5 +1,5 @@
-//! A request through the relay, and a connection from its accept to its account: the bench is client and backend at once, so
-//! what is timed is one worker and the kernel's loopback.
+//! Times a request through the relay, and a connection from its accept to its account. The bench is both the client and
+//! the backend, so the time covers one worker and the kernel's loopback.
 //!
 //! `cargo bench --bench relay`
 
@@ -16,7 +16,7 @@ fn main() {
     divan::main();
 }
 
-/// A Ringway of one worker in front of `backend`, for the rest of the process.
+/// Starts Ringway with one worker in front of `backend`. It runs until the process ends.
 fn ringway(backend: SocketAddr, access_log: &str) -> SocketAddr {
     let yaml = format!(
         "workers: 1\napi: {{ listen: \"127.0.0.1:0\" }}\n{access_log}\n\
@@ -44,7 +44,7 @@ fn ringway(backend: SocketAddr, access_log: &str) -> SocketAddr {
     address.recv().expect("the app listens")
 }
 
-/// The two ends of a connection through a Ringway: the client's and the backend's.
+/// Opens a connection through Ringway and returns the client's end and the backend's end.
 fn ends(backend: &TcpListener, address: SocketAddr) -> (TcpStream, TcpStream) {
     let mut client = TcpStream::connect(address).expect("Ringway listens");
     client.set_nodelay(true).expect("it is open");
@@ -55,7 +55,7 @@ fn ends(backend: &TcpListener, address: SocketAddr) -> (TcpStream, TcpStream) {
     (client, server)
 }
 
-/// So many bytes there, and as many back.
+/// Sends this number of bytes to the backend, and the same number back.
 #[divan::bench(args = [100, 4096, 65536])]
 fn request(bencher: Bencher, bytes: usize) {
     let backend = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -70,7 +70,7 @@ fn request(bencher: Bencher, bytes: usize) {
     });
 }
 
-/// Accept, pick, connect, a byte, both ends, and the account; with a line in the access log and without.
+/// Times accept, pick, connect, one byte, both ends and the account, with and without an access log.
 #[divan::bench(args = ["", "access_log: { path: /dev/null }"])]
 fn connection(bencher: Bencher, access_log: &str) {
     let backend = TcpListener::bind("127.0.0.1:0").expect("a port");

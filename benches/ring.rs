@@ -1,4 +1,4 @@
-//! Figures of the ring: shares and moved keys are printed, build and lookup are timed.
+//! Prints the shares and the moved keys of the ring, and times its build and its lookup.
 //!
 //! `cargo bench --bench ring`
 
@@ -8,7 +8,7 @@ use divan::Bencher;
 use divan::counter::ItemsCount;
 use ringway::ring::{Member, Parameters, Ring};
 
-/// Points a member, probes.
+/// Points per member, and probes.
 const SHAPES: [(u32, u32); 4] = [(160, 1), (160, 3), (512, 3), (1000, 1)];
 
 fn main() {
@@ -68,7 +68,7 @@ fn build_160_points(bencher: Bencher<'_, '_>, members: usize) {
     bencher.bench(|| ring(&ids, 160, 3));
 }
 
-/// Lookups a timed iteration: the time of one is a thousandth of what is printed.
+/// Lookups in a timed iteration. The time of one lookup is a thousandth of the printed time.
 const LOOKUPS: usize = 1000;
 
 #[divan::bench(args = [(100, 160, 1), (100, 160, 3), (1000, 160, 1), (1000, 160, 3), (1000, 512, 3)])]

@@ -22,7 +22,7 @@ use crate::Server;
 
 const BODY_LIMIT: usize = 16 * 1024 * 1024;
 
-/// Serves one HTTP connection until it ends, or until the request under way ends when the server stops.
+/// Serves one HTTP connection until it ends. When the server stops, the current request still ends.
 pub(crate) async fn serve(server: &Arc<Server>, stream: TcpStream) -> io::Result<()> {
     let service = service_fn(|request| {
         let server = Arc::clone(server);
@@ -45,7 +45,7 @@ pub(crate) async fn serve(server: &Arc<Server>, stream: TcpStream) -> io::Result
 
 type Answer = Response<Either<Full<Bytes>, Filler>>;
 
-/// A body of so many bytes that mean nothing.
+/// A body of this number of filler bytes.
 struct Filler(u64);
 
 static CHUNK: [u8; 64 * 1024] = [b'd'; 64 * 1024];
@@ -70,7 +70,7 @@ impl Body for Filler {
 }
 
 async fn answer(server: &Server, request: Request<Incoming>) -> Answer {
-    // Simulated work: so many at a time, the others wait for their turn.
+    // Simulated work: the semaphore limits the concurrent requests, and the others wait.
     let turn = server.turns.acquire().await;
     if !server.delay.is_zero() {
         tokio::time::sleep(server.delay).await;
@@ -115,7 +115,7 @@ async fn answer(server: &Server, request: Request<Incoming>) -> Answer {
     }
 }
 
-/// Takes a body of any length and says how long it was.
+/// Reads a body of any length and answers with its length.
 async fn sink(server: &Server, mut body: Incoming) -> Answer {
     let mut length = 0;
     while let Some(frame) = body.frame().await {
@@ -130,14 +130,14 @@ async fn sink(server: &Server, mut body: Incoming) -> Answer {
     reply(server, StatusCode::OK, &json!({"server": server.name, "bytes": length}))
 }
 
-/// The answer to `POST /api/request`, in this order.
+/// The answer to `POST /api/request`, with the fields in this order.
 #[derive(Serialize)]
 struct Echo<'a> {
     server: &'a str,
     data: Value,
 }
 
-/// The body as JSON where it is JSON, else as text.
+/// Answers with the body, as JSON if it is JSON, else as text.
 async fn echo(server: &Server, body: Incoming) -> Answer {
     let bytes = match Limited::new(body, BODY_LIMIT).collect().await {
         Ok(body) => body.to_bytes(),

@@ -1,13 +1,13 @@
 //! The demo backend: one port that speaks HTTP and echoes everything else.
 //!
-//! A connection whose first bytes begin an HTTP/1.x request is served by hyper; any other bytes are
-//! sent back as they came, half-close included. Every answer says which server gave it, so that a
-//! person (or a test) behind a balancer sees where a connection went.
+//! If the first bytes of a connection begin an HTTP/1.x request, hyper serves the connection. Otherwise the
+//! server echoes every byte and the half-close. Every HTTP answer has the name of the server, which shows the
+//! backend that a balancer has chosen.
 //!
 //! # Layout
 //!
 //! - this file: options, the accept loop and its shutdown
-//! - [`sniff`]: which of the two protocols a connection speaks
+//! - [`sniff`]: the detection of the protocol
 //! - [`http`]: the routes
 //! - [`raw`]: the echo
 
@@ -25,11 +25,11 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-/// How the echo server is run.
+/// Arguments of the echo server.
 #[derive(Debug, Clone, clap::Parser)]
 #[command(name = "echo-server", version, about = "Demo backend: HTTP and a byte-for-byte echo on one port")]
 pub struct Options {
-    /// Address to listen on; port 0 lets the system choose
+    /// Address to listen on. With port 0 the system chooses a free port
     #[arg(long, default_value = "127.0.0.1:9000")]
     pub listen: SocketAddr,
     /// Name in answers and in the header `x-server`
@@ -38,15 +38,15 @@ pub struct Options {
     /// Wait this many milliseconds before each HTTP answer (simulated work)
     #[arg(long, default_value_t = 0, value_name = "MS")]
     pub delay_ms: u64,
-    /// Work on this many HTTP requests at a time, the others wait; 0: any number
+    /// Serve this many HTTP requests at a time. Others wait. 0 means no limit
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub concurrency: u32,
-    /// On SIGTERM, let open connections finish for this many milliseconds
+    /// On SIGTERM, wait this many milliseconds for open connections
     #[arg(long, default_value_t = 3000, value_name = "MS")]
     pub grace_ms: u64,
 }
 
-/// What all connections of one server share.
+/// The state that all connections of a server share.
 #[derive(Debug)]
 struct Server {
     name: String,
@@ -58,7 +58,7 @@ struct Server {
     stopping: CancellationToken,
 }
 
-/// Runs until SIGTERM or SIGINT, prints the address it listens on to standard output.
+/// Runs until SIGTERM or SIGINT. Prints the address that it listens on to standard output.
 ///
 /// # Errors
 /// When the address cannot be bound or a signal handler cannot be installed.
@@ -80,7 +80,7 @@ pub async fn run_until_signalled(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A listener with a backlog that survives a burst of connections.
+/// Creates a listener with a backlog for a burst of connections.
 fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     let socket = if address.is_ipv4() { tokio::net::TcpSocket::new_v4()? } else { tokio::net::TcpSocket::new_v6()? };
     socket.set_reuseaddr(true)?;
@@ -88,7 +88,7 @@ fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
     socket.listen(4096)
 }
 
-/// Serves `listener` until `shutdown` completes, then lets open connections finish within the grace.
+/// Serves `listener` until `shutdown` completes. Then waits for open connections within the grace period.
 pub async fn run(listener: TcpListener, options: Options, shutdown: impl Future<Output = ()>) {
     let server = Arc::new(Server {
         name: options.name,
@@ -114,7 +114,7 @@ pub async fn run(listener: TcpListener, options: Options, shutdown: impl Future<
             Ok((stream, _)) => {
                 connections.spawn(serve(Arc::clone(&server), stream));
             }
-            // Out of descriptors or memory: nothing to accept with; pause instead of spinning.
+            // The process has no descriptors or no memory left. The pause keeps the loop from spinning.
             Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
         }
     }
@@ -122,7 +122,7 @@ pub async fn run(listener: TcpListener, options: Options, shutdown: impl Future<
     server.stopping.cancel();
     connections.close();
     let grace = Duration::from_millis(options.grace_ms);
-    // Past the grace the tasks are dropped with the runtime, which closes their connections.
+    // After the grace period the runtime drops the tasks, which closes their connections.
     let _ = tokio::time::timeout(grace, connections.wait()).await;
 }
 
@@ -130,7 +130,7 @@ async fn serve(server: Arc<Server>, stream: TcpStream) {
     server.total.fetch_add(1, Ordering::Relaxed);
     server.active.fetch_add(1, Ordering::Relaxed);
     let _ = stream.set_nodelay(true);
-    // A peer that breaks off is the peer's affair: the connection ends, the server goes on.
+    // An error of the peer ends only its connection.
     let _ = match sniff::protocol(&stream).await {
         Ok(sniff::Protocol::Http) => http::serve(&server, stream).await,
         Ok(sniff::Protocol::Raw) => raw::echo(stream).await,

@@ -1,4 +1,4 @@
-//! `echo-server`: the demo backend as a program of its own.
+//! `echo-server`: the demo backend as a separate program.
 
 use clap::Parser as _;
 

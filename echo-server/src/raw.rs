@@ -1,4 +1,4 @@
-//! The echo: every byte goes back as it came, and the end of the stream too.
+//! The echo sends every byte back, and the end of the stream too.
 
 use std::io;
 
@@ -7,9 +7,9 @@ use tokio::net::TcpStream;
 
 const BUFFER: usize = 64 * 1024;
 
-/// Echoes until the peer ends its side, then ends ours.
+/// Echoes until the peer ends its side, then ends its own side.
 ///
-/// The buffer comes with the connection's first bytes, so one that only waits costs none.
+/// The buffer is allocated at the first bytes, so an idle connection has no buffer.
 pub(crate) async fn echo(mut stream: TcpStream) -> io::Result<()> {
     stream.readable().await?;
     let mut buffer = vec![0; BUFFER];

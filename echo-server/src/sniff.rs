@@ -1,4 +1,4 @@
-//! Tells HTTP/1.x from everything else by a connection's first bytes, without consuming them.
+//! Distinguishes HTTP/1.x from other protocols by the first bytes of a connection, without consuming them.
 
 use std::io;
 use std::time::Duration;
@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-/// What a connection speaks.
+/// The protocol of a connection.
 #[derive(Debug, PartialEq, Eq, Clone, Copy)]
 pub(crate) enum Protocol {
     Http,
@@ -16,7 +16,7 @@ pub(crate) enum Protocol {
 const METHODS: [&[u8]; 9] =
     [b"GET ", b"POST ", b"PUT ", b"HEAD ", b"DELETE ", b"OPTIONS ", b"PATCH ", b"TRACE ", b"CONNECT "];
 
-/// How long bytes that could still become a request line are given to do so.
+/// The longest wait for the rest of a possible request line.
 const UNDECIDED: Duration = Duration::from_millis(300);
 
 /// Waits for the first bytes of `stream` and decides. An end of stream counts as raw.
@@ -36,12 +36,12 @@ pub(crate) async fn protocol(stream: &TcpStream) -> io::Result<Protocol> {
         if *deadline.get_or_insert(now + UNDECIDED) <= now {
             return Ok(Protocol::Raw);
         }
-        // The bytes seen stay readable, so readiness says nothing about new ones: look again soon.
+        // The peeked bytes stay readable, so readiness does not signal new ones. The loop polls instead.
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
-/// `None` while the bytes are the beginning of a request line, but not enough of it.
+/// `None` while the bytes can still become a request line.
 fn classify(first: &[u8]) -> Option<Protocol> {
     if first.is_empty() {
         return Some(Protocol::Raw);
@@ -51,7 +51,7 @@ fn classify(first: &[u8]) -> Option<Protocol> {
         if first[..seen] != method[..seen] {
             continue;
         }
-        // Behind the method comes a path, `*`, or an absolute address.
+        // A path, `*`, or an absolute address follows the method.
         return match first.get(method.len()) {
             None => None,
             Some(b'/' | b'*' | b'h') => Some(Protocol::Http),
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_else_is_echoed() {
+    fn other_bytes_are_raw() {
         for bytes in ["hello", "", "GETTING ON", "GET lost", "\0\x01\x02", "get / HTTP/1.1", "POSTER"] {
             assert_eq!(classify(bytes.as_bytes()), Some(Protocol::Raw), "{bytes:?}");
         }

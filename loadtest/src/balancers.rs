@@ -1,5 +1,5 @@
-//! Balancers on this machine with equal features: sticky by the client's address on a consistent ring, health checks every
-//! two seconds where they have any, an idle timeout of ten minutes, and no access log.
+//! Starts balancers on this machine with equal features: the client's address is the key of a consistent ring, health
+//! checks run every two seconds if the balancer has them, the idle timeout is ten minutes, and the access log is off.
 
 use std::fmt::Write as _;
 use std::net::SocketAddr;
@@ -15,13 +15,13 @@ use tempfile::TempDir;
 use crate::client::{Client, Protocol};
 use crate::process::Tree;
 
-/// Longest wait for a balancer to serve.
+/// The longest wait until a balancer serves.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// Who balances.
+/// The balancers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, clap::ValueEnum)]
 pub enum Kind {
-    /// This project's
+    /// The balancer of this project
     Ringway,
     /// haproxy, with option splice-request and splice-response
     Haproxy,
@@ -32,7 +32,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// All of them.
+    /// All balancers.
     pub const ALL: [Self; 4] = [Self::Ringway, Self::Haproxy, Self::Nginx, Self::Envoy];
 
     /// The name of the program.
@@ -45,7 +45,7 @@ impl Kind {
         }
     }
 
-    /// How the program comes to a machine.
+    /// How to install the program.
     pub fn remedy(self) -> &'static str {
         match self {
             Self::Ringway => "cargo build --release",
@@ -57,19 +57,19 @@ impl Kind {
         }
     }
 
-    /// The program: for Ringway the one beside this one, else the first in the `PATH`.
+    /// Finds the program: for Ringway in the directory of this program, then in the `PATH`.
     pub fn find(self) -> Option<PathBuf> {
         let beside = std::env::current_exe().ok().and_then(|path| Some(path.parent()?.join(self.name())));
         let beside = beside.filter(|_| self == Self::Ringway);
         let path = std::env::var_os("PATH").unwrap_or_default();
         let mut places = beside.into_iter().chain(std::env::split_paths(&path).map(|place| place.join(self.name())));
-        // Not in every user's PATH, but where Debian puts daemons.
+        // Debian installs daemons here, which is not in the PATH of every user.
         places
             .find(|place| place.is_file())
             .or_else(|| Some(Path::new("/usr/sbin").join(self.name())).filter(|place| place.is_file()))
     }
 
-    /// What the program says of its version.
+    /// The version that the program prints.
     pub fn version(self, program: &Path) -> String {
         let flag = match self {
             Self::Ringway | Self::Envoy => "--version",
@@ -78,62 +78,62 @@ impl Kind {
         let said = Command::new(program).arg(flag).output();
         let said = said.map(|said| [said.stdout, said.stderr].concat()).unwrap_or_default();
         let said = String::from_utf8_lossy(&said).into_owned();
-        // The first word that has a digit before a point: 2.6.12-1, 1.22.1, …/1.40.0/…
+        // The version is the first word that starts with a digit and has a point: 2.6.12-1, 1.22.1, …/1.40.0/…
         let words = said.split(|c: char| c.is_whitespace() || c == '/');
         let is_version = |word: &&str| word.contains('.') && word.starts_with(|c: char| c.is_ascii_digit());
         words.into_iter().find(is_version).unwrap_or("unknown").to_owned()
     }
 }
 
-/// Ringway's program: the given one, or the one beside this one.
+/// The Ringway program: `given`, or the program in the directory of this program.
 ///
 /// # Errors
-/// When there is none, with the remedy.
+/// When the program is not installed. The error says how to install it.
 pub fn ringway(given: Option<&Path>) -> anyhow::Result<PathBuf> {
     let program = given.map(Path::to_owned).or_else(|| Kind::Ringway.find());
-    program.with_context(|| format!("there is no ringway beside this program: {}", Kind::Ringway.remedy()))
+    program.with_context(|| format!("ringway is not in the directory of this program: {}", Kind::Ringway.remedy()))
 }
 
-/// What every balancer of a comparison is given.
+/// The setup that every balancer of a comparison gets.
 #[derive(Debug, Clone)]
 pub struct Setup {
-    /// Its servers.
+    /// The backends.
     pub backends: Vec<SocketAddr>,
-    /// Connections that it must be able to have at a time.
+    /// The number of connections that the balancer must be able to hold.
     pub connections: usize,
-    /// The processors that it may run on; none: all.
+    /// The processors that the balancer runs on. An empty list means all.
     pub processors: Vec<usize>,
 }
 
-/// Settings of Ringway that differ from its defaults.
+/// Settings of Ringway that differ from the defaults.
 #[derive(Debug, Clone, Default)]
 pub struct Settings {
     /// Lines of the config beside listeners, pools and the side port.
     pub root: String,
     /// Lines of the pool.
     pub pool: String,
-    /// Threads of the data plane; 0: one.
+    /// Number of workers. 0 means one.
     pub workers: usize,
 }
 
-/// A running balancer. It ends with this.
+/// A running balancer. Its processes end when it is dropped.
 #[derive(Debug)]
 pub struct Balancer {
-    /// Where it listens.
+    /// The address that the balancer listens on.
     pub address: SocketAddr,
-    /// Its side port, if it has one.
+    /// The side port, if the balancer has one.
     pub side_port: SocketAddr,
-    /// From its start to the first answer through it.
+    /// Time from the start of the process to the first answer.
     pub start_up: Duration,
     child: Child,
     files: TempDir,
 }
 
 impl Balancer {
-    /// Starts it and waits until it serves.
+    /// Starts a balancer and waits until it serves.
     ///
     /// # Errors
-    /// When it does not serve in time, with what it said.
+    /// When the balancer does not serve in time. The error contains its output.
     pub async fn start(kind: Kind, program: &Path, setup: &Setup, settings: &Settings) -> anyhow::Result<Self> {
         let files = TempDir::new().context("cannot make a directory for configs")?;
         let [address, side_port] = free_addresses()?;
@@ -163,7 +163,7 @@ impl Balancer {
             client.close();
             if began.elapsed() > PATIENCE || balancer.child.try_wait()?.is_some() {
                 let said = std::fs::read_to_string(balancer.files.path().join("log")).unwrap_or_default();
-                bail!("{} does not serve; it said:\n{}", kind.name(), said.trim());
+                bail!("{} does not serve; its output:\n{}", kind.name(), said.trim());
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -171,21 +171,21 @@ impl Balancer {
         Ok(balancer)
     }
 
-    /// Its processes.
+    /// The processes of the balancer.
     pub fn tree(&self) -> Tree {
         Tree(self.child.id())
     }
 }
 
 impl Drop for Balancer {
-    /// At once: nobody waits for its connections, whose other ends are in this very thread.
+    /// Kills the processes without a drain, because this thread holds the other ends of the connections.
     fn drop(&mut self) {
         if !matches!(self.child.try_wait(), Ok(None)) {
             return;
         }
         for pid in self.tree().processes() {
             if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
-                // It may just have ended.
+                // The process may have exited already.
                 let _ = kill_process(pid, Signal::KILL);
             }
         }
@@ -193,19 +193,19 @@ impl Drop for Balancer {
     }
 }
 
-/// Starts a program on these processors: a child has those of the thread that starts it.
+/// Starts a program on these processors. A child inherits the processors of the thread that starts it.
 fn spawn(mut command: Command, processors: Vec<usize>) -> std::io::Result<Child> {
     let thread = std::thread::spawn(move || {
         pin(&processors)?;
         command.spawn()
     });
-    thread.join().unwrap_or_else(|_| Err(std::io::Error::other("the thread that starts it panicked")))
+    thread.join().unwrap_or_else(|_| Err(std::io::Error::other("the thread that starts the program panicked")))
 }
 
-/// Keeps this thread, and those that it starts, on these processors; none: wherever it may run now.
+/// Pins this thread, and the threads that it starts, to these processors. An empty list changes nothing.
 ///
 /// # Errors
-/// When there are no such processors.
+/// When a processor does not exist.
 pub fn pin(processors: &[usize]) -> std::io::Result<()> {
     if processors.is_empty() {
         return Ok(());
@@ -217,7 +217,7 @@ pub fn pin(processors: &[usize]) -> std::io::Result<()> {
     Ok(sched_setaffinity(None, &set)?)
 }
 
-/// Two addresses that were free a moment ago: bound at the same time, so that they differ.
+/// Returns two free addresses. Both are bound at the same time, so they differ.
 fn free_addresses() -> std::io::Result<[SocketAddr; 2]> {
     let bind = || std::net::TcpListener::bind("127.0.0.1:0");
     let (one, other) = (bind()?, bind()?);
@@ -265,7 +265,7 @@ fn nginx(address: SocketAddr, setup: &Setup, files: &Path) -> String {
     )
 }
 
-/// JSON is YAML.
+/// Envoy reads YAML, and JSON is valid YAML.
 fn envoy(address: SocketAddr, side_port: SocketAddr, setup: &Setup) -> String {
     let socket = |address: SocketAddr| serde_json::json!({ "socket_address": { "address": address.ip().to_string(), "port_value": address.port() } });
     let endpoint = |backend: &SocketAddr| serde_json::json!({ "endpoint": { "address": socket(*backend) } });

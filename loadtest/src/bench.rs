@@ -1,4 +1,5 @@
-//! A bench: servers and load on one processor, a balancer on another, and what its work costs it.
+//! A bench runs the servers and the load on one processor and a balancer on another. It measures the CPU time of the
+//! balancer.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -15,16 +16,16 @@ use crate::preflight;
 use crate::process::Tree;
 use crate::record::Record;
 
-/// Addresses that clients connect from, where there are as many clients.
+/// The highest number of addresses that clients connect from.
 const SOURCES: u16 = 250;
 
 /// Bytes of one transfer.
 const TRANSFER: usize = 64 << 20;
 
-/// Where the balancer and everything else run.
+/// The processors of the balancer and of everything else.
 #[derive(Debug, Clone, clap::Args)]
 pub(crate) struct Places {
-    /// Processor that the balancer has to itself
+    /// Processor that only the balancer uses
     #[arg(long, default_value_t = 0, value_name = "N")]
     balancer_cpu: usize,
     /// Processor of the servers and the load
@@ -32,34 +33,34 @@ pub(crate) struct Places {
     load_cpu: usize,
 }
 
-/// Servers, and where things run.
+/// The servers and the processors.
 #[derive(Debug)]
 pub(crate) struct Bench {
-    /// The servers: they run in this process.
+    /// The addresses of the servers, which run in this process.
     pub(crate) servers: Vec<SocketAddr>,
     balancer_cpu: usize,
     load_cpu: usize,
 }
 
-/// One kind of work, whose cost is measured.
+/// One kind of work with a measured cost.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Task {
     /// Requests on 64 connections.
     Requests,
     /// Connections with one request, 32 at a time.
     Connections,
-    /// Downloads on so many connections.
+    /// Downloads on this number of connections.
     Bulk(usize),
     /// Requests on 64 connections at this rate.
     Rate(f64),
 }
 
-/// What a piece of work came to.
+/// The cost of a piece of work.
 #[derive(Debug)]
 pub(crate) struct Cost {
     /// CPU time of the balancer.
     pub(crate) cpu: Duration,
-    /// Length of the load.
+    /// Duration of the load.
     pub(crate) took: Duration,
     pub(crate) record: Record,
 }
@@ -75,22 +76,22 @@ impl Cost {
         self.cpu.as_secs_f64() * 1e9 / (self.record.bytes() as f64).max(1.0)
     }
 
-    /// Answers a second.
+    /// Answers per second.
     pub(crate) fn rate(&self) -> f64 {
         self.record.answered() as f64 / self.took.as_secs_f64()
     }
 }
 
 impl Bench {
-    /// Pins this process and starts its servers. Other threads must not have been started before.
+    /// Pins this process and starts the servers. The process must not have other threads yet.
     pub(crate) async fn new(places: &Places, servers: usize, connections: usize) -> anyhow::Result<Self> {
-        // Each has a client's and a server's end in this process.
+        // This process holds both ends of each connection.
         preflight::open_files(2 * connections as u64)?;
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         let highest = places.balancer_cpu.max(places.load_cpu);
         anyhow::ensure!(
             places.balancer_cpu != places.load_cpu && highest < processors,
-            "this takes two processors and there are {processors}: --balancer-cpu and --load-cpu say which"
+            "the bench needs two processors and this machine has {processors}: choose them with --balancer-cpu and --load-cpu"
         );
         pin(&[places.load_cpu]).with_context(|| format!("cannot run on processor {}", places.load_cpu))?;
         let mut bench = Self { servers: Vec::new(), balancer_cpu: places.balancer_cpu, load_cpu: places.load_cpu };
@@ -100,12 +101,12 @@ impl Bench {
         Ok(bench)
     }
 
-    /// A balancer on its processor, in front of the servers.
+    /// Starts a balancer on its processor, in front of the servers.
     pub(crate) async fn start(&self, kind: Kind, program: &Path, connections: usize) -> anyhow::Result<Balancer> {
         Balancer::start(kind, program, &self.setup(&self.servers, connections), &Settings::default()).await
     }
 
-    /// A Ringway in front of these backends. One of several workers runs on all processors.
+    /// Starts Ringway in front of these backends. With several workers, Ringway runs on both processors.
     pub(crate) async fn start_before(
         &self,
         program: &Path,
@@ -124,7 +125,7 @@ impl Bench {
         Setup { backends: backends.to_vec(), connections: connections + 512, processors: vec![self.balancer_cpu] }
     }
 
-    /// So many backends: addresses of loopback at which one and the same server answers.
+    /// Creates this number of backends. They are loopback addresses of one server.
     pub(crate) async fn many(&self, backends: usize) -> anyhow::Result<Vec<SocketAddr>> {
         let server = server_with(&["--name", "many"], "0.0.0.0:0").await?;
         let address =
@@ -132,7 +133,7 @@ impl Bench {
         (1..=backends).map(address).collect()
     }
 
-    /// Lets the target work, and measures what it costs these processes.
+    /// Puts work on the target and measures the CPU time of the processes in `tree`.
     pub(crate) async fn measure(
         &self,
         task: Task,
@@ -164,23 +165,23 @@ impl Bench {
         Ok(Cost { cpu, took, record })
     }
 
-    /// Opens connections through the target, and gives them when the servers have them all.
+    /// Opens connections through the target, and returns when the servers have accepted all of them.
     pub(crate) async fn idle(&self, target: SocketAddr, connections: usize) -> anyhow::Result<Vec<TcpStream>> {
         let mut open = Vec::with_capacity(connections);
         for number in 0..connections {
             let source = load::loopback(u16::try_from(number % usize::from(SOURCES))?);
             open.push(crate::client::connect(target, Some(source)).await?);
         }
-        // One that is served answers; the last one comes behind all others.
+        // The servers accept the last connection after all others, so its answer shows that they have accepted all.
         let mut last = Client::new(target, None, Protocol::Echo);
         let answer = tokio::time::timeout(Duration::from_secs(10), last.request()).await;
-        answer.context("no answer behind idle connections")?.map_err(anyhow::Error::msg)?;
+        answer.context("no answer after the idle connections")?.map_err(anyhow::Error::msg)?;
         tokio::time::sleep(Duration::from_millis(500)).await;
         Ok(open)
     }
 }
 
-/// Puts the load on its target, of which nothing may fail.
+/// Puts the load on its target. Any failure is an error.
 pub(crate) async fn put(load: &Load) -> anyhow::Result<(Record, Duration)> {
     preflight::tracking()?;
     let record = Arc::new(Mutex::new(Record::default()));
@@ -191,16 +192,11 @@ pub(crate) async fn put(load: &Load) -> anyhow::Result<(Record, Duration)> {
     if let Some((failure, count)) = record.failures.iter().next() {
         anyhow::bail!("{:?} on {}: failed {count} times: {failure}", load.work, load.target);
     }
-    anyhow::ensure!(
-        record.answered() > 0 || record.bytes() > 0,
-        "{:?} on {}: not one answer came",
-        load.work,
-        load.target
-    );
+    anyhow::ensure!(record.answered() > 0 || record.bytes() > 0, "{:?} on {}: no answer came", load.work, load.target);
     Ok((record, took))
 }
 
-/// Starts a server in this process with these arguments of the echo server.
+/// Starts an echo server with these arguments in this process.
 pub(crate) async fn server_with(arguments: &[&str], address: &str) -> anyhow::Result<SocketAddr> {
     use clap::Parser as _;
 

@@ -1,4 +1,5 @@
-//! One client: a connection and the requests on it. Lean, because the generator shares a machine with what it measures.
+//! A client: a connection and the requests on it. The client uses little CPU time, because it runs on the same machine as
+//! the balancer.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -7,25 +8,25 @@ use bytes::{Buf as _, BytesMut};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 
-/// What a client speaks.
+/// The protocol of a client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Protocol {
     /// HTTP/1.1 with keep-alive, `GET /home`
     Http,
-    /// 128 bytes there and back
+    /// 128 bytes that the server echoes
     Echo,
 }
 
 /// Bytes of an echo.
 const ECHO: usize = 128;
 
-/// Longest head of an answer.
+/// The longest head of an answer.
 const LONGEST_HEAD: usize = 16 * 1024;
 
-/// Bytes read or written at a time in a transfer.
+/// Bytes of one read or write in a transfer.
 const CHUNK: usize = 256 * 1024;
 
-/// A client; it connects when it has to.
+/// A client that connects on demand.
 #[derive(Debug)]
 pub(crate) struct Client {
     target: SocketAddr,
@@ -33,20 +34,20 @@ pub(crate) struct Client {
     protocol: Protocol,
     stream: Option<TcpStream>,
     buffer: BytesMut,
-    /// Shared, so that a request that is given up for its time leaves nothing behind.
+    /// The request is shared, so a request that times out leaves the client intact.
     request: Arc<[u8]>,
-    /// Who answered last; on one connection that is always the same.
+    /// The server of the last answer. It stays the same on one connection.
     server: Option<Arc<str>>,
 }
 
-/// An answer's head.
+/// The head of an answer.
 struct Head {
     status: u16,
     length: usize,
 }
 
 impl Client {
-    /// A client that connects from `source`, or from where the system says.
+    /// Creates a client that connects from `source`, or from an address that the system chooses.
     pub(crate) fn new(target: SocketAddr, source: Option<IpAddr>, protocol: Protocol) -> Self {
         let request = match protocol {
             Protocol::Http => format!("GET /home HTTP/1.1\r\nhost: {target}\r\n\r\n").into_bytes(),
@@ -56,7 +57,7 @@ impl Client {
         Self { target, source, protocol, stream: None, buffer: BytesMut::new(), request, server: None }
     }
 
-    /// The connection, made where there is none.
+    /// Returns the connection, and makes it if necessary.
     pub(crate) async fn connect(&mut self) -> Result<&mut TcpStream, String> {
         let stream = match self.stream.take() {
             Some(stream) => stream,
@@ -65,18 +66,18 @@ impl Client {
         Ok(self.stream.insert(stream))
     }
 
-    /// The next connection comes from there.
+    /// Sets the source of the next connection.
     pub(crate) fn come_from(&mut self, source: Option<IpAddr>) {
         self.source = source;
     }
 
-    /// Ends the connection, if there is one.
+    /// Closes the connection.
     pub(crate) fn close(&mut self) {
         self.stream = None;
         self.buffer.clear();
     }
 
-    /// One request. Gives who answered, which an echo does not say.
+    /// Sends a request and returns the server that answered. An echo does not name its server.
     pub(crate) async fn request(&mut self) -> Result<Arc<str>, String> {
         let request = Arc::clone(&self.request);
         self.write(&request).await?;
@@ -93,7 +94,7 @@ impl Client {
         Ok(Arc::clone(self.server.get_or_insert_with(|| Arc::from("unnamed"))))
     }
 
-    /// Fetches so many bytes by HTTP (`GET /bytes/…`), and tells of those that have come.
+    /// Fetches this number of bytes by HTTP (`GET /bytes/…`) and reports the received bytes to `moved`.
     pub(crate) async fn download(&mut self, bytes: usize, moved: impl FnMut(usize)) -> Result<Arc<str>, String> {
         let request = format!("GET /bytes/{bytes} HTTP/1.1\r\nhost: {}\r\n\r\n", self.target);
         self.write(request.as_bytes()).await?;
@@ -103,7 +104,7 @@ impl Client {
         Ok(server)
     }
 
-    /// Sends so many bytes by HTTP (`POST /sink`), and tells of those that were taken.
+    /// Sends this number of bytes by HTTP (`POST /sink`) and reports the sent bytes to `moved`.
     pub(crate) async fn upload(&mut self, bytes: usize, mut moved: impl FnMut(usize)) -> Result<Arc<str>, String> {
         let request = format!("POST /sink HTTP/1.1\r\nhost: {}\r\ncontent-length: {bytes}\r\n\r\n", self.target);
         self.write(request.as_bytes()).await?;
@@ -120,8 +121,8 @@ impl Client {
         self.answered(&head)
     }
 
-    /// So many bytes there and back at once, by a connection of their own, and whether the same ones came back. Tells of
-    /// those that have come.
+    /// Sends this number of bytes on a new connection, reads them back at the same time, and compares them. Reports the
+    /// received bytes to `moved`.
     pub(crate) async fn exchange(&mut self, bytes: usize, mut moved: impl FnMut(usize)) -> Result<Arc<str>, String> {
         let mut stream = connect(self.target, self.source).await.map_err(|error| format!("connect: {error}"))?;
         let (mut reader, mut writer) = stream.split();
@@ -142,7 +143,7 @@ impl Client {
                 if n == 0 {
                     break;
                 }
-                // Where in the pattern this piece begins; it may go on at its front.
+                // `at` is the position in the pattern. The pattern repeats.
                 let (mut piece, mut at) = (&buffer[..n], got % CHUNK);
                 while !piece.is_empty() {
                     let same = piece.len().min(CHUNK - at);
@@ -160,7 +161,7 @@ impl Client {
         Ok(Arc::from("transfer"))
     }
 
-    /// Whether the connection is still there, looked at without waiting.
+    /// Whether the connection is open. Does not wait.
     pub(crate) fn is_open(&self) -> bool {
         let mut byte = [0];
         self.stream.as_ref().is_some_and(|stream| match stream.try_read(&mut byte) {
@@ -189,7 +190,7 @@ impl Client {
         if same { Ok(()) } else { Err("other bytes came back".to_owned()) }
     }
 
-    /// Reads an answer's head.
+    /// Reads the head of an answer.
     async fn head(&mut self) -> Result<Head, String> {
         loop {
             let mut fields = [httparse::EMPTY_HEADER; 32];
@@ -217,7 +218,7 @@ impl Client {
         }
     }
 
-    /// Reads a body of this length and forgets it.
+    /// Reads a body of this length and discards it.
     async fn body(&mut self, length: usize, mut moved: impl FnMut(usize)) -> Result<(), String> {
         let mut left = length;
         loop {
@@ -244,7 +245,7 @@ impl Client {
     }
 }
 
-/// A connection from this address, or from where the system says.
+/// Connects from this address, or from an address that the system chooses.
 pub(crate) async fn connect(target: SocketAddr, source: Option<IpAddr>) -> std::io::Result<TcpStream> {
     let stream = match source {
         None => TcpStream::connect(target).await?,

@@ -1,6 +1,7 @@
-//! `loadtest compare`: balancers beside each other on the same work in the same run, in rounds, so that what disturbs one
-//! disturbs all.
+//! `loadtest compare` measures several balancers on the same work in the same run. They take turns in rounds, so a
+//! disturbance of the machine affects all of them.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -14,25 +15,25 @@ use crate::process::Tree;
 use crate::run::progress_bar;
 use crate::table::Table;
 
-/// How `loadtest compare` is called.
+/// Arguments of `loadtest compare`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Who is compared, of those that are found
+    /// Balancers to compare. Balancers that are not installed are left out
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kind::ALL)]
     pub only: Vec<Kind>,
-    /// Which work is done
+    /// Work to measure
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Work::ALL)]
     pub work: Vec<Work>,
-    /// Rounds: in each, every one does all of the work
+    /// Number of rounds. In each round every balancer does all of the work
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: u32,
-    /// Seconds of each piece of work
+    /// Duration of each piece of work in seconds
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub seconds: u64,
-    /// Idle connections by which memory is measured
+    /// Number of idle connections for the memory measurement
     #[arg(long, default_value_t = 4000, value_parser = clap::value_parser!(u32).range(100..=9000))]
     pub idle: u32,
-    /// Ringway's program, or several of them: ratios are of the first. Default: the one beside this one
+    /// Ringway programs. Ratios use the first one [default: the program in the directory of loadtest]
     #[arg(long, value_name = "FILE", value_delimiter = ',')]
     pub ringway: Vec<PathBuf>,
     #[command(flatten)]
@@ -41,7 +42,7 @@ pub struct Options {
     output: Output,
 }
 
-/// What the balancers do.
+/// The work that the balancers do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Work {
     /// Requests on 64 open connections
@@ -52,50 +53,105 @@ pub enum Work {
     Bulk,
     /// Downloads on 32 connections
     Streams,
-    /// Requests at half of the rate that the slowest could do, which takes `requests`
+    /// Requests at half the rate of the slowest balancer. Needs `requests`
     Latency,
-    /// Start-up, size and idle connections
+    /// Start-up time, program size and memory of idle connections
     Footprint,
 }
 
 impl Work {
-    /// All of it.
+    /// All kinds of work.
     pub const ALL: [Self; 6] =
         [Self::Requests, Self::Connections, Self::Bulk, Self::Streams, Self::Latency, Self::Footprint];
 }
 
 impl Options {
-    /// Rounds of this work.
+    /// The number of rounds of this work.
     fn rounds_of(&self, work: Work) -> usize {
         if self.work.contains(&work) { self.rounds as usize } else { 0 }
     }
 }
 
-/// What is measured.
-const MEASURES: [&str; 10] = [
-    "CPU us a request",
-    "CPU us a connection",
-    "CPU s a GB, 1 stream",
-    "CPU s a GB, 32 streams",
-    "p50 ms",
-    "p99 ms",
-    "requests a second",
-    "bytes an idle connection",
-    "program MB",
-    "start-up ms",
-];
+/// What the command measures. The order is the order of the rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Measure {
+    RequestCpu,
+    ConnectionCpu,
+    BulkCpu,
+    StreamsCpu,
+    P50,
+    P99,
+    RequestRate,
+    IdleMemory,
+    ProgramSize,
+    StartUp,
+}
 
-/// Of the measures, those in which less is better and a ratio says something.
-const COMPARED: [usize; 7] = [0, 1, 2, 3, 4, 5, 7];
+impl Measure {
+    const ALL: [Self; 10] = [
+        Self::RequestCpu,
+        Self::ConnectionCpu,
+        Self::BulkCpu,
+        Self::StreamsCpu,
+        Self::P50,
+        Self::P99,
+        Self::RequestRate,
+        Self::IdleMemory,
+        Self::ProgramSize,
+        Self::StartUp,
+    ];
 
-/// One balancer, or none.
+    /// The measures in which less is better and a ratio is meaningful.
+    const COMPARED: [Self; 7] = [
+        Self::RequestCpu,
+        Self::ConnectionCpu,
+        Self::BulkCpu,
+        Self::StreamsCpu,
+        Self::P50,
+        Self::P99,
+        Self::IdleMemory,
+    ];
+
+    /// The label in tables, plots and JSON.
+    fn label(self) -> &'static str {
+        match self {
+            Self::RequestCpu => "CPU us a request",
+            Self::ConnectionCpu => "CPU us a connection",
+            Self::BulkCpu => "CPU s a GB, 1 stream",
+            Self::StreamsCpu => "CPU s a GB, 32 streams",
+            Self::P50 => "p50 ms",
+            Self::P99 => "p99 ms",
+            Self::RequestRate => "requests a second",
+            Self::IdleMemory => "bytes an idle connection",
+            Self::ProgramSize => "program MB",
+            Self::StartUp => "start-up ms",
+        }
+    }
+}
+
+/// A balancer, or the direct connection that serves as the reference.
 struct Contestant {
     name: String,
+    /// `None` for the direct connection.
     kind: Option<Kind>,
     program: PathBuf,
     version: String,
-    /// By measure.
-    figures: Vec<Vec<f64>>,
+    figures: BTreeMap<Measure, Vec<f64>>,
+}
+
+impl Contestant {
+    fn record(&mut self, measure: Measure, figure: f64) {
+        self.figures.entry(measure).or_default().push(figure);
+    }
+
+    /// The figures of all rounds. Empty if the work was not done.
+    fn figures(&self, measure: Measure) -> &[f64] {
+        self.figures.get(&measure).map_or(&[], Vec::as_slice)
+    }
+
+    fn spread(&self, measure: Measure) -> Option<Spread> {
+        Spread::of(self.figures(measure))
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -103,7 +159,7 @@ struct Findings {
     machine: String,
     rounds: u32,
     seconds: u64,
-    /// In the work on latency.
+    /// The rate of the latency work.
     requests_offered_per_second: Option<f64>,
     balancers: Vec<Finding>,
 }
@@ -115,7 +171,7 @@ struct Finding {
     figures: Vec<(&'static str, Option<Spread>)>,
 }
 
-/// Runs it and prints what it came to.
+/// Runs the comparison and prints the results.
 ///
 /// # Errors
 /// When a balancer cannot be started or fails a request, or a report cannot be written.
@@ -123,7 +179,7 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
     let machine = machine();
     anyhow::ensure!(
         !options.work.contains(&Work::Latency) || options.work.contains(&Work::Requests),
-        "--work latency takes --work requests: it is at half of that rate"
+        "--work latency needs --work requests, which measures the rate"
     );
     let mut contestants = contestants(options)?;
     let bench = Bench::new(&options.places, 3, options.idle as usize).await?;
@@ -133,40 +189,40 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
     let running = start_all(&bench, &contestants).await?;
     let mut rate = f64::MAX;
     for round in 0..options.rounds as usize {
-        for (index, work, task) in [
-            (0, Work::Requests, Task::Requests),
-            (1, Work::Connections, Task::Connections),
-            (2, Work::Bulk, Task::Bulk(1)),
-            (3, Work::Streams, Task::Bulk(32)),
+        for (measure, work, task) in [
+            (Measure::RequestCpu, Work::Requests, Task::Requests),
+            (Measure::ConnectionCpu, Work::Connections, Task::Connections),
+            (Measure::BulkCpu, Work::Bulk, Task::Bulk(1)),
+            (Measure::StreamsCpu, Work::Streams, Task::Bulk(32)),
         ] {
             if !options.work.contains(&work) {
                 continue;
             }
             for turn in turns(round, contestants.len()) {
-                bar.set_message(format!("{}: {}", contestants[turn].name, MEASURES[index]));
+                bar.set_message(format!("{}: {}", contestants[turn].name, measure.label()));
                 let (target, tree) = place(&bench, running[turn].as_ref());
                 let cost = bench.measure(task, target, tree, duration).await?;
                 bar.inc(1);
                 if task == Task::Requests {
-                    contestants[turn].figures[6].push(cost.rate());
+                    contestants[turn].record(Measure::RequestRate, cost.rate());
                     rate = rate.min(cost.rate() / 2.0);
                 }
                 if tree.is_some() {
                     let figure = if matches!(task, Task::Bulk(_)) { cost.per_gigabyte() } else { cost.per_answer() };
-                    contestants[turn].figures[index].push(figure);
+                    contestants[turn].record(measure, figure);
                 }
             }
         }
     }
-    // At a rate that leaves the slowest half of its time.
+    // At this rate the slowest balancer is idle half of the time.
     for round in 0..options.rounds_of(Work::Latency) {
         for turn in turns(round, contestants.len()) {
             bar.set_message(format!("{}: latency", contestants[turn].name));
             let (target, tree) = place(&bench, running[turn].as_ref());
             let cost = bench.measure(Task::Rate(rate), target, tree, duration).await?;
             bar.inc(1);
-            contestants[turn].figures[4].push(cost.record.percentile(50.0));
-            contestants[turn].figures[5].push(cost.record.percentile(99.0));
+            contestants[turn].record(Measure::P50, cost.record.percentile(50.0));
+            contestants[turn].record(Measure::P99, cost.record.percentile(99.0));
         }
     }
     drop(running);
@@ -181,7 +237,7 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
     show(options, &contestants, machine, rate)
 }
 
-/// Who takes part: what is asked for and found, and none.
+/// The requested balancers that are installed, and the direct connection.
 fn contestants(options: &Options) -> anyhow::Result<Vec<Contestant>> {
     let mut contestants = Vec::new();
     for kind in &options.only {
@@ -190,7 +246,7 @@ fn contestants(options: &Options) -> anyhow::Result<Vec<Contestant>> {
             _ => kind.find().into_iter().collect(),
         };
         if programs.is_empty() {
-            eprintln!("without {}, which is not found; to have it: {}", kind.name(), kind.remedy());
+            eprintln!("{} is not installed and is left out; to install it: {}", kind.name(), kind.remedy());
         }
         for (index, program) in programs.into_iter().enumerate() {
             let name = if index == 0 { kind.name().to_owned() } else { format!("{} {}", kind.name(), index + 1) };
@@ -199,17 +255,17 @@ fn contestants(options: &Options) -> anyhow::Result<Vec<Contestant>> {
                 kind: Some(*kind),
                 version: kind.version(&program),
                 program,
-                figures: vec![Vec::new(); MEASURES.len()],
+                figures: BTreeMap::new(),
             });
         }
     }
-    anyhow::ensure!(!contestants.is_empty(), "there is nobody to compare");
+    anyhow::ensure!(!contestants.is_empty(), "no balancer to compare is installed");
     contestants.push(Contestant {
         name: "no balancer".to_owned(),
         kind: None,
         program: PathBuf::new(),
         version: String::new(),
-        figures: vec![Vec::new(); MEASURES.len()],
+        figures: BTreeMap::new(),
     });
     Ok(contestants)
 }
@@ -225,51 +281,44 @@ async fn start_all(bench: &Bench, contestants: &[Contestant]) -> anyhow::Result<
     Ok(running)
 }
 
-/// Another one begins in each round.
+/// The order of a round. Each round starts with another contestant.
 fn turns(round: usize, contestants: usize) -> impl Iterator<Item = usize> {
     (0..contestants).map(move |turn| (turn + round) % contestants)
 }
 
-/// Where the load goes, and whose CPU time counts.
+/// The target of the load, and the processes whose CPU time counts.
 fn place(bench: &Bench, balancer: Option<&Balancer>) -> (std::net::SocketAddr, Option<Tree>) {
     balancer.map_or((bench.servers[0], None), |balancer| (balancer.address, Some(balancer.tree())))
 }
 
-/// Start-up, size, and the memory of idle connections, of one that is started anew.
+/// Starts a new process and measures its start-up time, its size, and the memory of idle connections.
 async fn footprint(bench: &Bench, contestant: &mut Contestant, idle: usize) -> anyhow::Result<()> {
     let Some(kind) = contestant.kind else { return Ok(()) };
     let balancer = bench.start(kind, &contestant.program, idle).await?;
     let (size, start_up) = (std::fs::metadata(&contestant.program)?.len(), balancer.start_up);
-    // What the first connections cost once and for all is not theirs.
+    // The first connections cause one-time allocations, which do not count.
     let first = bench.idle(balancer.address, 100).await?;
     let before = balancer.tree().proportional();
     let open = bench.idle(balancer.address, idle).await?;
     let after = balancer.tree().proportional();
     drop((first, open));
-    // What is left to do for those that have gone must not delay the next one's start.
+    // The cleanup of the closed connections must not delay the start of the next balancer.
     drop(balancer);
     tokio::time::sleep(Duration::from_millis(500)).await;
-    let figures = [
-        (7, after.saturating_sub(before) as f64 / idle as f64),
-        (8, size as f64 / 1e6),
-        (9, start_up.as_secs_f64() * 1e3),
-    ];
-    for (index, figure) in figures {
-        contestant.figures[index].push(figure);
-    }
+    contestant.record(Measure::IdleMemory, after.saturating_sub(before) as f64 / idle as f64);
+    contestant.record(Measure::ProgramSize, size as f64 / 1e6);
+    contestant.record(Measure::StartUp, start_up.as_secs_f64() * 1e3);
     Ok(())
 }
 
 fn show(options: &Options, contestants: &[Contestant], machine: String, rate: Option<f64>) -> anyhow::Result<()> {
     let mut all = Table::new(std::iter::once("").chain(contestants.iter().map(|one| one.name.as_str())));
-    for (index, measure) in MEASURES.iter().enumerate() {
-        if contestants.iter().all(|one| one.figures[index].is_empty()) {
+    for measure in Measure::ALL {
+        if contestants.iter().all(|one| one.figures(measure).is_empty()) {
             continue;
         }
-        let cells = contestants
-            .iter()
-            .map(|one| Spread::of(&one.figures[index]).map_or("-".to_owned(), |spread| spread.text()));
-        all.row(std::iter::once((*measure).to_owned()).chain(cells));
+        let cells = contestants.iter().map(|one| one.spread(measure).map_or("-".to_owned(), |spread| spread.text()));
+        all.row(std::iter::once(measure.label().to_owned()).chain(cells));
     }
     all.row(std::iter::once("version").chain(contestants.iter().map(|one| one.version.as_str())));
     let mut tables = vec![all];
@@ -280,26 +329,23 @@ fn show(options: &Options, contestants: &[Contestant], machine: String, rate: Op
     if let (Some(ringway), false) = (ringway, peers.is_empty()) {
         let mut ratios =
             Table::new(std::iter::once("Ringway to".to_owned()).chain(peers.iter().map(|peer| peer.name.clone())));
-        for index in COMPARED.into_iter().filter(|index| !ringway.figures[*index].is_empty()) {
+        for measure in Measure::COMPARED.into_iter().filter(|measure| !ringway.figures(*measure).is_empty()) {
             let ratio = |peer: &&Contestant| {
-                let (one, other) = (Spread::of(&ringway.figures[index])?, Spread::of(&peer.figures[index])?);
+                let (one, other) = (ringway.spread(measure)?, peer.spread(measure)?);
                 Some(one.median / other.median)
             };
             let cells = peers.iter().map(|peer| ratio(peer).map_or("-".to_owned(), |ratio| format!("{ratio:.2}")));
-            ratios.row(std::iter::once(MEASURES[index].to_owned()).chain(cells));
+            ratios.row(std::iter::once(measure.label().to_owned()).chain(cells));
         }
         tables.push(ratios);
     }
-    for index in COMPARED {
+    for measure in Measure::COMPARED {
         let ranges: Vec<_> = contestants
             .iter()
-            .filter_map(|one| {
-                let Spread { min, median, max } = Spread::of(&one.figures[index])?;
-                Some(Range { name: one.name.clone(), figures: [min, median, max] })
-            })
+            .filter_map(|one| Some(Range { name: one.name.clone(), spread: one.spread(measure)? }))
             .collect();
-        // Of work that was not done there is no plot.
-        plots.extend(plot::ranges(MEASURES[index], 0.0, &ranges));
+        // Work that was not done has no plot.
+        plots.extend(plot::ranges(measure.label(), 0.0, &ranges));
     }
     let findings = Findings {
         machine,
@@ -311,9 +357,7 @@ fn show(options: &Options, contestants: &[Contestant], machine: String, rate: Op
             .map(|one| Finding {
                 name: one.name.clone(),
                 version: one.version.clone(),
-                figures: std::iter::zip(MEASURES, &one.figures)
-                    .map(|(measure, figures)| (measure, Spread::of(figures)))
-                    .collect(),
+                figures: Measure::ALL.into_iter().map(|measure| (measure.label(), one.spread(measure))).collect(),
             })
             .collect(),
     };

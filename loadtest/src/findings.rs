@@ -1,4 +1,4 @@
-//! Figures of measurements that were repeated, and how they are shown.
+//! The figures of repeated measurements, and their output.
 
 use std::path::{Path, PathBuf};
 
@@ -7,19 +7,19 @@ use serde::Serialize;
 
 use crate::table::{Table, page};
 
-/// A figure that was measured several times.
+/// A figure of a repeated measurement.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Spread {
-    /// The lowest.
+    /// The lowest figure.
     pub min: f64,
-    /// The middle one, or between the two in the middle.
+    /// The median.
     pub median: f64,
-    /// The highest.
+    /// The highest figure.
     pub max: f64,
 }
 
 impl Spread {
-    /// Of these figures; `None` of none.
+    /// Computes the spread of these figures. `None` if the list is empty.
     pub fn of(figures: &[f64]) -> Option<Self> {
         let mut sorted = figures.to_vec();
         sorted.sort_unstable_by(f64::total_cmp);
@@ -30,7 +30,7 @@ impl Spread {
         Some(Self { min, median, max })
     }
 
-    /// As `median (lowest to highest)`, with as many digits as the median needs.
+    /// Formats the spread as `median (lowest to highest)`. The median sets the number of digits.
     pub fn text(&self) -> String {
         let digits = match self.median.abs() {
             size if size >= 100.0 => 0,
@@ -42,7 +42,7 @@ impl Spread {
     }
 }
 
-/// Where results go.
+/// The output of results.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Output {
     /// Print the result as JSON
@@ -54,13 +54,13 @@ pub struct Output {
     /// Write a report with plots
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
-    /// Write the plots alone
+    /// Write only the plots
     #[arg(long, value_name = "FILE")]
     pub svg: Option<PathBuf>,
 }
 
 impl Output {
-    /// Shows what a measurement came to.
+    /// Prints the results and writes the requested files.
     ///
     /// # Errors
     /// When a file cannot be written.
@@ -92,7 +92,7 @@ fn write(path: &Path, text: &str) -> anyhow::Result<()> {
     std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// This machine in a line: processor, cores, kernel.
+/// Describes this machine in one line: processor, cores and kernel.
 pub fn machine() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
@@ -107,7 +107,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_spread_is_of_any_number_of_figures() {
+    fn a_spread_takes_any_number_of_figures() {
         assert_eq!(Spread::of(&[]), None);
         assert_eq!(Spread::of(&[3.0, 1.0, 2.0]), Some(Spread { min: 1.0, median: 2.0, max: 3.0 }));
         assert_eq!(Spread::of(&[4.0, 1.0, 2.0, 3.0]).unwrap().text(), "2.50 (1.00 to 4.00)");

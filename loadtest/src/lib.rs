@@ -1,13 +1,13 @@
-//! Load for a balancer, and honest figures of what became of it. The program and the tests share these functions.
+//! A load generator for balancers. The program and the tests share these functions.
 //!
 //! # Layout
 //!
-//! - [`load`]: the loads, each on a [`client`]; [`record`] and [`report`] take what becomes of them, in figures or one by one
-//! - [`run`]: one load on any target; [`soak`]: all kinds for long, with orders to the balancer in between
-//! - [`compare`]: balancers beside each other, as [`balancers`] starts them, on a [`bench`]; [`findings`] is what it came to
-//! - [`tune`]: settings of Ringway on that bench; [`scale`]: more servers
-//! - [`preflight`], [`process`]: what this machine can do, and what a process on it uses
-//! - [`plot`], [`table`]: how results look
+//! - [`load`]: the loads, each on a [`client`]; [`record`] collects figures, and [`report`] collects single outcomes
+//! - [`run`]: one load on any target; [`soak`]: a long mixed load, with commands to the balancer
+//! - [`compare`]: a comparison of the balancers that [`balancers`] starts on a [`bench`]; [`findings`]: its results
+//! - [`tune`]: settings of Ringway on the same bench; [`scale`]: more servers
+//! - [`preflight`], [`process`]: the limits of this machine, and the resources that a process uses
+//! - [`plot`], [`table`]: the presentation of results
 
 pub mod balancers;
 pub mod compare;
@@ -39,10 +39,10 @@ pub use self::client::Protocol;
 use self::load::{Load, Pace, Work};
 pub use self::report::Report;
 
-/// Opens `count` connections and gives them all, or the first error. Nothing is sent on them.
+/// Opens `count` connections and sends nothing on them. Returns all of them, or the first error.
 ///
 /// # Errors
-/// The system's, as from `connect`.
+/// The error of `connect`.
 pub async fn open(target: SocketAddr, count: usize) -> std::io::Result<Vec<TcpStream>> {
     let mut open = Vec::with_capacity(count);
     for _ in 0..count {
@@ -51,8 +51,8 @@ pub async fn open(target: SocketAddr, count: usize) -> std::io::Result<Vec<TcpSt
     Ok(open)
 }
 
-/// For `duration`, begins `rate` connections a second, each with one request (`GET /home`) and closed after it.
-/// A slow answer never slows the rate down.
+/// For `duration`, opens `rate` connections per second, sends one request (`GET /home`) on each, and closes it.
+/// A slow answer does not reduce the rate.
 pub async fn churn(target: SocketAddr, rate: u32, duration: Duration, timeout: Duration) -> Report {
     let load = Load {
         target,

@@ -1,8 +1,8 @@
-//! The loads: what clients do, and how fast.
+//! The loads: the work of the clients, and their pace.
 //!
-//! Closed loop: each client begins its next request when the last one has ended, so a slow answer slows the load down. Open
-//! loop: requests are due at a constant rate whatever becomes of those before, and each is timed from when it was due, so
-//! that waiting in the generator counts too (no coordinated omission; Tene, "How NOT to measure latency").
+//! In a closed loop each client starts a request when the previous one has ended, so a slow answer reduces the load. In an
+//! open loop requests are due at a constant rate. The time of a request starts when the request is due, so a wait in the
+//! generator counts too (no coordinated omission; Tene, "How NOT to measure latency").
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,93 +13,93 @@ use tokio::task::JoinSet;
 
 use crate::client::{Client, Protocol};
 
-/// Pause of a client after a failure, so that a dead target is not stormed.
+/// Pause of a client after a failure. It limits the load on a dead target.
 const AFTER_FAILURE: Duration = Duration::from_millis(10);
 
 /// Bytes of the transfers in a mixed load.
 const MIXED_TRANSFER: usize = 256 * 1024;
 
-/// What clients do.
+/// The work of the clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Work {
-    /// Request after request on open connections.
+    /// Consecutive requests on open connections.
     Requests,
-    /// Connect, one request, close.
+    /// A connection for each request.
     Connections,
-    /// Transfer after transfer of so many bytes.
+    /// Consecutive transfers of this number of bytes.
     Bulk(Direction, usize),
-    /// Open connections on which nothing is said.
+    /// Open connections without traffic.
     Idle,
-    /// Eight requests on an open connection, then one on a new one, then a transfer of 256 KiB both ways.
+    /// Eight requests on an open connection, one request on a new connection, and a transfer of 256 KiB both ways.
     Mixed,
 }
 
-/// Which way bytes go.
+/// The direction of a transfer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Direction {
     /// To the client
     Down,
     /// To the server
     Up,
-    /// An echo: to the server and back at once
+    /// An echo: to the server and back at the same time
     Both,
 }
 
-/// How fast.
+/// The pace of the clients.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Pace {
-    /// As fast as the answers come.
+    /// Each client sends its next request after the answer.
     Closed,
-    /// So many a second, timed from when they were due.
+    /// Requests per second. The time of a request starts when it is due.
     Open(f64),
 }
 
 /// A load.
 #[derive(Debug, Clone)]
 pub struct Load {
-    /// Where it goes.
+    /// The address of the target.
     pub target: SocketAddr,
-    /// Addresses that clients connect from, in 127.1.0.0/16; 0: the system chooses.
+    /// Number of addresses in 127.1.0.0/16 that clients connect from. With 0 the system chooses the address.
     pub sources: u16,
-    /// What clients do.
+    /// The work of the clients.
     pub work: Work,
-    /// What they speak.
+    /// The protocol of the clients.
     pub protocol: Protocol,
-    /// Clients at a time. An open loop of new connections has as many as it needs.
+    /// Number of concurrent clients. An open loop of new connections has no limit.
     pub connections: usize,
-    /// Where the load is shared with other generators: the number of its first client, and how many clients there are in all.
+    /// If several generators share the load: the number of the first client of this one, and the number of all clients.
     pub share: Option<(usize, usize)>,
-    /// How fast they go on.
+    /// The pace.
     pub pace: Pace,
-    /// For how long.
+    /// The duration.
     pub duration: Duration,
-    /// After this long an answer counts as missing.
+    /// After this time an answer counts as missing.
     pub timeout: Duration,
     /// Whether an open loop holds its times to microseconds, which costs the generator's core; otherwise to a millisecond.
     pub precise: bool,
 }
 
-/// What became of one request, connection or transfer.
+/// The outcome of one request, connection or transfer.
 #[derive(Debug, Clone)]
 pub struct Outcome {
-    /// When it began, or was due, since the load's start.
+    /// When it started, or was due, since the start of the load.
     pub start: Duration,
-    /// How long it took from then.
+    /// The time from then to its end.
     pub took: Duration,
-    /// Who answered, or what went wrong.
+    /// The server that answered, or the failure.
     pub server: Result<Arc<str>, String>,
 }
 
-/// Takes what becomes of a load.
+/// Collects the outcomes of a load.
 pub trait Collect: Default + Send + 'static {
-    /// One more outcome.
+    /// Adds an outcome.
     fn add(&mut self, outcome: Outcome);
 
-    /// Bytes of a transfer have come, or were taken.
+    /// Counts bytes that a transfer has received or sent.
     fn moved(&mut self, at: Duration, bytes: usize);
 }
 
-/// Puts the load on its target; what becomes of it goes to the collector as it happens.
+/// Puts the load on its target. The collector gets each outcome immediately.
 pub async fn run<C: Collect>(load: &Load, collector: &Arc<Mutex<C>>) {
     let (load, run) = (Arc::new(load.clone()), Run { began: Instant::now(), collector: Arc::clone(collector) });
     match (load.work, load.pace) {
@@ -116,7 +116,7 @@ pub async fn run<C: Collect>(load: &Load, collector: &Arc<Mutex<C>>) {
     }
 }
 
-/// What the clients of a run share.
+/// The state that the clients of a run share.
 struct Run<C> {
     began: Instant,
     collector: Arc<Mutex<C>>,
@@ -133,7 +133,7 @@ impl<C: Collect> Run<C> {
         self.collector.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Times what is done from `due` on.
+    /// Runs `done` and records its time since `due`.
     async fn timed(
         &self,
         due: Duration,
@@ -147,7 +147,7 @@ impl<C: Collect> Run<C> {
     }
 }
 
-/// One of the clients: does its work until the time is up.
+/// Runs one client until the time is up.
 async fn client<C: Collect>(number: usize, load: Arc<Load>, run: Run<C>) {
     let mut client = Client::new(load.target, source(&load, number), load.protocol);
     let mut schedule = Schedule::of(number, &load);
@@ -155,7 +155,7 @@ async fn client<C: Collect>(number: usize, load: Arc<Load>, run: Run<C>) {
     loop {
         let Some(due) = schedule.next(&run.began).await.filter(|due| *due < load.duration) else { return };
         round += 1;
-        // A target that answers nothing must not keep the load going until all that was due has been tried.
+        // Without an answer from the target, the load ends here and counts the remaining requests as failed.
         if run.began.elapsed() > load.duration + load.timeout {
             let server = Err("not begun in time".to_owned());
             run.collector().add(Outcome { start: due, took: run.began.elapsed().saturating_sub(due), server });
@@ -170,7 +170,7 @@ async fn client<C: Collect>(number: usize, load: Arc<Load>, run: Run<C>) {
                 is_answer
             }
             Work::Bulk(direction, bytes) => {
-                // A transfer that is under way when the time is up counts by its bytes alone.
+                // Of a transfer that is unfinished when the time is up, only the bytes count.
                 let left = load.duration.saturating_sub(run.began.elapsed());
                 let moved = AtomicBool::new(false);
                 let whole = load.timeout.max(load.duration);
@@ -224,10 +224,10 @@ async fn transfer<C: Collect>(
     }
 }
 
-/// New connections at a constant rate, however long the ones before take.
+/// Opens connections at a constant rate. A slow connection does not delay the next one.
 async fn connections_at<C: Collect>(load: &Arc<Load>, rate: f64, run: &Run<C>) {
     let (first, of) = load.share.unwrap_or((0, load.connections));
-    // This one's part of the rate, begun where its part of the clients begins.
+    // The rate of this generator is in proportion to its clients, and its schedule starts at its first client.
     let part = if of == 0 { 1.0 } else { load.connections as f64 / of as f64 };
     let mut schedule = Schedule {
         next: Duration::from_secs_f64(first as f64 / of.max(1) as f64 / rate),
@@ -242,13 +242,13 @@ async fn connections_at<C: Collect>(load: &Arc<Load>, rate: f64, run: &Run<C>) {
         number += 1;
         open.spawn(async move { run.timed(due, load.timeout, client.request()).await });
         while open.try_join_next().is_some() {}
-        // Also where it is behind: those that are open have to go on.
+        // The open connections need CPU time even if the schedule is late.
         tokio::task::yield_now().await;
     }
     open.join_all().await;
 }
 
-/// Opens connections, waits, and looks which are still there. An outcome for each: the time is that of its connect.
+/// Opens connections, waits, and checks which are still open. The time of an outcome is the time of the connect.
 async fn idle<C: Collect>(load: &Load, run: &Run<C>) {
     let mut clients = Vec::with_capacity(load.connections);
     for number in 0..load.connections {
@@ -269,17 +269,17 @@ async fn idle<C: Collect>(load: &Load, run: &Run<C>) {
     }
 }
 
-/// When a client's requests are due.
+/// The schedule of a client's requests.
 struct Schedule {
-    /// The next one, since the load's start. Not used in a closed loop.
+    /// When the next request is due, since the start of the load. A closed loop does not use it.
     next: Duration,
-    /// Between two; zero: a closed loop.
+    /// The time between two requests. Zero means a closed loop.
     step: Duration,
     load: Arc<Load>,
 }
 
 impl Schedule {
-    /// The clients take turns, those of other generators among them: their first requests are spread over one step.
+    /// The first requests of all clients, including those of other generators, are spread over one step.
     fn of(number: usize, load: &Arc<Load>) -> Self {
         let (next, step) = match load.pace {
             Pace::Closed => (Duration::ZERO, Duration::ZERO),
@@ -292,7 +292,7 @@ impl Schedule {
         Self { next, step, load: Arc::clone(load) }
     }
 
-    /// Waits for the next, and gives when it was due: in a closed loop now.
+    /// Waits until the next request is due and returns that time. In a closed loop it is due now.
     async fn next(&mut self, began: &Instant) -> Option<Duration> {
         if self.step.is_zero() {
             return Some(began.elapsed());
@@ -306,7 +306,7 @@ impl Schedule {
     }
 }
 
-/// Waits until then. The runtime's timers are up to two milliseconds late, which is more than a good answer takes.
+/// Waits until `at`. The runtime's timers are up to two milliseconds late, which is longer than a fast answer.
 async fn until(at: Instant, precise: bool) {
     const GRAIN: Duration = Duration::from_millis(2);
     if !precise {
@@ -321,13 +321,13 @@ async fn until(at: Instant, precise: bool) {
     }
 }
 
-/// The address that a client connects from.
+/// The source address of a client.
 fn source(load: &Load, number: usize) -> Option<IpAddr> {
     let number = u16::try_from(number % usize::from(load.sources.max(1))).unwrap_or(0);
     (load.sources > 0).then_some(loopback(number))
 }
 
-/// One of the addresses 127.1.0.0/16.
+/// An address in 127.1.0.0/16.
 pub(crate) fn loopback(number: u16) -> IpAddr {
     let [high, low] = number.to_be_bytes();
     IpAddr::V4(Ipv4Addr::new(127, 1, high, low))
@@ -364,7 +364,7 @@ mod tests {
         std::mem::take(&mut *report.lock().unwrap())
     }
 
-    /// A server that does this with each connection.
+    /// Starts a server that runs `serve` for each connection.
     async fn server<F>(serve: impl Fn(TcpStream) -> F + Send + Sync + 'static) -> SocketAddr
     where
         F: Future<Output = ()> + Send + 'static,
@@ -380,7 +380,7 @@ mod tests {
         address
     }
 
-    /// Echoes, and is silent for half a second after its tenth answer.
+    /// Echoes, but stalls for half a second after the tenth answer.
     async fn stalls(mut stream: TcpStream) {
         let mut buffer = [0; 128];
         for number in 0.. {
@@ -395,21 +395,21 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn in_an_open_loop_the_wait_for_a_stalled_server_counts_for_every_request_that_was_due() {
+    async fn an_open_loop_counts_the_stall_for_every_request_that_was_due() {
         let slow = |report: &Report| {
             report.outcomes.iter().filter(|outcome| outcome.took > Duration::from_millis(100)).count()
         };
         let closed = report(&load(server(stalls).await, Work::Requests)).await;
-        assert!((1..10).contains(&slow(&closed)), "the loop was stalled too: {}", slow(&closed));
+        assert!((1..10).contains(&slow(&closed)), "the closed loop stalls too: {}", slow(&closed));
         let open = Load { pace: Pace::Open(100.0), ..load(server(stalls).await, Work::Requests) };
         let open = report(&open).await;
-        // Those due in the first 400 ms of the stall.
+        // These requests were due in the first 400 ms of the stall.
         assert!(slow(&open) >= 30, "{} of {}", slow(&open), open.outcomes.len());
-        assert_eq!(open.outcomes.len(), 100, "and none is left out");
+        assert_eq!(open.outcomes.len(), 100, "every request that was due has an outcome");
     }
 
     #[tokio::test]
-    async fn clients_come_from_as_many_addresses_as_are_asked_for() {
+    async fn clients_connect_from_the_requested_number_of_addresses() {
         let seen = Arc::new(Mutex::new(HashSet::new()));
         let sink = Arc::clone(&seen);
         let target = server(move |stream| {
@@ -424,11 +424,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_request_that_is_given_up_while_it_is_sent_leaves_a_client_whole() {
+    async fn a_client_works_after_a_request_that_was_dropped() {
         let target = server(stalls).await;
         let mut client = Client::new(target, None, Protocol::Echo);
         {
-            // Dropped at its first wait, which is that for the connection.
+            // The request is dropped at its first wait, which is the wait for the connection.
             let mut request = std::pin::pin!(client.request());
             let polled = std::future::poll_fn(|cx| std::task::Poll::Ready(request.as_mut().poll(cx))).await;
             assert!(polled.is_pending());
@@ -438,7 +438,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_a_silent_target_was_due_is_counted_and_not_waited_for() {
+    async fn requests_to_a_silent_target_count_as_failed_without_a_wait_for_each() {
         let silent = server(|stream| async move {
             tokio::time::sleep(Duration::from_secs(60)).await;
             drop(stream);
@@ -452,7 +452,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn generators_that_share_a_load_have_clients_of_their_own() {
+    async fn generators_that_share_a_load_have_different_clients() {
         let load = Arc::new(Load {
             connections: 2,
             pace: Pace::Open(10.0),
@@ -465,7 +465,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_goes_wrong_is_counted_under_its_cause() {
+    async fn failures_are_counted_by_cause() {
         let silent = server(|stream| async move {
             tokio::time::sleep(Duration::from_secs(60)).await;
             drop(stream);
@@ -489,6 +489,6 @@ mod tests {
         let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let failures = report(&load(nobody, Work::Connections)).await.failures();
         assert!(failures.keys().all(|failure| failure.starts_with("connect: Connection refused")), "{failures:?}");
-        assert!(failures.values().sum::<usize>() < 200, "it storms a dead target");
+        assert!(failures.values().sum::<usize>() < 200, "the clients do not pause after a failure");
     }
 }

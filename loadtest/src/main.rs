@@ -1,4 +1,4 @@
-//! `loadtest`: puts load on a balancer and says what became of it.
+//! `loadtest` puts load on a balancer and reports the results.
 
 use std::process::ExitCode;
 
@@ -14,15 +14,15 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// One load on whatever listens at the target
+    /// Put one load on a target
     Run(run::Options),
-    /// Balancers beside each other on the same work
+    /// Compare several balancers on the same work
     Compare(compare::Options),
-    /// What a setting of Ringway changes
+    /// Measure the effect of single settings of Ringway
     Tune(tune::Options),
-    /// What more servers bring
+    /// Measure the throughput with more and more servers
     Scale(scale::Options),
-    /// Requests, transfers and broken connections for long, with reloads, upgrades and kills: does anything grow?
+    /// Run a long mixed load with reloads, upgrades and kills, and measure whether memory or descriptors grow
     Soak(soak::Options),
 }
 
@@ -37,7 +37,7 @@ async fn main() -> ExitCode {
             Command::Soak(options) => soak::soak(&options).await,
         }
     };
-    // What is dropped on the way out ends the balancers that were started.
+    // After a signal the future is dropped, which ends the balancers that it has started.
     let done = tokio::select! {
         done = work => done,
         stopped = stopped() => stopped,

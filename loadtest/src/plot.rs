@@ -1,7 +1,9 @@
-//! Plots as SVG text: lines over a common axis, bars, and ranges.
+//! Plots as SVG text: lines on a common axis, bars, and ranges.
 
 use plotters::coord::Shift;
 use plotters::prelude::*;
+
+use crate::findings::Spread;
 
 /// Width of a plot in pixels.
 const WIDTH: u32 = 900;
@@ -15,7 +17,7 @@ const RANGE: u32 = 26;
 /// Width of the names of ranges in pixels.
 const NAMES: i32 = 260;
 
-/// Colours that differ in brightness too, so that they do without colour.
+/// The colours differ in brightness too, so a print in black and white stays readable.
 const COLOURS: [RGBColor; 6] = [
     RGBColor(31, 95, 168),
     RGBColor(217, 106, 27),
@@ -30,29 +32,29 @@ type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 /// A line.
 #[derive(Debug, Clone)]
 pub struct Line {
-    /// What it is.
+    /// The name in the legend.
     pub name: String,
-    /// From left to right.
+    /// The points from left to right.
     pub points: Vec<(f64, f64)>,
 }
 
 impl Line {
-    /// A line through these points.
+    /// Creates a line through these points.
     pub fn new(name: impl Into<String>, points: impl IntoIterator<Item = (f64, f64)>) -> Self {
         Self { name: name.into(), points: points.into_iter().collect() }
     }
 }
 
-/// One measured figure with its spread.
+/// A measured figure with its spread.
 #[derive(Debug, Clone)]
 pub struct Range {
-    /// What was measured.
+    /// The name beside the range.
     pub name: String,
-    /// The lowest, the median and the highest.
-    pub figures: [f64; 3],
+    /// The lowest figure, the median and the highest figure.
+    pub spread: Spread,
 }
 
-/// Lines, each with its name.
+/// Draws lines on a common axis, with a legend for several lines.
 ///
 /// # Errors
 /// When there is nothing to draw.
@@ -61,7 +63,7 @@ pub fn lines(title: &str, x: &str, lines: &[Line]) -> anyhow::Result<String> {
     let right = points().map(|point| point.0).fold(0.0, f64::max);
     anyhow::ensure!(right > 0.0, "{title}: there is nothing to draw");
     let left = points().map(|point| point.0).fold(right, f64::min);
-    // Names stand above what they name.
+    // The legend stands above the lines.
     let room = if lines.len() > 1 { 1.4 } else { 1.12 };
     let top = points().map(|point| point.1).fold(0.0, f64::max).max(1e-9) * room;
     draw(HEIGHT, |area| {
@@ -98,10 +100,10 @@ pub fn lines(title: &str, x: &str, lines: &[Line]) -> anyhow::Result<String> {
     })
 }
 
-/// A bar for each, with its name below and its figure above.
+/// Draws a bar for each figure, with its name below and its value above.
 ///
 /// # Errors
-/// When there is none.
+/// When the list is empty.
 pub fn bars(title: &str, bars: &[(String, f64)]) -> anyhow::Result<String> {
     anyhow::ensure!(!bars.is_empty(), "{title}: there is nothing to draw");
     let top = bars.iter().map(|bar| bar.1).fold(0.0, f64::max).max(1e-9);
@@ -121,13 +123,13 @@ pub fn bars(title: &str, bars: &[(String, f64)]) -> anyhow::Result<String> {
     })
 }
 
-/// Ranges from lowest to highest with a mark at the median, one below the other, and a line at `reference`.
+/// Draws each range from its minimum to its maximum with a mark at the median, and a vertical line at `reference`.
 ///
 /// # Errors
-/// When there is none.
+/// When the list is empty.
 pub fn ranges(title: &str, reference: f64, ranges: &[Range]) -> anyhow::Result<String> {
     anyhow::ensure!(!ranges.is_empty(), "{title}: there is nothing to draw");
-    let highest = ranges.iter().map(|range| range.figures[2]).fold(reference, f64::max) * 1.05;
+    let highest = ranges.iter().map(|range| range.spread.max).fold(reference, f64::max) * 1.05;
     let height = RANGE * (u32::try_from(ranges.len())? + 2);
     draw(height, |area| {
         let area = area.titled(title, ("sans-serif", 15))?;
@@ -136,22 +138,22 @@ pub fn ranges(title: &str, reference: f64, ranges: &[Range]) -> anyhow::Result<S
         area.draw(&PathElement::new([(at(reference), 0), (at(reference), bottom)], BLACK.mix(0.3)))?;
         for (index, range) in ranges.iter().enumerate() {
             let y = to_pixels(f64::from(RANGE) * (index as f64 + 0.5));
-            let [low, median, high] = range.figures;
+            let Spread { min, median, max } = range.spread;
             area.draw(&Text::new(range.name.clone(), (8, y - 7), ("sans-serif", 13)))?;
-            area.draw(&PathElement::new([(at(low), y), (at(high), y)], COLOURS[0].stroke_width(2)))?;
+            area.draw(&PathElement::new([(at(min), y), (at(max), y)], COLOURS[0].stroke_width(2)))?;
             area.draw(&Circle::new((at(median), y), 4, COLOURS[0].filled()))?;
-            area.draw(&Text::new(figure(median), (at(high) + 8, y - 7), ("sans-serif", 12)))?;
+            area.draw(&Text::new(figure(median), (at(max) + 8, y - 7), ("sans-serif", 12)))?;
         }
         Ok(())
     })
 }
 
-/// One plot below the other in one SVG.
+/// Puts several plots below each other in one SVG.
 pub fn stacked(plots: &[String]) -> String {
     let mut all = String::new();
     let mut top = 0;
     for plot in plots {
-        // Each begins with its size, which becomes its place.
+        // Each plot starts with its size, which sets its position.
         let height: u32 = attribute(plot, "height").unwrap_or(HEIGHT);
         all.push_str(&plot.replacen("<svg ", &format!("<svg y=\"{top}\" "), 1));
         top += height;
@@ -180,7 +182,7 @@ fn to_pixels(value: f64) -> i32 {
     value as i32
 }
 
-/// A figure with three digits that count.
+/// Formats a figure with three significant digits.
 pub(crate) fn figure(value: f64) -> String {
     let size = value.abs();
     match size {
@@ -200,11 +202,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn plots_hold_their_names_and_refuse_to_be_empty() {
+    fn plots_contain_their_names_and_reject_empty_input() {
         let line = Line::new("fast", [(0.0, 1.0), (1.0, 2.0)]);
         let one = lines("speed", "seconds", &[line.clone(), Line::new("slow", [(0.0, 0.5), (1.0, 0.4)])]).unwrap();
         let two = bars("answers", &[("echo-1".to_owned(), 12.0)]).unwrap();
-        let three = ranges("ratio", 1.0, &[Range { name: "off".to_owned(), figures: [0.9, 1.1, 1.4] }]).unwrap();
+        let spread = Spread { min: 0.9, median: 1.1, max: 1.4 };
+        let three = ranges("ratio", 1.0, &[Range { name: "off".to_owned(), spread }]).unwrap();
         let all = stacked(&[one, two, three]);
         for word in ["speed", "fast", "slow", "echo-1", "ratio", "off", "1.10"] {
             assert!(all.contains(word), "{word}");
@@ -214,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn figures_have_three_digits() {
+    fn figures_have_three_significant_digits() {
         let figures = [0.0, 0.1234, 1.234, 12.34, 123.4, 12_345.0, 1.5e7, 2.5e10].map(figure);
         assert_eq!(figures, ["0", "0.123", "1.23", "12.3", "123", "12.3 k", "15.00 M", "25.00 G"]);
     }

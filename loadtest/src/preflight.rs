@@ -1,4 +1,4 @@
-//! What is checked before a load begins, so that it measures its target and not the limits of this machine.
+//! Checks before a load starts. A load that passes them does not measure the limits of this machine.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -8,29 +8,29 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 
 use crate::load::{Load, Pace, Work};
 
-/// Descriptors beside those of the connections.
+/// Descriptors for other purposes than connections.
 const RESERVE: u64 = 64;
 
-/// How long a port rests after its connection (`TIME_WAIT`).
+/// How long a port stays in use after its connection (`TIME_WAIT`).
 const REST: Duration = Duration::from_secs(60);
 
-/// Longest run.
+/// The longest duration of a run.
 const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
 
-/// Whether the load can be put on its target from here, as far as that is known beforehand.
+/// Checks whether this machine can put the load on its target.
 ///
 /// # Errors
-/// When it cannot, with the remedy.
+/// When it cannot. The error says what to change.
 pub async fn check(load: &Load, allow_remote: bool) -> anyhow::Result<()> {
     let target = load.target;
     if !target.ip().to_canonical().is_loopback() && !allow_remote {
-        bail!("{target} is not this machine: --allow-remote, if it is yours to put load on");
+        bail!("{target} is not this machine: add --allow-remote if you may put load on it");
     }
     if load.sources > 0 && !(target.is_ipv4() && target.ip().is_loopback()) {
-        bail!("--sources are addresses of 127.0.0.0/8, and {target} is not in it: leave it out");
+        bail!("--sources uses addresses in 127.0.0.0/8, and {target} is not in it: leave it out");
     }
     if load.duration > LONGEST {
-        bail!("--seconds: a run takes a week at most");
+        bail!("--seconds: a run lasts a week at most");
     }
     open_files(load.connections as u64)?;
     ports(load)?;
@@ -38,10 +38,10 @@ pub async fn check(load: &Load, allow_remote: bool) -> anyhow::Result<()> {
     reachable(target, load.timeout).await
 }
 
-/// Room for so many connections, from the hard limit where the soft one does not do.
+/// Raises the limit on open files to the hard limit, and checks whether it suffices for these connections.
 ///
 /// # Errors
-/// When there is none.
+/// When the hard limit is too low.
 pub fn open_files(connections: u64) -> anyhow::Result<()> {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
@@ -49,7 +49,7 @@ pub fn open_files(connections: u64) -> anyhow::Result<()> {
     let most = limit.maximum.unwrap_or(u64::MAX);
     if connections + RESERVE > most {
         bail!(
-            "{connections} connections take {} open files and the limit is {most}: ulimit -n {}, or fewer --connections",
+            "{connections} connections need {} open files and the limit is {most}: run ulimit -n {}, or use fewer --connections",
             connections + RESERVE,
             connections + RESERVE
         );
@@ -57,7 +57,7 @@ pub fn open_files(connections: u64) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Whether there are ephemeral ports for the connections, those included that rest after their end.
+/// Checks whether the ephemeral ports suffice for the open connections and for those in `TIME_WAIT`.
 fn ports(load: &Load) -> anyhow::Result<()> {
     const RANGE: &str = "/proc/sys/net/ipv4/ip_local_port_range";
     let text = std::fs::read_to_string(RANGE).unwrap_or_default();
@@ -68,25 +68,25 @@ fn ports(load: &Load) -> anyhow::Result<()> {
         (Work::Connections, Pace::Open(rate)) => Duration::from_secs_f64(1.0 / rate),
         _ => Duration::MAX,
     };
-    // On loopback Linux takes a resting port again after a second (tcp_tw_reuse 2, its default), but not for a socket that
-    // is bound to its address.
+    // On loopback, Linux reuses a port in TIME_WAIT after a second (tcp_tw_reuse 2, the default), but not for a socket that
+    // is bound to an address.
     let rest = if load.target.ip().is_loopback() && load.sources == 0 { Duration::from_secs(1) } else { REST };
     let resting = load.duration.min(rest).as_nanos() / step.as_nanos().max(1);
     let needed = load.connections as u64 + u64::try_from(resting).unwrap_or(u64::MAX);
     if needed > there_are {
         bail!(
-            "this takes {needed} ephemeral ports and there are {there_are}: --sources {} (loopback only), or a wider {RANGE}",
+            "the load needs {needed} ephemeral ports and this machine has {there_are}: use --sources {} (loopback only), or widen {RANGE}",
             needed / (last - first + 1) + 1
         );
     }
     Ok(())
 }
 
-/// Whether the kernel's firewall has room to track connections, where it tracks them (Docker's rules make it do so). It
-/// remembers each for two minutes after its end, and drops packets of new ones when it is full.
+/// Checks whether the kernel's connection tracking has room. Docker's firewall rules switch the tracking on. The kernel
+/// keeps each connection for two minutes after its end, and drops the packets of new connections when the table is full.
 ///
 /// # Errors
-/// When it is nearly full.
+/// When the table is nearly full.
 pub fn tracking() -> anyhow::Result<()> {
     let figure = |name: &str| -> Option<u64> {
         std::fs::read_to_string(format!("/proc/sys/net/netfilter/nf_conntrack_{name}")).ok()?.trim().parse().ok()
@@ -95,7 +95,7 @@ pub fn tracking() -> anyhow::Result<()> {
         && count > most / 10 * 8
     {
         bail!(
-            "the firewall tracks {count} connections and {most} at most; past that it drops packets: wait two minutes, or \
+            "the kernel tracks {count} connections and drops packets above {most}: wait two minutes, or run \
              sysctl -w net.netfilter.nf_conntrack_max={}",
             most * 8
         );

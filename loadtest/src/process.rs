@@ -1,14 +1,14 @@
-//! What a process and its children use, from `/proc`.
+//! The resources that a process and its children use, from `/proc`.
 
 use std::fs::read_to_string;
 use std::time::Duration;
 
-/// A process with all its descendants, as they are when it is asked.
+/// A process with all its current descendants.
 #[derive(Debug, Clone, Copy)]
 pub struct Tree(pub u32);
 
 impl Tree {
-    /// Its processes; none where there is no such process.
+    /// The process ids. Empty if the process does not exist.
     pub fn processes(self) -> Vec<u32> {
         let parents: Vec<(u32, u32)> = std::fs::read_dir("/proc")
             .into_iter()
@@ -26,7 +26,7 @@ impl Tree {
         tree
     }
 
-    /// CPU time that its processes have used, in user space and in the kernel, to 10 ms.
+    /// CPU time of the processes in user space and in the kernel, with a resolution of 10 ms.
     pub fn cpu(self) -> Duration {
         let ticks = |pid| {
             let stat = stat(pid)?;
@@ -46,7 +46,7 @@ impl Tree {
         Some(kilobytes(pid, "status", "VmRSS:")? as f64 * 1024.0)
     }
 
-    /// Its share of memory in bytes: pages that it shares with others count in part.
+    /// Proportional memory in bytes: a shared page counts in part.
     pub fn proportional(self) -> u64 {
         self.sum("smaps_rollup", "Pss:")
     }
@@ -61,7 +61,7 @@ fn kilobytes(pid: u32, file: &str, line: &str) -> Option<u64> {
     text.lines().find_map(|found| found.strip_prefix(line))?.split_whitespace().next()?.parse().ok()
 }
 
-/// The fields of `/proc/PID/stat` behind the name, which may itself hold spaces and brackets: state, parent, …
+/// The fields of `/proc/PID/stat` after the name: state, parent, … The name may contain spaces and brackets.
 fn stat(pid: u32) -> Option<Vec<String>> {
     let stat = read_to_string(format!("/proc/{pid}/stat")).ok()?;
     Some(stat.rsplit_once(')')?.1.split_whitespace().map(str::to_owned).collect())
@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_and_its_children_are_found_and_use_something() {
+    fn a_tree_has_the_process_and_its_children_with_their_usage() {
         let me = Tree(std::process::id());
         let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
         let found = me.processes();

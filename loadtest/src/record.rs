@@ -1,4 +1,4 @@
-//! What became of a load, in figures of bounded size.
+//! The outcomes of a load as figures of bounded size.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -9,54 +9,54 @@ use serde::Serialize;
 
 use crate::load::{Collect, Outcome};
 
-/// Figures of a load, as they come in.
+/// The figures of a load.
 #[derive(Debug)]
 pub struct Record {
-    /// Times of all answers, in nanoseconds, to three digits.
+    /// The times of all answers in nanoseconds, with three digits.
     pub latency: Histogram<u64>,
-    /// What happened in each second of the run.
+    /// The figures of each second of the run.
     pub seconds: Vec<Second>,
-    /// Answers by who gave them.
+    /// The number of answers by server.
     pub servers: BTreeMap<Arc<str>, u64>,
-    /// Failures by what was wrong.
+    /// The number of failures by cause.
     pub failures: BTreeMap<String, u64>,
 }
 
-/// What happened in one second.
+/// The figures of one second.
 #[derive(Debug)]
 pub struct Second {
-    /// Times of the answers that came in it, in nanoseconds, to two digits.
+    /// The times of the answers of this second in nanoseconds, with two digits.
     pub latency: Histogram<u64>,
-    /// Requests that ended in it without an answer.
+    /// Requests that failed in this second.
     pub failed: u64,
-    /// Bytes that transfers moved.
+    /// Bytes of transfers.
     pub bytes: u64,
 }
 
-/// A record in a few figures.
+/// The summary of a record.
 #[derive(Debug, Clone, Serialize)]
 pub struct Summary {
-    /// Length of the run in seconds.
+    /// Duration of the run in seconds.
     pub seconds: f64,
-    /// Requests, connections or transfers that were begun.
+    /// Requests, connections or transfers.
     pub requests: u64,
-    /// Those that failed.
+    /// Failed requests, connections or transfers.
     pub failed: u64,
-    /// Answers a second.
+    /// Answers per second.
     pub per_second: f64,
-    /// Bytes that transfers moved, a second.
+    /// Bytes of transfers per second.
     pub bytes_per_second: f64,
-    /// Times of the answers.
+    /// The times of the answers.
     pub milliseconds: Milliseconds,
-    /// Answers by who gave them.
+    /// The number of answers by server.
     pub servers: BTreeMap<Arc<str>, u64>,
-    /// Failures by what was wrong.
+    /// The number of failures by cause.
     pub failures: BTreeMap<String, u64>,
 }
 
 /// Percentiles in milliseconds.
 #[derive(Debug, Clone, Copy, Serialize)]
-#[expect(missing_docs, reason = "the names say it")]
+#[expect(missing_docs, reason = "the names describe the fields")]
 pub struct Milliseconds {
     pub mean: f64,
     pub p50: f64,
@@ -72,7 +72,7 @@ impl Default for Record {
     }
 }
 
-/// A histogram of times that grows as it needs to.
+/// Creates a histogram of times that grows on demand.
 fn histogram(digits: u8) -> Histogram<u64> {
     let mut histogram =
         Histogram::new_with_bounds(1, 1_000_000_000, digits).unwrap_or_else(|_| unreachable!("these are valid bounds"));
@@ -80,7 +80,7 @@ fn histogram(digits: u8) -> Histogram<u64> {
     histogram
 }
 
-/// Histograms that grow take any time.
+/// Records a time. A histogram that grows accepts every time.
 fn record(histogram: &mut Histogram<u64>, time: Duration) {
     let _ = histogram.record(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX).max(1));
 }
@@ -94,27 +94,27 @@ impl Record {
         &mut self.seconds[index]
     }
 
-    /// Requests that were answered.
+    /// The number of answers.
     pub fn answered(&self) -> u64 {
         self.latency.len()
     }
 
-    /// Requests that were not.
+    /// The number of failures.
     pub fn failed(&self) -> u64 {
         self.failures.values().sum()
     }
 
-    /// Bytes that transfers moved.
+    /// Bytes of transfers.
     pub fn bytes(&self) -> u64 {
         self.seconds.iter().map(|second| second.bytes).sum()
     }
 
-    /// A time that so many percent of the answers were not longer than, in milliseconds.
+    /// A percentile of the times in milliseconds.
     pub fn percentile(&self, percent: f64) -> f64 {
         self.latency.value_at_quantile(percent / 100.0) as f64 / 1e6
     }
 
-    /// Takes in what another generator has recorded at the same time.
+    /// Adds the record of another generator of the same load.
     pub fn merge(&mut self, other: Self) {
         add(&mut self.latency, &other.latency);
         for (index, second) in other.seconds.into_iter().enumerate() {
@@ -131,7 +131,7 @@ impl Record {
         }
     }
 
-    /// A few figures, of a run of this length.
+    /// Summarizes a run of this duration.
     pub fn summary(&self, duration: Duration) -> Summary {
         let seconds = duration.as_secs_f64().max(f64::MIN_POSITIVE);
         Summary {
@@ -154,7 +154,7 @@ impl Record {
     }
 }
 
-/// Histograms that grow can always be added to.
+/// Adds a histogram. A histogram that grows accepts every other one.
 fn add(sum: &mut Histogram<u64>, other: &Histogram<u64>) {
     let _ = sum.add(other);
 }

@@ -1,4 +1,4 @@
-//! Every single outcome of a load, for tests that look at each.
+//! Every outcome of a load, for tests that check each of them.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use crate::load::{Collect, Outcome};
 /// Every outcome of a load.
 #[derive(Debug, Clone, Default)]
 pub struct Report {
-    /// In the order of their ends.
+    /// The outcomes in the order of their ends.
     pub outcomes: Vec<Outcome>,
 }
 
@@ -21,12 +21,12 @@ impl Collect for Report {
 }
 
 impl Report {
-    /// Answers by who gave them.
+    /// The number of answers by server.
     pub fn servers(&self) -> BTreeMap<String, usize> {
         count(self.outcomes.iter().filter_map(|outcome| outcome.server.as_deref().ok()))
     }
 
-    /// Failures by what was wrong.
+    /// The number of failures by cause.
     pub fn failures(&self) -> BTreeMap<String, usize> {
         count(self.outcomes.iter().filter_map(|outcome| outcome.server.as_ref().err().map(String::as_str)))
     }

@@ -1,4 +1,4 @@
-//! `loadtest run`: one load on whatever listens at the target.
+//! `loadtest run` puts one load on a target.
 
 use std::io::IsTerminal as _;
 use std::net::SocketAddr;
@@ -19,58 +19,58 @@ use crate::process::Tree;
 use crate::record::{Record, Summary};
 use crate::table::{Table, escape, page};
 
-/// What the clients do.
+/// The work of the clients.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Scenario {
-    /// Request after request on open connections
+    /// Consecutive requests on open connections
     Requests,
-    /// Connect, one request, close
+    /// A connection for each request
     Connections,
-    /// Transfers, one after the other on each connection
+    /// Consecutive transfers on each connection
     Bulk,
-    /// Open connections on which nothing is said
+    /// Open connections without traffic
     Idle,
-    /// Requests on open and new connections, and transfers
+    /// Requests on open and on new connections, and transfers
     Mixed,
 }
 
-/// How `loadtest run` is called.
+/// Arguments of `loadtest run`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// What the clients do
+    /// Work of the clients
     #[arg(value_enum)]
     pub scenario: Scenario,
-    /// Where the balancer listens
+    /// Address of the balancer
     #[arg(long, default_value = "127.0.0.1:8000")]
     pub target: SocketAddr,
-    /// How long, in seconds
+    /// Duration in seconds
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     pub seconds: u64,
-    /// Clients at a time
+    /// Number of concurrent clients
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub connections: u32,
-    /// Open loop: so many requests, connections or transfers a second, timed from when each was due. Default: a closed loop
+    /// Requests, connections or transfers per second in an open loop. Their time starts when they are due [default: a closed loop]
     #[arg(long, value_name = "PER_SECOND", value_parser = rate)]
     pub rate: Option<f64>,
-    /// What the clients speak
+    /// Protocol of the clients
     #[arg(long, value_enum, default_value = "http")]
     pub protocol: Protocol,
-    /// Which way transfers go
+    /// Direction of transfers
     #[arg(long, value_enum, default_value = "down")]
     pub direction: Direction,
-    /// Size of a transfer
+    /// Size of a transfer in MiB
     #[arg(long, default_value_t = 64, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub mib: u32,
-    /// Addresses of 127.1.0.0/16 that clients connect from, so that a target on loopback that hashes addresses sees many; 0: one
+    /// Number of addresses in 127.1.0.0/16 that clients connect from. A balancer that hashes addresses needs many. 0 means one
     #[arg(long, default_value_t = 0)]
     pub sources: u16,
     /// Seconds after which an answer counts as missing
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub timeout: u64,
-    /// Threads that make the load
+    /// Number of threads that generate the load
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub threads: u32,
-    /// Watch the CPU time and memory of this process and its children
+    /// Measure the CPU time and memory of this process and its children
     #[arg(long)]
     pub pid: Option<u32>,
     /// Print the result as JSON
@@ -79,12 +79,12 @@ pub struct Options {
     /// Write a report with plots
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
-    /// Let the load leave this machine
+    /// Allow a target on another machine
     #[arg(long)]
     pub allow_remote: bool,
 }
 
-/// A rate, as clap takes it.
+/// Parses a rate.
 fn rate(text: &str) -> Result<f64, String> {
     text.parse()
         .ok()
@@ -92,7 +92,7 @@ fn rate(text: &str) -> Result<f64, String> {
         .ok_or_else(|| "a number from 0.01 to 1000000".to_owned())
 }
 
-/// The watched process at one moment.
+/// The usage of the watched process at one moment.
 #[derive(Debug, Clone, Copy)]
 struct Sample {
     at: Duration,
@@ -100,29 +100,29 @@ struct Sample {
     resident: u64,
 }
 
-/// What a run came to.
+/// The results of a run.
 #[derive(Debug, Serialize)]
 struct Findings {
     scenario: String,
     target: SocketAddr,
     connections: u32,
-    /// Offered a second, in an open loop.
+    /// The rate of an open loop.
     offered: Option<f64>,
     #[serde(flatten)]
     summary: Summary,
     watched: Option<Watched>,
 }
 
-/// What the watched process used.
+/// The usage of the watched process.
 #[derive(Debug, Clone, Copy, Serialize)]
 struct Watched {
     /// Seconds of CPU time.
     cpu_seconds: f64,
-    /// Of one core.
+    /// CPU time as a part of one core.
     cpu_share: f64,
     /// Microseconds of CPU time for each answer.
     cpu_microseconds_per_answer: f64,
-    /// Most resident memory, in bytes.
+    /// The highest resident memory in bytes.
     resident: u64,
 }
 
@@ -149,15 +149,15 @@ impl Options {
     }
 }
 
-/// Runs it and prints what it came to.
+/// Runs the load and prints the results.
 ///
 /// # Errors
-/// When the target is not to be reached, this machine cannot put the load on it, or a report cannot be written.
+/// When the target is unreachable, this machine cannot put the load on it, or a report cannot be written.
 pub async fn run(options: &Options) -> anyhow::Result<()> {
     let load = options.load();
     anyhow::ensure!(
         options.rate.is_none() || options.scenario != Scenario::Idle,
-        "--rate is for what goes on, and idle connections do not"
+        "--rate has no meaning for idle connections: leave it out"
     );
     preflight::check(&load, options.allow_remote).await?;
     if let Some(pid) = options.pid {
@@ -186,11 +186,11 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         let html = html(&result, &record, &samples);
         std::fs::write(path, html).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    anyhow::ensure!(record.answered() > 0 || record.bytes() > 0, "not one answer came");
+    anyhow::ensure!(record.answered() > 0 || record.bytes() > 0, "no answer came");
     Ok(())
 }
 
-/// Puts the load on the target from as many threads as are asked for, and watches.
+/// Puts the load on the target from the requested number of threads, and measures the watched process.
 async fn put(load: &Load, options: &Options) -> anyhow::Result<(Record, Vec<Sample>, Duration)> {
     let began = Instant::now();
     let threads = (options.threads as usize).min(load.connections);
@@ -240,7 +240,7 @@ async fn put(load: &Load, options: &Options) -> anyhow::Result<(Record, Vec<Samp
     Ok((all, samples, took))
 }
 
-/// On a terminal only.
+/// Shows a progress bar if standard error is a terminal.
 pub(crate) fn progress_bar(duration: Duration) -> ProgressBar {
     let target =
         if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
@@ -296,7 +296,7 @@ fn html(result: &Findings, record: &Record, samples: &[Sample]) -> String {
     for (failure, count) in &result.summary.failures {
         parts.push(format!("<p>failed {count} times: {}</p>\n", escape(failure)));
     }
-    // By the share of answers that were slower, on a scale of powers of ten: 1 is 90 %, 2 is 99 %.
+    // The axis shows the share of slower answers in powers of ten: 1 is 90 %, 2 is 99 %.
     let percentiles = record.latency.iter_quantiles(4).map(|at| (at.quantile_iterated_to(), at.value_iterated_to()));
     let tail = percentiles
         .filter(|(quantile, _)| *quantile < 1.0)
@@ -347,7 +347,7 @@ fn html(result: &Findings, record: &Record, samples: &[Sample]) -> String {
             samples.iter().map(|sample| (sample.at.as_secs_f64(), sample.resident as f64 / f64::from(1 << 20)));
         plots.push(plot::lines("memory of the target, MiB", "second of the run", &[Line::new("MiB", memory)]));
     }
-    // A plot of nothing is left out.
+    // A plot without data is left out.
     parts.extend(plots.into_iter().flatten());
     page(&format!("{} on {}", result.scenario, result.target), &parts)
 }

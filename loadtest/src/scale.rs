@@ -1,5 +1,5 @@
-//! `loadtest scale`: what more servers bring. Each server works on so many requests at a time and takes so long for each, so
-//! its capacity is known; the load is a closed loop with more clients than all servers together can work on.
+//! `loadtest scale` measures the throughput with more and more servers. The concurrency and the delay of a server are
+//! fixed, so its capacity is known. The load is a closed loop with more clients than the servers can serve at a time.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,28 +16,28 @@ use crate::preflight;
 use crate::run::progress_bar;
 use crate::table::Table;
 
-/// Addresses that clients connect from.
+/// The number of addresses that clients connect from.
 const SOURCES: u16 = 1000;
 
-/// How `loadtest scale` is called.
+/// Arguments of `loadtest scale`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Servers in the last step
+    /// Number of servers in the last step
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub servers: u32,
-    /// Milliseconds that a server takes for a request
+    /// Delay of a server for each request in milliseconds
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub delay_ms: u32,
-    /// Requests that a server works on at a time
+    /// Number of requests that a server works on at a time
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub concurrency: u32,
-    /// Clients for each server
+    /// Number of clients for each server
     #[arg(long, default_value_t = 40, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub clients: u32,
-    /// Seconds of each step
+    /// Duration of each step in seconds
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub seconds: u64,
-    /// Ringway's program. Default: the one beside this one
+    /// Ringway program [default: the program in the directory of loadtest]
     #[arg(long, value_name = "FILE")]
     pub ringway: Option<PathBuf>,
     #[command(flatten)]
@@ -47,14 +47,14 @@ pub struct Options {
 #[derive(Debug, Serialize)]
 struct Step {
     servers: u32,
-    /// What the servers can do together.
+    /// The capacity of all servers.
     capacity_per_second: f64,
     answers_per_second: f64,
-    /// Of the capacity.
+    /// The answers as a part of the capacity.
     efficiency: f64,
     p50_ms: f64,
     p99_ms: f64,
-    /// Answers of the busiest server, as a multiple of the average.
+    /// Answers of the busiest server as a multiple of the average.
     busiest: f64,
 }
 
@@ -64,7 +64,7 @@ struct Findings {
     steps: Vec<Step>,
 }
 
-/// Runs it and prints what it came to.
+/// Runs the measurement and prints the results.
 ///
 /// # Errors
 /// When Ringway cannot be started or fails a request, or a report cannot be written.

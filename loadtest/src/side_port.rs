@@ -1,4 +1,4 @@
-//! Questions and orders to a balancer's side port.
+//! A client for the side port of Ringway.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -12,10 +12,10 @@ use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tokio::net::TcpStream;
 
-/// An upgrade waits for its successor.
+/// The answer to an upgrade comes when the new process is ready.
 const TIMEOUT: Duration = Duration::from_secs(90);
 
-/// A side port.
+/// The side port of a Ringway.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct SidePort(SocketAddr);
 

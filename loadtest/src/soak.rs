@@ -1,4 +1,5 @@
-//! A long load of all kinds, with reloads, upgrades and deaths in between, and whether anything grows.
+//! `loadtest soak` runs a mixed load for a long time, with reloads, upgrades and kills of replicas. It measures whether
+//! the memory, the descriptors or the tasks of the balancer grow.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -19,49 +20,49 @@ use crate::record::{Record, Summary};
 use crate::run::progress_bar;
 use crate::side_port::SidePort;
 
-/// Between samples.
+/// Interval between two samples.
 const SAMPLE: Duration = Duration::from_secs(1);
 
-/// After this long a request or a transfer counts as failed.
+/// A request or a transfer that takes longer counts as failed.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Bytes of a transfer.
 const TRANSFER: usize = 256 * 1024;
 
-/// One part of so many, at the beginning, does not count: buffers and pools fill up.
+/// The first of this many parts of the run does not count, because buffers and pools fill up.
 const WARM_UP: usize = 10;
 
-/// What a soak does.
+/// Arguments of `loadtest soak`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Where the balancer listens
+    /// Address of the balancer
     #[arg(long, default_value = "127.0.0.1:8000")]
     pub target: SocketAddr,
-    /// How long, in seconds
+    /// Duration in seconds
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     pub seconds: u64,
-    /// The balancer's side port
+    /// Address of the balancer's side port
     #[arg(long, default_value = "127.0.0.1:8001")]
     pub api: SocketAddr,
-    /// New connections a second
+    /// New connections per second
     #[arg(long, default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub rate: u32,
-    /// Of a hundred connections, those that carry 256 KiB each way instead of a request
+    /// Percentage of connections that carry 256 KiB each way instead of a request
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(0..=100))]
     pub transfers: u32,
-    /// Of a hundred connections, those that the client breaks off
+    /// Percentage of connections that the client resets
     #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(0..=100))]
     pub aborts: u32,
-    /// Seconds between reloads of the config; 0: none
+    /// Seconds between reloads of the config. 0 disables reloads
     #[arg(long, default_value_t = 10.0, value_parser = seconds)]
     pub reload_every: f64,
-    /// Seconds between upgrades; 0: none
+    /// Seconds between upgrades. 0 disables upgrades
     #[arg(long, default_value_t = 0.0, value_parser = seconds)]
     pub upgrade_every: f64,
-    /// Seconds between kills of a replica that is a child process; 0: none. The connections that it has fail
+    /// Seconds between kills of a replica that is a child process. 0 disables kills. The connections of the replica fail
     #[arg(long, default_value_t = 0.0, value_parser = seconds)]
     pub kill_every: f64,
-    /// Where a plot is written
+    /// Write a plot to this file
     #[arg(long, value_name = "FILE.svg")]
     pub plot: Option<std::path::PathBuf>,
 }
@@ -69,41 +70,41 @@ pub struct Options {
 /// The balancer at one moment.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Sample {
-    /// Since the run's start.
+    /// Time since the start of the run.
     pub at: Duration,
-    /// Resident memory of the process that serves, in bytes.
+    /// Resident memory of the balancer's process in bytes.
     pub memory: f64,
-    /// Descriptors that it has open.
+    /// Open descriptors.
     pub descriptors: f64,
-    /// Tasks of its runtimes.
+    /// Tasks of the balancer's runtimes.
     pub tasks: f64,
-    /// Connections that it serves.
+    /// Active connections.
     pub connections: f64,
 }
 
-/// How much a figure grows in an hour, by least squares, and its mean.
+/// The mean of a figure and its growth in an hour by least squares.
 #[derive(Debug, Serialize)]
 pub struct Slope {
-    /// The mean of the samples that count.
+    /// The mean of the samples after the warm-up.
     pub mean: f64,
     /// The growth in an hour.
     pub per_hour: f64,
-    /// The same as a part of the mean.
+    /// The growth in an hour as a part of the mean.
     pub per_hour_relative: f64,
 }
 
-/// What a soak came to.
+/// The results of a soak.
 #[derive(Debug, Serialize)]
 pub struct Outcomes {
     /// Requests and transfers.
     pub load: Summary,
-    /// Connections that were broken off on purpose.
+    /// Connections that the client reset on purpose.
     pub aborted: u64,
-    /// Reloads, upgrades and kills that were carried out.
+    /// Successful reloads.
     pub reloads: usize,
-    /// Processes that took over.
+    /// Successful upgrades.
     pub upgrades: usize,
-    /// Replicas that were killed.
+    /// Killed replicas.
     pub kills: usize,
     /// Bytes of resident memory.
     pub memory: Slope,
@@ -113,10 +114,36 @@ pub struct Outcomes {
     pub tasks: Slope,
 }
 
-/// Runs it, prints what it came to as JSON, and plots it where that is asked for.
+/// What the soak does to the balancer.
+#[derive(Debug, Clone, Copy)]
+enum Action {
+    Reload,
+    Upgrade,
+    Kill,
+}
+
+/// How often each action has succeeded.
+#[derive(Debug, Default)]
+struct Done {
+    reloads: usize,
+    upgrades: usize,
+    kills: usize,
+}
+
+impl Done {
+    fn count(&mut self, action: Action) {
+        match action {
+            Action::Reload => self.reloads += 1,
+            Action::Upgrade => self.upgrades += 1,
+            Action::Kill => self.kills += 1,
+        }
+    }
+}
+
+/// Runs the soak, prints the results as JSON, and writes the plot that `--plot` names.
 ///
 /// # Errors
-/// When the side port is not to be reached, or refuses an order.
+/// When the side port is unreachable, or refuses a command.
 pub async fn soak(options: &Options) -> anyhow::Result<()> {
     let (outcomes, samples) = churn(options).await?;
     println!("{}", serde_json::to_string_pretty(&outcomes)?);
@@ -126,20 +153,20 @@ pub async fn soak(options: &Options) -> anyhow::Result<()> {
 async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
     anyhow::ensure!(
         options.transfers + options.aborts <= 100,
-        "--transfers and --aborts are parts of a hundred connections"
+        "--transfers and --aborts are percentages, and their sum is 100 at most"
     );
     let (target, duration) = (options.target, Duration::from_secs(options.seconds));
     let side_port = SidePort::new(options.api);
-    side_port.status().await.context("a soak watches the balancer by its side port (--api)")?;
+    side_port.status().await.context("the soak needs the side port of the balancer (--api)")?;
     let began = Instant::now();
     let bar = progress_bar(duration);
     let mut connections = ticks(1.0 / f64::from(options.rate));
     let mut sampling = ticks(SAMPLE.as_secs_f64());
     let (mut reloads, mut upgrades, mut kills) =
         (ticks(options.reload_every), ticks(options.upgrade_every), ticks(options.kill_every));
-    let (mut record, mut samples, mut exchanges, mut orders) =
+    let (mut record, mut samples, mut exchanges, mut commands) =
         (Record::default(), Vec::new(), JoinSet::new(), JoinSet::new());
-    let (mut number, mut done) = (0_u64, [0_usize; 3]);
+    let (mut number, mut done) = (0_u64, Done::default());
     while began.elapsed() < duration {
         tokio::select! {
             _ = connections.tick() => {
@@ -154,22 +181,22 @@ async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
                     exchanges.spawn(exchange(target, began, false));
                 }
             }
-            // Not while an order is under way: samples and orders are of one process.
-            _ = sampling.tick(), if orders.is_empty() => {
+            // The soak takes no sample during a command, because an upgrade changes the process.
+            _ = sampling.tick(), if commands.is_empty() => {
                 samples.extend(sample(&side_port, began).await);
                 bar.set_position(began.elapsed().as_secs());
                 bar.set_message(format!("{} answers, {} failed", record.answered(), record.failed()));
             }
-            _ = reloads.tick(), if options.reload_every > 0.0 && orders.is_empty() => {
-                orders.spawn(order(side_port, "/api/reload", 0));
+            _ = reloads.tick(), if options.reload_every > 0.0 && commands.is_empty() => {
+                commands.spawn(post(side_port, "/api/reload", Action::Reload));
             }
-            _ = upgrades.tick(), if options.upgrade_every > 0.0 && orders.is_empty() => {
-                orders.spawn(order(side_port, "/api/upgrade", 1));
+            _ = upgrades.tick(), if options.upgrade_every > 0.0 && commands.is_empty() => {
+                commands.spawn(post(side_port, "/api/upgrade", Action::Upgrade));
             }
-            _ = kills.tick(), if options.kill_every > 0.0 && orders.is_empty() => {
-                orders.spawn(kill(side_port, number as usize));
+            _ = kills.tick(), if options.kill_every > 0.0 && commands.is_empty() => {
+                commands.spawn(kill(side_port, number as usize));
             }
-            Some(ended) = orders.join_next() => done[ended??] += 1,
+            Some(ended) = commands.join_next() => done.count(ended??),
             Some(ended) = exchanges.join_next(), if !exchanges.is_empty() => {
                 if let Some(outcome) = ended? {
                     record.add(outcome);
@@ -185,9 +212,9 @@ async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
     let outcomes = Outcomes {
         aborted: number - load.requests,
         load,
-        reloads: done[0],
-        upgrades: done[1],
-        kills: done[2],
+        reloads: done.reloads,
+        upgrades: done.upgrades,
+        kills: done.kills,
         memory: slope(&samples, |sample| sample.memory),
         descriptors: slope(&samples, |sample| sample.descriptors),
         tasks: slope(&samples, |sample| sample.tasks),
@@ -195,7 +222,7 @@ async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
     Ok((outcomes, samples))
 }
 
-/// What may grow, over time.
+/// Draws the samples over time.
 fn draw(samples: &[Sample], path: &Path) -> anyhow::Result<()> {
     let over_time = |title: &str, figure: fn(&Sample) -> f64| {
         let points = samples.iter().map(|sample| (sample.at.as_secs_f64(), figure(sample)));
@@ -210,13 +237,13 @@ fn draw(samples: &[Sample], path: &Path) -> anyhow::Result<()> {
     std::fs::write(path, plot::stacked(&plots)).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// Seconds between orders, as clap takes them.
+/// Parses the seconds between two commands.
 fn seconds(text: &str) -> Result<f64, String> {
     let is_fine = |seconds: &f64| *seconds == 0.0 || (0.01..=1e6).contains(seconds);
     text.parse().ok().filter(is_fine).ok_or_else(|| "a number from 0.01 to 1000000, or 0".to_owned())
 }
 
-/// Ticks every so many seconds, the first time after as many.
+/// Creates an interval whose first tick comes after one period.
 fn ticks(seconds: f64) -> Interval {
     let period = Duration::from_secs_f64(if seconds > 0.0 { seconds } else { 3600.0 });
     let mut ticks = interval(period);
@@ -225,7 +252,7 @@ fn ticks(seconds: f64) -> Interval {
     ticks
 }
 
-/// A connection with a request, or with bytes there and back.
+/// Opens a connection for a request, or for a transfer both ways.
 async fn exchange(target: SocketAddr, began: Instant, transfers: bool) -> Option<Outcome> {
     let start = began.elapsed();
     let mut client = Client::new(target, None, Protocol::Http);
@@ -236,7 +263,7 @@ async fn exchange(target: SocketAddr, began: Instant, transfers: bool) -> Option
     Some(Outcome { start, took: began.elapsed().saturating_sub(start), server })
 }
 
-/// A connection that is reset in the middle of a request; an outcome only where it could not be made.
+/// Opens a connection and resets it in the middle of a request. Returns an outcome only if the connection failed.
 async fn abort(target: SocketAddr, began: Instant) -> Option<Outcome> {
     let aborted = async {
         let mut stream = TcpStream::connect(target).await?;
@@ -247,27 +274,31 @@ async fn abort(target: SocketAddr, began: Instant) -> Option<Outcome> {
     Some(Outcome { start: began.elapsed(), took: Duration::ZERO, server: Err(format!("connect: {error}")) })
 }
 
-async fn order(side_port: SidePort, path: &'static str, kind: usize) -> anyhow::Result<usize> {
+/// Sends a command to the side port.
+async fn post(side_port: SidePort, path: &'static str, action: Action) -> anyhow::Result<Action> {
     side_port.post(path).await.with_context(|| format!("POST {path}"))?;
-    Ok(kind)
+    Ok(action)
 }
 
 /// Kills one of the replicas that are child processes on this machine.
-async fn kill(side_port: SidePort, number: usize) -> anyhow::Result<usize> {
+async fn kill(side_port: SidePort, number: usize) -> anyhow::Result<Action> {
     let status = side_port.status().await?;
     let backends = status["pools"].as_array().into_iter().flatten().filter_map(|pool| pool["backends"].as_array());
     let pids: Vec<_> = backends.flatten().filter_map(|backend| backend["replica"]["pid"].as_i64()).collect();
-    anyhow::ensure!(!pids.is_empty(), "--kill-every is for replicas that are child processes, and there are none");
+    anyhow::ensure!(
+        !pids.is_empty(),
+        "--kill-every needs replicas that are child processes, and the balancer has no such replica"
+    );
     let pid = i32::try_from(pids[number % pids.len()]).ok().and_then(rustix::process::Pid::from_raw);
     if let Some(pid) = pid {
-        // It may just have ended by itself.
+        // The replica may have exited already.
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
-    Ok(2)
+    Ok(Action::Kill)
 }
 
 async fn sample(side_port: &SidePort, began: Instant) -> Option<Sample> {
-    // A moment without an answer is a sample less.
+    // Without an answer there is no sample.
     let pid = side_port.status().await.ok()?["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok())?;
     let metrics = side_port.metrics().await.ok()?;
     let sum = |name: &str| -> f64 {
@@ -283,7 +314,7 @@ async fn sample(side_port: &SidePort, began: Instant) -> Option<Sample> {
     })
 }
 
-/// By least squares over what comes after the warm-up.
+/// Computes the slope of the samples after the warm-up.
 fn slope(samples: &[Sample], value: impl Fn(&Sample) -> f64) -> Slope {
     let counted = &samples[samples.len() / WARM_UP..];
     let count = counted.len().max(1) as f64;
@@ -302,7 +333,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slope_is_what_comes_after_the_warm_up() {
+    fn the_slope_ignores_the_warm_up() {
         let sample = |n: u64, memory: f64| Sample {
             at: Duration::from_secs(n * 36),
             memory,
@@ -310,7 +341,7 @@ mod tests {
             tasks: 0.0,
             connections: 0.0,
         };
-        // Grows by 1000 in an hour from 5000 on; the first tenth is something else.
+        // The figure grows by 1000 in an hour from 5000 on. The first tenth has other values.
         let samples: Vec<_> =
             (0..100).map(|n| sample(n, if n < 10 { 9.0 } else { 5000.0 + 10.0 * n as f64 })).collect();
         let found = slope(&samples, |sample| sample.memory);

@@ -1,26 +1,26 @@
-//! Tables of figures, as text for a terminal, as Markdown and as HTML.
+//! Tables of figures as text for a terminal, as Markdown and as HTML.
 
 /// A table.
 #[derive(Debug, Clone, Default)]
 pub struct Table {
-    /// What the columns are; the first one names the row.
+    /// The headings. The first column has the names of the rows.
     pub columns: Vec<String>,
-    /// As wide as there are columns.
+    /// The rows. Each has one cell for each column.
     pub rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    /// An empty one.
+    /// Creates a table without rows.
     pub fn new(columns: impl IntoIterator<Item = impl Into<String>>) -> Self {
         Self { columns: columns.into_iter().map(Into::into).collect(), rows: Vec::new() }
     }
 
-    /// One more row.
+    /// Adds a row.
     pub fn row(&mut self, cells: impl IntoIterator<Item = impl Into<String>>) {
         self.rows.push(cells.into_iter().map(Into::into).collect());
     }
 
-    /// Aligned with spaces: names to the left, figures to the right.
+    /// Formats the table as text. Names are left-aligned and figures are right-aligned.
     pub fn text(&self) -> String {
         let mut text = String::new();
         for row in std::iter::once(&self.columns).chain(&self.rows) {
@@ -35,7 +35,7 @@ impl Table {
         text
     }
 
-    /// As Markdown.
+    /// Formats the table as Markdown.
     pub fn markdown(&self) -> String {
         let line = |cells: &[String]| format!("| {} |\n", cells.join(" | "));
         let under: Vec<_> =
@@ -44,7 +44,7 @@ impl Table {
         [line(&self.columns), line(&under)].into_iter().chain(rows).collect()
     }
 
-    /// As HTML.
+    /// Formats the table as HTML.
     pub fn html(&self) -> String {
         let line = |tag: &str, cells: &[String]| {
             let cells: Vec<_> = cells.iter().map(|cell| format!("<{tag}>{}</{tag}>", escape(cell))).collect();
@@ -61,7 +61,7 @@ impl Table {
     }
 }
 
-/// A page with a title and these parts, all in one file.
+/// Creates a self-contained HTML page with a title and these parts.
 pub fn page(title: &str, parts: &[String]) -> String {
     const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:940px;margin:2em auto;padding:0 1em;color:#222}\
         table{border-collapse:collapse;margin:1em 0}th,td{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right}\
@@ -74,7 +74,7 @@ pub fn page(title: &str, parts: &[String]) -> String {
     )
 }
 
-/// Text that is text in HTML too.
+/// Escapes text for HTML.
 pub fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
@@ -84,7 +84,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_table_is_the_same_in_every_form() {
+    fn every_format_has_the_same_cells() {
         let mut table = Table::new(["server", "answers"]);
         table.row(["echo-1", "7"]);
         table.row(["<b>", "1234567"]);

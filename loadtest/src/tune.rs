@@ -1,6 +1,6 @@
-//! `loadtest tune`: what a setting of Ringway changes. Each variant differs from the baseline in one thing, and each piece of its
-//! work is done by the baseline too, just before or just after it: machines change by the minute. One variant differs in
-//! nothing, and its ratios show what is noise.
+//! `loadtest tune` measures the effect of single settings of Ringway. Each variant differs from the baseline in one
+//! setting. The baseline does the same work directly before or after the variant, because the speed of a machine changes by
+//! the minute. One variant is equal to the baseline, and its ratios show the noise.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -15,31 +15,31 @@ use crate::run::progress_bar;
 use crate::side_port::SidePort;
 use crate::table::Table;
 
-/// Between two scrapes of the variant that is scraped a lot.
+/// Interval between two scrapes in the variant with frequent scrapes.
 const SCRAPE: Duration = Duration::from_millis(100);
 
-/// Work before what is measured.
+/// Duration of the warm-up before a measurement.
 const WARM_UP: Duration = Duration::from_millis(300);
 
-/// Connections that stay idle beside the work of the variant that has them.
+/// Number of idle connections in the variant with idle connections.
 const IDLE: usize = 8000;
 
-/// Backends of the variant that has many.
+/// Number of backends in the variant with many backends.
 const MANY: usize = 1000;
 
-/// How `loadtest tune` is called.
+/// Arguments of `loadtest tune`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
-    /// Rounds: in each, every variant does its work
+    /// Number of rounds. In each round every variant does its work
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub rounds: u32,
-    /// Seconds of each piece of work
+    /// Duration of each piece of work in seconds
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub seconds: u64,
-    /// Only variants whose names contain this
+    /// Measure only the variants that have this text in their name
     #[arg(long, value_name = "TEXT", default_value = "")]
     pub only: String,
-    /// Ringway's program. Default: the one beside this one
+    /// Ringway program [default: the program in the directory of loadtest]
     #[arg(long, value_name = "FILE")]
     pub ringway: Option<PathBuf>,
     #[command(flatten)]
@@ -48,17 +48,24 @@ pub struct Options {
     output: Output,
 }
 
-/// One thing that is not as in the baseline.
+/// A setting that differs from the baseline.
 struct Variant {
     name: &'static str,
     tasks: &'static [Task],
     settings: Settings,
     beside: Beside,
-    /// CPU time by task and round: its own, and the baseline's beside it.
-    figures: Vec<Vec<[f64; 2]>>,
+    /// CPU times by task and round.
+    figures: Vec<Vec<Pair>>,
 }
 
-/// What goes on beside the work.
+/// CPU times of one piece of work in one round.
+#[derive(Clone, Copy, Default)]
+struct Pair {
+    variant: f64,
+    baseline: f64,
+}
+
+/// What happens beside the work.
 #[derive(Clone, Copy, PartialEq)]
 enum Beside {
     Nothing,
@@ -73,7 +80,7 @@ struct Finding {
     work: &'static str,
     unit: &'static str,
     cpu: Spread,
-    /// To the baseline's beside it.
+    /// The ratio to the baseline in the same round.
     ratio: Spread,
 }
 
@@ -127,7 +134,7 @@ fn variants() -> Vec<Variant> {
     ]
 }
 
-/// Runs it and prints what it came to.
+/// Runs the measurement and prints the results.
 ///
 /// # Errors
 /// When Ringway cannot be started or fails a request, or a report cannot be written.
@@ -152,14 +159,17 @@ pub async fn tune(options: &Options) -> anyhow::Result<()> {
             let beside = Company::join(&bench, &balancer, variant.beside).await?;
             for (index, task) in variant.tasks.iter().enumerate() {
                 bar.set_message(variant.name);
-                // The baseline runs all the time and has its memory; let the other get as far.
+                // The baseline runs all the time and its buffers are allocated. The warm-up brings the variant to the same state.
                 bench.measure(*task, balancer.address, None, WARM_UP).await?;
-                let mut pair = [0.0; 2];
-                // Who begins alternates.
-                for which in [round % 2, 1 - round % 2] {
-                    let measured = [&balancer, &baseline][which];
+                let mut pair = Pair::default();
+                let mut turns = [(&balancer, &mut pair.variant), (&baseline, &mut pair.baseline)];
+                // The variant goes first in even rounds, the baseline in odd rounds.
+                if round % 2 == 1 {
+                    turns.reverse();
+                }
+                for (measured, figure) in turns {
                     let cost = bench.measure(*task, measured.address, Some(measured.tree()), duration).await?;
-                    pair[which] = if matches!(task, Task::Bulk(_)) { cost.per_gigabyte() } else { cost.per_answer() };
+                    *figure = if matches!(task, Task::Bulk(_)) { cost.per_gigabyte() } else { cost.per_answer() };
                 }
                 variant.figures[index].push(pair);
                 bar.inc(1);
@@ -173,7 +183,7 @@ pub async fn tune(options: &Options) -> anyhow::Result<()> {
     show(options, &findings)
 }
 
-/// What goes on beside the work, until this is dropped.
+/// Runs the activity beside the work until it is dropped.
 struct Company {
     _open: Vec<tokio::net::TcpStream>,
     scraping: Option<tokio::task::AbortHandle>,
@@ -188,7 +198,7 @@ impl Company {
                 let mut ticks = tokio::time::interval(SCRAPE);
                 loop {
                     ticks.tick().await;
-                    // One that fails is missing in the cost, and the next one comes at once.
+                    // A failed scrape does not count, and the next tick starts another one.
                     let _ = side_port.metrics().await;
                 }
             };
@@ -216,8 +226,8 @@ fn findings(variants: &[Variant]) -> Vec<Finding> {
                 Task::Bulk(1) => ("bulk, 1 stream", "CPU s a GB"),
                 Task::Bulk(_) => ("bulk, 32 streams", "CPU s a GB"),
             };
-            let own: Vec<_> = pairs.iter().map(|[own, _]| *own).collect();
-            let ratios: Vec<_> = pairs.iter().map(|[own, baseline]| own / baseline).collect();
+            let own: Vec<_> = pairs.iter().map(|pair| pair.variant).collect();
+            let ratios: Vec<_> = pairs.iter().map(|pair| pair.variant / pair.baseline).collect();
             if let (Some(cpu), Some(ratio)) = (Spread::of(&own), Spread::of(&ratios)) {
                 findings.push(Finding { variant: variant.name, work, unit, cpu, ratio });
             }
@@ -234,10 +244,7 @@ fn show(options: &Options, findings: &Findings) -> anyhow::Result<()> {
     let ranges: Vec<_> = findings
         .variants
         .iter()
-        .map(|finding| Range {
-            name: format!("{}, {}", finding.variant, finding.work),
-            figures: [finding.ratio.min, finding.ratio.median, finding.ratio.max],
-        })
+        .map(|finding| Range { name: format!("{}, {}", finding.variant, finding.work), spread: finding.ratio })
         .collect();
     let plots: Vec<_> = plot::ranges("CPU time, ratio to the baseline beside it", 1.0, &ranges).into_iter().collect();
     eprintln!("{}; {} rounds of {} s", findings.machine, findings.rounds, findings.seconds);

@@ -1,4 +1,4 @@
-//! The program as its users call it.
+//! Tests of the command line.
 
 use std::net::SocketAddr;
 use std::process::{Command, Output};
@@ -13,7 +13,7 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// An echo server for the rest of the test.
+/// Starts an echo server that runs until the process ends.
 fn server() -> SocketAddr {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
@@ -30,7 +30,7 @@ fn server() -> SocketAddr {
 }
 
 #[test]
-fn wrong_arguments_and_targets_end_with_one_line_and_their_code() {
+fn wrong_arguments_and_targets_give_one_line_and_an_exit_code() {
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     for (arguments, code, says) in [
         (&["run"][..], 2, "<SCENARIO>"),
@@ -57,7 +57,7 @@ fn wrong_arguments_and_targets_end_with_one_line_and_their_code() {
 }
 
 #[test]
-fn a_run_is_a_table_json_and_a_page() {
+fn a_run_prints_a_table_or_json_and_writes_a_page() {
     let target = server().to_string();
     let files = tempfile::tempdir().unwrap();
     let pid = std::process::id().to_string();
