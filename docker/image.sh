@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Builds the image of docker/Dockerfile from a static binary that is built on this machine: no image is pulled.
+# Builds the image of docker/Dockerfile from a static binary that this machine compiles. It pulls no image.
 #
-#   docker/image.sh [TAG]        TAG is ringway:latest unless given
+#   docker/image.sh [TAG]        the default TAG is ringway:latest
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tag=${1:-ringway:latest}
 
 target=$(rustc -vV | sed -n 's/^host: //p')
-# A folder of its own: the flags differ from those of other builds, and each change of flags builds all anew.
+# A separate target folder: its flags differ from other builds, and cargo rebuilds everything when flags change.
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/image
 RUSTFLAGS="-C target-feature=+crt-static -C strip=symbols" \
   cargo build --release --locked --bin ringway --target "$target"

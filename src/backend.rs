@@ -1,4 +1,4 @@
-//! One member of a pool: its identity and state in a snapshot, and the counters that outlive snapshots.
+//! One member of a pool: its identity and state in a table snapshot, and the counters that outlive snapshots.
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,17 +14,17 @@ use crate::labels::{Label as _, Tally};
 label_enum! {
     /// Whether a backend may get connections, and if not, why.
     pub enum State {
-        /// No replica yet, or one that has not passed a health check.
+        /// The backend has no replica yet, or its replica has not passed a health check.
         Starting => "starting",
-        /// Gets connections.
+        /// The backend gets connections.
         Healthy => "healthy",
-        /// Fails its health checks; walked past.
+        /// The backend fails its health checks and is skipped.
         Unhealthy => "unhealthy",
-        /// Passes its checks, but connects to it keep failing; walked past for a while.
+        /// The backend passes its health checks, but connects to it keep failing; it is skipped for a while.
         Ejected => "ejected",
-        /// Gets no new connections; old ones may finish.
+        /// The backend gets no new connections; open connections may finish.
         Draining => "draining",
-        /// Its replica keeps dying soon after each start; the supervisor waits before the next try.
+        /// The replica keeps dying soon after each start; the supervisor waits before the next start.
         CrashLoop => "crash_loop",
     }
 }
@@ -32,25 +32,25 @@ label_enum! {
 label_enum! {
     /// Why a connect to a backend failed.
     pub enum ConnectFailure {
-        /// Nothing listens there.
+        /// Nothing listens on the address.
         Refused => "refused",
-        /// Reset during the handshake.
+        /// The backend reset the connection during the handshake.
         Reset => "reset",
-        /// No route, or the host does not answer on its network.
+        /// There is no route, or the host does not answer on its network.
         Unreachable => "unreachable",
         /// No answer within the connect timeout.
         Timeout => "timeout",
-        /// Our fault: no free source port towards this backend.
+        /// Local failure: no free source port towards this backend.
         NoPorts => "no_ports",
-        /// Our fault: no file descriptor or no memory for the socket, for a second.
+        /// Local failure: no file descriptor or memory for the socket within one second.
         NoDescriptors => "no_descriptors",
-        /// Anything else; the log at level debug has the system's words.
+        /// Any other error; the debug log has the system's error message.
         Other => "other",
     }
 }
 
 impl ConnectFailure {
-    /// What the system's error means.
+    /// Classifies the system's error.
     pub fn of(error: &io::Error) -> Self {
         if error.kind() == io::ErrorKind::ConnectionRefused {
             return Self::Refused;
@@ -59,199 +59,199 @@ impl ConnectFailure {
             Some(Errno::CONNRESET | Errno::CONNABORTED) => Self::Reset,
             Some(Errno::HOSTUNREACH | Errno::NETUNREACH | Errno::HOSTDOWN | Errno::NETDOWN) => Self::Unreachable,
             Some(Errno::TIMEDOUT) => Self::Timeout,
-            // Also when the ports towards this one address are used up: another backend may have some.
+            // This can mean that only the ports towards this address are used up. Another backend may have free ports.
             Some(Errno::ADDRNOTAVAIL | Errno::AGAIN) => Self::NoPorts,
             Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => Self::NoDescriptors,
             _ => Self::Other,
         }
     }
 
-    /// Whether it says nothing about the backend.
+    /// Whether the failure is local and says nothing about the backend.
     pub fn is_ours(self) -> bool {
         matches!(self, Self::NoPorts | Self::NoDescriptors)
     }
 }
 
-/// What fills a backend's slot at the moment.
+/// The replica that runs in a backend's slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Replica {
     /// A child process of Ringway.
     Process {
-        /// Its process id.
+        /// The process id.
         pid: u32,
     },
-    /// A container.
+    /// A Docker container.
     Container {
-        /// The engine's id of it: 64 hexadecimal digits.
+        /// The engine's container id: 64 hexadecimal digits.
         id: Arc<str>,
-        /// Its name.
+        /// The container's name.
         name: Arc<str>,
     },
 }
 
-/// How the last replica of a slot ended, or why none could be started.
+/// How the last replica of a slot ended, or why no replica could be started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exit {
-    /// In a few words: `exit status: 3`, `cannot be started: …`.
+    /// A short reason: `exit status: 3`, `cannot be started: …`.
     pub reason: String,
-    /// Its exit code, where it had one.
+    /// The exit code, if there was one.
     pub code: Option<i64>,
-    /// The last lines that it wrote, oldest first.
+    /// The last lines of the replica's output, oldest first.
     pub output: Vec<String>,
-    /// When it was noticed.
+    /// When Ringway noticed the exit.
     pub at: Instant,
 }
 
-/// What the health checks last said of a backend.
+/// The last results of a backend's health checks.
 #[derive(Debug, Clone)]
 pub struct Health {
-    /// `ok`, or what was wrong in a few words; `None` before the first result.
+    /// `ok`, or a short description of the failure; `None` before the first result.
     pub last: Option<Arc<str>>,
-    /// What they have made of it: healthy, unhealthy, or undecided.
+    /// The verdict of all checks so far: healthy (`true`), unhealthy (`false`) or undecided (`None`).
     pub verdict: Option<bool>,
-    /// Since when `last` has been the same.
+    /// Since when `last` has been unchanged.
     pub since: Instant,
 }
 
-/// A backend as one snapshot of the table shows it.
+/// A backend in one snapshot of the table.
 #[derive(Debug, Clone)]
 pub struct Backend {
-    /// Stable identity, hashed onto the ring. A supervised replica's is its slot.
+    /// Stable identity, hashed onto the ring. For a supervised replica it is the slot.
     pub id: Arc<str>,
-    /// Where it listens; `None` while a slot has no replica.
+    /// The address on which the backend listens; `None` while a slot has no replica.
     pub address: Option<SocketAddr>,
-    /// Multiple of the pool's virtual nodes.
+    /// Weight: multiplies the pool's number of virtual nodes.
     pub weight: u32,
-    /// Whether it may get connections.
+    /// Whether the backend may get connections, and if not, why.
     pub state: State,
-    /// What fills the slot; `None` where Ringway knows no more than an address, or while there is none.
+    /// The replica in the slot; `None` while there is none, or if Ringway knows only an address.
     pub replica: Option<Replica>,
-    /// Counts the replicas and addresses that this id has had; tells an old one's news from a new one's.
+    /// Counts the replicas and addresses of this id. It separates reports on an old replica from reports on a new one.
     pub incarnation: u64,
-    /// How often a replica of this slot was started again after the first.
+    /// How often the slot's replica was restarted after the first start.
     pub restarts: u64,
     /// How the last replica ended; kept while its successor runs.
     pub last_exit: Option<Arc<Exit>>,
-    /// Unhealthy by the word of the engine that runs it, whatever our own checks say.
+    /// The engine reports the backend as unhealthy. This overrides Ringway's own checks.
     pub reported_bad: bool,
-    /// What the health checks last said.
+    /// The last results of the health checks.
     pub health: Health,
-    /// Whether its replica is well, also where it is drained; `None`: nobody can tell yet.
+    /// Whether the replica is healthy, even while it drains; `None`: not known yet.
     pub well: Option<bool>,
-    /// The part of its keys that it takes at the moment.
+    /// The fraction of its keys that the backend takes now.
     pub admission: Admission,
-    /// It is to get no new connections; also while it has no replica.
+    /// Set while the backend drains and gets no new connections, even while it has no replica.
     pub drain: Option<Drain>,
-    /// Counters, shared by all snapshots.
+    /// Live counters, shared by all snapshots.
     pub live: Arc<Live>,
 }
 
-/// A backend that is to get no new connections.
+/// The drain of a backend that gets no new connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Drain {
-    /// When that began.
+    /// When the drain began.
     pub since: Instant,
     /// When connections that are still open are reset; `None`: never.
     pub deadline: Option<Instant>,
-    /// It has no points on the ring any more, and leaves the pool once its last connection has ended.
+    /// The backend has left the ring, and leaves the pool once its last connection has ended.
     pub leaves: bool,
 }
 
-/// The part of its keys that a backend takes: all of them, or fewer while it starts slowly. Which ones depends on the
-/// key alone, so that each key comes back once.
+/// The fraction of its keys that a backend takes: all keys, or fewer during a slow start. The key alone decides whether
+/// it is in the fraction, so each key returns to the backend exactly once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Admission(u32);
 
 impl Admission {
-    /// Every key.
+    /// Takes every key.
     pub const ALL: Self = Self(1 << 16);
 
-    /// This part of the keys, from 0 to 1.
+    /// Takes this fraction of the keys, from 0 to 1.
     #[expect(clippy::cast_sign_loss, reason = "clamped")]
     pub fn part(part: f64) -> Self {
         Self((part.clamp(0.0, 1.0) * f64::from(Self::ALL.0)) as u32)
     }
 
-    /// From 0 to 1.
+    /// The fraction, from 0 to 1.
     pub fn as_part(self) -> f64 {
         f64::from(self.0) / f64::from(Self::ALL.0)
     }
 
-    /// Whether it takes this key.
+    /// Whether the backend takes this key.
     pub fn takes(self, key: &[u8]) -> bool {
-        // Seeds of its own: which keys come first has nothing to do with where they lie on the ring.
+        // The hash has its own seeds, so a key's position on the ring does not decide when the key is taken.
         self == Self::ALL || (seahash::hash_seeded(key, 1, 2, 3, 4) >> 48) < u64::from(self.0)
     }
 }
 
 impl Backend {
-    /// `ok`, or what is wrong in a few words; `None` while nothing is known.
+    /// `ok`, or a short description of the failure; `None` before the first result.
     pub fn last_check(&self) -> Option<&str> {
         if self.reported_bad { Some("unhealthy, says the engine") } else { self.health.last.as_deref() }
     }
 }
 
-/// Live counters of a backend. They belong to the id: a replacement goes on with them.
+/// Live counters of a backend. They belong to the id: a replacement continues them.
 #[derive(Debug, Default)]
 pub struct Live {
-    /// Connections to this backend that are open or being made at the moment; changed by [`Place`] alone.
+    /// Connections to this backend that are open or connecting now; only [`BackendPermit`] changes it.
     pub active: AtomicU64,
-    /// Connections made to it so far.
+    /// Connections established so far.
     pub total: AtomicU64,
-    /// Connects tried so far.
+    /// Connect attempts so far.
     pub attempts: AtomicU64,
-    /// Connects that failed, by cause.
+    /// Failed connects, by cause.
     pub failures: Tally<ConnectFailure>,
-    /// Connects that failed since the last that did not, but for those that were our own fault.
+    /// Consecutive failed connects, without local failures. A successful connect resets it.
     pub failed_in_a_row: AtomicU32,
-    /// Times that it was ejected.
+    /// How often the backend was ejected.
     pub ejections: AtomicU64,
-    /// Orders to end its connections.
+    /// Requests to end the backend's connections.
     pub evictions: Evictions,
-    /// Payload moved from clients to it.
+    /// Payload bytes moved from clients to the backend.
     pub from_client: Moved,
-    /// Payload moved from it to clients.
+    /// Payload bytes moved from the backend to clients.
     pub to_client: Moved,
-    /// Health checks that it passed.
+    /// Health checks passed so far.
     pub checks_passed: AtomicU64,
-    /// Health checks that it failed.
+    /// Health checks failed so far.
     pub checks_failed: AtomicU64,
 }
 
-/// Bytes moved in one direction, by the way they went.
+/// Bytes moved in one direction, by path.
 #[derive(Debug, Default)]
 pub struct Moved {
-    /// Through the worker's buffer.
+    /// Bytes copied through the worker's buffer.
     pub copied: AtomicU64,
-    /// Through a pipe, within the kernel.
+    /// Bytes spliced through a pipe, within the kernel.
     pub spliced: AtomicU64,
 }
 
 impl Moved {
-    /// Both ways together.
+    /// Bytes of both paths together.
     pub fn total(&self) -> u64 {
         self.copied.load(Ordering::Relaxed) + self.spliced.load(Ordering::Relaxed)
     }
 }
 
-/// The data plane's word that connects to a backend keep failing.
+/// The data plane's report that connects to a backend keep failing.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failing {
     /// The backend's id.
     pub backend: Arc<str>,
-    /// The replica that they failed to reach.
+    /// The incarnation of the replica that could not be reached.
     pub incarnation: u64,
 }
 
-/// A connection's place at a backend, from before its connect until its end.
+/// A connection's permit for a backend, held from before the connect until the connection ends.
 #[derive(Debug)]
-pub struct Place {
+pub struct BackendPermit {
     live: Arc<Live>,
     era: u64,
 }
 
-impl Place {
-    /// Takes a place; `None` where the backend has `most` connections already. Exact, whoever else is asking.
+impl BackendPermit {
+    /// Takes a permit; `None` if the backend already has `most` connections. The limit is exact across all workers.
     pub fn take(live: &Arc<Live>, most: u64) -> Option<Self> {
         if most == u64::MAX {
             live.active.fetch_add(1, Ordering::Relaxed);
@@ -262,18 +262,18 @@ impl Place {
         Some(Self { live: Arc::clone(live), era: live.evictions.era() })
     }
 
-    /// The backend.
+    /// The backend's live counters.
     pub fn live(&self) -> &Live {
         &self.live
     }
 
-    /// Why the connection is to end, if that was ordered since the place was taken.
+    /// Why the connection must end, if that was requested after the permit was taken.
     pub fn eviction(&self) -> Option<Eviction> {
         self.live.evictions.since(self.era)
     }
 }
 
-impl Drop for Place {
+impl Drop for BackendPermit {
     fn drop(&mut self) {
         self.live.active.fetch_sub(1, Ordering::Relaxed);
     }
@@ -282,31 +282,32 @@ impl Drop for Place {
 label_enum! {
     /// Why a backend's connections are ended.
     pub enum Eviction {
-        /// Its drain has reached the deadline.
+        /// The backend's drain has reached its deadline.
         Drained => "drained",
-        /// It is down, and its pool says that connections end then.
+        /// The backend is down, and its pool resets connections in that case.
         Down => "down",
     }
 }
 
-/// Orders to end all connections of a backend: written by the control plane, read by the sweep.
+/// Requests to end all connections of a backend. The control plane writes them; the timeout task reads them.
 #[derive(Debug, Default)]
 pub struct Evictions(AtomicU64);
 
 impl Evictions {
-    /// Ends all connections that a backend has now.
+    /// Requests the end of all connections that the backend has now.
     pub fn order(&self, why: Eviction) {
-        // The number of orders, and in the lowest byte why the last was given. One writer.
+        // The lowest byte holds the reason of the last request, and the upper bytes count the requests. Only one thread
+        // writes.
         let number = self.0.load(Ordering::Relaxed) >> 8;
         self.0.store((number + 1) << 8 | why.index() as u64, Ordering::Relaxed);
     }
 
-    /// Stands for the time before the next order.
+    /// Identifies the time since the last request; pass it to [`Evictions::since`].
     pub fn era(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Whether there was an order since `era`.
+    /// The reason of the last request after `era`; `None`: there was no request.
     pub fn since(&self, era: u64) -> Option<Eviction> {
         let now = self.0.load(Ordering::Relaxed);
         (now != era).then(|| Eviction::ALL[(now & 0xff) as usize])
@@ -318,17 +319,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_more_places_than_allowed_and_each_is_given_back() {
+    fn a_backend_never_exceeds_its_limit_and_dropped_permits_are_returned() {
         let live = Arc::new(Live::default());
-        let places: Vec<_> = (0..5).filter_map(|_| Place::take(&live, 3)).collect();
-        assert_eq!((places.len(), live.active.load(Ordering::Relaxed)), (3, 3));
-        drop(places);
-        assert!(Place::take(&live, 1).is_some());
+        let permits: Vec<_> = (0..5).filter_map(|_| BackendPermit::take(&live, 3)).collect();
+        assert_eq!((permits.len(), live.active.load(Ordering::Relaxed)), (3, 3));
+        drop(permits);
+        assert!(BackendPermit::take(&live, 1).is_some());
         assert_eq!(live.active.load(Ordering::Relaxed), 0);
     }
 
     #[test]
-    fn an_order_is_for_the_connections_of_before() {
+    fn an_eviction_ends_only_connections_made_before_it() {
         let evictions = Evictions::default();
         let era = evictions.era();
         assert_eq!(evictions.since(era), None);
@@ -341,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_is_admitted_stays_so() {
+    fn an_admitted_key_stays_admitted_as_the_fraction_grows() {
         let keys: Vec<_> = (0_u32..10_000).map(u32::to_le_bytes).collect();
         let mut before = 0;
         for percent in 0..=100 {

@@ -1,5 +1,5 @@
-//! Letters between an old Ringway and the one that takes over from it: a text and file descriptors each, over a Unix socket
-//! that keeps them apart (`SOCK_SEQPACKET`).
+//! Messages from an old Ringway process to its successor. Each message carries a text and file descriptors, over a Unix
+//! socket that preserves message boundaries (`SOCK_SEQPACKET`).
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -13,65 +13,65 @@ use rustix::net::{
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 
-/// Descriptors in one letter; the kernel takes 253.
+/// Maximum number of descriptors in one message. The kernel limit is 253.
 pub const MOST_DESCRIPTORS: usize = 200;
 
-/// Longest text of a letter, in bytes: what a socket's buffer holds by default.
+/// Maximum length of a message text in bytes. A socket buffer of the default size holds this much.
 const LONGEST: usize = 128 * 1024;
 
-/// One end of the line.
+/// One end of the channel between an old process and its successor.
 #[derive(Debug)]
-pub struct Line(OwnedFd);
+pub struct Channel(OwnedFd);
 
-/// A text and descriptors.
+/// A received message.
 #[derive(Debug)]
-pub struct Letter {
-    /// The text.
+pub struct Message {
+    /// Text of the message.
     pub text: String,
-    /// The descriptors, as the sender had them, under numbers of the receiver's own.
+    /// Descriptors in the order in which the sender passed them. Their numbers are new in this process.
     pub descriptors: Vec<OwnedFd>,
 }
 
-impl Line {
-    /// Both ends.
+impl Channel {
+    /// Creates a channel and returns both of its ends.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the error of the system call.
     pub fn pair() -> io::Result<(Self, Self)> {
         let (one, other) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         Ok((Self(one), Self(other)))
     }
 
-    /// The end that this process has got as its standard input.
+    /// Returns the end that the old process passed as the standard input of this process.
     ///
     /// # Errors
-    /// When there is none.
+    /// Returns an error if the standard input cannot be duplicated.
     pub fn from_stdin() -> io::Result<Self> {
         Ok(Self(io::stdin().as_fd().try_clone_to_owned()?))
     }
 
-    /// For the standard input of a child.
+    /// Returns the descriptor, to use as the standard input of a child process.
     pub fn into_descriptor(self) -> OwnedFd {
         self.0
     }
 
-    /// How long to wait for a letter, or for room for one; zero: as long as it takes.
+    /// Sets the timeout for receiving and for sending a message. Zero waits without a limit.
     ///
     /// # Errors
-    /// The system's.
+    /// Returns the error of the system call.
     pub fn set_timeout(&self, timeout: Duration) -> io::Result<()> {
         let timeout = Some(timeout).filter(|timeout| !timeout.is_zero());
         set_socket_timeout(&self.0, Timeout::Recv, timeout)?;
         Ok(set_socket_timeout(&self.0, Timeout::Send, timeout)?)
     }
 
-    /// Sends a letter.
+    /// Sends a message.
     ///
     /// # Errors
-    /// When it is too long, or nobody is there any more.
+    /// Returns an error if the message is too long or the other end is closed.
     pub fn send(&self, text: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         if text.len() > LONGEST || descriptors.len() > MOST_DESCRIPTORS {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a letter that is too long"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the handover message is too long"));
         }
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
@@ -82,11 +82,11 @@ impl Line {
         Ok(())
     }
 
-    /// Waits for a letter; `None` when nobody is there any more who could send one.
+    /// Waits for a message. Returns `None` if the other end is closed.
     ///
     /// # Errors
-    /// When none comes in time, or one that is none.
-    pub fn receive(&self) -> io::Result<Option<Letter>> {
+    /// Returns an error if the timeout expires or if the message is truncated or not UTF-8.
+    pub fn receive(&self) -> io::Result<Option<Message>> {
         let mut bytes = vec![0; LONGEST];
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -105,11 +105,11 @@ impl Line {
             return Ok(None);
         }
         if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "a letter that did not come in as a whole"));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the handover message is truncated"));
         }
         bytes.truncate(received.bytes);
         let text = String::from_utf8(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
-        Ok(Some(Letter { text, descriptors }))
+        Ok(Some(Message { text, descriptors }))
     }
 }
 
@@ -120,15 +120,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn letters_come_in_order_and_with_what_was_in_them() {
-        let (old, new) = Line::pair().unwrap();
+    fn messages_arrive_in_order_with_text_and_descriptors() {
+        let (old, new) = Channel::pair().unwrap();
         let (mut reader, writer) = io::pipe().unwrap();
         old.send("first", &[writer.as_fd(), writer.as_fd()]).unwrap();
         old.send(&"long ".repeat(20_000), &[]).unwrap();
         drop((old, writer));
-        let letter = new.receive().unwrap().unwrap();
-        assert_eq!((letter.text.as_str(), letter.descriptors.len()), ("first", 2));
-        for descriptor in letter.descriptors {
+        let message = new.receive().unwrap().unwrap();
+        assert_eq!((message.text.as_str(), message.descriptors.len()), ("first", 2));
+        for descriptor in message.descriptors {
             io::PipeWriter::from(descriptor).write_all(b"x").unwrap();
         }
         let mut got = String::new();
@@ -139,8 +139,8 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused_and_waiting_has_an_end() {
-        let (old, new) = Line::pair().unwrap();
+    fn an_oversized_message_fails_and_a_receive_times_out() {
+        let (old, new) = Channel::pair().unwrap();
         assert!(old.send(&"x".repeat(LONGEST + 1), &[]).is_err());
         new.set_timeout(Duration::from_millis(10)).unwrap();
         assert!(new.receive().is_err());

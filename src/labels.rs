@@ -1,19 +1,19 @@
-//! Enums whose names are metric labels, and counters for them.
+//! Enums whose values have metric labels, and counters by label.
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// An enum of known size with a fixed name for each value.
+/// An enum with a fixed set of values and a fixed name for each value.
 pub trait Label: Copy + 'static {
-    /// Every value, in the order of [`Label::index`].
+    /// All values, in the order of [`Label::index`].
     const ALL: &'static [Self];
-    /// The name in metrics, logs and the API.
+    /// The value's name in metrics, logs and the API.
     fn as_str(self) -> &'static str;
-    /// Position in [`Label::ALL`].
+    /// The value's position in [`Label::ALL`].
     fn index(self) -> usize;
 }
 
-/// Declares an enum whose values have one name each: `Refused => "refused"`.
+/// Declares an enum with a name for each value: `Refused => "refused"`.
 #[macro_export]
 macro_rules! label_enum {
     ($(#[$meta:meta])* $vis:vis enum $name:ident { $($(#[$doc:meta])* $value:ident => $label:literal,)+ }) => {
@@ -49,17 +49,17 @@ impl<L: Label> Default for Tally<L> {
 }
 
 impl<L: Label> Tally<L> {
-    /// Counts one.
+    /// Adds one to the counter of `label`.
     pub fn count(&self, label: L) {
         self.counts[label.index()].fetch_add(1, Ordering::Relaxed);
     }
 
-    /// How many were counted so far.
+    /// The count of `label` so far.
     pub fn of(&self, label: L) -> u64 {
         self.counts[label.index()].load(Ordering::Relaxed)
     }
 
-    /// The sum over all labels.
+    /// The sum of all counters.
     pub fn total(&self) -> u64 {
         self.counts.iter().map(|count| count.load(Ordering::Relaxed)).sum()
     }
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn each_label_is_counted_apart() {
+    fn each_label_has_its_own_counter() {
         let tally = Tally::<Fruit>::default();
         tally.count(Fruit::Pear);
         tally.count(Fruit::Pear);

@@ -1,23 +1,23 @@
 //! Ringway: a Layer-4 TCP load balancer on a consistent-hash ring, with self-healing replicas.
 //!
-//! Two halves that never name each other, and one [`table`] between them: the control plane decides which
-//! backends there are and in what state; the data plane reads that and moves bytes.
+//! The control plane and the data plane do not depend on each other; the [`table`] connects them. The control plane
+//! decides which backends exist and sets their states. The data plane reads the table and moves bytes.
 //!
 //! # Layout
 //!
-//! In the order in which a connection meets them:
+//! In the order in which a connection reaches them:
 //!
-//! - [`app`]: the only wiring place; binds, spawns, shuts down
-//! - [`proxy`]: the data plane, from accept to the closing account of a connection
-//! - [`ring`]: which backend a key belongs to; pure
+//! - [`app`]: connects all other modules; binds sockets, starts tasks and shuts down
+//! - [`proxy`]: the data plane, from accept to the final accounting of a connection
+//! - [`ring`]: maps keys to backends; pure
 //! - [`table`]: the snapshot that the data plane reads, and its atomic swap
-//! - [`backend`]: one member of a pool: identity, address, state, counters
-//! - [`control`]: providers, supervisor and health checks, and the publisher that writes the table
+//! - [`backend`]: one member of a pool: identity, address, state and counters
+//! - [`control`]: providers, supervisor, health checks, and the publisher that writes the table
 //! - [`api`]: the HTTP side port
-//! - [`metrics`]: every metric's name, labels and help
-//! - [`config`]: the YAML file and its faults
+//! - [`metrics`]: the name, labels and help text of every metric
+//! - [`config`]: the YAML file and its validation
 //!
-//! [`http_client`], [`handover`], [`labels`] and [`limits`] are leaves that several of them use.
+//! Several of these modules use [`http_client`], [`handover`], [`labels`] and [`limits`].
 
 pub mod api;
 pub mod app;
@@ -33,5 +33,5 @@ pub mod proxy;
 pub mod ring;
 pub mod table;
 
-/// Ringway's version, as in `ringway --version`, status and metrics.
+/// Ringway's version, as shown by `ringway --version`, the status and the metrics.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

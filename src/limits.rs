@@ -1,19 +1,19 @@
-//! The process's limit on open files: raised as far as it goes, and turned into a connection limit.
+//! The process's limit on open files: raises it to the maximum and derives the connection limit from it.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Descriptors kept for logs, the side port and forwarded requests.
+/// Descriptors reserved for logs, the side port and forwarded requests.
 const RESERVED: u64 = 64;
 
-/// More than any machine serves; keeps sums small where the limit is "unlimited".
+/// Maximum connection limit, more than any machine serves; keeps sums small if open files are unlimited.
 const MOST: u64 = 1_000_000;
 
-/// Raises the soft limit on open files to the hard one. Returns the soft limit of before and of now.
+/// Raises the soft limit on open files to the hard limit. Returns the soft limit before and after.
 pub fn raise_open_files() -> (u64, u64) {
     let limit = getrlimit(Resource::Nofile);
     let before = limit.current.unwrap_or(u64::MAX);
     if limit.current != limit.maximum {
-        // Refused only by a sandbox; then the old limit stays and `connections` counts with it.
+        // Only a sandbox refuses this. The old limit then stays, and `connections` uses it.
         let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
     }
     (before, open_files())
@@ -24,17 +24,18 @@ pub fn open_files() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// How many open files this process has at the moment; 0 where the system does not say.
+/// Number of files that this process has open now; 0 if the system does not report it.
 pub fn open_files_now() -> u64 {
     std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count() as u64)
 }
 
-/// How many pipes the relay may hold under `open_files`: an eighth of the descriptors, two to a pipe.
+/// Number of pipes that the relay may use under `open_files`: an eighth of the descriptors, two per pipe.
 pub fn pipes(open_files: u64) -> u64 {
     (open_files / 16).min(1024)
 }
 
-/// How many connections fit under `open_files`, two descriptors each, beside `pipes` pipes and `others` descriptors.
+/// Number of connections that fit under `open_files`, with two descriptors each, beside `pipes` pipes and `others`
+/// other descriptors.
 pub fn connections(open_files: u64, pipes: u64, others: u64) -> u64 {
     (open_files.saturating_sub(RESERVED + 2 * pipes + others) / 2).clamp(1, MOST)
 }

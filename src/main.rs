@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         Some(Command::Status(ref options)) => cli::status::status(&arguments.common, options),
         Some(Command::Reap(ref options)) => cli::reap::reap(&arguments.common, options),
         Some(Command::Healthcheck) => cli::healthcheck::healthcheck(),
-        Some(Command::Order(order)) => cli::orders::order(&arguments.common, order),
+        Some(Command::Runtime(command)) => cli::commands::run(&arguments.common, command),
         Some(Command::EchoServer(options)) => cli::echo_server(options),
         Some(Command::Shim(ref shim)) => cli::shim(shim),
         Some(Command::Launch(ref launch)) => cli::launch(launch),

@@ -1,68 +1,69 @@
-//! The consistent-hash ring: build, lookup, walk. Pure: no I/O, no clock, integers only.
+//! The consistent-hash ring: build, lookup and walk. The module is pure: no I/O, no clock, and integer arithmetic for
+//! every choice of a member.
 //!
-//! Every member owns `virtual_nodes × weight` points on a circle of 2^64. A key belongs to the member
-//! whose point is the next one clockwise. Hashing the key several times (`probes`) and taking the
-//! probe with the shortest way to its next point evens the shares out without more points:
-//! Appleton and O'Reilly, "Multi-probe consistent hashing", arXiv 1505.00062. The ring itself is
-//! Karger et al., "Consistent hashing and random trees", STOC 1997.
+//! Every member owns `virtual_nodes × weight` points on a circle of 2^64. A key belongs to the member that owns the
+//! next point clockwise. To even out the shares without more points, a lookup hashes the key several times (`probes`)
+//! and takes the probe that is closest to its next point: Appleton and O'Reilly, "Multi-probe consistent hashing",
+//! arXiv 1505.00062. The ring itself is Karger et al., "Consistent hashing and random trees", STOC 1997.
 //!
-//! `docs/consistent-hashing.md` describes the algorithm byte for byte; the golden vectors in
-//! `ring/tests.rs` hold this file to it.
+//! `docs/consistent-hashing.md` describes the algorithm byte for byte. The golden vectors in `ring/tests.rs` check that
+//! this file follows it.
 
 use std::sync::OnceLock;
 
 #[cfg(test)]
 mod tests;
 
-/// Ends the bytes of a point's hash, so that no key can be built that hashes like a point.
+/// Separates the id from the number in a point's hash input.
 const TAG_POINT: u8 = 0;
-/// Ends the bytes of a key's hash.
+/// Last byte of a key's hash input. A point's input ends with the high byte of its number, which is 0 because the
+/// config allows at most 2^22 points. So a key never has the same input as a point.
 const TAG_KEY: u8 = 1;
 
-/// What shapes a ring beside its members. Equal parameters and members give equal rings everywhere.
+/// The parameters of a ring. Equal parameters and members give equal rings on every machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Parameters {
-    /// Points per unit of weight, 1 to 65,536. More points: more even shares, more memory.
+    /// Points per unit of weight, 1 to 65,536. More points give more even shares and use more memory.
     pub virtual_nodes: u32,
-    /// How often a key is hashed, 1 to 64. More probes: more even shares, slower lookups.
+    /// Hashes per key, 1 to 64. More probes give more even shares and slower lookups.
     pub probes: u32,
-    /// Goes into every hash; rings with different seeds are unrelated.
+    /// Part of every hash; rings with different seeds are independent.
     pub seed: u64,
 }
 
-/// A member as the ring sees it.
+/// A member of the ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Member<'a> {
-    /// The identity that is hashed; distinct among the members of a ring.
+    /// The identity that is hashed; unique within a ring.
     pub id: &'a str,
-    /// A multiple of `virtual_nodes`; 0 puts the member on the ring with no point.
+    /// Multiplies `virtual_nodes`; a member with weight 0 has no points.
     pub weight: u32,
 }
 
-/// An immutable ring. Owners are indices into the members that it was built from.
+/// An immutable ring. An owner is an index into the members that the ring was built from.
 #[derive(Debug)]
 pub struct Ring {
     parameters: Parameters,
     members: usize,
-    /// Sorted clockwise.
+    /// The hashes of all points, sorted clockwise.
     hashes: Vec<u64>,
-    /// The upper halves of `hashes`, then `WINDOW` times the circle's end: all that a lookup reads but for
-    /// ties. Half the size stays in a core's cache where the whole hashes would not.
+    /// The upper halves of `hashes`, followed by `WINDOW` copies of `u32::MAX`. A lookup reads only these, except on
+    /// ties. At half the size, they stay in a core's cache where the whole hashes would not.
     tops: Vec<u32>,
     owners: Vec<u32>,
-    /// For each value of a hash's top bits the first point not before it: where a lookup starts to scan.
+    /// For each value of a hash's top bits, the first point that is not before it: the start of a lookup's scan.
     starts: Vec<u32>,
-    /// How far a hash is shifted right to index `starts`.
+    /// Right shift of a hash that gives its index into `starts`.
     shift: u32,
     digest: u64,
     shares: OnceLock<Vec<f64>>,
 }
 
 impl Ring {
-    /// Builds the ring of `members`. Their order only names the owners; it never moves a point.
+    /// Builds the ring of `members`. Their order decides only the owners' indices and never moves a point.
     ///
     /// # Panics
-    /// With more than `u32::MAX` points; the config allows 2^22.
+    /// With more than `u32::MAX` points; the config allows at most 2^22.
     pub fn build(parameters: Parameters, members: &[Member<'_>]) -> Self {
         let by_id = order_by_id(members);
         let mut points = Vec::new();
@@ -73,9 +74,9 @@ impl Ring {
                 points.push((hash_point(&mut bytes, parameters.seed, id.as_bytes(), i), rank));
             }
         }
-        // By hash, and among equal hashes by id: the order of discovery must never matter.
+        // Sort by hash, and equal hashes by id, so the order of discovery does not matter.
         points.sort_unstable();
-        assert!(u32::try_from(points.len()).is_ok(), "more points than a ring can number");
+        assert!(u32::try_from(points.len()).is_ok(), "a ring has at most 2^32 - 1 points");
 
         let digest = digest(parameters, members, &by_id, &points);
         let (starts, shift) = start_index(&points);
@@ -92,39 +93,39 @@ impl Ring {
         }
     }
 
-    /// The member that `key` belongs to; `None` on a ring without points.
+    /// The member that owns `key`; `None` if the ring has no points.
     pub fn lookup(&self, key: &[u8]) -> Option<usize> {
         self.nearest(key).map(|point| self.owner(point))
     }
 
-    /// The members in the order in which `key` tries them: its own first, then clockwise, each once.
+    /// The members in the order to try them for `key`: the owner first, then clockwise, each member once.
     pub fn walk(&self, key: &[u8]) -> Walk<'_> {
         Walk { ring: self, point: self.nearest(key), left: self.owners.len(), first: None, seen: Vec::new() }
     }
 
-    /// A fingerprint of all points and parameters: instances that show the same one pick alike.
+    /// A fingerprint of all points and parameters. Instances with the same digest pick the same members.
     pub fn digest(&self) -> u64 {
         self.digest
     }
 
-    /// How many points the ring has.
+    /// Number of points on the ring.
     pub fn points(&self) -> usize {
         self.owners.len()
     }
 
-    /// What the ring was built with.
+    /// The parameters that the ring was built with.
     pub fn parameters(&self) -> Parameters {
         self.parameters
     }
 
-    /// The part of all keys that belongs to each member, in the members' order; they add up to 1.
+    /// The share of all keys that each member owns, in the order of the members; the shares add up to 1.
     ///
-    /// Exact, not sampled. Computed at the first call, then kept.
+    /// The shares are exact, not sampled. The first call computes and caches them.
     pub fn shares(&self) -> &[f64] {
         self.shares.get_or_init(|| self.compute_shares())
     }
 
-    /// The point with the shortest clockwise way from any of the key's probes; the first such probe wins.
+    /// The point at the shortest clockwise distance from any of the key's probes; the first probe wins a tie.
     fn nearest(&self, key: &[u8]) -> Option<usize> {
         if self.owners.is_empty() {
             return None;
@@ -139,11 +140,11 @@ impl Ring {
         Some(best.point)
     }
 
-    /// The first point at or clockwise after `at`, wrapping past the top of the circle.
+    /// The first point at or clockwise after `at`; wraps at the top of the circle.
     fn next_point(&self, at: u64) -> usize {
         let mut point = self.starts[(at >> self.shift) as usize] as usize;
-        // Counted rather than searched: how many points lie before `at` is a matter of chance, and a
-        // branch on it would be mispredicted every other time.
+        // This counts instead of searching. The number of points before `at` is random, so the CPU would mispredict a
+        // search's branch half of the time.
         loop {
             let window = &self.tops[point..point + WINDOW];
             let before: usize = window.iter().map(|&other| usize::from(other < top(at))).sum();
@@ -161,7 +162,7 @@ impl Ring {
     fn is_nearer(&self, one: Landing, other: Landing) -> bool {
         let roughly = |landing: Landing| self.tops[landing.point].wrapping_sub(top(landing.at));
         let exactly = |landing: Landing| self.hashes[landing.point].wrapping_sub(landing.at);
-        // Upper halves subtract to the true way's upper half, or one more.
+        // Subtracting upper halves gives the upper half of the true distance, or one more.
         let (a, b) = (roughly(one), roughly(other));
         if a.abs_diff(b) > 1 { a < b } else { exactly(one) < exactly(other) }
     }
@@ -170,10 +171,10 @@ impl Ring {
         self.owners[point] as usize
     }
 
-    /// With `k` probes, point `j` with gap `g_j` before it wins at distance `d < g_j` when one probe falls
-    /// there and the others all need more than `d`. The chance that one needs more than `d` is
-    /// `S(d) = Σ max(g - d, 0)` over all gaps, so the point's share is `∫ k·S(d)^(k-1) dd` from 0 to
-    /// `g_j`. `S` is linear between neighbouring gap lengths, so the integral is a sum over sorted gaps.
+    /// Point `j` has the gap `g_j` before it. With `k` probes, it wins at distance `d < g_j` when one probe falls at
+    /// that distance and all other probes are farther than `d` from their points. A probe is farther than `d` with
+    /// probability `S(d) = Σ max(g - d, 0)` over all gaps. So the point's share is `∫ k·S(d)^(k-1) dd` from 0 to `g_j`.
+    /// `S` is linear between neighboring gap lengths, so the integral is a sum over the sorted gaps.
     fn compute_shares(&self) -> Vec<f64> {
         let mut shares = vec![0.0; self.members];
         let count = self.owners.len();
@@ -203,15 +204,15 @@ impl Ring {
     }
 }
 
-/// Distinct members clockwise from a key's point. The first costs no allocation.
+/// Iterates over the distinct members clockwise from a key's point. The first member costs no allocation.
 #[derive(Debug)]
 pub struct Walk<'a> {
     ring: &'a Ring,
     point: Option<usize>,
-    /// Points not looked at yet.
+    /// Points not yet visited.
     left: usize,
     first: Option<usize>,
-    /// A bit per member that was yielded; empty until a second one is asked for.
+    /// One bit per member that was returned; allocated when a second member is requested.
     seen: Vec<u64>,
 }
 
@@ -245,14 +246,14 @@ impl Iterator for Walk<'_> {
     }
 }
 
-/// Where a probe of a key fell, and the point that it found.
+/// The position of a key's probe, and the point that it found.
 #[derive(Clone, Copy)]
 struct Landing {
     at: u64,
     point: usize,
 }
 
-/// A point: seahash of seed (8 bytes, little-endian), id, tag (1 byte), number (4 bytes, little-endian).
+/// A point's hash: seahash of seed (8 bytes, little-endian), id, tag (1 byte), number (4 bytes, little-endian).
 fn hash_point(bytes: &mut Vec<u8>, seed: u64, id: &[u8], number: u32) -> u64 {
     bytes.clear();
     bytes.extend_from_slice(&seed.to_le_bytes());
@@ -262,9 +263,9 @@ fn hash_point(bytes: &mut Vec<u8>, seed: u64, id: &[u8], number: u32) -> u64 {
     seahash::hash(bytes)
 }
 
-/// A key: seahash of seed (8 bytes, little-endian), key, tag (1 byte).
+/// A key's hash: seahash of seed (8 bytes, little-endian), key, tag (1 byte).
 fn hash_key(seed: u64, key: &[u8]) -> u64 {
-    /// Room for any address key; longer ones take the heap.
+    /// Bytes on the stack, enough for any address key; longer keys use the heap.
     const INLINE: usize = 32;
     let mut stack = [0; INLINE];
     let mut heap = Vec::new();
@@ -280,8 +281,8 @@ fn hash_key(seed: u64, key: &[u8]) -> u64 {
     seahash::hash(bytes)
 }
 
-/// Where probe `number` ≥ 1 of a key falls: seahash's diffusion of the key's hash moved on by `number` steps
-/// of 2^64 divided by the golden ratio. A tenth of the cost of hashing the key again, and as even.
+/// The position of probe `number` ≥ 1 of a key: the key's hash plus `number` steps of 2^64 divided by the golden ratio,
+/// then seahash's diffusion. This costs a tenth of hashing the key again and spreads as evenly.
 fn probe_of(key: u64, number: u32) -> u64 {
     const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
     const PRIME: u64 = 0x6eed_0e9d_a4d9_4a4f;
@@ -316,10 +317,10 @@ fn digest(parameters: Parameters, members: &[Member<'_>], by_id: &[usize], point
     seahash::hash(&bytes)
 }
 
-/// Points that a lookup compares at a time.
+/// Points compared at a time in a lookup.
 const WINDOW: usize = 8;
 
-/// One start for every two to four points: a lookup nearly always ends within its first window.
+/// Creates one start per two to four points, so a lookup nearly always ends within its first window.
 fn start_index(points: &[(u64, usize)]) -> (Vec<u32>, u32) {
     let bits = points.len().next_power_of_two().trailing_zeros().max(3) - 2;
     let shift = 64 - bits;
@@ -335,5 +336,5 @@ fn start_index(points: &[(u64, usize)]) -> (Vec<u32>, u32) {
 }
 
 fn narrow(index: usize) -> u32 {
-    u32::try_from(index).expect("members and points are numbered within 32 bits")
+    u32::try_from(index).expect("numbers of members and points fit in 32 bits")
 }

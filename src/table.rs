@@ -1,5 +1,5 @@
-//! The table: the immutable snapshot of a pool (ring and backends) that the data plane reads, and its
-//! atomic swap. The control plane's publisher is the only writer.
+//! The table: the immutable snapshot of a pool (ring and backends) that the data plane reads, and its atomic swap. Only
+//! the control plane's publisher writes it.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,23 +11,25 @@ use tokio::sync::watch;
 use crate::backend::{Admission, Backend, State};
 use crate::ring::Ring;
 
-/// A snapshot of one pool. Backend `i` is owner `i` of the ring.
+/// A snapshot of one pool. Owner `i` of the ring is backend `i`.
 #[derive(Debug)]
 pub struct Table {
     generation: u64,
     ring: Arc<Ring>,
     backends: Box<[Backend]>,
     healthy: usize,
-    /// Backends are tried whatever their checks say.
+    /// All backends with an address are tried, even if their checks fail.
     takes_all: bool,
     is_panic: bool,
-    /// Some healthy backend takes all of its keys, and some other does not: it gets only those of its keys that it takes.
+    /// At least one healthy backend takes all of its keys, and at least one starts slowly. A slow-starting backend then
+    /// gets only the keys that its admission takes.
     spares_slow_ones: bool,
 }
 
 impl Table {
-    /// Joins a ring and the backends it was built from, in the same order. Where less than `panic_below` percent of
-    /// those backends are healthy of which anything is known, the checks are not believed; 0: they always are.
+    /// Joins a ring with the backends that it was built from, in the same order. Starting and draining backends are not
+    /// rated. If fewer than `panic_below` percent of the rated backends are healthy, the table is in panic mode and
+    /// ignores the health checks; 0 turns panic mode off.
     pub fn new(generation: u64, ring: Arc<Ring>, backends: Box<[Backend]>, panic_below: u8) -> Self {
         let count = |wanted: fn(State) -> bool| backends.iter().filter(|backend| wanted(backend.state)).count();
         let healthy = count(|state| state == State::Healthy);
@@ -40,40 +42,41 @@ impl Table {
         Self { generation, ring, backends, healthy, takes_all, is_panic, spares_slow_ones }
     }
 
-    /// Counts the snapshots of this pool, from 0.
+    /// The snapshot's number within its pool, from 0.
     pub fn generation(&self) -> u64 {
         self.generation
     }
 
-    /// The ring of this snapshot.
+    /// The snapshot's ring.
     pub fn ring(&self) -> &Arc<Ring> {
         &self.ring
     }
 
-    /// Every backend, whatever its state.
+    /// All backends, in any state.
     pub fn backends(&self) -> &[Backend] {
         &self.backends
     }
 
-    /// Whether any backend is healthy.
+    /// Whether at least one backend is healthy.
     pub fn any_healthy(&self) -> bool {
         self.healthy > 0
     }
 
-    /// How many backends are healthy.
+    /// Number of healthy backends.
     pub fn healthy(&self) -> usize {
         self.healthy
     }
 
-    /// Whether so few backends are healthy that all are tried.
+    /// Whether the table is in panic mode: so few backends are healthy that all are tried.
     pub fn is_panic(&self) -> bool {
         self.is_panic
     }
 
     /// The backends that may get the connection of `key`, in the order to try them.
     ///
-    /// Unhealthy ones are walked past. Where too few are healthy, all that have an address are tried: the checks may
-    /// be wrong, those few might not bear the load of all, and the connect will tell.
+    /// Unhealthy backends are skipped. If too few backends are healthy, all backends with an address are tried, except
+    /// draining ones. The checks may be wrong, and the few healthy backends might not bear the whole load. The connect
+    /// then shows which backends work.
     pub fn candidates(&self, key: &[u8]) -> impl Iterator<Item = (&Backend, SocketAddr)> {
         let is_spared = move |backend: &Backend| {
             backend.state == State::Healthy && self.spares_slow_ones && !backend.admission.takes(key)
@@ -87,14 +90,14 @@ impl Table {
             };
             backend.address.filter(|_| may).map(|address| (backend, address))
         });
-        // Better one that starts slowly than none.
+        // A slow-starting backend is better than none, so these come last.
         let spared = self.spares_slow_ones.then(|| self.ring.walk(key)).into_iter().flatten();
         let spared = spared.map(|owner| &self.backends[owner]).filter(move |backend| is_spared(backend));
         first.chain(spared.filter_map(|backend| Some((backend, backend.address?))))
     }
 }
 
-/// The place where a pool's current table is swapped and watched. Cheap to clone.
+/// The shared cell that holds a pool's current table. It can be swapped and watched, and is cheap to clone.
 #[derive(Debug, Clone)]
 pub struct TableCell {
     current: Arc<ArcSwap<Table>>,
@@ -102,30 +105,30 @@ pub struct TableCell {
 }
 
 impl TableCell {
-    /// A cell that shows `first` until the next [`TableCell::publish`].
+    /// Creates a cell that holds `first` until the next [`TableCell::publish`].
     pub fn new(first: Table) -> Self {
         let generation = watch::Sender::new(first.generation);
         Self { current: Arc::new(ArcSwap::from_pointee(first)), generation }
     }
 
-    /// Swaps the table. Readers that hold the old one keep it until they are done.
+    /// Swaps the table. Readers keep the old table until they release it.
     pub fn publish(&self, table: Table) {
         let generation = table.generation;
         self.current.store(Arc::new(table));
         self.generation.send_replace(generation);
     }
 
-    /// The table of this moment.
+    /// The current table.
     pub fn load(&self) -> Arc<Table> {
         self.current.load_full()
     }
 
-    /// Tells of each swap; the value is the generation.
+    /// Notifies of each swap; the value is the generation.
     pub fn watch(&self) -> watch::Receiver<u64> {
         self.generation.subscribe()
     }
 
-    /// A reader that keeps its own `Arc`, so that reading costs one load while nothing has changed.
+    /// Creates a reader with its own `Arc`; a read costs one atomic load while the table is unchanged.
     pub fn reader(&self) -> TableReader {
         TableReader(Cache::new(Arc::clone(&self.current)))
     }
@@ -136,7 +139,7 @@ impl TableCell {
 pub struct TableReader(Cache<Arc<ArcSwap<Table>>, Arc<Table>>);
 
 impl TableReader {
-    /// The table of this moment.
+    /// The current table.
     pub fn load(&mut self) -> &Arc<Table> {
         self.0.load()
     }
@@ -184,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn only_healthy_backends_are_candidates_and_they_keep_the_walk_s_order() {
+    fn only_healthy_backends_are_candidates_and_they_keep_the_ring_order() {
         let all = table(&[(State::Healthy, true); 5]);
         let some = table(&[
             (State::Healthy, true),
@@ -201,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn where_none_is_healthy_all_with_an_address_are_tried_but_draining_ones() {
+    fn if_no_backend_is_healthy_all_with_an_address_are_tried_except_draining_ones() {
         let table = table(&[
             (State::Unhealthy, true),
             (State::Starting, false),
@@ -214,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn under_the_floor_all_are_tried_and_without_a_floor_none() {
+    fn panic_mode_tries_all_backends_and_a_floor_of_zero_turns_it_off() {
         let states = |healthy: usize| -> Vec<_> {
             (0..10).map(|n| (if n < healthy { State::Healthy } else { State::Unhealthy }, true)).collect()
         };
@@ -230,7 +233,7 @@ mod tests {
         assert_eq!(tried(0, 0), (false, 0));
         assert_eq!(tried(10, 100), (false, 10));
         assert_eq!(tried(9, 100), (true, 10));
-        // Of what is only starting nothing is known, and what drains was taken out by somebody who knows.
+        // Starting backends are still unknown, and draining backends were taken out on purpose, so neither is rated.
         let others = [(State::Healthy, true), (State::Starting, true), (State::Draining, true)];
         let table = floored(&others, 100);
         assert_eq!((table.is_panic(), ids(&table, b"key").len()), (false, 1));
@@ -239,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_backend_that_starts_slowly_gets_a_part_of_its_keys_and_no_other_moves() {
+    fn a_slow_starting_backend_gets_a_fraction_of_its_keys_and_other_keys_stay() {
         let all = table(&[(State::Healthy, true); 3]);
         let mut slow = table(&[(State::Healthy, true); 3]);
         slow.backends[1].admission = Admission::part(0.25);
@@ -247,7 +250,7 @@ mod tests {
         let (mut own, mut kept) = (0, 0);
         for key in 0_u32..8000 {
             let (before, now) = (ids(&all, &key.to_le_bytes()), ids(&slow, &key.to_le_bytes()));
-            assert_eq!(now.len(), 3, "it is the last resort");
+            assert_eq!(now.len(), 3, "the slow-starting backend stays the last resort");
             if before[0] == "b1" {
                 own += 1;
                 kept += u32::from(now[0] == "b1");
@@ -256,7 +259,7 @@ mod tests {
             }
         }
         assert!((f64::from(kept) / f64::from(own) - 0.25).abs() < 0.05, "{kept} of {own}");
-        // Where all start slowly, there is nobody to spare them.
+        // If all backends start slowly, no other backend can take their keys.
         let mut alone = Table::new(0, Arc::clone(slow.ring()), slow.backends.clone(), 50);
         for backend in &mut alone.backends {
             backend.admission = Admission::part(0.0);
@@ -266,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn readers_see_a_swap() {
+    fn readers_see_the_new_table_after_a_swap() {
         let cell = TableCell::new(table(&[]));
         let mut reader = cell.reader();
         assert_eq!(reader.load().generation(), 0);

@@ -1,4 +1,4 @@
-//! Byte-exactness on both paths and across switches between them, and what the paths are used for.
+//! Both paths carry every byte, also when a stream switches between them. Each path is used for its kind of traffic.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -14,8 +14,8 @@ use crate::harness::{Random, Ringway, eventually_async, seed, soon, static_confi
 
 const MIB: usize = 1 << 20;
 
-/// What is sent: a block of random bytes over and over, from an offset that is the stream's own. Its length is a
-/// prime, so that bytes lost, doubled or moved show.
+/// Every stream repeats this block of random bytes from its own offset. The length is a prime, so lost, doubled or moved
+/// bytes change the stream.
 static BLOCK: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut random = Random(1);
     (0..1_048_583).map(|_| random.next().to_le_bytes()[0]).collect()
@@ -31,23 +31,23 @@ fn piece(at: usize, length: usize) -> &'static [u8] {
 async fn send(mut half: OwnedWriteHalf, offset: usize, count: usize, seed: u64) {
     let mut random = Random(seed);
     let mut sent = 0;
-    // Calm and torrent in turns, so that the relay changes its path and back.
+    // Small and large slices take turns, so the relay switches its path and back.
     let mut slices = 0;
     while sent < count {
-        let is_calm = slices / 40 % 2 == 1;
+        let is_small = slices / 40 % 2 == 1;
         slices += 1;
-        let most = if is_calm { 3_000 } else { 400_000 };
+        let most = if is_small { 3_000 } else { 400_000 };
         let slice = piece(offset + sent, (1 + random.below(most)).min(count - sent));
         half.write_all(slice).await.unwrap();
         sent += slice.len();
-        if is_calm {
+        if is_small {
             tokio::task::yield_now().await;
         }
     }
     half.shutdown().await.unwrap();
 }
 
-/// Expects just that stream and its end, read in random slices.
+/// Reads the stream in random slices and checks its bytes and its end.
 async fn receive(mut half: OwnedReadHalf, offset: usize, count: usize, seed: u64) {
     let mut random = Random(seed);
     let mut buffer = vec![0; 300_000];
@@ -79,7 +79,7 @@ async fn receive(mut half: OwnedReadHalf, offset: usize, count: usize, seed: u64
     }
 }
 
-/// The sizes and offsets of one connection, told to the backend in its first bytes.
+/// The sizes and offsets of one connection. The client sends them to the backend in the first bytes.
 #[derive(Clone, Copy)]
 struct Order {
     up: usize,
@@ -89,7 +89,7 @@ struct Order {
 
 impl Order {
     fn random(random: &mut Random) -> Self {
-        // Mostly small, up to 8 MiB: each half of that is as likely as the next.
+        // Most sizes are small, up to 8 MiB. Each halving of the range has the same probability.
         let size = |random: &mut Random| {
             let scale = random.below(16);
             random.below((8 * MIB) >> scale)
@@ -122,7 +122,7 @@ async fn exchange(stream: TcpStream, order: Order, is_client: bool) {
     }
 }
 
-/// A backend whose failures fail the test.
+/// Runs a backend. Its failures fail the test.
 async fn serve(listener: TcpListener, connections: usize) {
     let mut exchanges = JoinSet::new();
     for _ in 0..connections {
@@ -137,7 +137,7 @@ async fn serve(listener: TcpListener, connections: usize) {
     }
 }
 
-/// Carries the orders out, 24 at a time, through a Ringway with these settings of `relay`.
+/// Carries out the orders, 24 at a time, through a Ringway with these settings of `relay`.
 async fn carry_out(relay: &str, orders: Vec<Order>) -> Ringway {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let yaml = static_config(&[listener.local_addr().unwrap()], "health_check: { kind: none }");
@@ -163,7 +163,7 @@ async fn carry_out(relay: &str, orders: Vec<Order>) -> Ringway {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn thousands_of_connections_are_exact_with_splicing() {
+async fn splicing_carries_every_byte_of_thousands_of_connections() {
     let mut random = Random(seed());
     let mut list: Vec<_> = (0..2000).map(|_| Order::random(&mut random)).collect();
     list.extend((0..3).map(|_| Order { up: 64 * MIB, down: 64 * MIB, seed: random.next() }));
@@ -174,7 +174,7 @@ async fn thousands_of_connections_are_exact_with_splicing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn thousands_of_connections_are_exact_without_splicing() {
+async fn copying_carries_every_byte_of_thousands_of_connections() {
     let mut random = Random(seed());
     let mut list: Vec<_> = (0..1000).map(|_| Order::random(&mut random)).collect();
     list.extend((0..2).map(|_| Order { up: 64 * MIB, down: 64 * MIB, seed: random.next() }));
@@ -241,9 +241,9 @@ async fn with_fewer_pipes_than_streams_transfers_still_finish() {
     assert!(ringway.metric("ringway_splice_pipe_shortages_total", &[]).await > 0.0);
 }
 
-/// A backend that sends for ever, and clients that do not read: what waits, waits in the kernel.
+/// The backend sends without end and the clients do not read. The bytes wait in the kernel and not in Ringway.
 #[tokio::test]
-async fn slow_readers_keep_memory_flat() {
+async fn slow_readers_do_not_grow_the_memory() {
     const READERS: u64 = 60;
     let torrent =
         Server::start(|mut stream| async move { while stream.write_all(piece(0, 256 * 1024)).await.is_ok() {} }).await;
@@ -254,6 +254,7 @@ async fn slow_readers_keep_memory_flat() {
         let readers = loadtest::open(program.web(), READERS as usize).await.unwrap();
         let mut last = -1.0;
         eventually_async("the streams are stuck", async || {
+            // A stream that still moves would change the metric in this time.
             tokio::time::sleep(Duration::from_millis(1200)).await;
             let text = crate::harness::get(program.api(), "/metrics").await.1;
             let moved = crate::harness::metric_in(&text, "ringway_bytes_total", &[]);
@@ -263,7 +264,7 @@ async fn slow_readers_keep_memory_flat() {
         })
         .await;
         let grown = program.memory().saturating_sub(before);
-        // A remainder of at most 64 KiB for each, and some room for the allocator.
+        // Each stream holds at most 64 KiB. The rest is room for the allocator.
         assert!(grown < READERS * 80 * 1024 + 4 * MIB as u64, "splice {splice}: {grown} bytes");
         drop(readers);
     }

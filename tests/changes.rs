@@ -1,23 +1,23 @@
-//! Changes at run time: drain, weight, add, remove, scale, and who may make them.
+//! Changes at run time: drain, weight, add, remove and scale, and the permission for them.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ringway::backend::State;
-use ringway::control::operator::{Order, Refusal};
+use ringway::control::command::{Command, CommandError};
 use ringway::control::provider::Listed;
-use ringway::proxy::stats::End;
+use ringway::proxy::stats::EndReason;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::harness::backends::Server;
 use crate::harness::program::Program;
 use crate::harness::{
-    Ringway, THREE_REPLICAS, config, eventually, eventually_async, http, http_with, soon, static_config,
+    Ringway, THREE_REPLICAS, config, echoes, eventually, eventually_async, http, http_with, soon, static_config,
 };
 
-/// A backend that names itself to each connection and then echoes.
+/// Starts a backend that sends its name on each connection and then echoes.
 async fn named(name: &'static str) -> Server {
     Server::start(move |mut stream| async move {
         let _ = stream.write_all(name.as_bytes()).await;
@@ -31,7 +31,7 @@ async fn named(name: &'static str) -> Server {
     .await
 }
 
-/// A connection and who serves it.
+/// Opens a connection and reads the name of its backend.
 async fn connect(ringway: &Ringway) -> (TcpStream, String) {
     let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
     let mut name = [0; 2];
@@ -39,13 +39,8 @@ async fn connect(ringway: &Ringway) -> (TcpStream, String) {
     (stream, String::from_utf8_lossy(&name).into_owned())
 }
 
-async fn echoes(stream: &mut TcpStream) -> bool {
-    let mut back = [0; 4];
-    stream.write_all(b"ping").await.is_ok() && stream.read_exact(&mut back).await.is_ok() && &back == b"ping"
-}
-
-fn drain(backend: &str, within: Option<Duration>) -> Order {
-    Order::Drain { pool: "echo".to_owned(), backend: backend.to_owned(), within }
+fn drain(backend: &str, within: Option<Duration>) -> Command {
+    Command::Drain { pool: "echo".to_owned(), backend: backend.to_owned(), within }
 }
 
 async fn three() -> ([Server; 3], Ringway) {
@@ -56,7 +51,7 @@ async fn three() -> ([Server; 3], Ringway) {
     (servers, ringway)
 }
 
-/// Connections until some are served by this backend.
+/// Opens connections until this backend serves one.
 async fn connect_to(ringway: &Ringway, name: &str) -> TcpStream {
     for _ in 0..200 {
         let (stream, who) = connect(ringway).await;
@@ -64,15 +59,15 @@ async fn connect_to(ringway: &Ringway, name: &str) -> TcpStream {
             return stream;
         }
     }
-    panic!("nobody gets to {name}");
+    panic!("no connection goes to {name}");
 }
 
 #[tokio::test]
-async fn a_drained_backend_gets_no_new_connection_and_old_ones_finish() {
+async fn a_draining_backend_gets_no_new_connection_and_its_connections_finish() {
     let (_servers, ringway) = three().await;
     let before = ringway.mapping();
     let mut old = connect_to(&ringway, "b1").await;
-    ringway.order(drain("b1", None)).await.unwrap();
+    ringway.send(drain("b1", None)).await.unwrap();
     eventually("draining", || ringway.states()[1] == State::Draining).await;
     for _ in 0..60 {
         assert_ne!(connect(&ringway).await.1, "b1");
@@ -83,25 +78,25 @@ async fn a_drained_backend_gets_no_new_connection_and_old_ones_finish() {
     old.shutdown().await.unwrap();
     soon("the end", old.read_to_end(&mut Vec::new())).await.unwrap();
     eventually("none left", || ringway.backend(1).live.active.load(Ordering::Relaxed) == 0).await;
-    assert_eq!(ringway.state().listeners[0].stats.ended.of(End::DrainDeadline), 0);
+    assert_eq!(ringway.state().listeners[0].stats.ended.of(EndReason::DrainDeadline), 0);
 
-    ringway.order(Order::Undrain { pool: "echo".to_owned(), backend: "b1".to_owned() }).await.unwrap();
+    ringway.send(Command::Undrain { pool: "echo".to_owned(), backend: "b1".to_owned() }).await.unwrap();
     eventually("healthy again", || ringway.states() == [State::Healthy; 3]).await;
     assert_eq!(ringway.mapping(), before);
 }
 
 #[tokio::test]
-async fn at_the_deadline_of_a_drain_the_rest_is_reset_to_the_second() {
+async fn a_drain_resets_the_remaining_connections_and_not_before_its_deadline() {
     let (_servers, ringway) = three().await;
     let mut old = connect_to(&ringway, "b1").await;
     let began = Instant::now();
-    ringway.order(drain("b1", Some(Duration::from_secs(2)))).await.unwrap();
+    ringway.send(drain("b1", Some(Duration::from_secs(2)))).await.unwrap();
     let error = soon("the deadline", old.read_exact(&mut [0; 1])).await.unwrap_err();
     let took = began.elapsed();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     assert!(took >= Duration::from_secs(2), "{took:?}");
     println!("2 s of drain took {took:?}");
-    eventually("counted", || ringway.state().listeners[0].stats.ended.of(End::DrainDeadline) == 1).await;
+    eventually("counted", || ringway.state().listeners[0].stats.ended.of(EndReason::DrainDeadline) == 1).await;
 }
 
 #[tokio::test]
@@ -111,21 +106,21 @@ async fn backends_of_a_static_pool_come_and_go() {
     let before = ringway.mapping();
     let mut old = connect_to(&ringway, "b0").await;
     let backend = Listed { id: "b3".into(), host: "127.0.0.1".to_owned(), port: new.address.port(), weight: 1 };
-    let report = ringway.order(Order::Add { pool: "echo".to_owned(), backend: backend.clone() }).await.unwrap();
+    let report = ringway.send(Command::Add { pool: "echo".to_owned(), backend: backend.clone() }).await.unwrap();
     assert_eq!(report.changes.len(), 1, "{report:?}");
-    eventually("it is there", || ringway.states() == [State::Healthy; 4]).await;
+    eventually("the new backend is healthy", || ringway.states() == [State::Healthy; 4]).await;
     let with = ringway.mapping();
     let moved = with.iter().filter(|&(key, owner)| before[key] != *owner).count() as f64 / with.len() as f64;
     assert!(with.iter().all(|(key, owner)| before[key] == *owner || owner == "b3"), "keys moved to others");
     assert!((report.moved[0].share - moved).abs() < 0.03, "predicted {:?}, moved {moved}", report.moved);
     connect_to(&ringway, "b3").await;
 
-    let again = ringway.order(Order::Add { pool: "echo".to_owned(), backend }).await.unwrap_err();
-    assert!(matches!(again, Refusal::Conflict(_)), "{again}");
-    let remove = |id: &str| Order::Remove { pool: "echo".to_owned(), backend: id.to_owned() };
-    ringway.order(remove("b0")).await.unwrap();
+    let again = ringway.send(Command::Add { pool: "echo".to_owned(), backend }).await.unwrap_err();
+    assert!(matches!(again, CommandError::BackendExists { .. }), "{again}");
+    let remove = |id: &str| Command::Remove { pool: "echo".to_owned(), backend: id.to_owned() };
+    ringway.send(remove("b0")).await.unwrap();
     eventually("b0 leaves", || ringway.backend(0).drain.is_some_and(|drain| drain.leaves)).await;
-    assert!(echoes(&mut old).await, "its connection lives");
+    assert!(echoes(&mut old).await, "the connection of the removed backend continues");
     for _ in 0..40 {
         assert_ne!(connect(&ringway).await.1, "b0");
     }
@@ -135,19 +130,19 @@ async fn backends_of_a_static_pool_come_and_go() {
     assert_eq!(differs, ["added", "removed"]);
     drop(old);
     eventually("b0 is gone", || ringway.states().len() == 3).await;
-    ringway.order(remove("b3")).await.unwrap();
-    ringway.order(remove("b1")).await.unwrap();
-    let last = ringway.order(remove("b2")).await.unwrap_err();
-    assert!(matches!(last, Refusal::Conflict(_)), "{last}");
+    ringway.send(remove("b3")).await.unwrap();
+    ringway.send(remove("b1")).await.unwrap();
+    let last = ringway.send(remove("b2")).await.unwrap_err();
+    assert!(matches!(last, CommandError::LastBackend { .. }), "{last}");
 }
 
 #[tokio::test]
 async fn a_weight_moves_keys_as_predicted() {
     let (_servers, ringway) = three().await;
     let before = ringway.mapping();
-    let order = Order::Weight { pool: "echo".to_owned(), backend: "b0".to_owned(), weight: 4 };
-    let report = ringway.order(order).await.unwrap();
-    eventually("it weighs more", || ringway.backend(0).weight == 4).await;
+    let command = Command::Weight { pool: "echo".to_owned(), backend: "b0".to_owned(), weight: 4 };
+    let report = ringway.send(command).await.unwrap();
+    eventually("the new weight", || ringway.backend(0).weight == 4).await;
     let after = ringway.mapping();
     let moved = after.iter().filter(|&(key, owner)| before[key] != *owner).count() as f64 / after.len() as f64;
     assert!((report.moved[0].share - moved).abs() < 0.03, "predicted {:?}, moved {moved}", report.moved);
@@ -160,8 +155,8 @@ async fn scaling_adds_slots_and_drains_the_highest_before_they_stop() {
     let yaml = config(THREE_REPLICAS, "", "health_check: { kind: http, path: /heartbeat, interval: 100ms }\ndrain: 1m");
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     let before = ringway.mapping();
-    let scale = |replicas| Order::Scale { pool: "web".to_owned(), replicas };
-    let report = ringway.order(scale(5)).await.unwrap();
+    let scale = |replicas| Command::Scale { pool: "web".to_owned(), replicas };
+    let report = ringway.send(scale(5)).await.unwrap();
     assert!((report.moved[0].share - 0.4).abs() < 0.1, "{report:?}");
     eventually("five", || ringway.states() == [State::Healthy; 5]).await;
     let with = ringway.mapping();
@@ -176,23 +171,24 @@ async fn scaling_adds_slots_and_drains_the_highest_before_they_stop() {
         ringway.backend(4).live.active.load(Ordering::Relaxed) > 0
     })
     .await;
-    ringway.order(scale(3)).await.unwrap();
+    ringway.send(scale(3)).await.unwrap();
     eventually("the fourth is gone or drains", || ringway.state().pools[0].table.load().ring().points() == 480).await;
+    // A supervisor that does not wait for the drain would stop the two replicas in this time.
     tokio::time::sleep(Duration::from_millis(300)).await;
     for stream in &mut old {
-        assert!(echoes(stream).await, "a replica was stopped with connections open");
+        assert!(echoes(stream).await, "Ringway stopped a replica with open connections");
     }
     assert_eq!(ringway.mapping(), before);
     drop(old);
     eventually("three", || ringway.states() == [State::Healthy; 3]).await;
     assert_eq!(pids, (0..3).map(|n| format!("{:?}", ringway.backend(n).replica)).collect(), "others were restarted");
-    assert_eq!(ringway.metric("ringway_pool_runtime_changes", &[]).await, 0.0, "it is as in the config again");
-    ringway.order(scale(4)).await.unwrap();
+    assert_eq!(ringway.metric("ringway_pool_runtime_changes", &[]).await, 0.0, "the pool matches the config again");
+    ringway.send(scale(4)).await.unwrap();
     eventually("four", || ringway.states() == [State::Healthy; 4]).await;
 }
 
 #[tokio::test]
-async fn a_replica_that_is_not_wanted_and_wanted_again_is_kept() {
+async fn a_replica_is_kept_if_a_second_scale_wants_it_again() {
     let yaml = config(THREE_REPLICAS, "", "health_check: { interval: 100ms }\ndrain: 1m");
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     let mut old = Vec::new();
@@ -202,10 +198,10 @@ async fn a_replica_that_is_not_wanted_and_wanted_again_is_kept() {
     })
     .await;
     let replica = ringway.backend(2).replica;
-    let scale = |replicas| Order::Scale { pool: "echo".to_owned(), replicas };
-    ringway.order(scale(2)).await.unwrap();
+    let scale = |replicas| Command::Scale { pool: "echo".to_owned(), replicas };
+    ringway.send(scale(2)).await.unwrap();
     eventually("it drains", || ringway.states()[2] == State::Draining).await;
-    ringway.order(scale(3)).await.unwrap();
+    ringway.send(scale(3)).await.unwrap();
     eventually("it is back", || ringway.states() == [State::Healthy; 3]).await;
     assert_eq!(ringway.backend(2).replica, replica);
     for stream in &mut old {
@@ -213,11 +209,11 @@ async fn a_replica_that_is_not_wanted_and_wanted_again_is_kept() {
     }
 }
 
-/// Method, path, headers beside the usual or in their place, body; status and code of the answer.
+/// Method, path, additional or replaced headers, and body of a request; status and error code of the answer.
 type Case<'a> = (&'a str, &'a str, &'a [(&'a str, &'a str)], &'a [u8], u16, &'a str);
 
 #[tokio::test]
-async fn every_refusal_is_json_and_changes_nothing() {
+async fn every_error_is_json_and_changes_nothing() {
     let (_servers, ringway) = three().await;
     let generation = ringway.state().pools[0].table.load().generation();
     let own = ringway.api().to_string();
@@ -264,7 +260,7 @@ async fn every_refusal_is_json_and_changes_nothing() {
 }
 
 #[tokio::test]
-async fn off_loopback_nothing_is_changed_without_the_token() {
+async fn commands_to_a_public_side_port_need_the_token() {
     let server = named("b0").await;
     let other = named("b1").await;
     let yaml = static_config(&[server.address, other.address], "health_check: { kind: none }");

@@ -1,5 +1,5 @@
-//! Closing is transparent: FIN becomes FIN after everything before it, RST becomes RST, and a clean end never
-//! turns into RST. Each case in both directions, on the copy path and on the splice path.
+//! The relay passes on the end of a stream: FIN becomes FIN after all earlier bytes, RST becomes RST, and a clean end
+//! never becomes RST. Each case runs in both directions, on the copy path and on the splice path.
 
 use std::io;
 
@@ -10,14 +10,14 @@ use crate::harness::{Ringway, eventually_async, soon, static_config};
 
 const MIB: usize = 1 << 20;
 
-/// A stream through Ringway, as its two ends see it.
+/// The two ends of a connection through Ringway.
 struct Line {
     ringway: Ringway,
     near: TcpStream,
     far: TcpStream,
 }
 
-/// Which end acts first, and on which path its direction is at that moment.
+/// The end that acts first, and the path of its direction at that moment.
 #[derive(Debug, Clone, Copy)]
 struct Case {
     client_first: bool,
@@ -32,7 +32,7 @@ const CASES: [Case; 4] = [
 ];
 
 impl Line {
-    /// `near` is the end that acts first.
+    /// Opens a connection. `near` is the end that acts first.
     async fn new(case: Case, pool: &str) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let yaml = static_config(&[listener.local_addr().unwrap()], &format!("health_check: {{ kind: none }}\n{pool}"));
@@ -66,7 +66,7 @@ impl Line {
     }
 }
 
-/// Every byte until the end, and how the end looked.
+/// Reads until the end. Returns the number of bytes and the result of the last read.
 async fn read_all(stream: &mut TcpStream) -> (usize, io::Result<()>) {
     let mut buffer = vec![0; 256 * 1024];
     let mut count = 0;
@@ -89,7 +89,7 @@ fn is_reset(end: &io::Result<()>) -> bool {
 }
 
 #[tokio::test]
-async fn an_answer_after_fin_arrives_whole() {
+async fn the_whole_answer_arrives_after_a_fin() {
     for case in CASES {
         let mut line = Line::new(case, "").await;
         line.near.write_all(b"question").await.unwrap();
@@ -112,7 +112,7 @@ async fn an_answer_after_fin_arrives_whole() {
 async fn fin_behind_queued_data_waits_for_a_slow_reader() {
     for case in CASES {
         let mut line = Line::new(case, "").await;
-        // More than the sockets on the way hold, then FIN, and nobody reads yet.
+        // The sender writes more than the sockets hold, and then FIN, before the reader starts.
         let Line { ref mut near, ref mut far, .. } = line;
         let sender = async {
             near.write_all(&vec![5; 12 * MIB]).await.unwrap();
@@ -145,7 +145,7 @@ async fn a_close_with_queued_data_delivers_all_of_it() {
         line.far.shutdown().await.unwrap();
         let (_, end) = read_all(&mut line.near).await;
         assert!(end.is_ok());
-        // The last side closes both its directions at once, its data still on the way.
+        // The last side closes both directions while its data is still queued.
         let Line { mut near, mut far, ringway } = line;
         let closing = tokio::spawn(async move {
             near.write_all(&vec![5; 12 * MIB]).await.unwrap();
@@ -175,19 +175,19 @@ async fn a_reset_in_mid_stream_arrives_as_a_reset() {
 }
 
 #[tokio::test]
-async fn what_was_said_before_a_reset_is_delivered_before_it() {
+async fn bytes_before_a_reset_are_delivered_before_it() {
     for case in CASES.into_iter().cycle().take(40) {
         let line = Line::new(case, "").await;
         let Line { mut near, mut far, ringway: _ringway } = line;
-        // The near end answers without reading the question and closes: its unread input makes that a reset.
-        // The far end meanwhile keeps sending, so the relay may meet the reset when it writes.
+        // The near end answers without reading its input and closes. The unread input turns the close into a reset.
+        // The far end keeps sending, so the relay may get the reset from a write.
         far.write_all(&vec![1; MIB]).await.unwrap();
         near.write_all(b"413 too much").await.unwrap();
         let mut answer = [0; 12];
         soon("the answer", far.read_exact(&mut answer)).await.unwrap();
         soon("unread input", near.peek(&mut [0])).await.unwrap();
         drop(near);
-        // A socket tells of a reset once, to whichever call comes first.
+        // A socket reports a reset only once, to the first call.
         let written = soon("a write", far.write_all(&vec![1; MIB])).await;
         let (_, end) = read_all(&mut far).await;
         assert_eq!(&answer, b"413 too much");
@@ -241,13 +241,13 @@ async fn both_sides_may_end_at_once() {
 }
 
 #[tokio::test]
-async fn half_closed_leftovers_are_reaped() {
+async fn half_closed_connections_are_reset_after_the_timeout() {
     for case in CASES {
         let mut line = Line::new(case, "timeouts: { idle: 1h, half_closed: 300ms }").await;
         line.near.shutdown().await.unwrap();
         let (_, end) = read_all(&mut line.far).await;
         assert!(end.is_ok());
-        // The far end neither speaks nor ends.
+        // The far end sends nothing and stays open.
         let (_, end) = read_all(&mut line.near).await;
         assert!(is_reset(&end), "{case:?}: {end:?}");
         line.ends_as("half_closed_timeout").await;
@@ -263,6 +263,7 @@ async fn idle_connections_are_reset_and_busy_ones_are_not() {
     while began.elapsed() < std::time::Duration::from_millis(1500) {
         line.near.write_all(b"x").await.unwrap();
         line.far.read_exact(&mut [0]).await.unwrap();
+        // The test sends a byte every 20 ms. A timeout that ignores traffic would reset the connection meanwhile.
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
     let (_, end) = read_all(&mut line.near).await;
@@ -270,16 +271,18 @@ async fn idle_connections_are_reset_and_busy_ones_are_not() {
     line.ends_as("idle_timeout").await;
 }
 
-/// Silence before a FIN is no silence after it.
+/// The half-closed timeout counts only the silence after the FIN.
 #[tokio::test]
-async fn a_fin_after_long_silence_starts_the_half_closed_timeout_anew() {
+async fn the_half_closed_timeout_starts_at_the_fin() {
     let case = Case { client_first: true, spliced: false };
     let mut line = Line::new(case, "timeouts: { idle: 1h, half_closed: 1s }").await;
     line.near.write_all(b"question").await.unwrap();
     line.far.read_exact(&mut [0; 8]).await.unwrap();
+    // The half-closed timeout would reset the connection in this time if it counted this silence.
     tokio::time::sleep(std::time::Duration::from_secs(2)).await;
     line.near.shutdown().await.unwrap();
     read_all(&mut line.far).await.1.unwrap();
+    // A timeout that counts from before the FIN would reset the connection in this time.
     tokio::time::sleep(std::time::Duration::from_millis(400)).await;
     line.far.write_all(b"answer").await.unwrap();
     line.far.shutdown().await.unwrap();
@@ -287,9 +290,9 @@ async fn a_fin_after_long_silence_starts_the_half_closed_timeout_anew() {
     assert!(count == 6 && end.is_ok(), "{count} {end:?}");
 }
 
-/// What the kernel still delivers is not lost when Ringway gives the connection up.
+/// The kernel still delivers its queued bytes after Ringway has given up the connection.
 #[tokio::test]
-async fn a_slow_reader_gets_all_of_a_stream_that_has_ended() {
+async fn a_slow_reader_gets_every_byte_of_an_ended_stream() {
     for client_first in [true, false] {
         let case = Case { client_first, spliced: false };
         let mut line = Line::new(case, "timeouts: { idle: 1h, half_closed: 300ms }").await;
@@ -303,30 +306,30 @@ async fn a_slow_reader_gets_all_of_a_stream_that_has_ended() {
     }
 }
 
-/// Urgent data itself is not passed on, but what comes after it is, also where splicing stops at it.
+/// The relay does not pass on urgent data, but it passes on the bytes after it. Splicing stops at urgent data.
 #[tokio::test]
-async fn a_stream_goes_on_behind_urgent_data() {
+async fn a_stream_continues_after_urgent_data() {
     for case in CASES.into_iter().filter(|case| case.spliced) {
         let line = Line::new(case, "").await;
         let Line { mut near, mut far, ringway: _ringway } = line;
         socket2::SockRef::from(&near).send_out_of_band(b"!").unwrap();
         near.write_all(&[8; 4000]).await.unwrap();
-        soon("what comes behind it", far.read_exact(&mut [0; 4000])).await.unwrap();
+        soon("the bytes after the urgent data", far.read_exact(&mut [0; 4000])).await.unwrap();
         near.shutdown().await.unwrap();
         let (count, end) = read_all(&mut far).await;
         assert!(count == 0 && end.is_ok(), "{case:?}: {count} {end:?}");
     }
 }
 
-/// Nothing is read from a side whose bytes the other does not take, so its reset is met by no read.
+/// The relay does not read from a side while the other side takes no bytes, so no read reports the reset.
 #[tokio::test]
-async fn a_reset_is_seen_while_the_other_side_is_stuck() {
+async fn a_reset_is_detected_while_the_other_side_is_stuck() {
     for case in CASES {
         let line = Line::new(case, "").await;
         let Line { mut near, mut far, ringway } = line;
         let piece = vec![1; 64 * 1024];
         let torrent = async { while near.write_all(&piece).await.is_ok() {} };
-        // Until nothing moves any more.
+        // The timeout is the only end, because the far end does not read.
         let _ = tokio::time::timeout(std::time::Duration::from_secs(2), torrent).await;
         reset(near);
         let reason = if case.client_first { "reason=\"client_reset\"" } else { "reason=\"backend_reset\"" };
@@ -337,7 +340,7 @@ async fn a_reset_is_seen_while_the_other_side_is_stuck() {
     }
 }
 
-/// On a listener that looks at first bytes too.
+/// The listener also inspects the first bytes.
 #[tokio::test]
 async fn a_reset_before_the_first_byte_reaches_no_backend() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

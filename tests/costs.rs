@@ -1,4 +1,4 @@
-//! What a request and a connection cost in system calls: unlike time, the same on every machine.
+//! System calls of a request and of a connection. Unlike their time, their number is the same on every machine.
 
 use std::collections::BTreeMap;
 use std::process::{Command, Stdio};
@@ -10,16 +10,16 @@ use tokio::net::TcpStream;
 
 use crate::harness::backends::Server;
 use crate::harness::program::{Killed, Program};
-use crate::harness::{eventually, eventually_async, get, metric_in, soon, static_config};
+use crate::harness::{eventually, eventually_async, get, metric_in, require_tool, skip, soon, static_config};
 
-/// Counts the system calls of a process until it is told to stop.
+/// Counts the system calls of a process until [`Trace::end`].
 struct Trace {
     strace: Killed,
     file: tempfile::NamedTempFile,
 }
 
 impl Trace {
-    /// `None` where there is no strace, or where it may not trace.
+    /// Attaches strace to the process. `None` if the system does not let it trace.
     async fn begin(pid: Pid) -> Option<Self> {
         let file = tempfile::NamedTempFile::new().unwrap();
         let strace = Command::new("strace")
@@ -29,8 +29,8 @@ impl Trace {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn();
-        let mut strace = Killed(strace.ok()?);
-        // Threads are attached to one by one.
+        let mut strace = Killed(strace.unwrap());
+        // strace attaches to the threads one by one.
         let is_traced = |task: std::io::Result<std::fs::DirEntry>| {
             let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap_or_default();
             status.lines().any(|line| line.strip_prefix("TracerPid:").is_some_and(|tracer| tracer.trim() != "0"))
@@ -45,7 +45,7 @@ impl Trace {
         (!gone).then_some(Self { strace, file })
     }
 
-    /// Calls by name.
+    /// The number of calls by name.
     async fn end(mut self) -> BTreeMap<String, f64> {
         let pid = Pid::from_raw(i32::try_from(self.strace.0.id()).unwrap()).unwrap();
         kill_process(pid, Signal::INT).unwrap();
@@ -59,7 +59,7 @@ impl Trace {
     }
 }
 
-/// Of these calls, so many for each of `count`.
+/// The sum of these calls divided by `count`.
 fn each(calls: &BTreeMap<String, f64>, names: &[&str], count: usize) -> f64 {
     names.iter().filter_map(|name| calls.get(*name)).sum::<f64>() / count as f64
 }
@@ -78,6 +78,9 @@ async fn ping(stream: &mut TcpStream) {
 async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
     const REQUESTS: usize = 500;
     const CONNECTIONS: usize = 200;
+    if !require_tool("strace") {
+        return;
+    }
     let server = Server::echo("a").await;
     let yaml = static_config(&[server.address], "health_check: { kind: none }");
     let program = Program::start(&yaml.replace("workers: 2", "workers: 1")).await;
@@ -85,7 +88,7 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
     ping(&mut stream).await;
 
     let Some(trace) = Trace::begin(program.pid()).await else {
-        println!("skipped: strace is missing or may not trace");
+        skip("strace is not permitted to trace");
         return;
     };
     for _ in 0..REQUESTS {
@@ -93,12 +96,12 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
     }
     let calls = trace.end().await;
     println!("{REQUESTS} requests: {calls:?}");
-    // A read and a write each way, and not one that finds nothing.
+    // Each request needs a read and a write each way. No read finds an empty socket.
     for name in ["recvfrom", "sendto"] {
         let each = each(&calls, &[name], REQUESTS);
         assert!((2.0..2.05).contains(&each), "{each} {name} a request: {calls:?}");
     }
-    // At worst a wake-up for each side; the sweep adds its own.
+    // Each side needs one wake-up at most. The rest is for the sweep.
     let waits = each(&calls, &["epoll_wait", "epoll_pwait", "epoll_pwait2"], REQUESTS);
     assert!(waits < 2.3, "{waits} waits a request");
     let total: f64 = calls.values().sum::<f64>() / REQUESTS as f64;
@@ -113,7 +116,7 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
         metric_in(&get(program.api(), "/metrics").await.1, "ringway_connections_active", &[]) == 1.0
     })
     .await;
-    // Two sweeps a second, and each may meet the one connection that there is at that moment: then it is probed.
+    // A sweep runs twice a second. It sets keepalive on the connection that exists at that moment.
     let met = began.elapsed().as_secs_f64() * 2.0 + 1.0;
     let calls = trace.end().await;
     println!("{CONNECTIONS} connections: {calls:?}");
@@ -121,10 +124,10 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
         (&["accept4"][..], 2.1),
         (&["socket"], 1.05),
         (&["connect"], 1.05),
-        // The client's linger and the backend's TCP_NODELAY; four more for those that a sweep has met.
+        // The client's linger and the backend's TCP_NODELAY, and four calls for keepalive on the connections of a sweep.
         (&["setsockopt"], 2.05 + 4.0 * met / CONNECTIONS as f64),
         (&["shutdown"], 1.05),
-        // Its request, the answer, and two ends; some are tried before they are there.
+        // The request, the answer and two ends. Some reads find an empty socket.
         (&["recvfrom"], 5.2),
         (&["sendto"], 2.05),
         (&["epoll_ctl"], 4.1),
@@ -135,7 +138,7 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
     }
 }
 
-/// Whether the kernel has this timer set for an established connection to `port`: 2 is keepalive's.
+/// Whether an established connection to `port` has this kernel timer. Timer 2 is keepalive.
 fn has_timer(port: u16, timer: &str) -> bool {
     let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
     table.lines().skip(1).any(|line| {
@@ -145,13 +148,13 @@ fn has_timer(port: u16, timer: &str) -> bool {
 }
 
 #[tokio::test]
-async fn a_backend_is_probed_once_its_connection_lives_on() {
+async fn a_connection_to_a_backend_has_keepalive_unless_it_is_off() {
     let server = Server::echo("a").await;
     let yaml = static_config(&[server.address], "health_check: { kind: none }");
     let program = Program::start(&yaml).await;
-    // Idle from its first moment on: nothing but the sweep can see to it.
+    // The connection is idle from the start, so only the sweep can set keepalive.
     let _idle = TcpStream::connect(program.web()).await.unwrap();
-    eventually("probes", || has_timer(server.address.port(), "02")).await;
+    eventually("the keepalive timer", || has_timer(server.address.port(), "02")).await;
     let off = Program::start(&format!("tcp: {{ keepalive: off }}\n{yaml}")).await;
     drop(program);
     let _idle = TcpStream::connect(off.web()).await.unwrap();
@@ -159,6 +162,7 @@ async fn a_backend_is_probed_once_its_connection_lives_on() {
         metric_in(&get(off.api(), "/metrics").await.1, "ringway_backend_connections_active", &[]) == 1.0
     })
     .await;
+    // With keepalive on, a sweep would set the timer in this time.
     tokio::time::sleep(Duration::from_millis(1200)).await;
     assert!(!has_timer(server.address.port(), "02"));
 }

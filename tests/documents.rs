@@ -1,15 +1,17 @@
-//! The documents say what the code does: the README's tables against the metrics and the config.
+//! The documents say what the code does: the tables of docs/ against the metrics and the config, and every link.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use ringway::config::Config;
 use ringway::metrics::{self, Kind};
 
-const README: &str = include_str!("../README.md");
+const CONFIGURATION: &str = include_str!("../docs/configuration.md");
+const METRICS: &str = include_str!("../docs/metrics.md");
 
-/// The cells of the table below `heading`, without its first two rows.
-fn table(heading: &str) -> Vec<Vec<String>> {
-    let section = README.split(heading).nth(1).unwrap_or_else(|| panic!("no {heading:?}"));
+/// The cells of the first table below `heading`, without its first two rows.
+fn table(document: &str, heading: &str) -> Vec<Vec<String>> {
+    let section = document.split(heading).nth(1).unwrap_or_else(|| panic!("no {heading:?}"));
     let rows = section.lines().skip_while(|line| !line.starts_with('|')).take_while(|line| line.starts_with('|'));
     let cells = |row: &str| -> Vec<String> {
         row.trim_matches('|').split(" | ").map(|cell| cell.trim().trim_matches('`').to_owned()).collect()
@@ -19,11 +21,11 @@ fn table(heading: &str) -> Vec<Vec<String>> {
 
 #[test]
 fn the_metrics_table_lists_what_is_registered() {
-    let documented: BTreeMap<String, (String, String)> = table("\n## Metrics\n")
+    let documented: BTreeMap<String, (String, String, String)> = table(METRICS, "\n## Table of metrics\n")
         .into_iter()
-        .map(|row| (row[0].clone(), (row[1].clone(), row[2].replace('`', ""))))
+        .map(|row| (row[0].clone(), (row[1].clone(), row[2].replace('`', ""), row[3].clone())))
         .collect();
-    let registered: BTreeMap<String, (String, String)> = metrics::ALL
+    let registered: BTreeMap<String, (String, String, String)> = metrics::ALL
         .iter()
         .map(|metric| {
             let kind = match metric.kind {
@@ -31,7 +33,7 @@ fn the_metrics_table_lists_what_is_registered() {
                 Kind::Gauge => "gauge",
                 Kind::Histogram => "histogram",
             };
-            (metric.name.to_owned(), (kind.to_owned(), metric.labels.join(", ")))
+            (metric.name.to_owned(), (kind.to_owned(), metric.labels.join(", "), metric.help.to_owned()))
         })
         .collect();
     assert_eq!(documented, registered);
@@ -125,24 +127,67 @@ fn defaults() -> BTreeMap<String, String> {
 fn the_config_table_lists_every_key_with_its_default() {
     let defaults = defaults();
     let documented: BTreeMap<String, String> =
-        table("\n## Config\n").into_iter().map(|row| (row[0].clone(), row[1].clone())).collect();
+        table(CONFIGURATION, "\n## Keys\n").into_iter().map(|row| (row[0].clone(), row[1].clone())).collect();
     assert_eq!(documented.keys().collect::<Vec<_>>(), defaults.keys().collect::<Vec<_>>());
     for (key, default) in defaults {
         // What has no default says so; what depends on the rest says it in words.
         let stated = &documented[&key];
         let has_none = stated.starts_with('(');
         let is_off = key.ends_with("per_source.rate");
-        assert!(has_none || is_off || *stated == default, "{key}: the README says {stated}, the code {default}");
+        assert!(
+            has_none || is_off || *stated == default,
+            "{key}: docs/configuration.md says {stated}, the code {default}"
+        );
     }
 }
 
+/// README.md and every page of docs/.
+fn pages() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let docs = std::fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+    let is_page = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "md");
+    std::iter::once(root.join("README.md")).chain(docs.filter(is_page)).collect()
+}
+
+/// The lines of a page that are not in a code block.
+fn prose(page: &Path) -> Vec<String> {
+    let text = std::fs::read_to_string(page).unwrap();
+    let mut is_code = false;
+    let is_prose = |line: &&str| {
+        let is_fence = line.trim_start().starts_with("```");
+        is_code ^= is_fence;
+        !is_code && !is_fence
+    };
+    text.lines().filter(is_prose).map(str::to_owned).collect()
+}
+
+/// The anchors that the headings of a page have on GitHub.
+fn anchors(page: &Path) -> Vec<String> {
+    let anchor = |heading: &str| -> String {
+        let is_kept = |c: &char| c.is_alphanumeric() || " -_".contains(*c);
+        heading.trim().to_lowercase().chars().filter(is_kept).map(|c| if c == ' ' { '-' } else { c }).collect()
+    };
+    prose(page).iter().filter(|line| line.starts_with('#')).map(|line| anchor(line.trim_start_matches('#'))).collect()
+}
+
 #[test]
-fn nothing_in_the_readme_links_to_a_file_that_is_not_there() {
-    let links = README.split("](").skip(1).filter_map(|rest| rest.split(')').next());
-    for link in links.filter(|link| !link.contains("://") && !link.starts_with('#')) {
-        let file = link.split('#').next().unwrap();
-        assert!(std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file).exists(), "{link}");
+fn no_page_links_to_a_file_or_a_heading_that_does_not_exist() {
+    let mut broken = Vec::new();
+    let mut checked = 0;
+    for page in pages() {
+        let text = prose(&page).join("\n");
+        let links = text.split("](").skip(1).filter_map(|rest| rest.split(')').next());
+        for link in links.filter(|link| !link.contains("://")) {
+            checked += 1;
+            let (file, anchor) = link.split_once('#').unwrap_or((link, ""));
+            let target = if file.is_empty() { page.clone() } else { page.parent().unwrap().join(file) };
+            if !target.exists() || (!anchor.is_empty() && !anchors(&target).iter().any(|heading| heading == anchor)) {
+                broken.push(format!("{}: {link}", page.display()));
+            }
+        }
     }
+    assert!(broken.is_empty(), "{broken:#?}");
+    assert!(checked > 30, "only {checked} links");
 }
 
 /// The files that the profile `observability` of compose.yaml mounts.

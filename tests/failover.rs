@@ -1,4 +1,4 @@
-//! Backends that refuse, are silent, or hang: the client gets an answer from another one.
+//! Backends that refuse, are silent or hang. Another backend answers the client.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ use crate::harness::{
 };
 use ringway::backend::State;
 
-/// Every state as the table shows it, in the backends' order.
+/// The states of all backends in the order of the table.
 fn states(ringway: &Ringway) -> Vec<State> {
     ringway.state().pools[0].table.load().backends().iter().map(|backend| backend.state).collect()
 }
 
-/// A server that counts nothing and echoes all it got once the client has ended: bytes lost or doubled show.
+/// Starts a server that echoes everything after the client has ended. It shows lost and doubled bytes.
 async fn exact() -> Server {
     Server::start(|mut stream| async move {
         let mut bytes = Vec::new();
@@ -28,18 +28,18 @@ async fn exact() -> Server {
     .await
 }
 
-/// A connection that nobody serves. The reset may come while the client still connects, or when it reads.
+/// Opens a connection and expects a reset. The reset may come during the connect or the read.
 async fn expect_reset(ringway: &Ringway) {
     let read = async {
         let mut client = TcpStream::connect(ringway.web()).await?;
         client.read(&mut [0; 1]).await
     };
-    let error = soon("the reset", read).await.expect_err("no backend, no clean end");
+    let error = soon("the reset", read).await.expect_err("a connection without a backend ended cleanly");
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
 }
 
 #[tokio::test]
-async fn a_backend_that_refuses_or_is_silent_costs_the_client_nothing() {
+async fn every_client_is_served_while_one_backend_refuses_and_one_is_silent() {
     let (refusing, silent, good) = (Refusing::new(), Silent::new(), exact().await);
     let yaml = static_config(
         &[refusing.address, silent.address, good.address],
@@ -68,7 +68,7 @@ async fn a_backend_that_refuses_or_is_silent_costs_the_client_nothing() {
 }
 
 #[tokio::test]
-async fn when_all_refuse_the_client_gets_a_reset() {
+async fn the_client_gets_a_reset_when_all_backends_refuse() {
     let backends = [Refusing::new(), Refusing::new()];
     let addresses = backends.each_ref().map(|backend| backend.address);
     let ringway = Ringway::start(&static_config(&addresses, "health_check: { kind: none }")).await;
@@ -80,7 +80,7 @@ async fn when_all_refuse_the_client_gets_a_reset() {
 }
 
 #[tokio::test]
-async fn no_more_backends_are_tried_than_configured() {
+async fn ringway_tries_at_most_the_configured_number_of_backends() {
     let backends = [Refusing::new(), Refusing::new(), Refusing::new()];
     let addresses = backends.each_ref().map(|backend| backend.address);
     let yaml = static_config(&addresses, "health_check: { kind: none }\nconnect: { timeout: 1s, attempts: 2 }");
@@ -90,7 +90,7 @@ async fn no_more_backends_are_tried_than_configured() {
 }
 
 #[tokio::test]
-async fn a_backend_that_hangs_is_walked_past_and_comes_back() {
+async fn a_backend_that_hangs_is_skipped_and_comes_back() {
     let (hang, hangs) = tokio::sync::watch::channel(false);
     let moody = Server::start(move |mut stream| {
         let mut hangs = hangs.clone();
@@ -131,7 +131,7 @@ async fn a_check_that_gets_an_error_status_fails() {
 }
 
 #[tokio::test]
-async fn where_no_backend_is_healthy_all_are_tried() {
+async fn all_backends_are_tried_if_no_backend_is_healthy() {
     let server = exact().await;
     let check = "health_check: { kind: http, path: /, interval: 50ms, timeout: 50ms }";
     let ringway = Ringway::start(&static_config(&[server.address], check)).await;
@@ -145,7 +145,7 @@ async fn where_no_backend_is_healthy_all_are_tried() {
 }
 
 #[tokio::test]
-async fn shutdown_lets_connections_finish_until_the_drain_has_passed() {
+async fn a_shutdown_lets_connections_finish_within_the_drain() {
     let server = exact().await;
     let ringway = Ringway::start(&static_config(&[server.address], "drain: 2s")).await.all_healthy().await;
     let mut finishing = TcpStream::connect(ringway.web()).await.unwrap();
@@ -162,11 +162,11 @@ async fn shutdown_lets_connections_finish_until_the_drain_has_passed() {
     let error = soon("the drain's end", staying.read(&mut [0; 1])).await.unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     eventually("the end", || ringway.has_ended()).await;
-    assert_eq!(stats.ended.of(ringway::proxy::stats::End::Shutdown), 1);
+    assert_eq!(stats.ended.of(ringway::proxy::stats::EndReason::Shutdown), 1);
 }
 
 #[tokio::test]
-async fn a_connect_that_gets_no_answer_ends_at_its_timeout() {
+async fn a_connect_without_an_answer_ends_at_its_timeout() {
     let silent = Silent::new();
     let yaml =
         static_config(&[silent.address], "health_check: { kind: none }\nconnect: { timeout: 300ms, attempts: 3 }");
@@ -177,7 +177,7 @@ async fn a_connect_that_gets_no_answer_ends_at_its_timeout() {
     assert_eq!(ringway.metric("ringway_connect_failures_total", &["cause=\"timeout\""]).await, 1.0);
 }
 
-/// Load at a steady rate, and how long each client took, while `during` goes on.
+/// Puts load on Ringway at a constant rate while `during` runs. Returns the report and the start of the load.
 async fn churned<T>(ringway: &Ringway, during: impl Future<Output = T>) -> (loadtest::Report, std::time::Instant, T) {
     let began = std::time::Instant::now();
     let load = tokio::spawn(loadtest::churn(ringway.web(), 250, Duration::from_secs(4), Duration::from_secs(20)));
@@ -186,31 +186,35 @@ async fn churned<T>(ringway: &Ringway, during: impl Future<Output = T>) -> (load
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_backend_that_begins_to_refuse_under_load_costs_no_client_an_error() {
+async fn a_backend_that_starts_to_refuse_under_load_fails_only_its_accepted_connections() {
     let servers = [Server::echo("b0").await, Server::echo("b1").await];
     let dying = Server::echo("b2").await;
     let addresses = [servers[0].address, servers[1].address, dying.address];
     let yaml = static_config(&addresses, "health_check: { kind: http, path: /heartbeat, interval: 200ms }");
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     let (report, ..) = churned(&ringway, async {
-        tokio::time::sleep(Duration::from_secs(1)).await;
-        // What it has accepted it still serves.
+        let reached = || ringway.backend(2).live.total.load(std::sync::atomic::Ordering::Relaxed) > 0;
+        eventually("the load reaches the third backend", reached).await;
+        // The backend still serves the connections that it has accepted.
         drop(dying);
-        eventually("it is out", || matches!(states(&ringway)[2], State::Unhealthy | State::Ejected)).await;
+        eventually("the backend is unhealthy or ejected", || {
+            matches!(states(&ringway)[2], State::Unhealthy | State::Ejected)
+        })
+        .await;
     })
     .await;
     let failures: Vec<_> = report.outcomes.iter().filter(|outcome| outcome.server.is_err()).collect();
-    // Those that the kernel had accepted for it when it went are its own.
+    // The connections that the kernel had accepted for the backend fail with it.
     let live = &ringway.backend(2).live;
     let refused = live.failures.of(ringway::backend::ConnectFailure::Refused);
-    assert!(refused > 0, "nobody was refused");
+    assert!(refused > 0, "the backend refused no connection");
     assert!(failures.len() <= 2, "{} of {}: {:?}", failures.len(), report.outcomes.len(), failures.first());
     let attempts = ringway.metric("ringway_connect_attempts_total", &[]).await;
     assert!(attempts <= 2.0 * report.outcomes.len() as f64);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_silent_backend_costs_a_client_the_connect_timeout_and_after_its_ejection_nobody_anything() {
+async fn a_silent_backend_delays_clients_only_before_its_ejection() {
     const TIMEOUT: Duration = Duration::from_millis(400);
     let servers = [Server::echo("b0").await, Server::echo("b1").await];
     let silent = Silent::new();
@@ -225,7 +229,7 @@ async fn a_silent_backend_costs_a_client_the_connect_timeout_and_after_its_eject
     .await;
     assert!(report.failures().is_empty(), "{:?}", report.failures());
     let waited: Vec<_> = report.outcomes.iter().filter(|outcome| outcome.took >= TIMEOUT).collect();
-    assert!(!waited.is_empty(), "nobody was sent to the silent one");
+    assert!(!waited.is_empty(), "no client went to the silent backend");
     for outcome in waited {
         let after = (began + outcome.start).checked_duration_since(ejected);
         assert!(after.is_none(), "a client that began {after:?} after the ejection took {:?}", outcome.took);
@@ -234,7 +238,7 @@ async fn a_silent_backend_costs_a_client_the_connect_timeout_and_after_its_eject
     assert!(attempts <= 2.0 * report.outcomes.len() as f64, "{attempts}");
 }
 
-/// A replica of its own, which is killed when it is dropped.
+/// Starts an echo server as a process, which is killed when it is dropped.
 fn echo_process(name: &str) -> (Killed, std::net::SocketAddr) {
     use std::io::{BufRead as _, BufReader};
 
@@ -248,7 +252,7 @@ fn echo_process(name: &str) -> (Killed, std::net::SocketAddr) {
 }
 
 #[tokio::test]
-async fn the_clients_of_a_backend_that_dies_spread_over_the_others_and_none_is_tried_too_often() {
+async fn the_clients_of_a_dead_backend_spread_over_the_others_with_few_attempts() {
     const CLIENTS: usize = 1500;
     ringway::limits::raise_open_files();
     let mut backends: Vec<_> = (0..4).map(|n| echo_process(&format!("b{n}"))).collect();
@@ -264,7 +268,7 @@ async fn the_clients_of_a_backend_that_dies_spread_over_the_others_and_none_is_t
     eventually_async("all open", async || active().await.iter().sum::<f64>() == CLIENTS as f64).await;
     let before = active().await;
     drop(backends.remove(0));
-    // Each client that is cut off comes back at once, as clients do.
+    // Each client that loses its connection connects again immediately.
     let web = program.web();
     let mut coming_back = tokio::task::JoinSet::new();
     for mut client in clients.drain(..) {
@@ -288,7 +292,7 @@ async fn the_clients_of_a_backend_that_dies_spread_over_the_others_and_none_is_t
 }
 
 #[tokio::test]
-async fn transfers_that_end_within_the_drain_end_whole_and_no_child_is_left() {
+async fn transfers_that_end_within_the_drain_are_complete_and_no_child_is_left() {
     const TRANSFERS: usize = 300;
     const HALF: usize = 12_000;
     let yaml = config(THREE_REPLICAS, "", "health_check: { kind: http, path: /heartbeat }\ndrain: 20s");
@@ -325,7 +329,7 @@ async fn transfers_that_end_within_the_drain_end_whole_and_no_child_is_left() {
 }
 
 #[tokio::test]
-async fn before_it_stops_it_is_not_ready_for_as_long_as_the_delay_and_still_accepts() {
+async fn during_the_shutdown_delay_ringway_is_not_ready_and_still_accepts() {
     let server = exact().await;
     let yaml = format!("shutdown: {{ delay: 1s }}\n{}", static_config(&[server.address], "health_check: {}"));
     let mut program = Program::start(&yaml).await.ready().await;

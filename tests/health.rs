@@ -1,18 +1,18 @@
-//! Checks of all kinds, ejection, panic, and what happens to the connections of a backend that goes down.
+//! Checks of all kinds, ejection, panic, and the connections of a backend that goes down.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use ringway::backend::State;
-use ringway::proxy::stats::End;
+use ringway::proxy::stats::EndReason;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::harness::backends::{Refusing, Server};
 use crate::harness::{Ringway, eventually, eventually_async, http, soon, static_config};
 
-/// A server that says `greeting` first, and answers each line with `answer`.
+/// Starts a server that sends `greeting` first, and answers each line with `answer`.
 async fn talker(greeting: &'static [u8], answer: &'static [u8]) -> Server {
     Server::start(move |mut stream| async move {
         let _ = stream.write_all(greeting).await;
@@ -25,7 +25,7 @@ async fn talker(greeting: &'static [u8], answer: &'static [u8]) -> Server {
 }
 
 #[tokio::test]
-async fn a_check_may_send_and_expect() {
+async fn a_check_can_send_and_expect_bytes() {
     let redis = talker(b"", b"+PONG\r\n").await;
     let ssh = talker(b"SSH-2.0-Test_1\r\n", b"").await;
     let cases = [
@@ -47,7 +47,7 @@ async fn a_check_may_send_and_expect() {
 }
 
 #[tokio::test]
-async fn an_http_check_looks_at_status_body_host_and_another_port() {
+async fn an_http_check_uses_status_body_host_and_port() {
     let server = Server::start(|mut stream| async move {
         let mut request = vec![0; 4096];
         let read = stream.read(&mut request).await.unwrap_or(0);
@@ -72,9 +72,9 @@ async fn an_http_check_looks_at_status_body_host_and_another_port() {
     }
 }
 
-/// Servers that greet would else have unread bytes reset into their faces, and count that against us.
+/// A check that closes with unread bytes would send a reset, and the server may count it as an error.
 #[tokio::test]
-async fn a_tcp_check_ends_politely_and_reads_what_the_server_says() {
+async fn a_tcp_check_reads_the_greeting_and_ends_cleanly() {
     let (clean, broken) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let (seen_clean, seen_broken) = (Arc::clone(&clean), Arc::clone(&broken));
     let greeter = Server::start(move |mut stream| {
@@ -101,27 +101,31 @@ async fn a_backend_that_fails_connects_is_ejected_and_comes_back() {
     let ringway = Ringway::start(&static_config(&[refusing.address, good.address], extra)).await;
     let ask = async || http(ringway.web(), "GET", "/heartbeat", b"").await.status() == 200;
     eventually_async("ejected", async || {
-        assert!(ask().await, "a client noticed");
+        assert!(ask().await, "a client got no answer");
         ringway.states() == [State::Ejected, State::Healthy]
     })
     .await;
     let failed = ringway.metric("ringway_connect_failures_total", &["b0"]).await;
-    assert!((3.0..4.0).contains(&failed), "{failed}: clients came one by one");
+    assert!((3.0..4.0).contains(&failed), "{failed} failures, although clients connect one by one");
     for _ in 0..20 {
         assert!(ask().await);
     }
-    assert_eq!(ringway.metric("ringway_connect_failures_total", &["b0"]).await, failed, "nobody waits for it any more");
+    assert_eq!(
+        ringway.metric("ringway_connect_failures_total", &["b0"]).await,
+        failed,
+        "a client tried the ejected backend"
+    );
     assert_eq!(ringway.metric("ringway_backend_ejected", &["b0"]).await, 1.0);
     eventually("readmitted", || ringway.states() == [State::Healthy; 2]).await;
     assert_eq!(ringway.metric("ringway_backend_ejections_total", &["b0"]).await, 1.0);
 }
 
 #[tokio::test]
-async fn under_the_floor_all_backends_are_tried_and_it_shows() {
+async fn below_the_panic_threshold_all_backends_are_tried_and_the_metrics_show_it() {
     let (good, ill) = (Server::echo("b0").await, [Server::echo("b1").await, Server::echo("b2").await]);
     let check = "health_check: { kind: expect, expect: never, interval: 50ms, timeout: 50ms, fall: 1 }";
     for (threshold, panic) in [(50, true), (0, false), (30, false)] {
-        // Two of three fail their checks: one healthy backend is 33 %.
+        // Two of three backends fail their checks, so 33 % are healthy.
         let kinds = [good.address, ill[0].address, ill[1].address];
         let well = Server::start(|mut stream| async move {
             let _ = stream.write_all(b"never").await;
@@ -144,7 +148,7 @@ async fn under_the_floor_all_backends_are_tried_and_it_shows() {
     }
 }
 
-/// A server that serves clients well whatever it tells its checks, which it knows by their first byte.
+/// Starts a server that always serves clients. While `ill` is set, it fails the checks, which it recognizes by the first byte.
 async fn moody(ill: &Arc<AtomicBool>) -> Server {
     let ill = Arc::clone(ill);
     Server::start(move |mut stream| {
@@ -175,7 +179,7 @@ async fn connections_of_a_backend_that_goes_down_are_kept_or_reset() {
         ill.store(true, Ordering::Relaxed);
         eventually("down", || ringway.states() == [State::Unhealthy]).await;
         if is_kept {
-            // Longer than the sweep that would have ended it.
+            // With `on_down: reset` a sweep would reset the connection in this time.
             tokio::time::sleep(Duration::from_millis(700)).await;
             client.write_all(b"x").await.unwrap();
             soon("an answer", client.read_exact(&mut byte)).await.unwrap();
@@ -183,13 +187,13 @@ async fn connections_of_a_backend_that_goes_down_are_kept_or_reset() {
             let error = soon("the reset", client.read_exact(&mut byte)).await.unwrap_err();
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
             let stats = Arc::clone(&ringway.state().listeners[0].stats);
-            eventually("counted", || stats.ended.of(End::BackendDown) == 1).await;
+            eventually("counted", || stats.ended.of(EndReason::BackendDown) == 1).await;
         }
     }
 }
 
 #[tokio::test]
-async fn a_backend_that_comes_back_gets_its_keys_little_by_little() {
+async fn a_backend_that_comes_back_gets_its_keys_step_by_step() {
     let ill = Arc::new(AtomicBool::new(false));
     let (moody, steady) = (moody(&ill).await, moody(&Arc::default()).await);
     let check = "health_check: { kind: expect, send: \"?\", expect: \"+\", interval: 30ms, rise: 1, fall: 1 }";
@@ -201,7 +205,7 @@ async fn a_backend_that_comes_back_gets_its_keys_little_by_little() {
         mapping.values().filter(|owner| *owner == "b0").count() as f64 / mapping.len() as f64
     };
     let before = share();
-    assert!((0.4..0.6).contains(&before), "the first of all are not slow: {before}");
+    assert!((0.4..0.6).contains(&before), "the first backends have no slow start: {before}");
     ill.store(true, Ordering::Relaxed);
     eventually("b0 is down", || ringway.states() == [State::Unhealthy, State::Healthy]).await;
     ill.store(false, Ordering::Relaxed);
@@ -211,8 +215,8 @@ async fn a_backend_that_comes_back_gets_its_keys_little_by_little() {
         ringway.backend(0).admission.as_part() >= 1.0 && ringway.states() == [State::Healthy; 2]
     })
     .await;
-    assert!(shares.windows(2).all(|pair| pair[0] <= pair[1]), "keys went back and forth: {shares:?}");
+    assert!(shares.windows(2).all(|pair| pair[0] <= pair[1]), "the share decreased: {shares:?}");
     shares.dedup();
-    assert!(shares.len() >= 5, "all at once: {shares:?}");
+    assert!(shares.len() >= 5, "the share has too few steps: {shares:?}");
     assert_eq!(share(), before);
 }

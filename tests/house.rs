@@ -1,4 +1,4 @@
-//! Rules of the house that no compiler keeps.
+//! Rules for the source that the compiler does not check.
 
 use std::path::{Path, PathBuf};
 
@@ -15,30 +15,30 @@ fn sources(folder: &Path) -> Vec<PathBuf> {
     files
 }
 
-/// A clock that is set back or forward must change nothing: timeouts, drains, checks and back-offs go by `Instant`.
+/// Timeouts, drains, checks and backoffs use `Instant`, so a change of the wall clock has no effect on them.
 #[test]
-fn nobody_reads_wall_time_but_the_access_log() {
+fn only_the_access_log_reads_the_wall_clock() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let reads_it = |path: &PathBuf| {
+    let reads_wall_clock = |path: &PathBuf| {
         let text = std::fs::read_to_string(path).unwrap();
         ["SystemTime", "UNIX_EPOCH", "clock_gettime", "chrono"].iter().any(|word| text.contains(word))
     };
-    let found: Vec<_> = sources(&source).into_iter().filter(reads_it).collect();
+    let found: Vec<_> = sources(&source).into_iter().filter(reads_wall_clock).collect();
     assert_eq!(found, [source.join("proxy/access_log.rs")]);
 }
 
-/// The data plane knows nothing of providers, YAML, HTTP or Docker, and the control plane nothing of connections.
+/// The data plane does not use providers, YAML, HTTP or Docker, and the control plane does not use connections.
 #[test]
-fn the_two_halves_do_not_name_each_other() {
+fn the_data_plane_and_the_control_plane_do_not_name_each_other() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    for (half, strangers) in [
+    for (half, foreign) in [
         ("proxy", &["crate::control", "crate::config", "crate::api", "crate::app", "bollard", "axum", "hyper"][..]),
         ("control", &["crate::proxy", "crate::config", "crate::api", "crate::app", "axum"][..]),
         ("api", &["crate::config", "crate::app"][..]),
     ] {
         for path in sources(&source.join(half)) {
             let text = std::fs::read_to_string(&path).unwrap();
-            let named: Vec<_> = strangers.iter().filter(|stranger| text.contains(**stranger)).collect();
+            let named: Vec<_> = foreign.iter().filter(|name| text.contains(**name)).collect();
             assert!(named.is_empty(), "{} names {named:?}", path.display());
         }
     }

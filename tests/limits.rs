@@ -1,27 +1,21 @@
-//! At the edge of descriptors and memory.
+//! Limits of descriptors, memory, connections and ports.
 
 use std::time::Duration;
 
 use ringway::backend::State;
 use rustix::process::{Resource, Rlimit, prlimit};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::harness::backends::Server;
 use crate::harness::program::Program;
-use crate::harness::{Ringway, config, eventually_async, get, metric_in, soon, static_config};
+use crate::harness::{Ringway, config, echoes, eventually_async, get, metric_in, soon, static_config};
 
 async fn metric(program: &Program, name: &str) -> f64 {
     metric_in(&get(program.api(), "/metrics").await.1, name, &[])
 }
 
-async fn echoes(stream: &mut TcpStream) -> bool {
-    let mut back = [0; 4];
-    stream.write_all(b"ping").await.is_ok() && stream.read_exact(&mut back).await.is_ok() && &back == b"ping"
-}
-
 #[tokio::test]
-async fn out_of_descriptors_it_neither_spins_nor_drops_and_recovers() {
+async fn without_free_descriptors_ringway_keeps_its_connections_does_not_spin_and_recovers() {
     let server = Server::echo("a").await;
     let check = "health_check: { interval: 100ms }";
     let program = Program::start(&static_config(&[server.address], check)).await.ready().await;
@@ -29,22 +23,22 @@ async fn out_of_descriptors_it_neither_spins_nor_drops_and_recovers() {
     for stream in &mut established {
         assert!(soon("an echo", echoes(stream)).await);
     }
-    // The side port keeps a connection of its own through the shortage.
+    // The side port keeps its connection during the shortage.
     let limit = Rlimit { current: Some(256), maximum: Some(256) };
     prlimit(Some(program.pid()), Resource::Nofile, limit).unwrap();
     let crowd = loadtest::open(program.web(), 1000).await.unwrap();
     eventually_async("the shortage", async || {
-        tokio::time::sleep(Duration::from_millis(50)).await;
         std::fs::read_dir(format!("/proc/{}/fd", program.pid().as_raw_nonzero())).unwrap().count() >= 255
     })
     .await;
 
     let before = program.cpu_ticks();
+    // An accept loop that spins would use all of this time as CPU time.
     tokio::time::sleep(Duration::from_secs(2)).await;
     let used = program.cpu_ticks() - before;
-    assert!(used < 60, "{used} ticks of 10 ms in 2 s: it spins");
+    assert!(used < 60, "Ringway spins: {used} ticks of 10 ms in 2 s");
     for stream in &mut established {
-        assert!(soon("an echo in the shortage", echoes(stream)).await, "a connection in progress was hurt");
+        assert!(soon("an echo in the shortage", echoes(stream)).await, "an established connection failed");
     }
 
     drop(crowd);
@@ -55,7 +49,7 @@ async fn out_of_descriptors_it_neither_spins_nor_drops_and_recovers() {
         metric(&program, "ringway_health_checks_total{pool=\"echo\",backend=\"b0\",result=\"failed\"}").await,
         0.0
     );
-    assert!(!program.log().contains("unhealthy"), "its own shortage was held against the backend");
+    assert!(!program.log().contains("unhealthy"), "Ringway blames the backend for its own shortage");
     for stream in &mut established {
         assert!(soon("an echo after it", echoes(stream)).await);
     }
@@ -66,7 +60,7 @@ async fn an_idle_connection_costs_little_memory() {
     const CONNECTIONS: usize = 4000;
     let server = Server::echo("a").await;
     let program = Program::start(&static_config(&[server.address], "health_check: { kind: none }")).await;
-    // What the first connections cost once and for all is not theirs.
+    // The first connections cause one-time allocations, which do not count.
     drop(loadtest::open(program.web(), 100).await.unwrap());
     eventually_async("none open", async || metric(&program, "ringway_connections_active").await == 0.0).await;
     let before = program.memory();
@@ -81,8 +75,8 @@ async fn an_idle_connection_costs_little_memory() {
     drop(open);
 }
 
-/// A connection from this address of the loopback network that is served; `None` where it was reset, be it while it was
-/// being made.
+/// Connects from this address of the loopback network. `None` if Ringway resets the connection before or after the
+/// connect succeeds.
 async fn served_from(source: &str, target: std::net::SocketAddr) -> Option<TcpStream> {
     let socket = tokio::net::TcpSocket::new_v4().unwrap();
     socket.bind(std::net::SocketAddr::new(source.parse().unwrap(), 0)).unwrap();
@@ -105,7 +99,7 @@ async fn a_source_over_its_limit_is_reset_and_others_are_not() {
         assert!(served_from(&format!("127.0.1.{}", n + 1), ringway.web()).await.is_some());
     }
     let stats = std::sync::Arc::clone(&ringway.state().listeners[0].stats);
-    assert_eq!(stats.refused.of(ringway::proxy::stats::Refusal::SourceConnections), 7);
+    assert_eq!(stats.refused.of(ringway::proxy::stats::RefusalReason::SourceConnections), 7);
     served.pop();
     eventually_async("room again", async || served_from("127.0.0.2", ringway.web()).await.is_some()).await;
 }
@@ -127,7 +121,7 @@ async fn a_source_that_connects_too_fast_is_reset_and_others_are_not() {
 }
 
 #[tokio::test]
-async fn past_a_full_backend_the_walk_goes_on_and_the_cap_is_exact() {
+async fn a_full_backend_is_skipped_and_the_limit_is_exact() {
     let servers = [Server::echo("b0").await, Server::echo("b1").await];
     let addresses = servers.each_ref().map(|server| server.address);
     let yaml = static_config(&addresses, "health_check: { kind: none }\nmax_connections_per_backend: 20");
@@ -148,7 +142,7 @@ async fn past_a_full_backend_the_walk_goes_on_and_the_cap_is_exact() {
 }
 
 #[tokio::test]
-async fn over_a_listener_s_limit_the_backlog_holds_and_other_listeners_do_not_notice() {
+async fn connections_over_a_listener_s_limit_wait_in_the_backlog_and_other_listeners_still_serve() {
     let server = Server::echo("a").await;
     let yaml = config_with(&server, "max_connections: 2", "health_check: { kind: none }");
     let yaml = yaml.replace("pools:\n", "  - { name: other, listen: \"127.0.0.1:0\", pool: echo }\npools:\n");
@@ -158,7 +152,7 @@ async fn over_a_listener_s_limit_the_backlog_holds_and_other_listeners_do_not_no
     eventually_async("two", async || active() == 2).await;
     assert!(served_from("127.0.0.1", ringway.state().listeners[1].address).await.is_some());
     assert_eq!(active(), 2);
-    // Those that wait are served as soon as there is room.
+    // Ringway serves the waiting connections as soon as there is room.
     let mut clients = tokio::task::JoinSet::new();
     for mut stream in open {
         clients.spawn(async move { assert!(soon("an echo", echoes(&mut stream)).await) });
@@ -175,7 +169,7 @@ async fn a_connection_that_is_too_old_is_reset() {
     let began = std::time::Instant::now();
     let mut ended = None;
     while ended.is_none() {
-        // Busy all the time: it is not idle.
+        // The test sends every 20 ms, so an idle timeout cannot be the reason of the reset.
         ended = (!soon("an echo", echoes(&mut stream)).await).then(|| began.elapsed());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -183,14 +177,14 @@ async fn a_connection_that_is_too_old_is_reset() {
     assert_eq!(ringway.metric("ringway_connections_ended_total", &["max_connection_age"]).await, 1.0);
 }
 
-/// In a network of its own with 32 ephemeral ports: the test runs itself again in there, which takes root.
+/// The test runs itself again in a network namespace with 32 ephemeral ports, which needs root.
 #[tokio::test]
 #[ignore = "needs root"]
-async fn without_ephemeral_ports_no_backend_is_blamed_and_it_recovers() {
+async fn without_ephemeral_ports_ringway_blames_no_backend_and_recovers() {
     const INSIDE: &str = "RINGWAY_TEST_INSIDE";
     const SETUP: &str =
         "ip link set lo up && echo 40000 40031 > /proc/sys/net/ipv4/ip_local_port_range && exec \"$0\" \"$@\"";
-    const NAME: &str = "limits::without_ephemeral_ports_no_backend_is_blamed_and_it_recovers";
+    const NAME: &str = "limits::without_ephemeral_ports_ringway_blames_no_backend_and_recovers";
     if std::env::var_os(INSIDE).is_none() {
         let inside = tokio::process::Command::new("unshare")
             .args(["--net", "sh", "-c", SETUP])
@@ -207,7 +201,7 @@ async fn without_ephemeral_ports_no_backend_is_blamed_and_it_recovers() {
     let server = Server::echo("a").await;
     let pool = "health_check: { kind: tcp, interval: 50ms, timeout: 1s, fall: 1 }\nejection: { after: 1 }";
     let ringway = Ringway::start(&static_config(&[server.address], pool)).await.all_healthy().await;
-    // Each client has an address of its own, and so 32 ports; Ringway has 32 for them all.
+    // Each client has its own address and so 32 ports. Ringway has 32 ports for all backend connections.
     let mut open = Vec::new();
     for n in 0..40 {
         open.extend(served_from(&format!("127.0.3.{}", n + 1), ringway.web()).await);
@@ -215,8 +209,9 @@ async fn without_ephemeral_ports_no_backend_is_blamed_and_it_recovers() {
     assert!((1..=32).contains(&open.len()), "{} were served", open.len());
     let short = async || ringway.metric("ringway_connect_failures_total", &["no_ports"]).await;
     assert!(short().await >= (40 - open.len()) as f64);
-    // Checks find no port either, and that is held against no backend.
+    // The checks find no port either. A check without a port does not count as failed.
     let checks = ringway.metric("ringway_health_checks_total", &["failed"]).await;
+    // About ten checks run in this time, and each would count as failed.
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(ringway.metric("ringway_health_checks_total", &["failed"]).await, checks);
     assert_eq!(ringway.metric("ringway_backend_ejections_total", &[]).await, 0.0);
@@ -225,7 +220,7 @@ async fn without_ephemeral_ports_no_backend_is_blamed_and_it_recovers() {
     eventually_async("room again", async || served_from("127.0.4.1", ringway.web()).await.is_some()).await;
 }
 
-/// One static backend behind a listener with further lines.
+/// A config with one static backend. `listener` and `pool` are further lines of the listener and the pool.
 fn config_with(server: &Server, listener: &str, pool: &str) -> String {
     config(&format!("static: [{{ address: \"{}\", id: b0 }}]", server.address), listener, pool)
 }

@@ -1,8 +1,8 @@
 //! Black-box tests over real sockets, in one binary.
 //!
-//! Each starts the real app: in-process ([`harness::Ringway`]) or, where signals, limits or memory matter, as
-//! the built program ([`harness::Program`]). Those in [`docker`] need a Docker engine and are ignored by default.
-//! Random tests print their seed; `RINGWAY_TEST_SEED` gives it again.
+//! Each test starts the app in this process ([`harness::Ringway`]). Tests of signals, limits or memory start the
+//! built program ([`harness::program::Program`]). The tests in [`docker`] need a Docker engine and are ignored by
+//! default. Random tests print their seed, and `RINGWAY_TEST_SEED` sets it.
 
 mod harness;
 mod health;

@@ -1,25 +1,22 @@
-//! Another config while it runs: what stays, what changes, and that nothing is lost.
+//! Reloads: the changes that they make, and the connections that they keep.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ringway::backend::State;
-use ringway::control::operator::{Order, Refusal};
+use ringway::control::command::{Command, CommandError};
 use rustix::process::Signal;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::harness::backends::{Refusing, Server};
 use crate::harness::program::Program;
-use crate::harness::{Ringway, THREE_REPLICAS, config, eventually, get, http, metric_in, soon, static_config};
+use crate::harness::{
+    Ringway, THREE_REPLICAS, config, echoes, eventually, eventually_async, get, http, metric_in, soon, static_config,
+};
 
-async fn echoes(stream: &mut TcpStream) -> bool {
-    let mut back = [0; 4];
-    stream.write_all(b"ping").await.is_ok() && stream.read_exact(&mut back).await.is_ok() && &back == b"ping"
-}
-
-/// A server that echoes bytes.
+/// Starts a server that echoes bytes.
 async fn echo() -> Server {
     Server::start(|mut stream| async move {
         let mut buffer = [0; 1024];
@@ -37,7 +34,7 @@ fn with_second_listener(yaml: &str, address: &str) -> String {
 }
 
 #[tokio::test]
-async fn listeners_come_and_go_and_their_connections_stay() {
+async fn a_reload_adds_and_removes_listeners_and_keeps_their_connections() {
     let server = echo().await;
     let yaml = static_config(&[server.address], "health_check: { kind: none }");
     let ringway = Ringway::start(&yaml).await;
@@ -51,7 +48,7 @@ async fn listeners_come_and_go_and_their_connections_stay() {
     assert!(echoes(&mut on_second).await && echoes(&mut on_first).await);
     ringway.reload(&yaml).await.unwrap();
     let closed = async || TcpStream::connect(address).await.is_err();
-    crate::harness::eventually_async("closed", closed).await;
+    eventually_async("closed", closed).await;
     assert!(echoes(&mut on_second).await && echoes(&mut on_first).await);
     assert_eq!(ringway.state().listeners.len(), 1);
     let mut late = TcpStream::connect(ringway.web()).await.unwrap();
@@ -59,7 +56,7 @@ async fn listeners_come_and_go_and_their_connections_stay() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_had_changes_nothing() {
+async fn a_reload_that_fails_changes_nothing() {
     let server = echo().await;
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let yaml = static_config(&[server.address], "health_check: { kind: none }");
@@ -73,15 +70,15 @@ async fn what_cannot_be_had_changes_nothing() {
     let bad = static_config(&[other.address], "connect: { attempts: 0 }");
     let log = format!("access_log: {{ path: /no/such/folder/log }}\n{yaml}");
     for (yaml, words) in [
-        (&taken, "another program listens there"),
+        (&taken, "already listens there"),
         (&unresolvable, "cannot resolve"),
-        (&no_program, "there is no program"),
+        (&no_program, "cannot find an executable program"),
         (&bad, "pools[0].connect.attempts"),
         (&log, "access_log.path"),
     ] {
         let refusal = ringway.reload(yaml).await.unwrap_err();
         assert!(refusal.to_string().contains(words), "{refusal}");
-        assert!(matches!(refusal, Refusal::Conflict(_) | Refusal::Invalid(_)));
+        assert!(matches!(refusal, CommandError::CannotPrepare(_) | CommandError::BadConfig(_)));
     }
     assert!(echoes(&mut open).await);
     assert_eq!(ringway.state().listeners.len(), 1);
@@ -92,7 +89,7 @@ async fn what_cannot_be_had_changes_nothing() {
 }
 
 #[tokio::test]
-async fn an_unchanged_config_changes_nothing_and_unchanged_backends_keep_all() {
+async fn an_unchanged_config_changes_nothing_and_unchanged_backends_keep_their_state() {
     let servers = [Server::echo("b0").await, Server::echo("b1").await];
     let check = "health_check: { kind: http, path: /heartbeat, interval: 50ms }";
     let yaml = static_config(&servers.each_ref().map(|server| server.address), check);
@@ -103,10 +100,10 @@ async fn an_unchanged_config_changes_nothing_and_unchanged_backends_keep_all() {
     let before = [ringway.backend(0), ringway.backend(1)];
     let generation = ringway.state().pools[0].table.load().generation();
     let report = ringway.reload(&yaml).await.unwrap();
-    assert_eq!(report, ringway::control::operator::Report::default());
+    assert_eq!(report, ringway::control::command::Report::default());
     assert_eq!(ringway.state().pools[0].table.load().generation(), generation);
 
-    // Another check: nobody is unhealthy meanwhile, and counters go on.
+    // With another check no backend becomes unhealthy, and the counters continue.
     let other = yaml.replace("interval: 50ms", "interval: 70ms, timeout: 900ms");
     let states = Arc::clone(&ringway.state().pools[0].table.load());
     assert!(states.any_healthy());
@@ -114,6 +111,7 @@ async fn an_unchanged_config_changes_nothing_and_unchanged_backends_keep_all() {
     assert_eq!(report.changes.len(), 3, "{report:?}");
     for _ in 0..20 {
         assert_eq!(ringway.states(), [State::Healthy; 2]);
+        // A check that starts from nothing would make a backend unhealthy for a moment.
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     for (n, before) in before.iter().enumerate() {
@@ -124,7 +122,7 @@ async fn an_unchanged_config_changes_nothing_and_unchanged_backends_keep_all() {
 }
 
 #[tokio::test]
-async fn keys_move_as_check_diff_has_said() {
+async fn keys_move_as_a_dry_run_predicts() {
     let servers = [echo().await, echo().await, echo().await, echo().await];
     let addresses = servers.each_ref().map(|server| server.address);
     let none = "health_check: { kind: none }";
@@ -134,8 +132,8 @@ async fn keys_move_as_check_diff_has_said() {
     for next in [&three, &four, &seeded] {
         let before = ringway.mapping();
         let digest = ringway.state().pools[0].table.load().ring().digest();
-        let dry = Order::Reload { text: Some(next.clone()), is_dry_run: true };
-        let predicted = ringway.order(dry).await.unwrap();
+        let dry = Command::Reload { text: Some(next.clone()), is_dry_run: true };
+        let predicted = ringway.send(dry).await.unwrap();
         assert_eq!(ringway.mapping(), before, "a dry run changed something");
         let report = ringway.reload(next).await.unwrap();
         assert_eq!(report, predicted);
@@ -153,7 +151,7 @@ async fn keys_move_as_check_diff_has_said() {
 }
 
 #[tokio::test]
-async fn a_changed_command_is_rolled_out_one_replica_at_a_time_without_a_lost_request() {
+async fn a_changed_command_is_rolled_out_one_replica_at_a_time_and_no_request_fails() {
     let check = "health_check: { kind: http, path: /heartbeat, interval: 100ms }\ndrain: 5s";
     let yaml = config(THREE_REPLICAS, "", check);
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
@@ -169,14 +167,14 @@ async fn a_changed_command_is_rolled_out_one_replica_at_a_time_without_a_lost_re
     assert!(String::from_utf8_lossy(answer.body()).contains("new-echo-"));
 }
 
-/// Asks on new connections until every replica is another one; each must be answered.
+/// Sends requests on new connections until every replica is new. Every request must get an answer.
 async fn eventually_requests(
     ringway: &Ringway,
     least: &mut usize,
     asked: &mut usize,
     before: &[Option<ringway::backend::Replica>],
 ) {
-    crate::harness::eventually_async("all are new", async || {
+    eventually_async("all are new", async || {
         *least = (*least).min(ringway.state().pools[0].table.load().healthy());
         let answer = http(ringway.web(), "POST", "/api/request", b"x").await;
         assert_eq!(answer.status(), 200);
@@ -189,24 +187,24 @@ async fn eventually_requests(
 }
 
 #[tokio::test]
-async fn what_was_changed_at_run_time_survives_a_reload_that_is_about_something_else() {
+async fn a_change_at_run_time_survives_a_reload_of_other_settings() {
     let servers = [echo().await, echo().await];
     let yaml = static_config(&servers.each_ref().map(|server| server.address), "health_check: { kind: none }");
     let ringway = Ringway::start(&yaml).await;
-    let drain = Order::Drain { pool: "echo".to_owned(), backend: "b0".to_owned(), within: None };
-    ringway.order(drain).await.unwrap();
-    ringway.order(Order::Weight { pool: "echo".to_owned(), backend: "b1".to_owned(), weight: 3 }).await.unwrap();
+    let drain = Command::Drain { pool: "echo".to_owned(), backend: "b0".to_owned(), within: None };
+    ringway.send(drain).await.unwrap();
+    ringway.send(Command::Weight { pool: "echo".to_owned(), backend: "b1".to_owned(), weight: 3 }).await.unwrap();
     ringway.reload(&yaml.replace("drain: 100ms", "drain: 200ms")).await.unwrap();
     eventually("still drained", || ringway.states() == [State::Draining, State::Healthy]).await;
     assert_eq!(ringway.backend(1).weight, 3);
     assert_eq!(ringway.metric("ringway_pool_runtime_changes", &[]).await, 2.0);
     ringway.reload(&yaml.replace("id: b1 }", "id: b1, weight: 2 }")).await.unwrap();
-    eventually("the file's word", || ringway.backend(1).weight == 2).await;
+    eventually("the weight of the file", || ringway.backend(1).weight == 2).await;
     assert_eq!(ringway.states()[0], State::Draining);
 }
 
 #[tokio::test]
-async fn pools_come_and_go_and_change_their_kind() {
+async fn a_reload_changes_the_provider_of_a_pool() {
     let servers = [echo().await, echo().await];
     let none = "health_check: { kind: none }\ndrain: 5s";
     let yaml = static_config(&[servers[0].address], none);
@@ -215,7 +213,7 @@ async fn pools_come_and_go_and_change_their_kind() {
     assert!(echoes(&mut open).await);
     let processes = config(THREE_REPLICAS, "", "health_check: { interval: 50ms }\ndrain: 5s");
     ringway.reload(&processes).await.unwrap();
-    assert!(echoes(&mut open).await, "the connection was to a backend that is not wanted any more");
+    assert!(echoes(&mut open).await, "the reload ended a connection to a removed backend");
     eventually("three replicas", || ringway.states() == [State::Healthy; 3]).await;
     let pids: Vec<_> = (0..3).map(|n| ringway.backend(n).replica.unwrap()).collect();
     assert_eq!(http(ringway.web(), "POST", "/api/request", b"x").await.status(), 200);
@@ -235,7 +233,7 @@ async fn pools_come_and_go_and_change_their_kind() {
 }
 
 #[tokio::test]
-async fn limits_follow_a_reload_and_what_takes_a_restart_is_named() {
+async fn a_reload_changes_limits_and_names_the_settings_that_need_a_restart() {
     let server = echo().await;
     let yaml = format!("max_connections: 2\n{}", static_config(&[server.address], "health_check: { kind: none }"));
     let ringway = Ringway::start(&yaml).await;
@@ -251,17 +249,18 @@ async fn limits_follow_a_reload_and_what_takes_a_restart_is_named() {
     }
     ringway.reload(&yaml.replace("max_connections: 2", "max_connections: 1")).await.unwrap();
     for stream in &mut open {
-        assert!(echoes(stream).await, "a limit that shrinks ends nobody");
+        assert!(echoes(stream).await, "a lower limit ended a connection");
     }
     open.truncate(1);
     eventually("one", || active() == 1).await;
     let _waits = loadtest::open(ringway.web(), 1).await.unwrap();
+    // A listener that ignores the new limit would accept the second connection in this time.
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(active(), 1);
 }
 
 #[tokio::test]
-async fn a_hangup_reads_the_file_again_and_rotates_the_access_log() {
+async fn sighup_reloads_the_file_and_reopens_the_access_log() {
     let server = echo().await;
     let folder = tempfile::tempdir().unwrap();
     let (log, rotated) = (folder.path().join("access.log"), folder.path().join("access.log.1"));
@@ -288,12 +287,12 @@ async fn a_hangup_reads_the_file_again_and_rotates_the_access_log() {
     };
     program.write_config("listeners: nonsense");
     program.signal(Signal::HUP);
-    crate::harness::eventually_async("refused", async || reloads("failed").await == 1.0).await;
+    eventually_async("refused", async || reloads("failed").await == 1.0).await;
     assert!(program.log().contains("listeners: \"nonsense\" is not a list"), "{}", program.log());
     once().await;
     program.write_config(&pool.replace("drain: 100ms", "drain: 7s"));
     program.signal(Signal::HUP);
-    crate::harness::eventually_async("applied", async || {
+    eventually_async("applied", async || {
         program.status().await["pools"][0]["drain_seconds"] == 7.0 && reloads("ok").await == 2.0
     })
     .await;

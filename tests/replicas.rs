@@ -1,4 +1,4 @@
-//! Replicas: replaced when they die, and gone when Ringway is.
+//! Replicas: Ringway replaces dead replicas, and no replica outlives Ringway.
 
 use std::time::{Duration, Instant};
 
@@ -31,17 +31,17 @@ async fn a_killed_replica_is_replaced_and_only_its_own_connections_fail() {
     let killed = Instant::now();
     eventually("replaced", || pid_of(&ringway, 1).is_some_and(|pid| pid != victim)).await;
     eventually("healthy again", || state().state == State::Healthy).await;
-    // The promise to operators, with room to spare: it takes about a tenth of a second.
+    // The documented limit. The replacement takes about a tenth of a second.
     assert!(killed.elapsed() < Duration::from_secs(2), "healthy again after {:?}", killed.elapsed());
 
     let report = soon("the load", load).await.unwrap();
-    // Those that it had open, or that the kernel held for it: none that began after its death.
+    // Only connections that started before the kill may fail.
     for failure in report.outcomes.iter().filter(|outcome| outcome.server.is_err()) {
         let after_death = (load_began + failure.start).checked_duration_since(killed);
         assert!(after_death.is_none(), "{failure:?} began {after_death:?} after the kill");
     }
     assert!(report.outcomes.len() > 500 && report.servers().len() == 3);
-    assert_eq!(ringway.mapping(), before, "every key is where it was");
+    assert_eq!(ringway.mapping(), before, "a key moved");
     assert_eq!(ringway.metric("ringway_replica_restarts_total", &[]).await, 1.0);
 }
 
@@ -54,15 +54,15 @@ async fn a_replica_that_hangs_is_replaced() {
     let before = pids([0, 1, 2]);
     kill_process(before[1], Signal::STOP).unwrap();
     let state = || ringway.state().pools[0].table.load().backends()[1].state;
-    eventually("walked past", || state() == State::Unhealthy).await;
+    eventually("unhealthy", || state() == State::Unhealthy).await;
     eventually("replaced", || pid_of(&ringway, 1).is_some_and(|pid| pid != before[1])).await;
     eventually("healthy again", || state() == State::Healthy).await;
     eventually("the end of the old one", || !is_alive(before[1])).await;
-    assert_eq!([pids([0, 1, 2])[0], pids([0, 1, 2])[2]], [before[0], before[2]], "the others are left alone");
+    assert_eq!([pids([0, 1, 2])[0], pids([0, 1, 2])[2]], [before[0], before[2]], "another replica was replaced");
 }
 
 #[tokio::test]
-async fn a_replica_that_keeps_dying_is_a_crash_loop_and_the_others_serve_on() {
+async fn a_replica_that_keeps_exiting_is_in_a_crash_loop_and_the_others_still_serve() {
     let provider = "process: { replicas: 2, command: [sh, -c, \"case {slot} in *-1) echo cannot go on; echo because of this; exit 3;; esac; exec sleep 600 {port}\"], \
                     restart: { backoff: 1m, max_backoff: 1h, crash_loop_after: 2 } }";
     let ringway = Ringway::start(&config(provider, "answer_status: true", "health_check: { kind: none }")).await;
@@ -77,13 +77,17 @@ async fn a_replica_that_keeps_dying_is_a_crash_loop_and_the_others_serve_on() {
     let status: serde_json::Value = serde_json::from_str(&status).unwrap();
     let exit = &status["pools"][0]["backends"][0]["last_exit"];
     assert_eq!((&exit["code"], &exit["reason"]), (&3.into(), &"exit status: 3".into()), "{exit}");
-    assert_eq!(exit["output"], serde_json::json!(["cannot go on", "because of this"]), "its last words");
+    assert_eq!(exit["output"], serde_json::json!(["cannot go on", "because of this"]), "the last lines of its output");
     let status: serde_json::Value = serde_json::from_str(&get(ringway.web(), "/api/status").await.1).unwrap();
     let exit = &status["pools"][0]["backends"][0]["last_exit"];
-    assert_eq!((&exit["code"], &exit["output"]), (&3.into(), &serde_json::json!([])), "they are not for strangers");
+    assert_eq!(
+        (&exit["code"], &exit["output"]),
+        (&3.into(), &serde_json::json!([])),
+        "a listener does not show the output"
+    );
 }
 
-/// Process ids of everything whose command line has this word.
+/// The ids of the processes that have this argument.
 fn processes_with(word: &str) -> Vec<rustix::process::Pid> {
     let entries =
         std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
@@ -96,10 +100,10 @@ fn processes_with(word: &str) -> Vec<rustix::process::Pid> {
         .collect()
 }
 
-/// A shell's server must go with the shell: it would keep the port and answer for its successor.
+/// The child of a shell must end with the shell, because it would keep the port of the next replica.
 #[tokio::test]
-async fn nothing_of_a_dead_replica_lives_on() {
-    // Its own arguments tell the sleep of this test from all others.
+async fn the_children_of_a_dead_replica_end_with_it() {
+    // The argument distinguishes the sleep of this test from all others.
     let word = format!("60{}", std::process::id());
     let provider =
         format!("process: {{ replicas: 1, command: [sh, -c, \"sleep {word} & wait {{port}}; sleep {word}\"] }}");
@@ -115,7 +119,7 @@ async fn nothing_of_a_dead_replica_lives_on() {
 
 #[tokio::test]
 async fn replicas_get_their_slot_port_environment_and_range() {
-    // A range that was free a moment ago; its ports come back in the status.
+    // A range of ports that were free a moment ago.
     let free: Vec<u16> =
         (0..40).map(|_| std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()).collect();
     let first = free.iter().copied().find(|port| (10_000..60_000).contains(port)).unwrap();
@@ -133,7 +137,7 @@ async fn replicas_get_their_slot_port_environment_and_range() {
         assert!((first..=first + 20).contains(&port));
         let file = folder.path().join(&*backend.id);
         let said = || std::fs::read_to_string(&file).unwrap_or_default();
-        eventually("what it says", || said() == format!("{} on {port}\n", backend.id)).await;
+        eventually("the file of the replica", || said() == format!("{} on {port}\n", backend.id)).await;
     }
 }
 
@@ -151,30 +155,30 @@ async fn a_killed_ringway_leaves_no_child() {
 }
 
 #[tokio::test]
-async fn sigterm_and_ctrl_c_end_it_in_order_with_exit_code_0() {
+async fn sigterm_and_sigint_stop_ringway_and_its_replicas_with_exit_code_0() {
     for signal in [Signal::TERM, Signal::INT] {
         let mut program = Program::start(&program_config()).await.ready().await;
         let replicas = program.replicas().await;
         program.signal(signal);
         let status = program.ended().await;
         assert_eq!(status.code(), Some(0), "{}", program.log());
-        assert!(!replicas.iter().any(|&pid| is_alive(pid)), "a replica outlived it");
+        assert!(!replicas.iter().any(|&pid| is_alive(pid)), "a replica outlived Ringway");
         assert!(program.log().contains("stopped"));
     }
 }
 
 #[tokio::test]
-async fn a_hangup_is_no_reason_to_end() {
+async fn sighup_does_not_stop_ringway() {
     let mut program = Program::start(&program_config()).await.ready().await;
     program.signal(Signal::HUP);
-    eventually("a reload", || program.log().contains("order carried out: reload")).await;
+    eventually("a reload", || program.log().contains("command done: reload")).await;
     assert_eq!(get(program.api(), "/readyz").await.0, 200);
     program.signal(Signal::TERM);
     assert_eq!(program.ended().await.code(), Some(0));
 }
 
 #[tokio::test]
-async fn a_second_signal_exits_at_once() {
+async fn a_second_signal_exits_immediately() {
     let yaml = config(THREE_REPLICAS, "", "drain: 1h");
     let mut program = Program::start(&yaml).await.ready().await;
     let replicas = program.replicas().await;
@@ -186,7 +190,7 @@ async fn a_second_signal_exits_at_once() {
     program.signal(Signal::TERM);
     eventually("the first signal is seen", || program.log().contains("stopping")).await;
     eventually_async("not ready while it drains", async || get(program.api(), "/readyz").await.0 == 503).await;
-    // One that follows at once would count as the same.
+    // Ringway treats a signal that follows immediately as the same signal.
     tokio::time::sleep(Duration::from_millis(400)).await;
     program.signal(Signal::TERM);
     assert_eq!(program.ended().await.code(), Some(1));
@@ -194,9 +198,9 @@ async fn a_second_signal_exits_at_once() {
     drop(open);
 }
 
-/// A log shipper that dies must take nothing with it.
+/// Ringway continues if the reader of its log exits.
 #[tokio::test]
-async fn it_supervises_on_when_nobody_reads_its_log_any_more() {
+async fn ringway_replaces_replicas_after_the_reader_of_its_log_exits() {
     let mut program = Program::start(&program_config()).await.ready().await;
     let replicas = program.replicas().await;
     program.close_log();
@@ -209,14 +213,14 @@ async fn it_supervises_on_when_nobody_reads_its_log_any_more() {
         })
         .await;
     }
-    assert!(is_alive(replicas[2]), "the others live on");
+    assert!(is_alive(replicas[2]), "the other replica is gone");
     program.signal(Signal::TERM);
     assert_eq!(program.ended().await.code(), Some(0));
 }
 
-/// Time in which the whole process stands still is nobody's silence.
+/// The time in which Ringway itself is stopped does not count as silence of a connection.
 #[tokio::test]
-async fn a_stopped_and_continued_ringway_keeps_its_busy_connections() {
+async fn a_stopped_and_continued_ringway_keeps_its_connections() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     let server = crate::harness::backends::Server::echo("a").await;
@@ -227,13 +231,14 @@ async fn a_stopped_and_continued_ringway_keeps_its_busy_connections() {
         client.write_all(b"ping").await.unwrap();
         soon("an echo", client.read_exact(&mut [0; 4])).await.unwrap();
         program.signal(Signal::STOP);
+        // A running Ringway would reset the silent connection after one second.
         tokio::time::sleep(Duration::from_millis(1500)).await;
         program.signal(Signal::CONT);
     }
 }
 
 #[tokio::test]
-async fn what_replicas_say_is_in_the_log_with_their_slot() {
+async fn the_log_has_the_output_of_replicas_with_their_slot() {
     let program = Program::start(&program_config()).await.ready().await;
     eventually("a line of a replica", || program.log().contains("echo-2 listens on 127.0.0.1")).await;
     assert!(program.log().lines().any(|line| line.contains("echo-2 listens on") && line.contains("slot=echo-2")));

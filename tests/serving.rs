@@ -1,4 +1,4 @@
-//! The main job: connections are spread over live backends, and answers come back.
+//! Ringway spreads connections over live backends and relays their answers.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -22,7 +22,7 @@ async fn three_embedded_replicas_answer_the_lines_of_the_readme() {
 
         let (status, body) = get(address, "/api/status").await;
         let body: serde_json::Value = serde_json::from_str(&body).unwrap();
-        assert_eq!((status, &body["ready"]), (200, &true.into()), "answered by Ringway, not by a replica");
+        assert_eq!((status, &body["ready"]), (200, &true.into()), "a replica answered instead of Ringway");
         assert_eq!(body["pools"][0]["backends"].as_array().unwrap().len(), 3);
     }
     let mut echo = TcpStream::connect(ringway.web()).await.unwrap();
@@ -33,7 +33,7 @@ async fn three_embedded_replicas_answer_the_lines_of_the_readme() {
     assert_eq!(text, "hello");
 }
 
-/// How many of `count` connections, each from a port of its own, every backend got.
+/// Opens `count` connections from different ports. Returns the number of connections of each backend.
 async fn spread(ringway: &Ringway, count: usize) -> BTreeMap<String, usize> {
     let mut servers = BTreeMap::new();
     for _ in 0..count {
@@ -60,7 +60,7 @@ async fn connections_of_one_address_are_spread_evenly() {
 }
 
 #[tokio::test]
-async fn with_source_ip_a_client_stays_where_it_is() {
+async fn with_source_ip_every_connection_of_a_client_has_the_same_backend() {
     let servers = three_servers().await;
     let addresses = servers.each_ref().map(|server| server.address);
     let ringway = Ringway::start(&static_config(&addresses, "key: source_ip")).await.all_healthy().await;
@@ -69,7 +69,7 @@ async fn with_source_ip_a_client_stays_where_it_is() {
 }
 
 #[tokio::test]
-async fn ipv6_on_both_sides() {
+async fn ipv6_works_on_both_sides() {
     let listener = tokio::net::TcpListener::bind("[::1]:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let task = tokio::spawn(async move {
@@ -97,7 +97,7 @@ async fn a_host_name_is_resolved_at_start() {
     assert_eq!(spread(&ringway, 1).await.len(), 1);
 }
 
-/// A server that speaks first, as `MariaDB`, SSH and SMTP do.
+/// Starts a server that speaks first, as `MariaDB`, SSH and SMTP servers do.
 async fn greeter() -> Server {
     Server::start(|mut stream| async move {
         let _ = stream.write_all(b"220 hello\r\n").await;
@@ -108,7 +108,7 @@ async fn greeter() -> Server {
 }
 
 #[tokio::test]
-async fn a_server_may_speak_first_also_where_status_is_answered() {
+async fn a_server_can_speak_first_with_and_without_answer_status() {
     let server = greeter().await;
     for listener in ["", "answer_status: true"] {
         let provider = format!("static: [{{ address: \"{}\" }}]", server.address);
@@ -121,7 +121,7 @@ async fn a_server_may_speak_first_also_where_status_is_answered() {
 }
 
 #[tokio::test]
-async fn status_is_told_by_its_first_bytes_and_all_else_goes_through_untouched() {
+async fn answer_status_recognizes_its_request_and_relays_everything_else() {
     let server = Server::start(|mut stream| async move {
         let mut bytes = Vec::new();
         let _ = stream.read_to_end(&mut bytes).await;
@@ -131,7 +131,7 @@ async fn status_is_told_by_its_first_bytes_and_all_else_goes_through_untouched()
     let provider = format!("static: [{{ address: \"{}\" }}]", server.address);
     let ringway = Ringway::start(&config(&provider, "answer_status: true", "")).await;
 
-    // In pieces, as a slow terminal would send it.
+    // The request comes in pieces, as from a slow terminal.
     let mut client = TcpStream::connect(ringway.web()).await.unwrap();
     client.set_nodelay(true).unwrap();
     for piece in ["GET /ap", "i/status", "?pretty HTTP/1.1\r\nhost: x\r\n\r\n"] {
@@ -142,7 +142,7 @@ async fn status_is_told_by_its_first_bytes_and_all_else_goes_through_untouched()
     soon("the status", client.read_to_string(&mut answer)).await.unwrap();
     assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.contains("\"pools\""), "{answer}");
 
-    // One that ends its side at once, as `nc -N` does.
+    // The client ends its side immediately, as `nc -N` does.
     let mut client = TcpStream::connect(ringway.web()).await.unwrap();
     client.write_all(b"GET /api/status HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     client.shutdown().await.unwrap();
@@ -172,7 +172,7 @@ async fn a_second_ringway_on_the_same_address_is_refused() {
     assert!(error.contains("another Ringway"), "{error}");
 }
 
-/// Several workers share one limit: none may sit on a permit that another one's connections wait for.
+/// Several workers share one limit. No worker may keep a permit that the connections of another worker wait for.
 #[tokio::test]
 async fn connections_over_the_limit_wait_in_the_backlog_and_are_served() {
     let server = Server::echo("a").await;
@@ -187,7 +187,7 @@ async fn connections_over_the_limit_wait_in_the_backlog_and_are_served() {
         waiting.write_all(b"late").await.unwrap();
         let mut late = [0; 4];
         let early = tokio::time::timeout(Duration::from_millis(50), waiting.read_exact(&mut late)).await;
-        assert!(early.is_err() && accepted() == 2 * round + 1, "the limit does not hold");
+        assert!(early.is_err() && accepted() == 2 * round + 1, "the limit has no effect");
         drop(first);
         soon("its turn", waiting.read_exact(&mut late)).await.unwrap();
         assert_eq!(&late, b"late");
@@ -230,7 +230,7 @@ async fn every_connection_is_counted_once() {
 }
 
 #[tokio::test]
-async fn the_access_log_has_a_text_form() {
+async fn the_access_log_has_a_text_format() {
     let server = Server::echo("a").await;
     let log = tempfile::NamedTempFile::new().unwrap();
     let yaml = static_config(&[server.address], "");
@@ -251,7 +251,7 @@ async fn the_access_log_has_a_text_form() {
 }
 
 #[tokio::test]
-async fn lines_that_cannot_be_written_are_counted() {
+async fn lost_lines_of_the_access_log_are_counted() {
     let server = Server::echo("a").await;
     let yaml = format!("access_log: {{ path: /dev/full }}\n{}", static_config(&[server.address], ""));
     let ringway = Ringway::start(&yaml).await.all_healthy().await;

@@ -1,14 +1,15 @@
-//! The side port: its answers, and its errors as JSON.
+//! The answers and the JSON errors of the side port.
 
 use std::collections::BTreeSet;
 
+use serde_json::json;
 use tokio::io::AsyncReadExt as _;
 
 use crate::harness::backends::{Refusing, Server};
 use crate::harness::{Ringway, get, http, static_config};
 
 #[tokio::test]
-async fn a_key_goes_where_the_ring_says_and_stays_there() {
+async fn a_key_goes_to_its_backend_on_the_ring() {
     let servers = [Server::echo("b0").await, Server::echo("b1").await, Server::echo("b2").await];
     let addresses = servers.each_ref().map(|server| server.address);
     let ringway = Ringway::start(&static_config(&addresses, "")).await.all_healthy().await;
@@ -26,7 +27,7 @@ async fn a_key_goes_where_the_ring_says_and_stays_there() {
 }
 
 #[tokio::test]
-async fn errors_are_json_with_a_code() {
+async fn errors_are_json_with_a_code_and_a_message() {
     let refusing = Refusing::new();
     let ringway = Ringway::start(&static_config(&[refusing.address], "")).await;
     let too_large = vec![b'x'; (1 << 20) + 1];
@@ -50,7 +51,7 @@ async fn errors_are_json_with_a_code() {
 }
 
 #[tokio::test]
-async fn a_body_of_just_one_mebibyte_is_forwarded() {
+async fn a_body_of_one_mebibyte_is_forwarded() {
     let server = Server::echo("a").await;
     let ringway = Ringway::start(&static_config(&[server.address], "")).await.all_healthy().await;
     let body = vec![b'x'; 1 << 20];
@@ -60,7 +61,7 @@ async fn a_body_of_just_one_mebibyte_is_forwarded() {
 }
 
 #[tokio::test]
-async fn a_backend_that_does_not_speak_http_is_a_bad_gateway() {
+async fn a_backend_without_http_gives_a_bad_gateway() {
     let server = Server::start(|mut stream| async move {
         let _ = stream.read(&mut [0; 10]).await;
     })
@@ -73,7 +74,7 @@ async fn a_backend_that_does_not_speak_http_is_a_bad_gateway() {
 }
 
 #[tokio::test]
-async fn readiness_waits_for_a_healthy_backend_and_health_does_not() {
+async fn readyz_needs_a_healthy_backend_and_healthz_does_not() {
     let refusing = Refusing::new();
     let ringway = Ringway::start(&static_config(&[refusing.address], "")).await;
     assert_eq!(get(ringway.api(), "/healthz").await.0, 200);
@@ -84,41 +85,45 @@ async fn readiness_waits_for_a_healthy_backend_and_health_does_not() {
 }
 
 #[tokio::test]
-async fn status_shows_what_design_promises() {
+async fn the_status_has_a_value_in_every_documented_field() {
     let server = Server::echo("a").await;
-    let ringway = Ringway::start(&static_config(&[server.address], "")).await.all_healthy().await;
+    let ringway = Ringway::start(&static_config(&[server.address], "")).await.all_healthy().await.ready().await;
     let status: serde_json::Value = serde_json::from_str(&get(ringway.api(), "/api/status").await.1).unwrap();
-    for pointer in [
-        "/version",
-        "/uptime_seconds",
-        "/ready",
-        "/listeners/0/name",
-        "/listeners/0/address",
-        "/listeners/0/pool",
-        "/listeners/0/connections/active",
-        "/listeners/0/connections/total",
-        "/pools/0/name",
-        "/pools/0/key",
-        "/pools/0/ring/digest",
-        "/pools/0/ring/points",
-        "/pools/0/ring/virtual_nodes",
-        "/pools/0/ring/probes",
-        "/pools/0/backends/0/id",
-        "/pools/0/backends/0/address",
-        "/pools/0/backends/0/state",
-        "/pools/0/backends/0/weight",
-        "/pools/0/backends/0/share",
-        "/pools/0/backends/0/replica",
-        "/pools/0/backends/0/restarts",
-        "/pools/0/backends/0/connections/active",
-        "/pools/0/backends/0/connections/total",
-        "/pools/0/backends/0/connections/failed",
-        "/pools/0/backends/0/bytes/from_client",
-        "/pools/0/backends/0/bytes/to_client",
-        "/pools/0/backends/0/health/last",
-        "/pools/0/backends/0/health/since_seconds",
+    let digest = format!("{:016x}", ringway.state().pools[0].table.load().ring().digest());
+    for (pointer, value) in [
+        ("/version", json!(ringway::VERSION)),
+        ("/pid", json!(std::process::id())),
+        ("/ready", json!(true)),
+        ("/listeners/0/name", json!("web")),
+        ("/listeners/0/address", json!(ringway.web().to_string())),
+        ("/listeners/0/pool", json!("echo")),
+        ("/listeners/0/connections/active", json!(0)),
+        ("/listeners/0/connections/total", json!(0)),
+        ("/pools/0/name", json!("echo")),
+        ("/pools/0/key", json!("source")),
+        ("/pools/0/ring/digest", json!(digest)),
+        ("/pools/0/ring/points", json!(160)),
+        ("/pools/0/ring/virtual_nodes", json!(160)),
+        ("/pools/0/ring/probes", json!(3)),
+        ("/pools/0/backends/0/id", json!("b0")),
+        ("/pools/0/backends/0/address", json!(server.address.to_string())),
+        ("/pools/0/backends/0/state", json!("healthy")),
+        ("/pools/0/backends/0/weight", json!(1)),
+        ("/pools/0/backends/0/share", json!(1.0)),
+        // A static backend is not a replica.
+        ("/pools/0/backends/0/replica", json!(null)),
+        ("/pools/0/backends/0/restarts", json!(0)),
+        ("/pools/0/backends/0/connections/active", json!(0)),
+        ("/pools/0/backends/0/connections/total", json!(0)),
+        ("/pools/0/backends/0/connections/failed", json!(0)),
+        ("/pools/0/backends/0/bytes/from_client", json!(0)),
+        ("/pools/0/backends/0/bytes/to_client", json!(0)),
+        ("/pools/0/backends/0/health/last", json!("ok")),
     ] {
-        assert!(status.pointer(pointer).is_some(), "{pointer} is missing in {status}");
+        assert_eq!(status.pointer(pointer), Some(&value), "{pointer} in {status}");
     }
-    assert_eq!(status["pools"][0]["backends"][0]["share"], 1.0);
+    for pointer in ["/uptime_seconds", "/pools/0/backends/0/health/since_seconds"] {
+        let seconds = status.pointer(pointer).and_then(serde_json::Value::as_f64);
+        assert!(seconds.is_some_and(|seconds| seconds >= 0.0), "{pointer} in {status}");
+    }
 }

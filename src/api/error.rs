@@ -1,4 +1,4 @@
-//! Errors as JSON: `{"error": {"code": "...", "message": "..."}}`.
+//! Error responses as JSON: `{"error": {"code": "...", "message": "..."}}`.
 
 use axum::Json;
 use axum::extract::rejection::BytesRejection;
@@ -6,7 +6,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use serde_json::json;
 
-/// An error answer.
+/// An error response.
 #[derive(Debug)]
 pub(super) struct Error {
     status: StatusCode,
@@ -15,22 +15,24 @@ pub(super) struct Error {
 }
 
 impl Error {
-    /// `code` is for programs and never changes; `message` is for people.
+    /// Creates an error. Programs rely on `code`, which never changes; `message` is for people.
     pub(super) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
         Self { status, code, message: message.into() }
     }
 
-    /// A body that did not come in as a whole.
+    /// Creates the error for a request body that could not be read completely.
     pub(super) fn of_body(rejection: &BytesRejection) -> Self {
         match rejection.status() {
-            StatusCode::PAYLOAD_TOO_LARGE => {
-                Self::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", "the body may have up to 1 MiB")
-            }
+            StatusCode::PAYLOAD_TOO_LARGE => Self::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "body_too_large",
+                "the request body is larger than 1 MiB: send a smaller one",
+            ),
             status => Self::new(status, "bad_body", rejection.body_text()),
         }
     }
 
-    /// Its code.
+    /// Returns the error code.
     #[cfg(test)]
     pub(super) fn code(&self) -> &'static str {
         self.code

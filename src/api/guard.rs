@@ -1,7 +1,7 @@
-//! Who may change something by the side port.
+//! Decides which calls may change something through the side port.
 //!
-//! A web page that somebody on this machine looks at can send requests to 127.0.0.1 as well: so calls that change
-//! something are refused when they name a foreign host (DNS rebinding) or come from another site, token or not.
+//! A web page that is open in a browser on this machine can send requests to 127.0.0.1. The guard therefore rejects
+//! changing calls that name a foreign host (DNS rebinding) or come from another site, even with a valid token.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use axum::response::{IntoResponse as _, Response};
 use super::State;
 use super::error::Error;
 
-/// The rules.
+/// The rules for calls that change something.
 #[derive(Clone)]
 pub struct Guard {
     token: Option<Arc<str>>,
@@ -31,12 +31,13 @@ impl std::fmt::Debug for Guard {
 }
 
 impl Guard {
-    /// Rules for a side port that listens on `address`. Without a token only one on loopback takes changes.
+    /// Creates the rules for a side port that listens on `address`. Without a token, only a side port on loopback
+    /// accepts changes.
     pub fn new(address: SocketAddr, token: Option<&str>, allowed_hosts: Vec<String>) -> Self {
         Self { token: token.map(Into::into), allowed_hosts, is_loopback: address.ip().to_canonical().is_loopback() }
     }
 
-    /// Nothing can be changed by this side port.
+    /// Whether this side port rejects every change.
     pub fn is_read_only(&self) -> bool {
         self.token.is_none() && !self.is_loopback
     }
@@ -46,7 +47,7 @@ impl Guard {
         let host = text(HOST).unwrap_or_default();
         if !self.is_ours(host) {
             let message = format!(
-                "this is not {host:?}: call the side port by its address or as localhost, or add the name to api.allowed_hosts"
+                "the host {host:?} is not allowed: call the side port by its IP address or as localhost, or add the name to api.allowed_hosts"
             );
             return Err(Error::new(StatusCode::MISDIRECTED_REQUEST, "foreign_host", message));
         }
@@ -55,14 +56,15 @@ impl Guard {
             || text(HeaderName::from_static("sec-fetch-site"))
                 .is_some_and(|site| site.ends_with("-site") && site != "same-site");
         if is_cross_site {
-            let message = "a page of another site may not change anything here";
+            let message =
+                "the request comes from a web page of another site: pages of other sites may not change anything";
             return Err(Error::new(StatusCode::FORBIDDEN, "cross_site", message));
         }
         let Some(token) = &self.token else {
             if self.is_loopback {
                 return Ok(());
             }
-            let message = "this side port is read-only: it is not on loopback and has no token; set api.token_file or \
+            let message = "this side port is read-only: it has no token and is not on loopback; set api.token_file or \
                            RINGWAY_TOKEN and restart";
             return Err(Error::new(StatusCode::FORBIDDEN, "read_only", message));
         };
@@ -73,11 +75,11 @@ impl Guard {
         if given.is_some_and(|given| is_equal(given.as_bytes(), token.as_bytes())) {
             return Ok(());
         }
-        let message = "this call needs the header `authorization: Bearer TOKEN`, with the side port's token";
+        let message = "this call requires the token of the side port: send the header `authorization: Bearer TOKEN`";
         Err(Error::new(StatusCode::UNAUTHORIZED, "unauthorized", message))
     }
 
-    /// Whether a header `host` names this side port. An address cannot be made to point elsewhere; a name can.
+    /// Whether a `host` header names this side port. Any IP address is safe, because DNS rebinding needs a name.
     fn is_ours(&self, host: &str) -> bool {
         if host.parse::<SocketAddr>().is_ok() {
             return true;
@@ -92,12 +94,12 @@ impl Guard {
     }
 }
 
-/// In a time that does not tell where they differ.
+/// Compares in constant time, so the duration does not reveal where the values differ.
 fn is_equal(one: &[u8], other: &[u8]) -> bool {
     one.len() == other.len() && std::iter::zip(one, other).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0
 }
 
-/// Lets a call through that may change something, or answers it.
+/// Middleware for calls that can change something: passes an allowed call on, or responds with an error.
 pub(super) async fn guard(Extract(state): Extract<Arc<State>>, request: Request, next: Next) -> Response {
     match state.guard.check(request.headers()) {
         Ok(()) => next.run(request).await,
@@ -128,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_and_known_names_are_ours_and_others_are_not() {
+    fn only_ip_addresses_localhost_and_allowed_names_are_accepted_as_host() {
         let guard = guard("127.0.0.1:8001", None);
         for host in
             ["127.0.0.1:8001", "localhost:8001", "[::1]:8001", "[::1]", "10.0.0.1", "LOCALHOST", "balancer:8001"]
@@ -142,7 +144,7 @@ mod tests {
     }
 
     #[test]
-    fn pages_of_other_sites_are_refused() {
+    fn requests_from_pages_of_other_sites_are_rejected() {
         let guard = guard("127.0.0.1:8001", None);
         let host = ("host", "127.0.0.1:8001");
         assert_eq!(code(&guard, &[host, ("origin", "http://127.0.0.1:8001")]), None);
@@ -154,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_needed_where_there_is_one_and_off_loopback() {
+    fn changes_need_the_token_if_one_is_set_or_the_port_is_not_on_loopback() {
         let host = ("host", "127.0.0.1");
         let open = guard("0.0.0.0:8001", None);
         assert!(open.is_read_only() && !guard("[::1]:1", None).is_read_only());

@@ -1,19 +1,19 @@
-//! The side port: status, forwarded requests, metrics and health of Ringway itself, over HTTP/1.1.
+//! The side port: status, commands, forwarded requests, metrics and health of Ringway itself, over HTTP/1.1.
 //!
 //! # Layout
 //!
-//! - this file: what the routes see, and the routes
-//! - [`status`] answers `/api/status`, and the same on a listener that answers it
+//! - this file: the shared state of the routes, and the routes
+//! - [`status`] answers `/api/status`, on the side port and on listeners with `answer_status`
 //! - [`request`] answers `/api/request`
-//! - [`orders`] answers what changes something, [`guard`] says who may
+//! - [`commands`]: run-time commands as HTTP calls; [`guard`] decides who may send them
 //! - [`scrape`] answers `/metrics`
 //! - [`error`]: errors as JSON
 
+pub mod commands;
 pub mod status;
 
 mod error;
 mod guard;
-mod orders;
 mod request;
 mod scrape;
 
@@ -25,16 +25,15 @@ use std::time::Instant;
 use axum::Router;
 use axum::extract::{DefaultBodyLimit, State as Extract};
 use axum::http::{Method, StatusCode, Uri};
-use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse as _, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{get, post};
 
 use arc_swap::ArcSwap;
 
 use self::error::Error;
 pub use self::guard::Guard;
-use crate::control::docker::watch::Freshness;
-use crate::control::operator::{Differs, Operator};
+use crate::control::command::{CommandSender, Differs};
+use crate::control::docker::watch::EngineStatus;
 use crate::label_enum;
 use crate::labels::Tally;
 use crate::metrics::Exporter;
@@ -48,40 +47,40 @@ use crate::proxy::{Limit, Proxy, Route, Sources};
 const BODY_LIMIT: usize = 1024 * 1024;
 
 label_enum! {
-    /// How a reload or an upgrade came out.
+    /// Result of a reload or an upgrade.
     pub enum Outcome {
-        /// It is in force.
+        /// It took effect.
         Ok => "ok",
         /// Nothing has changed.
         Failed => "failed",
     }
 }
 
-/// What the routes see of the running app.
+/// The part of the running app that the routes read.
 #[derive(Debug)]
 pub struct State {
     /// When the app started.
     pub started: Instant,
-    /// True once every pool has had a healthy backend, false again while stopping.
+    /// True once every pool has had a healthy backend; false again while Ringway stops.
     pub ready: AtomicBool,
-    /// In the workers' order.
+    /// Counters of each worker, in the order of the workers.
     pub workers: Vec<Arc<WorkerStats>>,
     /// Renders the metrics.
     pub exporter: Exporter,
-    /// Connections of the whole process.
+    /// Limit on the connections of the whole process.
     pub limit: Arc<Limit>,
     /// Reloads so far.
     pub reloads: Tally<Outcome>,
-    /// Tries to hand over to a successor so far.
+    /// Upgrades so far, failed ones included.
     pub upgrades: Tally<Outcome>,
     guard: Guard,
-    operator: Operator,
+    commands: CommandSender,
     view: ArcSwap<View>,
 }
 
 impl State {
-    /// Of an app that has nothing to show yet.
-    pub fn new(exporter: Exporter, guard: Guard, operator: Operator, proxy: &Proxy) -> Self {
+    /// The state of an app without listeners and pools.
+    pub fn new(exporter: Exporter, guard: Guard, commands: CommandSender, proxy: &Proxy) -> Self {
         Self {
             started: Instant::now(),
             ready: AtomicBool::new(false),
@@ -91,51 +90,51 @@ impl State {
             reloads: Tally::default(),
             upgrades: Tally::default(),
             guard,
-            operator,
+            commands,
             view: ArcSwap::from_pointee(View::default()),
         }
     }
 
-    /// Who gives orders to the app.
-    pub fn operator(&self) -> &Operator {
-        &self.operator
+    /// Sends commands to the app.
+    pub fn commands(&self) -> &CommandSender {
+        &self.commands
     }
 
-    /// Listeners and pools of this moment.
+    /// The current listeners and pools.
     pub fn view(&self) -> Arc<View> {
         self.view.load_full()
     }
 
-    /// Shows these from now on.
+    /// Replaces the current listeners and pools.
     pub fn show(&self, view: View) {
         self.view.store(Arc::new(view));
     }
 }
 
-/// Listeners and pools as the config of a moment has them.
+/// Listeners and pools under one config.
 #[derive(Debug, Default)]
 pub struct View {
-    /// In the config's order.
+    /// In the order of the config.
     pub listeners: Vec<ListenerView>,
-    /// In the config's order.
+    /// In the order of the config.
     pub pools: Vec<Route>,
-    /// Where their backends come from, in the same order.
+    /// Where their backends come from, in the same command.
     pub providers: Vec<ProviderView>,
-    /// What of them was changed at run time, in the same order.
+    /// What of them was changed at run time, in the same command.
     pub differs: Vec<Vec<Differs>>,
     /// Options of sockets towards backends.
     pub tcp: TcpOptions,
-    /// Counts lines that did not get into the access log.
+    /// Counts lines that the access log dropped.
     pub access_log_lost: Option<LostLines>,
 }
 
-/// Where a pool's backends come from, as the side port shows it.
+/// A pool's provider as the side port shows it.
 #[derive(Debug, Clone)]
 pub struct ProviderView {
     /// `static`, `process` or `docker`.
     pub kind: &'static str,
-    /// How fresh the view of the engine is, where there is one.
-    pub freshness: Option<Arc<Freshness>>,
+    /// Status of the Docker engine, for pools that use one.
+    pub engine_status: Option<Arc<EngineStatus>>,
 }
 
 /// A listener as the side port shows it.
@@ -143,15 +142,15 @@ pub struct ProviderView {
 pub struct ListenerView {
     /// Its name in the config.
     pub name: Arc<str>,
-    /// Where it really listens.
+    /// The bound address, with the real port.
     pub address: SocketAddr,
-    /// The pool behind it.
+    /// The pool that serves it.
     pub pool: Arc<str>,
     /// Counters.
     pub stats: Arc<ListenerStats>,
-    /// Connections that it may have.
+    /// Limit on its connections.
     pub limit: Arc<Limit>,
-    /// What one source address may do, if that is limited.
+    /// Limits per source address, if there are any.
     pub sources: Option<Arc<Sources>>,
 }
 
@@ -160,7 +159,7 @@ pub fn router(state: Arc<State>) -> Router {
     Router::new()
         .route("/api/request", post(request::forward))
         .route("/api/status", get(status::status))
-        .merge(changes(&state))
+        .merge(commands::routes(&state))
         .route("/metrics", get(scrape::metrics))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
@@ -168,20 +167,6 @@ pub fn router(state: Arc<State>) -> Router {
         .method_not_allowed_fallback(not_allowed)
         .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(state)
-}
-
-/// The routes that change something.
-fn changes(state: &Arc<State>) -> Router<Arc<State>> {
-    Router::new()
-        .route("/api/pools/{pool}/backends", post(orders::add))
-        .route("/api/pools/{pool}/backends/{backend}", delete(orders::remove))
-        .route("/api/pools/{pool}/backends/{backend}/drain", post(orders::drain))
-        .route("/api/pools/{pool}/backends/{backend}/undrain", post(orders::undrain))
-        .route("/api/pools/{pool}/backends/{backend}/weight", post(orders::weight))
-        .route("/api/pools/{pool}/scale", post(orders::scale))
-        .route("/api/reload", post(orders::reload))
-        .route("/api/upgrade", post(orders::upgrade))
-        .route_layer(from_fn_with_state(Arc::clone(state), guard::guard))
 }
 
 async fn ready(Extract(state): Extract<Arc<State>>) -> Response {

@@ -1,4 +1,4 @@
-//! `POST /api/request`: forwards the body to the backend that the ring picks for the caller.
+//! `POST /api/request`: forwards the request body to the backend that the ring picks for the caller.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,26 +18,26 @@ use tokio::net::TcpStream;
 
 use super::error::Error;
 use super::{State, View};
-use crate::backend::Place;
+use crate::backend::BackendPermit;
 use crate::http_client::exchange;
 use crate::labels::Label as _;
 use crate::proxy::key::Key;
 use crate::proxy::socket::TcpOptions;
-use crate::proxy::stats::Refusal;
+use crate::proxy::stats::RefusalReason;
 use crate::proxy::{self, Route};
 
-/// Longest time from the backend's connect to the end of its answer.
+/// Maximum time from the connect to the end of the backend's response.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// Longest answer that is passed on.
+/// Maximum size of a forwarded response in bytes.
 const ANSWER_LIMIT: usize = 16 * 1024 * 1024;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Parameters {
-    /// Hashed instead of the caller's address.
+    /// Key to hash instead of the caller's address.
     key: Option<String>,
-    /// Instead of the first listener's.
+    /// Name of the pool; the default is the pool of the first listener.
     pool: Option<String>,
 }
 
@@ -49,7 +49,7 @@ pub(super) async fn forward(
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, Error> {
     let Query(parameters) = parameters.map_err(|rejection| {
-        let message = format!("{}: takes ?key= and ?pool=", rejection.body_text());
+        let message = format!("{}: use only the parameters key and pool", rejection.body_text());
         Error::new(StatusCode::BAD_REQUEST, "bad_query", message)
     })?;
     let body = body.map_err(|rejection| Error::of_body(&rejection))?;
@@ -57,7 +57,7 @@ pub(super) async fn forward(
     let pool = find_pool(&state, parameters.pool.as_deref())?;
     let address_key = Key::of(pool.key, caller);
     let key = parameters.key.as_ref().map_or(address_key.as_bytes(), String::as_bytes);
-    let (backend, stream, _place) = connect(pool, &state.tcp, key).await?;
+    let (backend, stream, _permit) = connect(pool, &state.tcp, key).await?;
 
     let content_type =
         headers.get(CONTENT_TYPE).cloned().unwrap_or(HeaderValue::from_static("application/octet-stream"));
@@ -82,32 +82,38 @@ fn find_pool<'a>(state: &'a View, wanted: Option<&str>) -> Result<&'a Route, Err
     let wanted = wanted.or(first).unwrap_or_default();
     state.pools.iter().find(|pool| &*pool.pool == wanted).ok_or_else(|| {
         let names: Vec<_> = state.pools.iter().map(|pool| &*pool.pool).collect();
-        let message = format!("there is no pool {wanted:?}; there are: {}", names.join(", "));
+        let message = format!("pool {wanted:?} does not exist; existing pools: {}", names.join(", "));
         Error::new(StatusCode::NOT_FOUND, "no_such_pool", message)
     })
 }
 
-/// To the first backend of the walk that answers, as the data plane does it.
-async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<(Arc<str>, TcpStream, Place), Error> {
+/// Connects to the first backend in ring order that accepts, as the data plane does.
+async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<(Arc<str>, TcpStream, BackendPermit), Error> {
     let table = pool.table.load();
-    let connected = proxy::connect(pool.pick(&table, key), pool, tcp).await.map_err(|refusal| {
-        let (status, what) = match refusal {
-            Refusal::NoBackend => (StatusCode::BAD_GATEWAY, "has no backend at the moment"),
-            Refusal::BackendsFull => (StatusCode::SERVICE_UNAVAILABLE, "has no backend that may take one more"),
-            Refusal::SourceConnections | Refusal::SourceRate => (StatusCode::TOO_MANY_REQUESTS, "may not be asked now"),
-            Refusal::ConnectFailed => (StatusCode::BAD_GATEWAY, "has no backend that took the connection"),
-            Refusal::NoDescriptors => (StatusCode::SERVICE_UNAVAILABLE, "cannot be reached: out of file descriptors"),
+    let connected = proxy::connect(pool.pick(&table, key), pool, tcp).await.map_err(|reason| {
+        let (status, what) = match reason {
+            RefusalReason::NoBackend => (StatusCode::BAD_GATEWAY, "has no backend that accepts new connections"),
+            RefusalReason::BackendsFull => {
+                (StatusCode::SERVICE_UNAVAILABLE, "has no backend below its connection limit")
+            }
+            RefusalReason::SourceConnections | RefusalReason::SourceRate => {
+                (StatusCode::TOO_MANY_REQUESTS, "refuses the request because the source address is over its limit")
+            }
+            RefusalReason::ConnectFailed => (StatusCode::BAD_GATEWAY, "has no backend that could be reached"),
+            RefusalReason::NoDescriptors => {
+                (StatusCode::SERVICE_UNAVAILABLE, "cannot be reached because Ringway is out of file descriptors")
+            }
         };
-        Error::new(status, refusal.as_str(), format!("pool {} {what}", pool.pool))
+        Error::new(status, reason.as_str(), format!("pool {} {what}", pool.pool))
     })?;
-    Ok((Arc::clone(&connected.backend.id), connected.stream, connected.place))
+    Ok((Arc::clone(&connected.backend.id), connected.stream, connected.permit))
 }
 
 fn bad_gateway(backend: &str, error: &dyn std::error::Error) -> Error {
     Error::new(StatusCode::BAD_GATEWAY, "bad_answer", format!("{backend}: {error}"))
 }
 
-/// The backend's status, body and type, and who it was.
+/// Builds the response: the backend's status, body and content type, plus the backend's id in `x-ringway-backend`.
 fn passed_on(backend: &str, answer: hyper::Response<Bytes>) -> Response {
     let (head, body) = answer.into_parts();
     let mut response = Response::new(Body::from(body));

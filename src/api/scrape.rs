@@ -1,4 +1,4 @@
-//! `GET /metrics`: copies every source's counters into the exporter and renders them.
+//! `GET /metrics`: copies all counters of the data plane and the control plane into the exporter and renders them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 
 use super::{ListenerView, State};
 use crate::backend::{Backend, ConnectFailure, Moved, State as BackendState};
-use crate::control::docker::watch::Freshness;
+use crate::control::docker::watch::EngineStatus;
 use crate::labels::{Label, Tally};
 use crate::limits;
 use crate::metrics::{self, Exporter, Metric};
@@ -34,8 +34,8 @@ fn text(state: &State) -> String {
         exporter.set(&metrics::CHANGED, &[&pool.pool], differs.len() as u64);
     }
     for (pool, provider) in std::iter::zip(&view.pools, &view.providers) {
-        if let Some(freshness) = &provider.freshness {
-            of_engine(exporter, &pool.pool, freshness);
+        if let Some(engine_status) = &provider.engine_status {
+            of_engine(exporter, &pool.pool, engine_status);
         }
     }
     for (index, stats) in state.workers.iter().enumerate() {
@@ -78,7 +78,7 @@ fn of_pool(exporter: &Exporter, route: &Route, table: &Table) {
     exporter.set(&metrics::PANIC_PICKS, &[pool], load(&route.stats.picked_in_panic));
     exporter.set(&metrics::WALKED_PAST_FULL, &[pool], load(&route.stats.walked_past_full));
     exporter.set(&metrics::RING_POINTS, &[pool], table.ring().points() as u64);
-    // A gauge is a double: its 53 bits hold this part of the digest exactly.
+    // A gauge is a double with 53 bits of precision, which holds the upper 52 bits of the digest exactly.
     exporter.set(&metrics::RING_DIGEST, &[pool], table.ring().digest() >> 12);
     exporter.set(&metrics::TABLE_GENERATION, &[pool], table.generation());
     exporter.set(&metrics::POOL_HEALTHY, &[pool], table.healthy() as u64);
@@ -87,10 +87,10 @@ fn of_pool(exporter: &Exporter, route: &Route, table: &Table) {
     }
 }
 
-fn of_engine(exporter: &Exporter, pool: &str, freshness: &Freshness) {
-    exporter.set(&metrics::ENGINE_UP, &[pool], freshness.is_fresh().into());
-    exporter.set_fraction(&metrics::ENGINE_STALE, &[pool], freshness.age().as_secs_f64());
-    exporter.set(&metrics::ENGINE_FAILURES, &[pool], freshness.failures());
+fn of_engine(exporter: &Exporter, pool: &str, engine_status: &EngineStatus) {
+    exporter.set(&metrics::ENGINE_UP, &[pool], engine_status.is_fresh().into());
+    exporter.set_fraction(&metrics::ENGINE_STALE, &[pool], engine_status.age().as_secs_f64());
+    exporter.set(&metrics::ENGINE_FAILURES, &[pool], engine_status.failures());
 }
 
 fn of_backend(exporter: &Exporter, pool: &str, backend: &Backend) {

@@ -1,4 +1,4 @@
-//! `GET /api/status`, on the side port and on listeners that answer it themselves.
+//! `GET /api/status`, on the side port and on listeners with `answer_status`.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -19,20 +19,20 @@ use tokio::sync::mpsc;
 
 use super::{ListenerView, ProviderView, State};
 use crate::backend::{self, Backend};
-use crate::control::operator::Differs;
+use crate::control::command::Differs;
 use crate::labels::Label as _;
 use crate::proxy::{Intercept, Intercepted, Limit, Route};
 use crate::table::Table;
 
-/// Connections that may wait for an answer on listeners; with more, the next goes to a backend.
+/// Maximum number of intercepted connections that wait for a response. Ringway sends further ones to a backend.
 const WAITING: usize = 64;
 
-/// Longest time for one such answer; the client has sent its request's first line already.
+/// Maximum time for one response on a listener. The client has already sent the start of its request.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The answer. Fields are added as they come and never renamed.
+/// The response. Later versions can add fields but never rename one.
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Status {
     pub version: String,
     pub pid: u32,
@@ -43,7 +43,7 @@ pub struct Status {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Listener {
     pub name: String,
     pub address: String,
@@ -53,14 +53,14 @@ pub struct Listener {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Connections {
     pub active: u64,
     pub total: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Pool {
     pub name: String,
     pub key: String,
@@ -74,14 +74,14 @@ pub struct Pool {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Provider {
     pub kind: String,
     pub engine: Option<Engine>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Engine {
     pub host: String,
     pub reachable: bool,
@@ -90,7 +90,7 @@ pub struct Engine {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Ring {
     pub digest: String,
     pub points: usize,
@@ -100,7 +100,7 @@ pub struct Ring {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Member {
     pub id: String,
     pub address: Option<String>,
@@ -119,7 +119,7 @@ pub struct Member {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Drain {
     pub since_seconds: f64,
     pub deadline_in_seconds: Option<f64>,
@@ -128,14 +128,14 @@ pub struct Drain {
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(untagged)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub enum Replica {
     Process { pid: u32 },
     Container { container: String, name: String },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Exit {
     pub reason: String,
     pub code: Option<i64>,
@@ -144,7 +144,7 @@ pub struct Exit {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct BackendConnections {
     pub active: u64,
     pub total: u64,
@@ -152,14 +152,14 @@ pub struct BackendConnections {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Moved {
     pub from_client: u64,
     pub to_client: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "the README explains each field")]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Health {
     pub last: Option<String>,
     pub since_seconds: f64,
@@ -170,14 +170,14 @@ pub(super) async fn status(Extract(state): Extract<Arc<State>>) -> Json<Status> 
 }
 
 impl Status {
-    /// A pool by its name, or by that of a listener in front of it.
+    /// Finds a pool by its own name, or by the name of a listener that uses it.
     pub fn pool(&self, name: &str) -> Option<&Pool> {
         let behind = self.listeners.iter().find(|listener| listener.name == name).map(|listener| &listener.pool);
         let find = |name: &str| self.pools.iter().find(|pool| pool.name == name);
         find(name).or_else(|| find(behind?))
     }
 
-    /// Without what replicas have written, which is not for everybody who may connect to a listener.
+    /// Removes the output of replicas, which clients of a listener must not see.
     fn for_strangers(mut self) -> Self {
         for exit in
             self.pools.iter_mut().flat_map(|pool| &mut pool.backends).filter_map(|member| member.last_exit.as_mut())
@@ -187,7 +187,7 @@ impl Status {
         self
     }
 
-    /// The app as it is at the moment.
+    /// Collects the current status of the app.
     pub fn of(state: &State) -> Self {
         let view = state.view();
         let pools = std::iter::zip(&view.pools, std::iter::zip(&view.providers, &view.differs));
@@ -246,11 +246,11 @@ impl Pool {
 
 impl Provider {
     fn of(provider: &ProviderView) -> Self {
-        let engine = provider.freshness.as_ref().map(|freshness| Engine {
-            host: freshness.host().to_owned(),
-            reachable: freshness.is_fresh(),
-            synced_seconds_ago: freshness.age().as_secs_f64(),
-            error: freshness.error().map(|error| error.to_string()),
+        let engine = provider.engine_status.as_ref().map(|engine_status| Engine {
+            host: engine_status.host().to_owned(),
+            reachable: engine_status.is_fresh(),
+            synced_seconds_ago: engine_status.age().as_secs_f64(),
+            error: engine_status.error().map(|error| error.to_string()),
         });
         Self { kind: provider.kind.to_owned(), engine }
     }
@@ -271,7 +271,7 @@ impl Member {
             address: backend.address.map(|address| address.to_string()),
             state: backend.state.as_str().to_owned(),
             weight: backend.weight,
-            // Four digits: what a person compares.
+            // Four digits are precise enough for a person.
             share: (share * 1e4).round() / 1e4,
             replica: backend.replica.as_ref().map(Replica::of),
             restarts: backend.restarts,
@@ -319,24 +319,24 @@ impl Replica {
     }
 }
 
-/// An [`Intercept`] for listeners with `answer_status`, and the queue of what it takes over.
+/// Creates the [`Intercept`] for listeners with `answer_status`, and the queue of the connections that it intercepts.
 pub fn intercept() -> (Intercept, mpsc::Receiver<Intercepted>) {
     let (taker, taken) = mpsc::channel(WAITING);
     (Intercept { first_bytes: &[b"GET /api/status ", b"GET /api/status?"], taker }, taken)
 }
 
-/// Answers the connections that listeners hand over.
+/// Responds on the connections that listeners hand over.
 pub async fn answer(state: Arc<State>, mut taken: mpsc::Receiver<Intercepted>) {
     while let Some(connection) = taken.recv().await {
         let state = Arc::clone(&state);
         tokio::spawn(async move {
-            // The client's affair if it does not take its answer.
+            // A client that does not read its response loses only its own connection.
             let _ = tokio::time::timeout(ANSWER_TIMEOUT, answer_one(&state, connection)).await;
         });
     }
 }
 
-/// One answer, then the connection is closed: its next request may be the backend's to answer.
+/// Sends one response and closes the connection, because the client's next request may be for the backend.
 async fn answer_one(state: &State, connection: Intercepted) -> Result<(), hyper::Error> {
     let _permit = connection.permit;
     let Ok(stream) = TcpStream::from_std(connection.stream) else { return Ok(()) };

@@ -1,9 +1,9 @@
-//! How many connections and pipes fit under the limit on open files.
+//! Derives the maximum number of connections and pipes from the open-file limit.
 
 use crate::config::Config;
 use crate::limits;
 
-/// Pipes and connections that fit under the limit on open files, or less where the config says so.
+/// Returns the maximum number of pipes and of connections: the configured values, capped by the open-file limit.
 pub(super) fn capacity(config: &Config, workers: usize) -> (usize, usize) {
     let open_files = limits::open_files();
     let fitting = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
@@ -13,8 +13,8 @@ pub(super) fn capacity(config: &Config, workers: usize) -> (usize, usize) {
         (true, None) => share,
         (true, Some(wanted)) => at_most("relay.max_pipes", wanted, share, open_files),
     };
-    // A listening socket for each worker, its copy, and what the runtime needs; a check for each backend, and for a
-    // replica its port, its lifeline and its output too, and copies of them where they are handed over.
+    // Each worker needs a listening socket and a duplicate of it per listener, and descriptors for its runtime. Each
+    // backend needs a check. A replica also needs its port, lifeline and output, and duplicates of them for a handover.
     let sockets = workers * (2 * config.listeners.len() + 3);
     let backends: usize = config.pools.iter().map(|pool| 12 * pool.provider.backends()).sum();
     let most = fitting(limits::connections(open_files, pipes as u64, (sockets + backends) as u64));
@@ -29,7 +29,7 @@ fn at_most(key: &str, wanted: usize, most: usize, open_files: u64) -> usize {
             wanted,
             open_files,
             using = most,
-            "{key} is more than the limit on open files allows: raise it (ulimit -n), or lower {key}"
+            "{key} exceeds what the open-file limit allows: raise the limit (ulimit -n), or lower {key}"
         );
     }
     wanted.min(most)

@@ -1,5 +1,5 @@
-//! What was changed at run time: kept beside the config, laid over it, and dropped where a reload changes the same thing.
-//! Pure.
+//! Run-time changes. Ringway keeps them separate from the config file, applies them on top of it, and drops a change
+//! when a reload changes the same setting. Pure: no I/O.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -7,14 +7,14 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{Config, Pool, Provider, StaticBackend};
-use crate::control::operator::Differs;
+use crate::control::command::Differs;
 use crate::control::provider::slots;
 
-/// The changes, by pool.
+/// All run-time changes, by pool name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Changes(BTreeMap<String, OfPool>);
 
-/// The changes of a pool.
+/// The run-time changes of one pool.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct OfPool {
     pub(super) replicas: Option<u32>,
@@ -25,17 +25,17 @@ pub(super) struct OfPool {
 }
 
 impl Changes {
-    /// Those of a pool, to be changed.
+    /// Returns the changes of a pool for modification. Creates an empty entry if the pool has none.
     pub(super) fn of(&mut self, pool: &str) -> &mut OfPool {
         self.0.entry(pool.to_owned()).or_default()
     }
 
-    /// Those of a pool, to be read.
+    /// Returns a copy of the changes of a pool. It is empty if the pool has none.
     pub(super) fn get(&self, pool: &str) -> OfPool {
         self.0.get(pool).cloned().unwrap_or_default()
     }
 
-    /// The config with the changes laid over it.
+    /// Returns the config with the changes applied to it.
     pub(super) fn over(&self, config: &Config) -> Config {
         let mut config = config.clone();
         for pool in &mut config.pools {
@@ -46,7 +46,7 @@ impl Changes {
         config
     }
 
-    /// Without what is about slots that `config` does not want.
+    /// Returns the changes without entries for slots that `config` does not have.
     pub(super) fn pruned(&self, config: &Config) -> Self {
         let mut pruned = self.clone();
         for pool in &config.pools {
@@ -57,8 +57,8 @@ impl Changes {
         pruned
     }
 
-    /// Without those that a new config makes void: it says something else than before of the same thing, or what they are
-    /// about is not there any more.
+    /// Returns the changes that survive a reload. A change is dropped if the new config has a different value for the
+    /// same setting, or if the changed backend or pool no longer exists.
     pub(super) fn kept(&self, before: &Config, after: &Config) -> Self {
         let find = |config: &Config, name: &str| config.pools.iter().find(|pool| pool.name == name).cloned();
         let kept = self.0.iter().filter_map(|(name, changes)| {
@@ -70,7 +70,7 @@ impl Changes {
 }
 
 impl OfPool {
-    /// Without what is about slots that are not wanted.
+    /// Removes entries for slots that the pool does not have.
     fn prune(&mut self, pool: &Pool) {
         if let Some(replicas) = pool.provider.replicas() {
             let slots = slots(&pool.name, replicas);
@@ -122,7 +122,7 @@ impl OfPool {
         kept
     }
 
-    /// What of them differs from the config.
+    /// Returns the changes whose values differ from the config.
     pub(super) fn differs(&self, pool: &Pool) -> Vec<Differs> {
         let differs = |what: &str, backend: Option<&str>, config, now| Differs {
             what: what.to_owned(),
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn changes_are_laid_over_the_config_and_shown() {
+    fn changes_apply_to_the_config_and_are_listed() {
         let mut changes = Changes::default();
         let of = changes.of("p");
         of.weights.insert("b0".to_owned(), 5);
@@ -198,18 +198,18 @@ mod tests {
     }
 
     #[test]
-    fn a_reload_voids_what_it_says_something_else_of_and_nothing_more() {
+    fn a_reload_drops_only_changes_to_settings_that_the_file_changed() {
         let mut changes = Changes::default();
         let of = changes.of("p");
         of.weights.extend([("b0".to_owned(), 5), ("b1".to_owned(), 7)]);
         of.drained.extend(["b0".to_owned(), "b2".to_owned()]);
         of.added.push(added("b3"));
         let kept = changes.kept(&fixed(&[1, 1, 1]), &fixed(&[2, 1])).get("p");
-        assert_eq!(kept.weights.keys().collect::<Vec<_>>(), ["b1"], "the file has spoken of b0");
-        assert_eq!(kept.drained.iter().collect::<Vec<_>>(), ["b0"], "b2 is gone");
+        assert_eq!(kept.weights.keys().collect::<Vec<_>>(), ["b1"], "the file changed the weight of b0");
+        assert_eq!(kept.drained.iter().collect::<Vec<_>>(), ["b0"], "b2 no longer exists");
         assert_eq!(kept.added.len(), 1);
         let kept = changes.kept(&fixed(&[1, 1, 1]), &fixed(&[1, 1, 1, 1])).get("p");
-        assert!(kept.added.is_empty(), "the file has b3 too");
+        assert!(kept.added.is_empty(), "the file now lists b3");
         assert_eq!(changes.kept(&fixed(&[1]), &process(3)), Changes::default());
 
         let mut changes = Changes::default();
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_changed_back_does_not_differ() {
+    fn a_change_equal_to_the_config_is_not_listed() {
         let mut changes = Changes::default();
         changes.of("p").replicas = Some(3);
         assert!(changes.get("p").differs(&process(3).pools[0]).is_empty());

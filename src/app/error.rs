@@ -1,4 +1,4 @@
-//! Why the app could not start, or ended before it was told to.
+//! Errors that keep the app from starting or make it exit unexpectedly.
 
 use std::io;
 use std::net::SocketAddr;
@@ -6,81 +6,81 @@ use std::path::PathBuf;
 
 use metrics_exporter_prometheus::BuildError;
 
-/// Why the app could not start. The message names the place in the config and the remedy.
+/// The app cannot start, or cannot apply a config. The message names the config key and how to fix it.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// An address cannot be listened on.
-    #[error("{place}: cannot listen on {address}: {error}{}", remedy(error))]
+    /// A listen address cannot be bound.
+    #[error("{key_path}: cannot listen on {address}: {error}{}", remedy(error))]
     Listen {
-        /// Key path.
-        place: String,
-        /// The address.
+        /// Key path of the setting in the config.
+        key_path: String,
+        /// The configured listen address.
         address: SocketAddr,
-        /// What the system says.
+        /// The error that the system reported.
         error: io::Error,
     },
-    /// A host name is unknown.
-    #[error("{place}: cannot resolve {host:?}: {error}; check the name, or give an address")]
+    /// A host name cannot be resolved.
+    #[error("{key_path}: cannot resolve {host:?}: {error}; check the name, or write an IP address")]
     Resolve {
-        /// Key path.
-        place: String,
-        /// The name.
+        /// Key path of the setting in the config.
+        key_path: String,
+        /// The host name.
         host: String,
-        /// What the system says.
+        /// The error that the system reported.
         error: io::Error,
     },
-    /// A program is not there.
+    /// A program does not exist or is not executable.
     #[error(
-        "{place}: there is no program {program:?} that could be run; install it, make it executable, or give its full path"
+        "{key_path}: cannot find an executable program {program:?}; install it, make it executable, or write its full path"
     )]
     NoProgram {
-        /// Key path.
-        place: String,
-        /// The command's first word.
+        /// Key path of the setting in the config.
+        key_path: String,
+        /// The first element of the command.
         program: String,
     },
-    /// A pool cannot be as it is wanted.
-    #[error("{place}: {problem}")]
+    /// The settings of a pool, including run-time changes, are not valid together.
+    #[error("{key_path}: {problem}")]
     Pool {
-        /// Key path.
-        place: String,
-        /// What is wrong, and the remedy.
+        /// Key path of the setting in the config.
+        key_path: String,
+        /// What is wrong and how to fix it.
         problem: String,
     },
-    /// There are not enough free ports.
-    #[error("{place}: cannot reserve ports for the replicas: {error}; choose another range, or auto")]
+    /// The system does not have enough free ports for the replicas.
+    #[error("{key_path}: cannot reserve ports for the replicas: {error}; choose another range, or use auto")]
     NoPorts {
-        /// Key path.
-        place: String,
-        /// What the system says.
+        /// Key path of the setting in the config.
+        key_path: String,
+        /// The error that the system reported.
         error: io::Error,
     },
-    /// `DOCKER_HOST` is not an address.
+    /// A pool needs a Docker engine, and `DOCKER_HOST` is not valid or no engine is set up.
     #[error("{0}")]
     Docker(String),
-    /// The side port's token cannot be had.
+    /// The token of the side port cannot be read.
     #[error("api.token_file: {}: {problem}", path.display())]
     Token {
-        /// The file.
+        /// Path of the token file.
         path: PathBuf,
-        /// What is wrong.
+        /// What is wrong with the file.
         problem: String,
     },
     /// The access log cannot be opened.
     #[error("access_log.path: cannot write {}: {error}", path.display())]
     AccessLog {
-        /// The file.
+        /// Path of the access log.
         path: PathBuf,
-        /// What the system says.
+        /// The error that the system reported.
         error: io::Error,
     },
-    /// Threads cannot be started.
+    /// The worker threads cannot be started.
     #[error("cannot start the workers: {0}")]
     Workers(io::Error),
-    /// The control plane's runtime does not take a socket.
+    /// The control plane's runtime cannot use the socket of the side port.
     #[error("cannot serve the side port: {0}")]
     Runtime(io::Error),
-    /// The metrics exporter cannot be built.
+    /// The metrics exporter cannot be created.
     #[error("cannot set up metrics: {0}")]
     Metrics(#[from] BuildError),
 }
@@ -88,24 +88,26 @@ pub enum StartError {
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrInUse => {
-            "; another program listens there, perhaps another Ringway: stop it, or choose another port"
+            "; another program, perhaps another Ringway, already listens there: stop it, or choose another port"
         }
-        io::ErrorKind::PermissionDenied => "; ports below 1024 need root or CAP_NET_BIND_SERVICE: choose a higher one",
-        io::ErrorKind::AddrNotAvailable => "; this machine does not have that address: see `ip address`",
+        io::ErrorKind::PermissionDenied => "; ports below 1024 need root or CAP_NET_BIND_SERVICE: choose a higher port",
+        io::ErrorKind::AddrNotAvailable => {
+            "; this machine does not have that address: choose an address that `ip address` lists"
+        }
         _ => "",
     }
 }
 
-/// Why the app ended before it was told to.
+/// The app exited unexpectedly.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// A worker's thread ended.
+    /// A worker thread ended. Its number counts from 0.
     #[error("worker {0} ended unexpectedly")]
     WorkerEnded(usize),
     /// A task of the control plane panicked.
-    #[error("a task of the control plane panicked; the log has its words")]
+    #[error("a task of the control plane panicked; see the log for the panic message")]
     TaskPanicked,
-    /// The side port's server ended.
-    #[error("the side port ended: {0}")]
+    /// The server of the side port stopped.
+    #[error("the side port stopped: {0}")]
     Api(io::Error),
 }

@@ -1,4 +1,4 @@
-//! The listeners of the app: bound, changed while they are open, and closed.
+//! Binds, updates and closes the listeners of the app.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -12,47 +12,47 @@ use crate::proxy::access_log::AccessLog;
 use crate::proxy::socket::{self, TcpOptions, Unserved};
 use crate::proxy::{Intercept, Limit, ListenerId, Proxy, Route, Serving, SourceLimits, Sources};
 
-/// Connections to the side port that the kernel queues.
+/// Length of the kernel's accept queue for the side port.
 const API_BACKLOG: u16 = 1024;
 
-/// What the connections of all listeners are served with.
-pub(super) struct Means<'a> {
+/// What all listeners need to serve connections.
+pub(super) struct ListenerContext<'a> {
     pub(super) config: &'a Config,
     pub(super) exporter: &'a Exporter,
     pub(super) intercept: &'a Intercept,
     pub(super) access_log: Option<&'a AccessLog>,
 }
 
-/// A listener that is bound and not open yet.
+/// A listener that is bound but does not accept connections yet.
 pub(super) struct Bound {
     sockets: Vec<TcpListener>,
-    /// Copies, to be handed over to a successor.
+    /// Duplicates of the sockets, for a handover to a successor.
     copies: Vec<TcpListener>,
     address: SocketAddr,
 }
 
-/// An open listener.
+/// A listener that accepts connections.
 #[derive(Debug)]
 pub(super) struct Listener {
     id: ListenerId,
     config: config::Listener,
-    /// Where it really listens.
+    /// The bound address. It has the real port where the config says port 0.
     address: SocketAddr,
     copies: Vec<TcpListener>,
     serving: Serving,
 }
 
-/// Binds an address, once for each worker, or takes the sockets that there are.
+/// Binds an address with one socket per worker, or adopts the inherited sockets if there are any.
 pub(super) fn bind(
-    place: &str,
+    key_path: &str,
     listener: &config::Listener,
     config: &Config,
     workers: usize,
     inherited: Vec<TcpListener>,
 ) -> Result<Bound, StartError> {
-    let failed = |error| StartError::Listen { place: place.to_owned(), address: listener.listen, error };
+    let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address: listener.listen, error };
     let sockets = if inherited.is_empty() {
-        listen(place, listener.listen, workers, listener.backlog, &config.tcp, Unserved::Reset)?
+        listen(key_path, listener.listen, workers, listener.backlog, &config.tcp, Unserved::Reset)?
     } else {
         socket::adopt(inherited, workers, listener.backlog.into(), &config.tcp, Unserved::Reset).map_err(failed)?
     };
@@ -62,7 +62,7 @@ pub(super) fn bind(
 }
 
 fn listen(
-    place: &str,
+    key_path: &str,
     address: SocketAddr,
     count: usize,
     backlog: u16,
@@ -70,15 +70,15 @@ fn listen(
     unserved: Unserved,
 ) -> Result<Vec<TcpListener>, StartError> {
     let sockets = socket::listen(address, count, backlog.into(), tcp, unserved);
-    sockets.map_err(|error| StartError::Listen { place: place.to_owned(), address, error })
+    sockets.map_err(|error| StartError::Listen { key_path: key_path.to_owned(), address, error })
 }
 
-/// Binds the side port, or takes the socket that there is.
+/// Binds the side port, or adopts the inherited socket if there is one.
 pub(super) fn side_port(config: &Config, inherited: Vec<TcpListener>) -> Result<TcpListener, StartError> {
-    let (place, address) = ("api.listen", config.api.listen);
-    let failed = |error| StartError::Listen { place: place.to_owned(), address, error };
+    let (key_path, address) = ("api.listen", config.api.listen);
+    let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address, error };
     let sockets = if inherited.is_empty() {
-        listen(place, address, 1, API_BACKLOG, &config.tcp, Unserved::End)?
+        listen(key_path, address, 1, API_BACKLOG, &config.tcp, Unserved::End)?
     } else {
         socket::adopt(inherited, 1, API_BACKLOG.into(), &config.tcp, Unserved::End).map_err(failed)?
     };
@@ -86,45 +86,51 @@ pub(super) fn side_port(config: &Config, inherited: Vec<TcpListener>) -> Result<
 }
 
 impl Bound {
-    /// Begins to accept.
+    /// Starts to accept connections.
     pub(super) fn open(
         self,
         listener: &config::Listener,
         route: &Route,
-        means: &Means<'_>,
+        context: &ListenerContext<'_>,
         proxy: &mut Proxy,
     ) -> Listener {
-        let serving = serving(listener, route, means, None);
+        let serving = serving(listener, route, context, None);
         let id = proxy.open(self.sockets, &serving);
         Listener { id, config: listener.clone(), address: self.address, copies: self.copies, serving }
     }
 }
 
 impl Listener {
-    /// Whether `new` can be had without binding anything.
+    /// Whether an update to `new` can keep the sockets. Otherwise `new` needs a new bind.
     pub(super) fn can_become(&self, new: &config::Listener) -> bool {
         self.config.listen == new.listen && (new.listen.port() != 0 || self.config.name == new.name)
     }
 
-    /// Serves connections that are accepted from now on as `new` says.
-    pub(super) fn update(&mut self, new: &config::Listener, route: &Route, means: &Means<'_>, proxy: &Proxy) {
-        self.serving = serving(new, route, means, Some(&self.serving));
+    /// Applies the settings of `new` to connections that the listener accepts from now on.
+    pub(super) fn update(
+        &mut self,
+        new: &config::Listener,
+        route: &Route,
+        context: &ListenerContext<'_>,
+        proxy: &Proxy,
+    ) {
+        self.serving = serving(new, route, context, Some(&self.serving));
         self.config = new.clone();
         proxy.update(self.id, &self.serving);
     }
 
-    /// Stops accepting; open connections go on.
+    /// Stops accepting. Open connections continue.
     pub(super) fn close(self, proxy: &Proxy) {
-        tracing::info!(listener = %self.config.name, address = %self.address, "listener is closed");
+        tracing::info!(listener = %self.config.name, address = %self.address, "listener closed");
         proxy.close(self.id);
     }
 
-    /// Its config, and its sockets.
+    /// Returns the config and the duplicated sockets of the listener.
     pub(super) fn sockets(&self) -> (&config::Listener, &[TcpListener]) {
         (&self.config, &self.copies)
     }
 
-    /// As the side port shows it.
+    /// Returns the view of the listener for the side port.
     pub(super) fn view(&self) -> ListenerView {
         ListenerView {
             name: Arc::clone(&self.serving.name),
@@ -137,8 +143,13 @@ impl Listener {
     }
 }
 
-/// How a listener's connections are served; what counts goes on from `before`.
-fn serving(listener: &config::Listener, route: &Route, means: &Means<'_>, before: Option<&Serving>) -> Serving {
+/// Builds the settings with which the data plane serves a listener. Limits and counters carry over from `before`.
+fn serving(
+    listener: &config::Listener,
+    route: &Route,
+    context: &ListenerContext<'_>,
+    before: Option<&Serving>,
+) -> Serving {
     let limit = before.map_or_else(
         || Arc::new(Limit::new(listener.max_connections)),
         |before| {
@@ -149,7 +160,7 @@ fn serving(listener: &config::Listener, route: &Route, means: &Means<'_>, before
     let wanted = source_limits(listener.per_source);
     let known = before.and_then(|before| before.sources.clone());
     let known = known.filter(|sources| Some(sources.limits()) == wanted);
-    // Renamed, it is another one to those who read metrics.
+    // Metrics identify a listener by its name, so a renamed listener starts with new counters.
     let same = before.filter(|before| *before.name == listener.name);
     Serving {
         name: listener.name.as_str().into(),
@@ -157,12 +168,12 @@ fn serving(listener: &config::Listener, route: &Route, means: &Means<'_>, before
         stats: same.map_or_else(Arc::default, |same| Arc::clone(&same.stats)),
         limit,
         sources: known.or_else(|| wanted.map(|limits| Arc::new(Sources::new(limits)))),
-        intercept: listener.answer_status.then(|| means.intercept.clone()),
-        tcp: means.config.tcp,
+        intercept: listener.answer_status.then(|| context.intercept.clone()),
+        tcp: context.config.tcp,
         backlog: listener.backlog,
-        access_log: means.access_log.cloned(),
+        access_log: context.access_log.cloned(),
         connection_seconds: same.map_or_else(
-            || means.exporter.histogram(&metrics::CONNECTION_SECONDS, &[&listener.name]),
+            || context.exporter.histogram(&metrics::CONNECTION_SECONDS, &[&listener.name]),
             |same| same.connection_seconds.clone(),
         ),
     }

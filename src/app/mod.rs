@@ -1,26 +1,29 @@
-//! The only wiring place: turns a config into listeners, workers, replicas and a side port, changes them while they run,
-//! and shuts them down in order. Each part gets a small settings struct; none of them knows the config.
+//! The only wiring place: turns a config into listeners, workers, replicas and a side port, changes them while they
+//! run, and shuts them down in order. Each part gets a small settings struct; no part knows the config.
 //!
-//! - this file: the app's life
-//! - [`pools`], [`listeners`]: its parts, made, changed and let go; [`settings`]: what they are told; [`capacity`]: how
-//!   much there is room for
-//! - [`reload`]: from one config to another
-//! - [`changes`]: what was changed at run time, beside the config
-//! - [`orders`]: what an operator may ask for
+//! # Layout
+//!
+//! - this file: the life of the app, from start to shutdown
+//! - [`pools`], [`listeners`]: the parts, and how they start, change and end
+//! - [`access`]: who may change something by the side port; [`readiness`]: when `/readyz` succeeds
+//! - [`settings`]: from the config to the settings of the parts; [`capacity`]: how many connections and pipes fit
+//! - [`commands`]: the effect of run-time commands
+//! - [`reload`]: from one config to another; [`changes`]: run-time changes, kept beside the config
 //! - [`upgrade`]: from one process to another
-//! - [`error`]: why it could not start
+//! - [`error`]: why the app could not start, or ended early
 
+mod access;
 mod capacity;
 mod changes;
+mod commands;
 mod error;
 mod listeners;
-mod orders;
 mod pools;
+mod readiness;
 mod reload;
 mod settings;
 mod upgrade;
 
-use std::collections::HashSet;
 use std::ffi::OsString;
 use std::future::IntoFuture as _;
 use std::io;
@@ -38,6 +41,7 @@ use tracing_appender::non_blocking::WorkerGuard;
 
 use self::capacity::capacity;
 use self::changes::Changes;
+use self::commands::Planned;
 pub use self::error::{RunError, StartError};
 use self::listeners::{Bound, Listener};
 use self::pools::{Pool, Tasks};
@@ -45,10 +49,10 @@ use self::upgrade::notify;
 pub use self::upgrade::{Inheritance, TAKE_OVER};
 use crate::api::{self, State, View};
 use crate::config::{self, Config, Provider};
+use crate::control::command::{Command, CommandError, CommandSender, PendingCommand, Report};
 use crate::control::docker::engine::Engine;
-use crate::control::operator::{Operator, Order, Ordered, Refusal, Report};
 use crate::control::supervisor::process::let_go;
-use crate::handover::Line;
+use crate::handover::Channel;
 use crate::metrics::Exporter;
 use crate::proxy::access_log::AccessLog;
 use crate::proxy::{self, Intercept, Proxy};
@@ -56,40 +60,36 @@ use crate::proxy::{self, Intercept, Proxy};
 /// From SIGTERM to SIGKILL for a replica that was taken over and is of no pool.
 const UNWANTED_GRACE: Duration = Duration::from_secs(5);
 
-/// How late a pool that a reload has made may be seen by who waits for all to be ready.
-const NEW_VIEW: Duration = Duration::from_millis(500);
-
-/// How long calls to the side port may go on that are under way when a successor has taken over.
+/// How long open calls to the side port may go on after a successor has taken over.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
-/// Between foldings of recorded durations.
+/// Time between two folds of recorded durations into histogram buckets.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// What the app needs beside the config.
+/// What the app needs in addition to the config.
 #[derive(Debug, Clone)]
 pub struct Environment {
-    /// Where the config came from, and is read again for a reload.
+    /// Where the config comes from; a reload reads it again.
     pub source: config::Source,
-    /// The Ringway binary, with which children and a successor are launched.
+    /// The Ringway binary, which launches replicas and a successor.
     pub executable: PathBuf,
     /// The arguments of a successor, [`TAKE_OVER`] among them.
     pub arguments: Vec<OsString>,
     /// Soft limit on open files that replicas get; `None`: Ringway's own.
     pub replica_open_files: Option<u64>,
-    /// The value of `DOCKER_HOST`: where the Docker engine is, if a pool needs one.
+    /// The value of `DOCKER_HOST`: the address of the Docker engine.
     pub docker_host: Option<String>,
-    /// The token that calls to the side port need which change something, where the config names no file with it.
+    /// The token of the side port, unless the config names a file with it. Calls that change something need it.
     pub token: Option<String>,
 }
 
-/// A started app. Dropping it ends replicas and side port at once; the workers still drain, as long as the process
-/// lives.
+/// A started app. Dropping it ends replicas and side port at once; the workers drain while the process lives.
 pub struct App {
     environment: Environment,
-    /// The config as its file has it.
+    /// The config as in its file.
     file: Config,
     changes: Changes,
-    /// The config as it runs: with the changes over it.
+    /// The running config: the file with the run-time changes applied.
     config: Config,
     engine: Option<Engine>,
     state: Arc<State>,
@@ -100,20 +100,20 @@ pub struct App {
     access_log: Option<Log>,
     api_address: SocketAddr,
     api: Option<tokio::net::TcpListener>,
-    /// A copy, to be handed over to a successor.
+    /// A copy of the socket, for a successor.
     api_socket: Option<std::net::TcpListener>,
-    /// Listeners that are not open yet: an older Ringway still serves.
+    /// Listeners that are not open yet, because the predecessor still serves.
     bound: Vec<Bound>,
     inheritance: Inheritance,
-    /// Tells that an older Ringway has gone.
+    /// Set to true when the predecessor has exited.
     settled: Option<watch::Sender<bool>>,
     is_settled: watch::Receiver<bool>,
-    /// Kept until this process ends, which it tells the successor.
-    successor: Option<Line>,
-    /// Docker pools that are on their way out, by name, and what stops their supervisors.
+    /// Stays open until this process exits; the successor sees it close.
+    successor: Option<Channel>,
+    /// Docker pools that are being removed, by name, with what stops their supervisors.
     retiring: Vec<(String, CancellationToken)>,
-    orders: mpsc::Receiver<Ordered>,
-    /// Ends before `ready` is taken back, or it might say so afterwards.
+    commands: mpsc::Receiver<PendingCommand>,
+    /// Ends before `ready` becomes false, or it could set `ready` again.
     becoming_ready: Option<AbortOnDropHandle<()>>,
     tasks: Tasks,
     /// Stops the supervisors when the app is dropped.
@@ -126,15 +126,15 @@ impl std::fmt::Debug for App {
     }
 }
 
-/// How serving came to its end.
-enum End {
-    /// It was told to.
+/// Why [`App::serve`] returned.
+enum RunOutcome {
+    /// The caller asked for shutdown.
     Stopped,
-    /// Another process does it.
+    /// A successor has taken over.
     Succeeded,
 }
 
-/// The access log, and what writes the lines that it has queued when the app ends.
+/// The access log, and the guard that flushes its queue when the app ends.
 type Log = (AccessLog, WorkerGuard);
 
 impl App {
@@ -142,7 +142,7 @@ impl App {
     /// runtime, which must live on one thread: replicas die with the thread that started them.
     ///
     /// # Errors
-    /// When anything the config asks for is not to be had; then nothing is left running.
+    /// When anything that the config asks for is missing. Then nothing keeps running.
     pub async fn start(
         file: Config,
         environment: Environment,
@@ -157,12 +157,12 @@ impl App {
         let workers = config.workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
         let (max_pipes, max_connections) = capacity(&config, workers);
         let exporter = Exporter::new()?;
-        let guard = guard(&config.api, environment.token.as_deref())?;
+        let guard = access::guard(&config.api, environment.token.as_deref())?;
 
         let engine = engine(&config, environment.docker_host.as_deref())?;
         reload::check_sizes(&config)?;
         let stop_replicas = CancellationToken::new();
-        let means = pools::Means {
+        let context = pools::PoolContext {
             config: &config,
             engine: engine.as_ref(),
             environment: &environment,
@@ -172,11 +172,11 @@ impl App {
         };
         let mut prepared = Vec::new();
         for (n, pool) in config.pools.iter().enumerate() {
-            // What belongs to a pool that is of another kind now is let go below.
+            // Replicas of a pool that has another provider now are stopped below.
             let is_supervised = matches!(pool.provider, Provider::Process(_));
             let replicas = if is_supervised { inheritance.replicas(&pool.name) } else { Vec::new() };
-            let (place, changes) = (format!("pools[{n}]"), changes.get(&pool.name));
-            prepared.push(pools::prepare(&place, pool, &changes, replicas, &means).await?);
+            let (key_path, changes) = (format!("pools[{n}]"), changes.get(&pool.name));
+            prepared.push(pools::prepare(&key_path, pool, &changes, replicas, &context).await?);
         }
         let inherited = inheritance.sockets(upgrade::SIDE_PORT, config.api.listen);
         let api_socket = listeners::side_port(&config, inherited)?;
@@ -194,8 +194,8 @@ impl App {
         let proxy = proxy::Settings { workers, max_connections, max_pipes, buffer, splice_from };
         let proxy = Proxy::start(proxy).map_err(StartError::Workers)?;
         let (intercept, intercepted) = api::status::intercept();
-        let (operator, orders) = Operator::new();
-        let state = Arc::new(State::new(exporter, guard, operator, &proxy));
+        let (sender, commands) = CommandSender::new();
+        let state = Arc::new(State::new(exporter, guard, sender, &proxy));
         let mut tasks = Tasks { stop_replicas, supervisors: JoinSet::new(), others: JoinSet::new() };
         let pools: Vec<_> = prepared.into_iter().map(|pool| pool.start(&mut tasks)).collect();
         for replica in std::mem::take(&mut inheritance.replicas) {
@@ -222,7 +222,7 @@ impl App {
             api_socket: Some(api_socket),
             bound,
             inheritance,
-            orders,
+            commands,
             tasks,
             retiring: Vec::new(),
             settled: Some(settled),
@@ -234,13 +234,14 @@ impl App {
             app.open();
         }
         app.show();
-        app.becoming_ready = Some(AbortOnDropHandle::new(tokio::spawn(become_ready(Arc::clone(&app.state)))));
+        app.becoming_ready =
+            Some(AbortOnDropHandle::new(tokio::spawn(readiness::become_ready(Arc::clone(&app.state)))));
         Ok(app)
     }
 
-    /// Begins to accept.
+    /// Opens the listeners.
     fn open(&mut self) {
-        let means = listeners::Means {
+        let context = listeners::ListenerContext {
             config: &self.config,
             exporter: &self.state.exporter,
             intercept: &self.intercept,
@@ -249,25 +250,25 @@ impl App {
         for (listener, bound) in std::iter::zip(&self.config.listeners, self.bound.drain(..)) {
             // The config has checked that the pool exists.
             let pool = self.pools.iter().find(|pool| pool.config().name == listener.pool).unwrap_or(&self.pools[0]);
-            self.listeners.push(bound.open(listener, &pool.route, &means, &mut self.proxy));
+            self.listeners.push(bound.open(listener, &pool.route, &context, &mut self.proxy));
         }
     }
 
-    /// What the side port shows; also the addresses that listeners really have.
+    /// The state that the side port shows, with the real addresses of listeners.
     pub fn state(&self) -> &Arc<State> {
         &self.state
     }
 
-    /// Where the side port listens.
+    /// The bound address of the side port.
     pub fn api_address(&self) -> SocketAddr {
         self.api_address
     }
 
-    /// Serves until `shutdown`, then stops in order: not ready, and after `shutdown.delay` no new connections, open ones
-    /// until their `drain`, then the replicas.
+    /// Serves until `shutdown`, then stops in order: `/readyz` fails, after `shutdown.delay` the listeners close, open
+    /// connections finish within their `drain`, and the replicas stop last.
     ///
     /// # Errors
-    /// When a part ends that should not have.
+    /// When a part of Ringway ends unexpectedly.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
         let routes = api::router(Arc::clone(&self.state)).into_make_service_with_connect_info::<SocketAddr>();
         let mut shutdown = std::pin::pin!(shutdown);
@@ -288,7 +289,7 @@ impl App {
         }
         notify("READY=1");
         let Some(api) = self.api.take() else { return Ok(()) };
-        // A task of its own: it answers while an order is carried out.
+        // A task of its own, so that it answers while a command runs.
         let api_over = CancellationToken::new();
         let api = axum::serve(api, routes).with_graceful_shutdown(api_over.clone().cancelled_owned());
         let mut api = AbortOnDropHandle::new(tokio::spawn(api.into_future()));
@@ -296,102 +297,107 @@ impl App {
         self.becoming_ready = None;
         self.state.ready.store(false, Ordering::Relaxed);
         match outcome {
-            Ok(End::Stopped) => {
+            Ok(RunOutcome::Stopped) => {
                 notify("STOPPING=1");
                 tokio::time::sleep(self.config.shutdown.delay).await;
             }
-            // The successor answers from now on.
-            Ok(End::Succeeded) => self.api_socket = None,
+            // The successor answers now.
+            Ok(RunOutcome::Succeeded) => self.api_socket = None,
             Err(_) => {}
         }
-        // Who still orders something hears that it is too late.
-        self.orders.close();
-        while self.orders.try_recv().is_ok() {}
-        // Their copies too: else the kernel would go on to take connections.
+        // Commands that still wait are answered with `Stopping`.
+        self.commands.close();
+        while self.commands.try_recv().is_ok() {}
+        // The copies of their sockets close too, or the kernel would keep accepting connections.
         self.listeners.clear();
         self.proxy.stop();
-        // The side port goes on to show how the connections drain.
+        // The side port shows meanwhile how the connections drain.
         while self.proxy.worker_ended().await.is_some() {}
-        // An older Ringway may have connections to the replicas still, for as long as its drain.
+        // The predecessor may still have connections to the replicas, until its drain ends.
         let _ = self.is_settled.wait_for(|&settled| settled).await;
         self.tasks.stop_replicas.cancel();
         while self.tasks.supervisors.join_next().await.is_some() {}
         if api_over.is_cancelled() {
-            // The answer to who has ordered the upgrade may be on its way.
+            // The answer to the upgrade command may not be sent yet.
             let _ = tokio::time::timeout(LAST_ANSWERS, &mut api).await;
         }
         outcome.map(drop)
     }
 
-    /// Carries orders out until `shutdown`, or until a part ends.
+    /// Runs commands until `shutdown`, or until a part of Ringway ends.
     async fn serve(
         &mut self,
         mut shutdown: std::pin::Pin<&mut impl Future<Output = ()>>,
         api: &mut AbortOnDropHandle<io::Result<()>>,
         api_over: &CancellationToken,
-    ) -> Result<End, RunError> {
+    ) -> Result<RunOutcome, RunError> {
         loop {
-            let (order, outcome) = tokio::select! {
-                () = &mut shutdown => return Ok(End::Stopped),
+            let (command, outcome) = tokio::select! {
+                () = &mut shutdown => return Ok(RunOutcome::Stopped),
                 ended = &mut *api => {
                     let error = ended.unwrap_or_else(|_panicked| Err(io::ErrorKind::Other.into()));
                     return Err(RunError::Api(error.err().unwrap_or_else(|| io::ErrorKind::Other.into())));
                 }
                 ended = self.proxy.worker_ended() => return Err(RunError::WorkerEnded(ended.unwrap_or_default())),
-                // Better to be started anew than to balance over what is no more.
+                // Without this task the table would become stale: exit, so that the service manager restarts Ringway.
                 () = panicked(&mut self.tasks.others) => return Err(RunError::TaskPanicked),
                 () = panicked(&mut self.tasks.supervisors) => return Err(RunError::TaskPanicked),
-                Some(ordered) = self.orders.recv() => ordered,
+                Some(pending) = self.commands.recv() => pending,
             };
-            if let Order::Upgrade = order {
-                let successor = tokio::select! {
-                    () = &mut shutdown => return Ok(End::Stopped),
-                    successor = self.hand_over() => successor,
-                };
-                let has_one = successor.is_ok();
-                if has_one {
-                    // Before the answer: who has got it, and asks on, asks the successor.
-                    api_over.cancel();
-                    tokio::task::yield_now().await;
-                }
-                let report = successor
-                    .map(|pid| Report { changes: vec![format!("process {pid} has taken over")], ..Report::default() });
-                self.tell(&order, report, outcome);
-                if has_one {
-                    return Ok(End::Succeeded);
-                }
-                continue;
-            }
-            // To find out what it takes may take long (names are looked up) and has no effect; to do it does not.
+            // Planning may take long (Ringway resolves names) and has no effect. Applying does not wait for anybody.
             let planned = tokio::select! {
-                () = &mut shutdown => return Ok(End::Stopped),
-                planned = self.plan(order.clone()) => planned,
+                () = &mut shutdown => return Ok(RunOutcome::Stopped),
+                planned = self.plan(command.clone()) => planned,
             };
-            let report = match planned {
-                Ok(step) => Ok(self.carry_out(step).await),
-                Err(refusal) => Err(refusal),
+            let result = match planned {
+                Err(error) => Err(error),
+                Ok(Planned::Report(report)) => Ok(report),
+                Ok(Planned::Reload(plan)) => Ok(self.apply_reload(*plan).await),
+                Ok(Planned::Notify { pool, event, changes, summary }) => {
+                    Ok(self.apply_event(&pool, event, changes, summary).await)
+                }
+                Ok(Planned::HandOver) => {
+                    let successor = tokio::select! {
+                        () = &mut shutdown => return Ok(RunOutcome::Stopped),
+                        successor = self.hand_over() => successor,
+                    };
+                    if let Ok(pid) = successor {
+                        // The side port closes before the answer: a caller that asks again reaches the successor.
+                        api_over.cancel();
+                        tokio::task::yield_now().await;
+                        let changes = vec![format!("process {pid} has taken over")];
+                        self.answer(&command, Ok(Report { changes, ..Report::default() }), outcome);
+                        return Ok(RunOutcome::Succeeded);
+                    }
+                    successor.map(|_pid| Report::default())
+                }
             };
-            self.tell(&order, report, outcome);
+            self.answer(&command, result, outcome);
         }
     }
 
-    /// Tells who gave the order what came of it, and counts and logs it.
-    fn tell(&self, order: &Order, report: Result<Report, Refusal>, outcome: oneshot::Sender<Result<Report, Refusal>>) {
-        match &report {
-            Ok(_) => tracing::info!("order carried out: {order}"),
-            Err(refusal) => tracing::warn!("order refused: {order}: {refusal}"),
+    /// Answers the sender of a command, and counts and logs the outcome.
+    fn answer(
+        &self,
+        command: &Command,
+        result: Result<Report, CommandError>,
+        outcome: oneshot::Sender<Result<Report, CommandError>>,
+    ) {
+        match &result {
+            Ok(_) => tracing::info!("command done: {command}"),
+            Err(error) => tracing::warn!("command rejected: {command}: {error}"),
         }
-        let result = if report.is_ok() { api::Outcome::Ok } else { api::Outcome::Failed };
-        match order {
-            Order::Reload { is_dry_run: false, .. } => self.state.reloads.count(result),
-            Order::Upgrade => self.state.upgrades.count(result),
+        let label = if result.is_ok() { api::Outcome::Ok } else { api::Outcome::Failed };
+        match command {
+            Command::Reload { is_dry_run: false, .. } => self.state.reloads.count(label),
+            Command::Upgrade => self.state.upgrades.count(label),
             _ => {}
         }
-        // Who asked may have gone.
-        let _ = outcome.send(report);
+        // The sender may have gone.
+        let _ = outcome.send(result);
     }
 
-    /// Brings what the side port shows up to date.
+    /// Updates the view of the side port.
     fn show(&self) {
         let configured = |pool: &Pool| self.file.pools.iter().find(|known| known.name == pool.config().name);
         let differs =
@@ -407,26 +413,7 @@ impl App {
     }
 }
 
-/// Who may change something by the side port.
-fn guard(api: &config::Api, token: Option<&str>) -> Result<api::Guard, StartError> {
-    let from_file = api.token_file.as_ref().map(|path| {
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| StartError::Token { path: path.clone(), problem: error.to_string() })?;
-        let token = text.trim().to_owned();
-        let is_token = !token.is_empty() && token.chars().all(|c| c.is_ascii_graphic());
-        let problem = "it holds no token: give one line of printable characters without spaces".to_owned();
-        if is_token { Ok(token) } else { Err(StartError::Token { path: path.clone(), problem }) }
-    });
-    let from_file = from_file.transpose()?;
-    let token = from_file.as_deref().or(token.filter(|token| !token.is_empty()));
-    let guard = api::Guard::new(api.listen, token, api.allowed_hosts.clone());
-    if guard.is_read_only() {
-        tracing::warn!(listen = %api.listen, "the side port is read-only: it is not on loopback and has no token");
-    }
-    Ok(guard)
-}
-
-/// The engine, if any pool needs one.
+/// The Docker engine, if a pool needs one.
 fn engine(config: &Config, host: Option<&str>) -> Result<Option<Engine>, StartError> {
     let needs_one = |pool: &config::Pool| matches!(pool.provider, Provider::Containers(_) | Provider::Discover(_));
     let engine = config.pools.iter().any(needs_one).then(|| Engine::new(host, config.docker.timeout));
@@ -437,7 +424,7 @@ fn open_log(log: &config::AccessLog) -> Result<Log, StartError> {
     AccessLog::open(&log.path, log.format).map_err(|error| StartError::AccessLog { path: log.path.clone(), error })
 }
 
-/// Waits until one of the tasks panics.
+/// Returns when one of the tasks panics.
 async fn panicked(tasks: &mut JoinSet<()>) {
     while let Some(ended) = tasks.join_next().await {
         if ended.is_err() {
@@ -445,30 +432,6 @@ async fn panicked(tasks: &mut JoinSet<()>) {
         }
     }
     std::future::pending::<()>().await;
-}
-
-/// Ready once every pool has had a healthy backend. A reload may change which pools there are.
-async fn become_ready(state: Arc<State>) {
-    let mut have_had_one = HashSet::new();
-    loop {
-        let view = state.view();
-        let of_now = view.pools.iter().filter(|pool| pool.table.load().any_healthy());
-        have_had_one.extend(of_now.map(|pool| Arc::clone(&pool.pool)));
-        if view.pools.iter().all(|pool| have_had_one.contains(&pool.pool)) {
-            break;
-        }
-        let mut changes = tokio::task::JoinSet::new();
-        for pool in view.pools.iter().filter(|pool| !have_had_one.contains(&pool.pool)) {
-            let mut changes_of_pool = pool.table.watch();
-            let table = pool.table.clone();
-            changes
-                .spawn(async move { while !table.load().any_healthy() && changes_of_pool.changed().await.is_ok() {} });
-        }
-        let _ = tokio::time::timeout(NEW_VIEW, changes.join_next()).await;
-    }
-    if !state.ready.swap(true, Ordering::Relaxed) {
-        tracing::info!(after = ?state.started.elapsed(), "ready");
-    }
 }
 
 async fn upkeep(state: Arc<State>) {

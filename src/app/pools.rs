@@ -1,6 +1,6 @@
-//! The pools of the app: made ready, started, changed while they run, and retired.
+//! Prepares, starts, updates and retires the pools of the app.
 //!
-//! What can fail is done first and changes nothing; what follows cannot fail.
+//! The fallible steps run first and change nothing. The steps after them cannot fail.
 
 use std::collections::{BTreeMap, HashSet};
 use std::io;
@@ -13,13 +13,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::changes::OfPool;
-use super::settings::{checking, containers, processes, publishing, route, wanted};
+use super::settings::{checking, containers, processes, publishing, route, scope};
 use super::{Environment, StartError};
 use crate::api::ProviderView;
 use crate::backend::Failing;
 use crate::config::{self, Config, Provider, StaticBackend};
 use crate::control::docker::engine::Engine;
-use crate::control::docker::watch::Freshness;
+use crate::control::docker::watch::EngineStatus;
 use crate::control::provider::{self, Listed, discover};
 use crate::control::publisher::Publisher;
 use crate::control::supervisor::process::{self, Handed, Ports};
@@ -28,32 +28,33 @@ use crate::control::{Event, ejection, health};
 use crate::metrics::{self, Exporter};
 use crate::proxy::Route;
 
-/// Reports of failing backends that may wait; with more, the next is lost, and the one after its next failures comes.
+/// Capacity of the queue of reports about failing backends. A full queue drops the report, and the backend's next
+/// failures produce another one.
 const REPORTS: usize = 64;
 
-/// What all pools are made with.
-pub(super) struct Means<'a> {
+/// What every pool needs for its preparation.
+pub(super) struct PoolContext<'a> {
     pub(super) config: &'a Config,
     pub(super) engine: Option<&'a Engine>,
     pub(super) environment: &'a Environment,
     pub(super) exporter: &'a Exporter,
-    /// Cancelled when all replicas are to stop.
+    /// Cancelled when all replicas must stop.
     pub(super) stop_replicas: &'a CancellationToken,
-    /// Whether an older Ringway has no connections any more.
+    /// True if there is no old Ringway process, or once it has exited.
     pub(super) settled: watch::Receiver<bool>,
 }
 
-/// Where the tasks of pools run.
+/// The tasks of all pools.
 pub(super) struct Tasks {
-    /// Cancelled when all replicas are to stop.
+    /// Cancelled when all replicas must stop.
     pub(super) stop_replicas: CancellationToken,
-    /// Those that have something to finish.
+    /// Tasks that must finish their work before the process exits.
     pub(super) supervisors: JoinSet<()>,
-    /// Those that run as long as what they are for, and have nothing to finish.
+    /// Tasks that have nothing to finish and can be dropped at any time.
     pub(super) others: JoinSet<()>,
 }
 
-/// A pool that is ready to be started: everything that can fail has been done.
+/// A pool that is ready to start. All fallible steps are done.
 pub(super) struct Prepared {
     pool: Pool,
     publisher: Publisher,
@@ -61,23 +62,23 @@ pub(super) struct Prepared {
     starter: Starter,
 }
 
-/// What fills the pool, once it runs.
+/// The task that adds backends to the pool once it runs.
 enum Starter {
-    /// Known before.
+    /// No task: the config lists the backends.
     Fixed,
     Processes(watch::Receiver<process::Settings>, Ports, Vec<Handed>, Resting),
-    Containers(watch::Receiver<docker::Settings>, Engine, Arc<Freshness>, Resting),
-    Discovered(discover::Settings, Engine, Arc<Freshness>),
+    Containers(watch::Receiver<docker::Settings>, Engine, Arc<EngineStatus>, Resting),
+    Discovered(discover::Settings, Engine, Arc<EngineStatus>),
 }
 
-/// A pool that runs, or is about to.
+/// A pool that runs or is about to start.
 #[derive(Debug)]
 pub(super) struct Pool {
-    /// How listeners and side port get to it.
+    /// The route that listeners and the side port use to reach the pool.
     pub(super) route: Route,
-    /// How the side port shows where its backends come from.
+    /// The view of the provider for the side port.
     pub(super) provider: ProviderView,
-    /// As it is now.
+    /// The current config of the pool, including run-time changes.
     config: config::Pool,
     events: mpsc::Sender<Event>,
     queue: Option<mpsc::Receiver<Event>>,
@@ -85,43 +86,43 @@ pub(super) struct Pool {
     ejection: watch::Sender<Option<ejection::Settings>>,
     reports: mpsc::Sender<Failing>,
     source: Source,
-    /// Cancelled when its supervisor is to stop.
+    /// Cancelled when the supervisor of the pool must stop.
     stop: CancellationToken,
-    /// Cancelled when nothing of it is needed any more.
+    /// Cancelled when all tasks of the pool must stop.
     over: CancellationToken,
 }
 
-/// Where its backends come from.
+/// The source of the pool's backends, with the channels to its supervisor.
 #[derive(Debug)]
 enum Source {
-    /// By id, where each was found.
+    /// The resolved address of each backend, by id.
     Static(BTreeMap<Arc<str>, SocketAddr>),
     Processes(watch::Sender<process::Settings>, mpsc::Sender<Handover>),
     Containers(watch::Sender<docker::Settings>, mpsc::Sender<Handover>),
     Discovered,
 }
 
-/// Changed settings for a pool that runs; everything that can fail has been done.
+/// New settings for a running pool. All fallible steps are done.
 pub(super) struct Update {
     config: config::Pool,
     changes: OfPool,
-    /// Where the backends of a static pool were found.
+    /// The resolved addresses of the backends of a static pool, by id.
     found: BTreeMap<Arc<str>, SocketAddr>,
 }
 
-/// Makes a pool ready to be started. Key paths in errors begin with `place`.
+/// Prepares a pool for its start. Key paths in errors start with `key_path`.
 pub(super) async fn prepare(
-    place: &str,
+    key_path: &str,
     pool: &config::Pool,
     changes: &OfPool,
     taken_over: Vec<Handed>,
-    means: &Means<'_>,
+    context: &PoolContext<'_>,
 ) -> Result<Prepared, StartError> {
     let name: Arc<str> = pool.name.as_str().into();
     let mut known = Vec::new();
-    let (source, starter, kind, freshness) = match &pool.provider {
+    let (source, starter, kind, engine_status) = match &pool.provider {
         Provider::Static(backends) => {
-            let found = resolve(place, backends).await?;
+            let found = resolve(key_path, backends).await?;
             for backend in backends {
                 let id: Arc<str> = backend.id.as_str().into();
                 known.push(Event::Joined { id: Arc::clone(&id), weight: backend.weight });
@@ -130,35 +131,35 @@ pub(super) async fn prepare(
             (Source::Static(found), Starter::Fixed, "static", None)
         }
         Provider::Process(process) => {
-            let place = format!("{place}.provider.process");
-            check_program(&place, process)?;
+            let key_path = format!("{key_path}.provider.process");
+            check_program(&key_path, process)?;
             let ports = Ports::reserve(&name, process.ports, process.replicas as usize, &taken_over)
-                .map_err(|error| StartError::NoPorts { place: format!("{place}.ports"), error })?;
-            let (sender, settings) = watch::channel(processes(pool, process, changes, means.environment));
+                .map_err(|error| StartError::NoPorts { key_path: format!("{key_path}.ports"), error })?;
+            let (sender, settings) = watch::channel(processes(pool, process, changes, context.environment));
             let (handover, handovers) = mpsc::channel(1);
-            let resting = Resting { settled: means.settled.clone(), handovers };
+            let resting = Resting { settled: context.settled.clone(), handovers };
             let starter = Starter::Processes(settings, ports, taken_over, resting);
             (Source::Processes(sender, handover), starter, "process", None)
         }
         Provider::Containers(of_pool) => {
-            let (engine, freshness) = watched(means.engine)?;
-            let (sender, settings) = watch::channel(containers(pool, of_pool, changes, means.config));
+            let (engine, engine_status) = watched(context.engine)?;
+            let (sender, settings) = watch::channel(containers(pool, of_pool, changes, context.config));
             let (handover, handovers) = mpsc::channel(1);
-            let resting = Resting { settled: means.settled.clone(), handovers };
-            let starter = Starter::Containers(settings, engine, Arc::clone(&freshness), resting);
-            (Source::Containers(sender, handover), starter, "docker", Some(freshness))
+            let resting = Resting { settled: context.settled.clone(), handovers };
+            let starter = Starter::Containers(settings, engine, Arc::clone(&engine_status), resting);
+            (Source::Containers(sender, handover), starter, "docker", Some(engine_status))
         }
         Provider::Discover(discover) => {
-            let (engine, freshness) = watched(means.engine)?;
+            let (engine, engine_status) = watched(context.engine)?;
             let settings = discover::Settings {
                 pool: Arc::clone(&name),
                 label: discover.label.clone(),
                 port: discover.port,
-                wanted: wanted(means.config, discover.network.as_ref()),
-                resync: means.config.docker.resync,
+                scope: scope(context.config, discover.network.as_ref()),
+                resync: context.config.docker.resync,
             };
-            let starter = Starter::Discovered(settings, engine, Arc::clone(&freshness));
-            (Source::Discovered, starter, "docker", Some(freshness))
+            let starter = Starter::Discovered(settings, engine, Arc::clone(&engine_status));
+            (Source::Discovered, starter, "docker", Some(engine_status))
         }
     };
     if let Some(replicas) = pool.provider.replicas() {
@@ -168,7 +169,7 @@ pub(super) async fn prepare(
     known.extend(changes.drained.iter().map(|id| Event::Drained { id: id.as_str().into(), within: None }));
     let publisher = Publisher::new(Arc::clone(&name), publishing(pool), known, Instant::now());
     let (reports, reported) = mpsc::channel(REPORTS);
-    let connect_seconds = means.exporter.histogram(&metrics::CONNECT_SECONDS, &[&name]);
+    let connect_seconds = context.exporter.histogram(&metrics::CONNECT_SECONDS, &[&name]);
     let base = Route {
         pool: name,
         key: pool.key,
@@ -187,7 +188,7 @@ pub(super) async fn prepare(
     let (events, queue) = Publisher::queue();
     let pool = Pool {
         route: route(&base, pool, &reports),
-        provider: ProviderView { kind, freshness },
+        provider: ProviderView { kind, engine_status },
         config: pool.clone(),
         events,
         queue: Some(queue),
@@ -195,14 +196,14 @@ pub(super) async fn prepare(
         ejection: watch::Sender::new(pool.ejection.map(|ejection| ejection.settings)),
         reports,
         source,
-        stop: means.stop_replicas.child_token(),
+        stop: context.stop_replicas.child_token(),
         over: CancellationToken::new(),
     };
     Ok(Prepared { pool, publisher, reports: reported, starter })
 }
 
 impl Prepared {
-    /// Starts its tasks.
+    /// Starts the tasks of the pool.
     pub(super) fn start(mut self, tasks: &mut Tasks) -> Pool {
         let (table, events) = (self.pool.route.table.clone(), &self.pool.events);
         let mut spawn = |task: std::pin::Pin<Box<dyn Future<Output = ()> + Send>>| {
@@ -224,12 +225,12 @@ impl Prepared {
                 let supervise = process::supervise(settings, ports, taken_over, resting, table, events, stop);
                 tasks.supervisors.spawn(supervise);
             }
-            Starter::Containers(settings, engine, freshness, resting) => {
-                let supervise = docker::supervise(settings, engine, table, events, freshness, resting, stop);
+            Starter::Containers(settings, engine, engine_status, resting) => {
+                let supervise = docker::supervise(settings, engine, table, events, engine_status, resting, stop);
                 tasks.supervisors.spawn(supervise);
             }
-            Starter::Discovered(settings, engine, freshness) => {
-                spawn(Box::pin(discover::follow(settings, engine, events, freshness)));
+            Starter::Discovered(settings, engine, engine_status) => {
+                spawn(Box::pin(discover::follow(settings, engine, events, engine_status)));
             }
         }
         self.pool
@@ -237,12 +238,12 @@ impl Prepared {
 }
 
 impl Pool {
-    /// As it is now.
+    /// Returns the current config of the pool, including run-time changes.
     pub(super) fn config(&self) -> &config::Pool {
         &self.config
     }
 
-    /// Whether a change of settings is enough to make it what `new` says; otherwise it takes another pool.
+    /// Whether new settings are enough to turn this pool into `new`. Otherwise a new pool must replace it.
     pub(super) fn can_become(&self, new: &config::Pool) -> bool {
         match (&self.config.provider, &new.provider) {
             (Provider::Discover(old), Provider::Discover(new)) => old == new,
@@ -250,25 +251,25 @@ impl Pool {
         }
     }
 
-    /// Does what may fail of a change.
+    /// Runs the fallible steps of an update. Changes nothing.
     pub(super) async fn prepare_update(
         &self,
-        place: &str,
+        key_path: &str,
         new: &config::Pool,
         changes: OfPool,
     ) -> Result<Update, StartError> {
         let mut found = BTreeMap::new();
         match (&self.config.provider, &new.provider) {
-            (_, Provider::Static(backends)) => found = resolve(place, backends).await?,
+            (_, Provider::Static(backends)) => found = resolve(key_path, backends).await?,
             (Provider::Process(old), Provider::Process(new)) if old.command != new.command || old.env != new.env => {
-                check_program(&format!("{place}.provider.process"), new)?;
+                check_program(&format!("{key_path}.provider.process"), new)?;
             }
             _ => {}
         }
         Ok(Update { config: new.clone(), changes, found })
     }
 
-    /// Makes the change.
+    /// Applies an update. Cannot fail.
     pub(super) async fn update(&mut self, update: Update, config: &Config, environment: &Environment) {
         let Update { config: new, changes, found } = update;
         self.route = route(&self.route, &new, &self.reports);
@@ -284,7 +285,7 @@ impl Pool {
             (Source::Containers(settings, _), Provider::Containers(of_pool)) => {
                 change(settings, containers(&new, of_pool, &changes, config));
             }
-            // `can_become` has seen to that.
+            // `can_become` rules out a change of the kind of provider.
             _ => {}
         }
         for event in events {
@@ -295,40 +296,41 @@ impl Pool {
         self.config = new;
     }
 
-    /// Tells the publisher.
+    /// Sends an event to the publisher.
     pub(super) async fn tell(&self, event: Event) {
-        // It lives as long as the pool.
+        // The publisher lives as long as the pool, so the send cannot fail.
         let _ = self.events.send(event).await;
     }
 
-    /// Has its supervisor rest, and leave what it has to another process, if that is the decision.
+    /// Pauses the supervisor and returns its replicas for a handover. If the decision is true, the supervisor leaves
+    /// the replicas to the successor; otherwise it resumes.
     pub(super) async fn hand_over(&self, decision: oneshot::Receiver<bool>) -> io::Result<Vec<Handed>> {
         let (Source::Processes(_, handovers) | Source::Containers(_, handovers)) = &self.source else {
             return Ok(Vec::new());
         };
         let (sender, handed) = oneshot::channel();
-        // One that has ended has nothing.
+        // A supervisor that has ended has no replicas.
         let _ = handovers.send(Handover { handed: sender, decision }).await;
         handed.await.unwrap_or_else(|_| Ok(Vec::new()))
     }
 
-    /// What ends its supervisor without another look at its containers.
+    /// Returns the token that stops the supervisor. The supervisor then leaves its containers untouched.
     pub(super) fn stop(&self) -> CancellationToken {
         self.stop.clone()
     }
 
-    /// Whether it would contend for containers with another one of its name.
+    /// Whether the pool manages containers and would compete for them with another pool of the same name.
     pub(super) fn has_containers(&self) -> bool {
         matches!(self.source, Source::Containers(..))
     }
 
-    /// Lets its backends go: each drains, and then what fills its slot is stopped.
+    /// Drains every backend, stops the replicas, and then ends the tasks of the pool.
     pub(super) fn retire(self, tasks: &mut Tasks) {
         tasks.others.spawn(async move {
             let drain = self.config.drain;
             match &self.source {
-                Source::Processes(settings, _) => settings.send_modify(|settings| settings.replicas = 0),
-                Source::Containers(settings, _) => settings.send_modify(|settings| settings.replicas = 0),
+                Source::Processes(settings, _) => settings.send_modify(|settings| settings.slots.replicas = 0),
+                Source::Containers(settings, _) => settings.send_modify(|settings| settings.slots.replicas = 0),
                 Source::Static(_) | Source::Discovered => {}
             }
             let mut changes = self.route.table.watch();
@@ -345,13 +347,13 @@ impl Pool {
                     break;
                 }
             }
-            tracing::info!(pool = %self.config.name, "pool is gone");
+            tracing::info!(pool = %self.config.name, "pool removed");
             self.over.cancel();
         });
     }
 }
 
-/// Sends settings where they differ.
+/// Sends settings if they differ from the current ones.
 fn change<T: PartialEq>(settings: &watch::Sender<T>, new: T) {
     settings.send_if_modified(|old| {
         let differs = *old != new;
@@ -362,7 +364,7 @@ fn change<T: PartialEq>(settings: &watch::Sender<T>, new: T) {
     });
 }
 
-/// What the publisher must hear of a static pool's backends.
+/// Returns the events that bring the publisher from the old to the new backends of a static pool.
 fn changed_backends(
     known: &BTreeMap<Arc<str>, SocketAddr>,
     found: &BTreeMap<Arc<str>, SocketAddr>,
@@ -383,11 +385,11 @@ fn changed_backends(
     events
 }
 
-async fn resolve(place: &str, backends: &[StaticBackend]) -> Result<BTreeMap<Arc<str>, SocketAddr>, StartError> {
+async fn resolve(key_path: &str, backends: &[StaticBackend]) -> Result<BTreeMap<Arc<str>, SocketAddr>, StartError> {
     let mut found = BTreeMap::new();
     for (n, backend) in backends.iter().enumerate() {
         let address = provider::resolve(&backend.host, backend.port).await.map_err(|error| StartError::Resolve {
-            place: format!("{place}.provider.static[{n}].address"),
+            key_path: format!("{key_path}.provider.static[{n}].address"),
             host: backend.host.clone(),
             error,
         })?;
@@ -396,22 +398,22 @@ async fn resolve(place: &str, backends: &[StaticBackend]) -> Result<BTreeMap<Arc
     Ok(found)
 }
 
-fn check_program(place: &str, process: &config::Process) -> Result<(), StartError> {
+fn check_program(key_path: &str, process: &config::Process) -> Result<(), StartError> {
     let program = process.command.first().map_or("", String::as_str);
-    // With a placeholder in it, or another PATH, only the start will tell.
+    // With a placeholder in the program or another PATH, only the start can show whether the program exists.
     let is_known = !program.contains('{') && !process.env.iter().any(|(name, _)| name == "PATH");
     if is_known && !supervisor::process::is_runnable(program) {
-        return Err(StartError::NoProgram { place: format!("{place}.command"), program: program.to_owned() });
+        return Err(StartError::NoProgram { key_path: format!("{key_path}.command"), program: program.to_owned() });
     }
     Ok(())
 }
 
-fn watched(engine: Option<&Engine>) -> Result<(Engine, Arc<Freshness>), StartError> {
-    let Some(engine) = engine else { return Err(StartError::Docker("there is no engine".to_owned())) };
-    Ok((engine.clone(), Arc::new(Freshness::new(engine, Instant::now()))))
+fn watched(engine: Option<&Engine>) -> Result<(Engine, Arc<EngineStatus>), StartError> {
+    let Some(engine) = engine else { return Err(StartError::Docker("the Docker engine is not set up".to_owned())) };
+    Ok((engine.clone(), Arc::new(EngineStatus::new(engine, Instant::now()))))
 }
 
-/// Listed in a config or added at run time.
+/// Converts a backend that a command adds into the form of the config.
 pub(super) fn listed(backend: Listed) -> StaticBackend {
     StaticBackend { id: backend.id.to_string(), host: backend.host, port: backend.port, weight: backend.weight }
 }

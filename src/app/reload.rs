@@ -1,4 +1,5 @@
-//! From the config that runs to another one: what that takes is prepared as a whole, and only then done.
+//! Reload: moves the app from the running config to another one. Ringway first prepares the whole change, then applies
+//! it.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -10,38 +11,40 @@ use super::{App, Log, StartError, capacity, engine, open_log};
 use crate::config::diff::{Difference, differences};
 use crate::config::{self, Config, Provider};
 use crate::control::Event;
-use crate::control::operator::{Moved, Report};
+use crate::control::command::{Moved, Report};
 use crate::control::provider;
 use crate::ring::{Member, Ring};
 use crate::table::Table;
 
-/// Keys that are looked up on the old ring and on the new one. The share that moves is met to within half a percent.
+/// Number of keys that are looked up on both the old and the new ring. The estimated share of moved keys is accurate to
+/// half a percent.
 const SAMPLED: u32 = 1 << 16;
 
-/// The way to another config; all that can fail has been done.
-pub(super) struct Way {
-    /// As the file has it.
+/// A prepared change to another config. All fallible steps are done.
+pub(super) struct ReloadPlan {
+    /// The config as the file contains it, without run-time changes.
     file: Config,
     changes: Changes,
-    /// With the changes, and without what takes another process.
+    /// The config with the run-time changes, and with the running values of the keys that require a restart.
     config: Config,
-    pools: Vec<PoolStep>,
+    pools: Vec<PoolPlan>,
     listeners: Vec<Option<Bound>>,
-    /// A log that was not open before.
+    /// The access log, if it was not open before.
     log: Option<Log>,
     pub(super) report: Report,
 }
 
-/// How long listeners wait for new pools to have a healthy backend.
+/// How long listeners wait for new pools to get a healthy backend.
 const FRESH: Duration = Duration::from_secs(10);
 
-enum PoolStep {
+enum PoolPlan {
     New(Box<Prepared>),
     Update(Box<Update>),
 }
 
 impl App {
-    /// What would become of `file` and `changes`, and what that would change.
+    /// Returns the config that would result from `file` and `changes`, and a report of the differences to the running
+    /// config.
     pub(super) fn target(&self, file: &Config, changes: &Changes) -> (Config, Report) {
         let mut config = changes.over(file);
         let mut needs_restart = keep_fixed(&mut config, &self.config);
@@ -55,18 +58,18 @@ impl App {
         (config, report)
     }
 
-    /// Prepares the way to `file` with `changes`.
+    /// Prepares a reload to `file` with `changes`.
     ///
     /// # Errors
-    /// When anything of it is not to be had; then nothing has changed.
-    pub(super) async fn prepare(&self, file: Config, changes: Changes) -> Result<Way, StartError> {
+    /// Returns an error if any part of the new config cannot be prepared. In that case nothing has changed.
+    pub(super) async fn prepare(&self, file: Config, changes: Changes) -> Result<ReloadPlan, StartError> {
         let changes = changes.pruned(&changes.over(&file));
         let (config, report) = self.target(&file, &changes);
         let engine = match &self.engine {
             None => engine(&config, self.environment.docker_host.as_deref())?,
             some => some.clone(),
         };
-        let means = pools::Means {
+        let context = pools::PoolContext {
             config: &config,
             engine: engine.as_ref(),
             environment: &self.environment,
@@ -77,24 +80,25 @@ impl App {
         check_sizes(&config)?;
         let mut pools = Vec::new();
         for (n, pool) in config.pools.iter().enumerate() {
-            let (place, changes) = (format!("pools[{n}]"), changes.get(&pool.name));
+            let (key_path, changes) = (format!("pools[{n}]"), changes.get(&pool.name));
             let known = self.pools.iter().find(|known| known.config().name == pool.name && known.can_become(pool));
             pools.push(if let Some(known) = known {
-                PoolStep::Update(Box::new(known.prepare_update(&place, pool, changes).await?))
+                PoolPlan::Update(Box::new(known.prepare_update(&key_path, pool, changes).await?))
             } else {
-                PoolStep::New(Box::new(pools::prepare(&place, pool, &changes, Vec::new(), &means).await?))
+                PoolPlan::New(Box::new(pools::prepare(&key_path, pool, &changes, Vec::new(), &context).await?))
             });
         }
         let mut listeners = Vec::new();
         for (n, listener) in config.listeners.iter().enumerate() {
             let is_open = self.listeners.iter().any(|open| open.can_become(listener));
-            let place = format!("listeners[{n}].listen");
-            let bind = || listeners::bind(&place, listener, &config, self.state.workers.len(), Vec::new());
+            let key_path = format!("listeners[{n}].listen");
+            let bind = || listeners::bind(&key_path, listener, &config, self.state.workers.len(), Vec::new());
             listeners.push(if is_open { None } else { Some(bind()?) });
         }
         let log = match (&config.access_log, &self.access_log) {
             (Some(log), None) => Some(open_log(log)?),
-            // The last that may fail, because it cannot be taken back. Also where it is the same: it may be rotated.
+            // Reopening is the last fallible step, because it cannot be undone. Ringway also reopens an unchanged path,
+            // because the file may have been rotated.
             (Some(log), Some((open, _))) => {
                 let reopened = open.reopen(&log.path, log.format);
                 reopened.map_err(|error| StartError::AccessLog { path: log.path.clone(), error })?;
@@ -102,24 +106,24 @@ impl App {
             }
             (None, _) => None,
         };
-        Ok(Way { file, changes, config, pools, listeners, log, report })
+        Ok(ReloadPlan { file, changes, config, pools, listeners, log, report })
     }
 
-    /// Goes the way. Connections that are open go on as they began.
-    pub(super) async fn go(&mut self, way: Way) -> Report {
+    /// Applies a prepared reload. Open connections keep the settings that they started with.
+    pub(super) async fn go(&mut self, plan: ReloadPlan) -> Report {
         let before = self.changes.clone();
-        let Way { file, changes, config, pools, listeners, log, report } = way;
+        let ReloadPlan { file, changes, config, pools, listeners, log, report } = plan;
         let (_, max_connections) = capacity(&config, self.state.workers.len());
         self.proxy.limit().resize(Some(max_connections));
-        // One that is not wanted any more stays open for the connections that began with it.
+        // A log that the new config does not have stays open for the connections that started with it.
         self.access_log = log.or(self.access_log.take());
 
         let mut old: HashMap<String, pools::Pool> =
             self.pools.drain(..).map(|pool| (pool.config().name.clone(), pool)).collect();
         let (mut gone, mut fresh) = (Vec::new(), Vec::new());
-        for (pool, step) in std::iter::zip(&config.pools, pools) {
-            let pool = match (step, old.remove(&pool.name)) {
-                (PoolStep::Update(update), Some(mut known)) => {
+        for (pool, planned) in std::iter::zip(&config.pools, pools) {
+            let pool = match (planned, old.remove(&pool.name)) {
+                (PoolPlan::Update(update), Some(mut known)) => {
                     known.update(*update, &config, &self.environment).await;
                     let (was, is) = (before.get(&pool.name).drained, changes.get(&pool.name).drained);
                     for id in was.difference(&is) {
@@ -127,9 +131,9 @@ impl App {
                     }
                     known
                 }
-                (PoolStep::New(prepared), replaced) => {
+                (PoolPlan::New(prepared), replaced) => {
                     gone.extend(replaced);
-                    // Two that look after the same containers would fight.
+                    // Two supervisors of the same containers would compete.
                     for (_, stop) in self.retiring.extract_if(.., |(name, _)| *name == pool.name) {
                         stop.cancel();
                     }
@@ -137,13 +141,13 @@ impl App {
                     fresh.push(started.route.table.clone());
                     started
                 }
-                // `prepare` has found it among the known ones.
-                (PoolStep::Update(_), None) => continue,
+                // `prepare` plans an update only for a pool that exists.
+                (PoolPlan::Update(_), None) => continue,
             };
             self.pools.push(pool);
         }
 
-        // Listeners change over only once there is somebody to serve: until then the old pools do.
+        // Listeners switch to new pools only once those have a healthy backend. Until then the old pools serve.
         let _ = tokio::time::timeout(FRESH, async {
             for table in fresh {
                 let mut changes = table.watch();
@@ -155,7 +159,7 @@ impl App {
         let mut open: Vec<Listener> = std::mem::take(&mut self.listeners);
         for (listener, bound) in std::iter::zip(&config.listeners, listeners) {
             let Some(pool) = self.pools.iter().find(|pool| pool.config().name == listener.pool) else { continue };
-            let means = listeners::Means {
+            let context = listeners::ListenerContext {
                 config: &config,
                 exporter: &self.state.exporter,
                 intercept: &self.intercept,
@@ -163,10 +167,10 @@ impl App {
             };
             let position = open.iter().position(|open| open.can_become(listener));
             self.listeners.push(match (bound, position) {
-                (Some(bound), _) => bound.open(listener, &pool.route, &means, &mut self.proxy),
+                (Some(bound), _) => bound.open(listener, &pool.route, &context, &mut self.proxy),
                 (None, Some(position)) => {
                     let mut known = open.swap_remove(position);
-                    known.update(listener, &pool.route, &means, &self.proxy);
+                    known.update(listener, &pool.route, &context, &self.proxy);
                     known
                 }
                 (None, None) => continue,
@@ -187,7 +191,7 @@ impl App {
         report
     }
 
-    /// For each pool whose ring would be another, the share of keys that get another backend.
+    /// Returns, for each pool whose ring would change, the share of keys that would move to another backend.
     fn moved(&self, config: &Config, changes: &Changes) -> Vec<Moved> {
         let moved = config.pools.iter().filter_map(|pool| {
             let known = self.pools.iter().find(|known| known.config().name == pool.name)?;
@@ -204,35 +208,41 @@ impl App {
                 owner(&key) != new.lookup(&key).map(|owner| views[owner].id)
             };
             let share = (0..SAMPLED).filter(moves).count() as f64 / f64::from(SAMPLED);
-            // What a person compares.
+            // Four digits are precise enough for a person.
             Some(Moved { pool: pool.name.clone(), share: (share * 1e4).round() / 1e4 })
         });
         moved.collect()
     }
 }
 
-/// What reading the config has seen to, and changes at run time or keys that take another process may have undone.
+/// Checks again what the config parser has checked. Run-time changes, or keys that keep their running values, can break
+/// it.
 pub(super) fn check_sizes(config: &Config) -> Result<(), StartError> {
     for (n, pool) in config.pools.iter().enumerate() {
         let fault = match &pool.provider {
             Provider::Static(backends) if backends.is_empty() => {
-                Some("has no backend left: put back one that was removed at run time".to_owned())
+                Some("has no backends left: add back a backend that was removed at run time".to_owned())
             }
             Provider::Process(process) => process.ports.and_then(|(first, last)| {
                 let too_few = u32::from(last - first) + 1 < process.replicas;
-                too_few.then(|| format!("{} replicas do not fit into the ports {first}-{last}", process.replicas))
+                too_few.then(|| {
+                    format!(
+                        "{} replicas need more ports than {first}-{last}: widen the range or lower replicas",
+                        process.replicas
+                    )
+                })
             }),
             _ => None,
         };
         let fault = fault.or_else(|| pool.too_many_points());
         if let Some(problem) = fault {
-            return Err(StartError::Pool { place: format!("pools[{n}]"), problem });
+            return Err(StartError::Pool { key_path: format!("pools[{n}]"), problem });
         }
     }
     Ok(())
 }
 
-/// The members of a pool's ring, as a config wants them.
+/// Returns the members of a pool's ring under a config: ids and weights.
 fn members(pool: &config::Pool, changes: &Changes, table: &Table) -> Vec<(String, u32)> {
     match &pool.provider {
         Provider::Static(backends) => backends.iter().map(|backend| (backend.id.clone(), backend.weight)).collect(),
@@ -247,7 +257,7 @@ fn members(pool: &config::Pool, changes: &Changes, table: &Table) -> Vec<(String
     }
 }
 
-/// Puts back into `new` what takes another process. Returns the key paths where it differed.
+/// Resets the keys of `new` that require a restart to their running values. Returns the key paths that differed.
 fn keep_fixed(new: &mut Config, running: &Config) -> Vec<String> {
     let wanted = new.clone();
     new.workers = running.workers;

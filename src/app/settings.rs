@@ -1,6 +1,5 @@
-//! What each part of a pool is told: the config's words in the parts' own.
+//! Translates the config of a pool into the settings of each component of the pool.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,16 +9,16 @@ use super::Environment;
 use super::changes::OfPool;
 use crate::backend::Failing;
 use crate::config::{self, Config, Provider};
-use crate::control::docker::place::Wanted;
+use crate::control::docker::scope::ScopeSettings;
 use crate::control::supervisor::plan::Policy;
-use crate::control::supervisor::{docker, process};
+use crate::control::supervisor::{SlotSettings, docker, process};
 use crate::control::{health, publisher};
 use crate::proxy::{Reports, Route};
 
-/// How long a container that somebody else has started may fail its checks and still count as starting.
+/// How long a discovered container may fail its health checks and still count as starting.
 const DISCOVERED_GRACE: Duration = Duration::from_secs(10);
 
-/// How connections are balanced over the pool; what belongs to the pool for good is that of `base`.
+/// Builds the route of a pool. The table, the counters and the histogram carry over from `base`.
 pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Failing>) -> Route {
     Route {
         pool: Arc::clone(&base.pool),
@@ -38,7 +37,7 @@ pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Fa
     }
 }
 
-/// How the pool's table is made.
+/// Returns the settings of the publisher, which builds the pool's routing table.
 pub(super) fn publishing(pool: &config::Pool) -> publisher::Settings {
     publisher::Settings {
         parameters: pool.ring,
@@ -49,10 +48,10 @@ pub(super) fn publishing(pool: &config::Pool) -> publisher::Settings {
     }
 }
 
-/// How its backends are checked, if they are.
+/// Returns the health check settings, or `None` if the pool has no health check.
 pub(super) fn checking(pool: &config::Pool) -> Option<health::Settings> {
     let check = pool.health_check.as_ref()?;
-    // Replicas have just been started; for how long others have been there nobody knows.
+    // Ringway has just started its own replicas. It does not know how long other backends have been running.
     let grace = match &pool.provider {
         Provider::Static(_) => Duration::ZERO,
         Provider::Process(process) => process.restart.start_grace,
@@ -60,7 +59,7 @@ pub(super) fn checking(pool: &config::Pool) -> Option<health::Settings> {
         Provider::Discover(_) => DISCOVERED_GRACE,
     };
     Some(health::Settings {
-        probe: check.probe.clone(),
+        check: check.check.clone(),
         interval: check.interval,
         fast_interval: check.fast_interval,
         jitter: check.jitter,
@@ -71,8 +70,8 @@ pub(super) fn checking(pool: &config::Pool) -> Option<health::Settings> {
     })
 }
 
-pub(super) fn wanted(config: &Config, network: Option<&String>) -> Wanted {
-    Wanted { owner: config.docker.owner.clone(), network: network.cloned() }
+pub(super) fn scope(config: &Config, network: Option<&String>) -> ScopeSettings {
+    ScopeSettings { owner: config.docker.owner.clone(), network: network.cloned() }
 }
 
 fn policy(restart: config::Restart) -> Policy {
@@ -85,8 +84,14 @@ fn policy(restart: config::Restart) -> Policy {
     }
 }
 
-fn weights(changes: &OfPool) -> BTreeMap<Arc<str>, u32> {
-    changes.weights.iter().map(|(id, &weight)| (id.as_str().into(), weight)).collect()
+fn slots(pool: &config::Pool, replicas: u32, restart: config::Restart, changes: &OfPool) -> SlotSettings {
+    SlotSettings {
+        pool: pool.name.as_str().into(),
+        replicas,
+        weights: changes.weights.iter().map(|(id, &weight)| (id.as_str().into(), weight)).collect(),
+        drain: pool.drain,
+        policy: policy(restart),
+    }
 }
 
 pub(super) fn processes(
@@ -96,12 +101,8 @@ pub(super) fn processes(
     environment: &Environment,
 ) -> process::Settings {
     process::Settings {
-        pool: pool.name.as_str().into(),
-        replicas: process.replicas,
-        weights: weights(changes),
+        slots: slots(pool, process.replicas, process.restart, changes),
         spec: Arc::new(process::Spec { command: process.command.clone(), env: process.env.clone() }),
-        drain: pool.drain,
-        policy: policy(process.restart),
         stop_grace: process.stop_grace,
         launcher: environment.executable.clone(),
         open_files: environment.replica_open_files,
@@ -115,13 +116,9 @@ pub(super) fn containers(
     config: &Config,
 ) -> docker::Settings {
     docker::Settings {
-        pool: pool.name.as_str().into(),
-        replicas: containers.replicas,
-        weights: weights(changes),
+        slots: slots(pool, containers.replicas, containers.restart, changes),
         spec: containers.spec.clone(),
-        drain: pool.drain,
-        wanted: wanted(config, containers.network.as_ref()),
-        policy: policy(containers.restart),
+        scope: scope(config, containers.network.as_ref()),
         stop_grace: containers.stop_grace,
         resync: config.docker.resync,
     }

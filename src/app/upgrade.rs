@@ -1,8 +1,8 @@
-//! Upgrade: a new process takes over listening sockets, replicas and run-time changes, and this one leaves once its
-//! connections have ended. If the new one fails, this one goes on as if nothing had been.
+//! Upgrade: a new process, the successor, takes over the listening sockets, replicas and run-time changes. The old
+//! process exits once its connections have ended. If the successor fails, the old process keeps serving.
 //!
-//! Until the new one says that it is ready, supervision rests here, and there it begins; the new one accepts no connection
-//! before. Both have the same sockets, so nothing that is queued on them is lost.
+//! The old process pauses supervision until the successor reports that it is ready. The successor starts supervision at
+//! once but accepts connections only when it is ready. Both processes share the sockets, so queued connections survive.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -23,38 +23,38 @@ use super::changes::Changes;
 use super::pools::Pool;
 use crate::backend::State;
 use crate::config::Config;
-use crate::control::operator::Refusal;
+use crate::control::command::CommandError;
 use crate::control::supervisor::process::{Handed, Spec};
-use crate::handover::{Line, MOST_DESCRIPTORS};
+use crate::handover::{Channel, MOST_DESCRIPTORS};
 use crate::table::Table;
 
-/// How long a successor may take until it is ready.
+/// Maximum time until a successor is ready.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long it waits for checks of backends that it does not need.
+/// How long a successor waits for the first check results of the remaining backends.
 const LITTLE: Duration = Duration::from_secs(2);
 
-/// How long one letter may take.
-const LETTER: Duration = Duration::from_secs(10);
+/// Timeout for one message.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Characters of a config that go into one letter.
+/// Maximum number of config characters in one message.
 const FILE_PART: usize = 8 * 1024;
 
-/// The argument that tells a process to take over.
+/// The command-line argument that tells a process to take over from an old one.
 pub const TAKE_OVER: &str = "--take-over";
 
-/// Stands for the name of a listener: no config can have it.
+/// Identifies the side port in place of a listener name. No listener in a config can have this name.
 pub(super) const SIDE_PORT: &str = "";
 
-/// Says that the successor serves.
+/// The message that reports that the successor serves.
 const READY: &str = "ready";
 
-/// What is handed over, a letter for each.
+/// A handover message from the old process to the successor.
 #[derive(Debug, Serialize, Deserialize)]
-enum Letter {
-    /// Listening sockets; more of the same listener may follow.
+enum Message {
+    /// Listening sockets. Further messages for the same listener can follow.
     Sockets { name: String, listen: SocketAddr },
-    /// A replica: its lifeline, its output, its port.
+    /// A replica, with the descriptors of its lifeline, its output and its port, in that order.
     Replica {
         pool: String,
         slot: String,
@@ -63,46 +63,46 @@ enum Letter {
         command: Vec<String>,
         env: Vec<(String, String)>,
     },
-    /// A part of the config that ran there, as YAML.
+    /// A part of the config of the old process, as YAML.
     File { part: String },
-    /// What was changed at run time, which pools have healthy backends, whether all have had some, and the limit on open
-    /// files that replicas get.
+    /// The last message: the run-time changes, the pools that have healthy backends, whether every pool has had one,
+    /// and the open-file limit of replicas.
     Rest { changes: Changes, healthy: Vec<String>, is_ready: bool, open_files: Option<u64> },
 }
 
-/// What a process has at its start from one before it: from an older Ringway, or from systemd.
+/// What a process inherits at its start, from an old Ringway process or from systemd.
 #[derive(Debug, Default)]
 pub struct Inheritance {
     sockets: Vec<Inherited>,
     pub(super) replicas: Vec<Handed>,
     changes: Changes,
-    /// The config that ran there, as YAML.
+    /// The config of the old process, as YAML.
     file: String,
-    /// Pools that had a healthy backend there.
+    /// Pools that had a healthy backend in the old process.
     healthy: Vec<String>,
-    /// Every pool there has had a healthy backend.
+    /// Whether every pool in the old process has had a healthy backend.
     pub(super) is_ready: bool,
-    /// The limit on open files that replicas got there.
+    /// The open-file limit that the old process gave to replicas.
     pub(super) open_files: Option<u64>,
-    predecessor: Option<Line>,
+    predecessor: Option<Channel>,
 }
 
 /// Listening sockets of one address.
 #[derive(Debug)]
 struct Inherited {
-    /// The listener's name; none from systemd.
+    /// Name of the listener; `None` for sockets from systemd.
     name: Option<String>,
-    /// As in the config, where the port may be 0.
+    /// Listen address as in the config, where the port can be 0.
     listen: SocketAddr,
     sockets: Vec<TcpListener>,
 }
 
 impl Inheritance {
-    /// Takes what the environment offers: sockets by the systemd protocol (`LISTEN_FDS`), and where `takes_over` all that
-    /// the older Ringway hands over on standard input.
+    /// Takes the sockets that the systemd protocol (`LISTEN_FDS`) passes. With `takes_over`, also receives everything
+    /// that the old Ringway process hands over on standard input.
     ///
     /// # Errors
-    /// When that is not what it should be.
+    /// Returns an error if a passed descriptor or a handover message is not valid.
     pub fn take(takes_over: bool) -> io::Result<Self> {
         let mut inheritance = if takes_over { Self::receive()? } else { Self::default() };
         let mut passed = listenfd::ListenFd::from_env();
@@ -116,18 +116,18 @@ impl Inheritance {
     }
 
     fn receive() -> io::Result<Self> {
-        let line = Line::from_stdin()?;
-        line.set_timeout(LETTER)?;
+        let channel = Channel::from_stdin()?;
+        channel.set_timeout(MESSAGE_TIMEOUT)?;
         let mut inheritance = Self::default();
         loop {
-            let letter = line.receive()?.ok_or(io::ErrorKind::UnexpectedEof)?;
-            let mut descriptors = letter.descriptors.into_iter();
-            match serde_json::from_str(&letter.text).map_err(io::Error::other)? {
-                Letter::Sockets { name, listen } => {
+            let message = channel.receive()?.ok_or(io::ErrorKind::UnexpectedEof)?;
+            let mut descriptors = message.descriptors.into_iter();
+            match serde_json::from_str(&message.text).map_err(io::Error::other)? {
+                Message::Sockets { name, listen } => {
                     let sockets = descriptors.map(TcpListener::from).collect();
                     inheritance.sockets.push(Inherited { name: Some(name), listen, sockets });
                 }
-                Letter::Replica { pool, slot, pid, address, command, env } => {
+                Message::Replica { pool, slot, pid, address, command, env } => {
                     let mut next = || descriptors.next().ok_or(io::ErrorKind::InvalidData);
                     let (lifeline, output, port) = (next()?, next()?, next()?);
                     let spec = Arc::new(Spec { command, env });
@@ -142,24 +142,25 @@ impl Inheritance {
                         port: port.into(),
                     });
                 }
-                Letter::File { part } => inheritance.file.push_str(&part),
-                Letter::Rest { changes, healthy, is_ready, open_files } => {
+                Message::File { part } => inheritance.file.push_str(&part),
+                Message::Rest { changes, healthy, is_ready, open_files } => {
                     (inheritance.changes, inheritance.healthy) = (changes, healthy);
                     (inheritance.is_ready, inheritance.open_files) = (is_ready, open_files);
                     break;
                 }
             }
         }
-        inheritance.predecessor = Some(line);
+        inheritance.predecessor = Some(channel);
         Ok(inheritance)
     }
 
-    /// Whether an older Ringway waits for this one to be ready.
+    /// Whether an old Ringway process waits for this process to be ready.
     pub(super) fn takes_over(&self) -> bool {
         self.predecessor.is_some()
     }
 
-    /// The sockets for a listener, if there are any: by name and address, or by an address alone that means just one.
+    /// Takes the inherited sockets of a listener. Ringway matches by name and address, else by the address alone if its
+    /// port is not 0.
     pub(super) fn sockets(&mut self, name: &str, listen: SocketAddr) -> Vec<TcpListener> {
         let is_same = |one: &Inherited| one.listen == listen && one.name.as_deref() == Some(name);
         let is_alike = |one: &Inherited| one.listen == listen && listen.port() != 0;
@@ -172,22 +173,23 @@ impl Inheritance {
         taken.into_iter().flat_map(|one| one.sockets).collect()
     }
 
-    /// The replicas of a pool.
+    /// Takes the inherited replicas of a pool.
     pub(super) fn replicas(&mut self, pool: &str) -> Vec<Handed> {
         let (taken, left) = std::mem::take(&mut self.replicas).into_iter().partition(|one| one.pool == pool);
         self.replicas = left;
         taken
     }
 
-    /// Closes the sockets that no listener has taken. Those of the older Ringway are closed with it.
+    /// Closes the sockets that no listener has taken. Logs a warning for each socket that came from systemd.
     pub(super) fn close_leftovers(&mut self) {
         for left in self.sockets.drain(..).filter(|left| left.name.is_none()) {
             tracing::warn!(address = %left.listen,
-                "no listener has this address, whose socket was passed by LISTEN_FDS: add one, or take it out of the socket unit");
+                "LISTEN_FDS passed a socket with an address that no listener has: add a listener, or remove the address from the socket unit");
         }
     }
 
-    /// Waits until every pool that had a healthy backend has one here, and then a little for the others.
+    /// Waits until every pool that had a healthy backend in the old process has one here. Then waits up to 2 s for the
+    /// first check results of all other backends.
     pub(super) async fn wait_for_backends(&self, pools: &[Pool]) {
         for pool in pools.iter().filter(|pool| self.healthy.iter().any(|name| **name == *pool.route.pool)) {
             until(pool, Table::any_healthy).await;
@@ -198,37 +200,38 @@ impl Inheritance {
                 until(pool, is_judged).await;
             }
         };
-        // Else their keys would go elsewhere for a moment.
+        // Without this wait, the keys of these backends would move to other backends for a moment.
         let _ = tokio::time::timeout(LITTLE, all_judged).await;
     }
 
-    /// The run-time changes that hold with `file` as the config.
+    /// Returns the run-time changes that still apply with `file` as the config.
     pub(super) fn changes(&self, file: &Config) -> Changes {
-        // Of an older version its config may not be one any more: then they are judged by the new one alone.
-        let before = Config::parse(&self.file, "the older Ringway's config");
+        // The config of an older version may no longer be valid. In that case only the new config decides.
+        let before = Config::parse(&self.file, "the config of the old process");
         self.changes.kept(before.as_ref().unwrap_or(file), file)
     }
 
-    /// Tells the older Ringway that this one serves, and `settled` once it has gone.
+    /// Tells the old process that this process serves. Sets `settled` to true once the old process has exited.
     pub(super) fn tell_ready(&mut self, settled: watch::Sender<bool>) {
-        let Some(line) = self.predecessor.take() else { return };
-        if let Err(error) = line.send(READY, &[]) {
-            tracing::warn!(%error, "the older Ringway has gone before it was told");
+        let Some(channel) = self.predecessor.take() else { return };
+        if let Err(error) = channel.send(READY, &[]) {
+            tracing::warn!(%error, "the old process exited before it learned that this process serves");
         }
-        // Nothing is ever said; the line ends with the process. A thread of its own waits for that, perhaps for long.
+        // The old process sends nothing more; the channel closes when it exits. That can take long, so a separate
+        // thread waits for it.
         tokio::task::spawn_blocking(move || {
-            let _ = line.set_timeout(Duration::ZERO);
-            let _ = line.receive();
-            tracing::info!("the older Ringway has gone");
+            let _ = channel.set_timeout(Duration::ZERO);
+            let _ = channel.receive();
+            tracing::info!("the old process has exited");
             settled.send_replace(true);
         });
     }
 }
 
-/// Waits until a pool's table is as it should be.
-async fn until(pool: &Pool, is_right: impl Fn(&Table) -> bool) {
+/// Waits until the table of a pool meets a condition.
+async fn until(pool: &Pool, is_met: impl Fn(&Table) -> bool) {
     let mut changes = pool.route.table.watch();
-    while !is_right(&pool.route.table.load()) {
+    while !is_met(&pool.route.table.load()) {
         if changes.changed().await.is_err() {
             return;
         }
@@ -239,54 +242,56 @@ impl App {
     /// Starts a successor and waits until it serves. Returns its process id.
     ///
     /// # Errors
-    /// When it fails; then this process goes on.
-    pub(super) async fn hand_over(&mut self) -> Result<u32, Refusal> {
-        let failed = |what: &str, error: &dyn std::fmt::Display| Refusal::Conflict(format!("{what}: {error}"));
-        let (line, of_successor) = Line::pair().map_err(|error| failed("no line to a successor", &error))?;
+    /// Returns an error if the successor fails. In that case this process keeps serving.
+    pub(super) async fn hand_over(&mut self) -> Result<u32, CommandError> {
+        let failed =
+            |what: &str, error: &dyn std::fmt::Display| CommandError::UpgradeFailed(format!("{what}: {error}"));
+        let (channel, of_successor) =
+            Channel::pair().map_err(|error| failed("cannot create a channel to the successor", &error))?;
         let program = &self.environment.executable;
         let program = if program.exists() { program.as_path() } else { std::path::Path::new("/proc/self/exe") };
         let mut command = Command::new(program);
         command.args(&self.environment.arguments).stdin(of_successor.into_descriptor());
         let child = command.spawn();
-        // With it goes this process's copy of the successor's end.
+        // The drop closes this process's copy of the successor's end of the channel.
         drop(command);
         let child = child.map_err(|error| failed(&format!("cannot run {}", program.display()), &error))?;
         let pid = child.id().unwrap_or_default();
         let mut successor = Successor(Some(child));
-        tracing::info!(pid, program = %program.display(), "a successor is started");
+        tracing::info!(pid, program = %program.display(), "successor started");
 
         let mut decisions = Vec::new();
-        let collected = tokio::time::timeout(LETTER, async {
+        let collected = tokio::time::timeout(MESSAGE_TIMEOUT, async {
             let mut replicas = Vec::new();
             for pool in &self.pools {
                 let (decide, decision) = oneshot::channel();
                 replicas.extend(pool.hand_over(decision).await?);
                 decisions.push(decide);
             }
-            self.letters(&replicas)
+            self.messages(&replicas)
         });
-        let letters = collected.await.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()));
-        let letters = letters.map_err(|error| failed("cannot hand over", &error))?;
-        let correspondence = tokio::task::spawn_blocking(move || correspond(line, letters));
-        let outcome = tokio::time::timeout(PATIENCE, correspondence).await;
+        let messages = collected.await.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()));
+        let messages = messages.map_err(|error| failed("cannot hand over", &error))?;
+        let exchange = tokio::task::spawn_blocking(move || exchange_messages(channel, messages));
+        let outcome = tokio::time::timeout(PATIENCE, exchange).await;
         let ready = match outcome {
             Err(_elapsed) => Err(format!("it was not ready within {} s", PATIENCE.as_secs())),
             Ok(Err(panicked)) => Err(panicked.to_string()),
             Ok(Ok(Err(error))) => Err(error.to_string()),
-            Ok(Ok(Ok(line))) => Ok(line),
+            Ok(Ok(Ok(channel))) => Ok(channel),
         };
-        let line = match ready {
-            Ok(line) => line,
+        let channel = match ready {
+            Ok(channel) => channel,
             Err(why) => {
                 let ended = successor.end().await;
-                return Err(Refusal::Conflict(format!(
-                    "the successor failed, and this process goes on: {why} ({ended}); the log has its words"
+                return Err(CommandError::UpgradeFailed(format!(
+                    "the successor failed; this process keeps serving: {why} ({ended}); see the log for its messages"
                 )));
             }
         };
-        self.successor = Some(line);
+        self.successor = Some(channel);
         for decide in decisions {
-            // A supervisor that has ended has nothing to let go of.
+            // A supervisor that has ended has no replicas to release.
             let _ = decide.send(true);
         }
         successor.leave_alone();
@@ -294,14 +299,14 @@ impl App {
         Ok(pid)
     }
 
-    /// All that is handed over. The descriptors are copies.
-    fn letters(&self, replicas: &[Handed]) -> io::Result<Vec<(String, Vec<OwnedFd>)>> {
-        let mut letters = Vec::new();
-        let text = |letter: &Letter| serde_json::to_string(letter).map_err(io::Error::other);
+    /// Builds all handover messages. Their descriptors are duplicates.
+    fn messages(&self, replicas: &[Handed]) -> io::Result<Vec<(String, Vec<OwnedFd>)>> {
+        let mut messages = Vec::new();
+        let text = |message: &Message| serde_json::to_string(message).map_err(io::Error::other);
         let mut sockets = |name: &str, listen: SocketAddr, sockets: &[BorrowedFd<'_>]| -> io::Result<()> {
             for some in sockets.chunks(MOST_DESCRIPTORS) {
                 let copies = some.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
-                letters.push((text(&Letter::Sockets { name: name.to_owned(), listen })?, copies));
+                messages.push((text(&Message::Sockets { name: name.to_owned(), listen })?, copies));
             }
             Ok(())
         };
@@ -312,7 +317,7 @@ impl App {
         let side_port: Vec<_> = self.api_socket.iter().map(AsFd::as_fd).collect();
         sockets(SIDE_PORT, self.config.api.listen, &side_port)?;
         for replica in replicas {
-            let letter = Letter::Replica {
+            let message = Message::Replica {
                 pool: replica.pool.clone(),
                 slot: replica.slot.to_string(),
                 pid: replica.pid,
@@ -322,36 +327,36 @@ impl App {
             };
             let descriptors = [replica.lifeline.as_fd(), replica.output.as_fd(), replica.port.as_fd()];
             let copies = descriptors.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
-            letters.push((text(&letter)?, copies));
+            messages.push((text(&message)?, copies));
         }
         let yaml: Vec<char> = self.file.to_yaml().chars().collect();
         for part in yaml.chunks(FILE_PART) {
-            letters.push((text(&Letter::File { part: part.iter().collect() })?, Vec::new()));
+            messages.push((text(&Message::File { part: part.iter().collect() })?, Vec::new()));
         }
         let healthy = self.pools.iter().filter(|pool| pool.route.table.load().any_healthy());
-        let rest = Letter::Rest {
+        let rest = Message::Rest {
             changes: self.changes.clone(),
             healthy: healthy.map(|pool| pool.route.pool.to_string()).collect(),
             is_ready: self.state.ready.load(Ordering::Relaxed),
             open_files: self.environment.replica_open_files,
         };
-        letters.push((text(&rest)?, Vec::new()));
-        Ok(letters)
+        messages.push((text(&rest)?, Vec::new()));
+        Ok(messages)
     }
 }
 
-/// A successor that has not taken over yet. Dropped, it is killed.
+/// A successor that has not taken over yet. Dropping it kills the process.
 struct Successor(Option<Child>);
 
 impl Successor {
-    /// Ends it. How it ended.
+    /// Kills the successor and returns its exit status as text.
     async fn end(&mut self) -> String {
         let Some(child) = &mut self.0 else { return String::new() };
         let _ = child.start_kill();
         child.wait().await.map_or_else(|error| error.to_string(), |status| status.to_string())
     }
 
-    /// From now on it is on its own.
+    /// Lets the successor run on its own. Dropping no longer kills it.
     fn leave_alone(mut self) {
         if let Some(mut child) = self.0.take() {
             tokio::spawn(async move { drop(child.wait().await) });
@@ -362,27 +367,28 @@ impl Successor {
 impl Drop for Successor {
     fn drop(&mut self) {
         if let Some(child) = &mut self.0 {
-            // Fails where it has ended.
+            // The kill fails if the process has already ended.
             let _ = child.start_kill();
         }
     }
 }
 
-/// Hands over, and waits until the successor serves. The line's end is to tell it that this process has gone.
-fn correspond(line: Line, letters: Vec<(String, Vec<OwnedFd>)>) -> io::Result<Line> {
-    line.set_timeout(LETTER)?;
-    for (text, descriptors) in letters {
-        line.send(&text, &descriptors.iter().map(AsFd::as_fd).collect::<Vec<_>>())?;
+/// Sends all handover messages and waits until the successor serves. The returned channel must stay open: its close
+/// tells the successor that this process has exited.
+fn exchange_messages(channel: Channel, messages: Vec<(String, Vec<OwnedFd>)>) -> io::Result<Channel> {
+    channel.set_timeout(MESSAGE_TIMEOUT)?;
+    for (text, descriptors) in messages {
+        channel.send(&text, &descriptors.iter().map(AsFd::as_fd).collect::<Vec<_>>())?;
     }
-    line.set_timeout(PATIENCE + LETTER)?;
-    match line.receive()? {
-        Some(letter) if letter.text == READY => Ok(line),
-        _ => Err(io::Error::other("it ended before it was ready")),
+    channel.set_timeout(PATIENCE + MESSAGE_TIMEOUT)?;
+    match channel.receive()? {
+        Some(message) if message.text == READY => Ok(channel),
+        _ => Err(io::Error::other("it exited before it was ready")),
     }
 }
 
-/// Tells the service manager, if there is one (`sd_notify(3)`): systemd, or our own process 1 in a container, whose
-/// address is an abstract one.
+/// Notifies the service manager, if there is one (`sd_notify(3)`): systemd, or Ringway's own process 1 in a container.
+/// The address of the latter is an abstract one.
 pub(super) fn notify(message: &str) {
     let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
     let send = || {
@@ -394,6 +400,6 @@ pub(super) fn notify(message: &str) {
         socket.send(message.as_bytes())
     };
     if let Err(error) = send() {
-        tracing::warn!(%error, ?path, "cannot tell the service manager");
+        tracing::warn!(%error, ?path, "cannot notify the service manager");
     }
 }

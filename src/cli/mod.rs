@@ -1,15 +1,17 @@
 //! The command line: its arguments, and the small commands.
 //!
+//! # Layout
+//!
 //! - [`run`]: the main job
-//! - [`status`]: a running Ringway's state as a table
-//! - [`orders`]: what changes a running Ringway
-//! - [`reap`]: removes containers that Ringway has made
-//! - [`healthcheck`], [`init`]: for containers with Ringway in it
-//! - [`side_port`]: what several of them ask a running Ringway
+//! - [`status`]: the state of a running Ringway as a table
+//! - [`commands`]: run-time commands for a running Ringway
+//! - [`reap`]: removes containers that Ringway created
+//! - [`healthcheck`], [`init`]: the health check and process 1 of Ringway's own container
+//! - [`side_port`]: HTTP client of the side port
 
+pub(crate) mod commands;
 pub(crate) mod healthcheck;
 pub(crate) mod init;
-pub(crate) mod orders;
 pub(crate) mod reap;
 pub(crate) mod run;
 pub(crate) mod status;
@@ -26,12 +28,12 @@ use ringway::config::{self, BUILT_IN, Config, Source};
 use ringway::control::supervisor::launch::{self, Launch};
 use ringway::control::supervisor::shim::{self, Shim};
 
-/// The config that is used without `--config`, where the current folder has it.
+/// The config file that Ringway reads without `--config`, if the current folder has it.
 const CONFIG_FILE: &str = "config.yaml";
 
 /// A Layer-4 TCP load balancer on a consistent-hash ring, with self-healing replicas
 #[derive(Debug, Parser)]
-#[command(name = "ringway", version, after_help = "Without a command, `run`.")]
+#[command(name = "ringway", version, after_help = "Without a command, Ringway runs `run`.")]
 pub(crate) struct Arguments {
     #[command(flatten)]
     pub(crate) common: Common,
@@ -42,26 +44,26 @@ pub(crate) struct Arguments {
 /// Arguments of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Common {
-    /// Config file; without it ./config.yaml, and where there is none the built-in one
+    /// Config file [default: ./config.yaml if it exists, else the built-in config]
     #[arg(long, short, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// What is logged: error, warn, info, debug, trace, or a filter like `info,ringway::proxy=debug`
+    /// Log level (error, warn, info, debug, trace) or a filter like `info,ringway::proxy=debug`
     #[arg(long, global = true, env = "RINGWAY_LOG", default_value = "info", value_name = "FILTER")]
     log: String,
-    /// Take over from the Ringway that has started this one
+    /// Take over from the Ringway that started this process
     #[arg(long, global = true, hide = true)]
     take_over: bool,
-    /// How it is logged, to standard error
+    /// Format of the log, which goes to standard error
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
 }
 
-/// How log lines are written.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum LogFormat {
-    /// For people
+    /// Plain text
     Text,
-    /// One JSON object a line
+    /// One JSON object per line
     Json,
 }
 
@@ -71,34 +73,34 @@ pub(crate) enum Command {
     Run,
     /// Validate the config and print it with every default filled in
     Check(Check),
-    /// Show pools and backends of a running Ringway
+    /// Show the pools and backends of a running Ringway
     Status(status::Options),
-    /// Remove the containers that Ringway has made: they go on when it stops
+    /// Remove the containers that Ringway created; they outlive Ringway otherwise
     Reap(reap::Options),
-    /// Exit with 0 when the Ringway of this container serves
+    /// Exit with 0 if the Ringway in this container serves
     Healthcheck,
     #[command(flatten)]
-    Order(orders::Order),
+    Runtime(commands::RuntimeCommand),
     /// Run the demo backend
     EchoServer(echo_server::Options),
-    /// Run a replica for as long as there is a Ringway that wants it
+    /// Run a replica until its Ringway stops it or exits
     #[command(hide = true)]
     Shim(Shim),
-    /// Become a replica's program, tied to the life of its shim
+    /// Become the program of a replica, and die with its shim
     #[command(hide = true)]
     Launch(Launch),
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct Check {
-    /// Print instead what a reload would change in a running Ringway, and how many keys would move
+    /// Print what a reload would change in a running Ringway, and how many keys would move
     #[arg(long)]
     diff: bool,
     #[command(flatten)]
-    port: orders::Port,
+    port: side_port::Port,
 }
 
-/// Why a command failed, in words for a person.
+/// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
     #[error(transparent)]
@@ -121,7 +123,7 @@ impl Failure {
 }
 
 impl Common {
-    /// The config and a name for where it came from.
+    /// The config, and where it comes from.
     fn config(&self) -> Result<(Config, Source), config::Error> {
         let file = self.config.clone().or_else(|| Path::new(CONFIG_FILE).exists().then(|| CONFIG_FILE.into()));
         let source = file.map_or(Source::BuiltIn, Source::File);
@@ -133,23 +135,23 @@ impl Common {
         use tracing_subscriber::EnvFilter;
 
         let fault = |error: &dyn std::fmt::Display| Failure::Log { filter: self.log.clone(), error: error.to_string() };
-        // A bare word that is no level would be taken for a module, and nothing be logged at all.
+        // `EnvFilter` takes a bare word that is not a level for a module, and would log nothing at all.
         let levels = ["error", "warn", "info", "debug", "trace", "off"];
         if let Some(word) = self
             .log
             .split(',')
             .find(|word| !word.contains(['=', ':', '[']) && !levels.contains(&word.to_ascii_lowercase().as_str()))
         {
-            return Err(fault(&format_args!("{word:?} is not a level: take one of {}", levels.join(", "))));
+            return Err(fault(&format_args!("{word:?} is not a level: use one of {}", levels.join(", "))));
         }
         let filter = EnvFilter::try_new(&self.log).map_err(|error| fault(&error))?;
-        // It logs whole requests, and with them what is in the environment of replicas.
+        // bollard logs whole requests, with the environment of replicas in them.
         let quiet = "bollard=info".parse().ok().filter(|_| !self.log.contains("bollard"));
         let filter = quiet.into_iter().fold(filter, EnvFilter::add_directive);
         let builder = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(std::io::stderr)
-            // It would panic where nobody reads standard error any more, and take a task of ours with it.
+            // Otherwise it panics when nobody reads standard error, and ends the task that logged.
             .log_internal_errors(false)
             .with_ansi(std::io::stderr().is_terminal());
         match self.log_format {
@@ -167,13 +169,13 @@ pub(crate) fn check(common: &Common, check: &Check) -> Result<(), Failure> {
             Source::File(path) => std::fs::read_to_string(path).map_err(anyhow::Error::from)?,
             Source::BuiltIn => BUILT_IN.to_owned(),
         };
-        let report = runtime()?.block_on(orders::diff(common, &check.port, text))?;
-        return print(&orders::told(&report, "no difference\n"));
+        let report = runtime()?.block_on(commands::diff(common, &check.port, text))?;
+        return print(&commands::in_words(&report, "no difference\n"));
     }
     print(&format!("# {origin}, with every default filled in\n{}", config.to_yaml()))
 }
 
-/// To standard output. A reader that has seen enough (`ringway check | head`) is no failure.
+/// Prints to standard output. A closed pipe (`ringway check | head`) is not a failure.
 fn print(text: &str) -> Result<(), Failure> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
@@ -196,16 +198,16 @@ pub(crate) fn shim(shim: &Shim) -> Result<(), Failure> {
     Ok(shim::run(shim).map_err(|error| anyhow::anyhow!("cannot run a replica: {error}"))?)
 }
 
-/// One thread: the control plane's children live as long as the thread that started them.
+/// One thread, because replicas die with the thread that started them.
 fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     Ok(runtime.map_err(|error| anyhow::anyhow!("cannot start the runtime: {error}"))?)
 }
 
-/// Where the Docker engine is, as Docker's own tools are told.
+/// The address of the Docker engine, from the variables that Docker's own tools use.
 fn docker_host() -> Option<String> {
     let host = std::env::var("DOCKER_HOST").ok()?;
     let wants_tls = std::env::var_os("DOCKER_TLS_VERIFY").is_some_and(|verify| !verify.is_empty());
-    // Never in the clear where encryption is asked for: `https` is refused with a remedy.
+    // Never unencrypted if the user asks for TLS: Ringway rejects `https` with a remedy.
     Some(if wants_tls { host.replacen("tcp://", "https://", 1) } else { host })
 }

@@ -5,8 +5,8 @@ use std::time::Duration;
 use clap::Args;
 use ringway::config::Provider;
 use ringway::control::docker::engine::Engine;
-use ringway::control::docker::place::{self, Wanted};
 use ringway::control::docker::reap;
+use ringway::control::docker::scope::{self, ScopeSettings};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Common, Failure, docker_host, runtime};
@@ -42,9 +42,9 @@ pub(crate) fn reap(common: &Common, options: &Options) -> Result<(), Failure> {
     let engine = Engine::new(docker_host().as_deref(), config.docker.timeout).map_err(anyhow::Error::msg)?;
     runtime()?.block_on(async {
         // Which network does not matter here.
-        let wanted = Wanted { owner, network: Some(String::new()) };
+        let wanted = ScopeSettings { owner, network: Some(String::new()) };
         let Some(service) = &options.after else {
-            let place = place::find(&engine, &wanted).await.map_err(anyhow::Error::from)?;
+            let place = scope::find(&engine, &wanted).await.map_err(anyhow::Error::from)?;
             return remove(&engine, &place.owner, grace).await;
         };
         let cannot_listen = |error| anyhow::anyhow!("cannot listen for signals: {error}");
@@ -54,7 +54,7 @@ pub(crate) fn reap(common: &Common, options: &Options) -> Result<(), Failure> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        let (place, project) = place::find_in_project(&engine, &wanted).await.map_err(anyhow::Error::from)?;
+        let (place, project) = scope::find_in_project(&engine, &wanted).await.map_err(anyhow::Error::from)?;
         let Some(project) = project else {
             return Err(anyhow::anyhow!("--after is for a service of a compose project, and this is none").into());
         };

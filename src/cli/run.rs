@@ -8,7 +8,7 @@ use std::time::Duration;
 use ringway::api::status::Status;
 use ringway::app::{App, Environment, Inheritance, TAKE_OVER};
 use ringway::config::{Config, Provider};
-use ringway::control::operator::{Operator, Order};
+use ringway::control::command::{Command, CommandSender};
 use ringway::limits;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
@@ -34,17 +34,17 @@ pub(crate) fn run(common: &Common) -> Result<(), Failure> {
     let outcome = runtime.block_on(async {
         let signals = Signals::new().map_err(|error| anyhow::anyhow!("cannot listen for signals: {error}"))?;
         let stop = CancellationToken::new();
-        let (give, orders) = mpsc::channel(4);
-        let second = tokio::spawn(obey(signals, stop.clone(), give));
+        let (from_signals, pending) = mpsc::channel(4);
+        let second = tokio::spawn(obey(signals, stop.clone(), from_signals));
         let inheritance = Inheritance::take(common.take_over);
         let inheritance = inheritance.map_err(|error| anyhow::anyhow!("cannot take over: {error}"))?;
         let app = tokio::select! {
             app = App::start(config, environment, inheritance) => app?,
             () = stop.cancelled() => return Ok(()),
         };
-        tokio::spawn(carry_on(orders, app.state().operator().clone()));
+        tokio::spawn(forward(pending, app.state().commands().clone()));
         if common.log_format == LogFormat::Text && !common.take_over {
-            // Nobody may be reading it any more.
+            // Standard error may be closed.
             let _ = std::io::stderr().write_all(banner(&app, &source.to_string(), is_demo).as_bytes());
         }
         tokio::select! {
@@ -54,34 +54,34 @@ pub(crate) fn run(common: &Common) -> Result<(), Failure> {
         tracing::info!("stopped");
         Ok(())
     });
-    // Not waiting for name look-ups under way. Dropping its tasks ends the replicas.
+    // Without waiting for name lookups. Dropping the tasks of the runtime ends the replicas.
     runtime.shutdown_background();
     outcome
 }
 
-/// Signals within this time after the first belong to it.
+/// Signals within this time after the first count as the first.
 const REPEATED: Duration = Duration::from_millis(300);
 
-/// A successor's: those of this process, but for the one that told it to take over.
+/// The arguments of a successor: those of this process, with `--take-over` first.
 fn successor_arguments() -> Vec<OsString> {
     let own = std::env::args_os().skip(1).filter(|argument| argument != TAKE_OVER);
     std::iter::once(TAKE_OVER.into()).chain(own).collect()
 }
 
-/// Gives the orders that signals stand for.
-async fn carry_on(mut orders: mpsc::Receiver<Order>, operator: Operator) {
-    while let Some(order) = orders.recv().await {
-        // The app logs what came of it.
-        let _ = operator.order(order).await;
+/// Forwards the commands of signals to the app.
+async fn forward(mut pending: mpsc::Receiver<Command>, app: CommandSender) {
+    while let Some(command) = pending.recv().await {
+        // The app logs the outcome.
+        let _ = app.send(command).await;
     }
 }
 
-/// SIGHUP reloads, SIGUSR2 upgrades. The first of the other signals stops in order; done at the second.
-async fn obey(mut signals: Signals, stop: CancellationToken, give: mpsc::Sender<Order>) {
-    let name = signals.next(Some(&give)).await;
-    tracing::info!(signal = name, "stopping: open connections may finish; once more to exit at once");
+/// SIGHUP reloads, SIGUSR2 upgrades. The first SIGTERM or SIGINT stops Ringway in order; the second ends this future.
+async fn obey(mut signals: Signals, stop: CancellationToken, commands: mpsc::Sender<Command>) {
+    let name = signals.next(Some(&commands)).await;
+    tracing::info!(signal = name, "stopping: open connections may finish; a second signal ends Ringway at once");
     stop.cancel();
-    // `timeout` and some supervisors signal both a process and its group: two at once are one.
+    // `timeout` and some supervisors signal both a process and its group: two signals at once count as one.
     let _ = tokio::time::timeout(REPEATED, async {
         loop {
             signals.next(None).await;
@@ -108,22 +108,22 @@ impl Signals {
         })
     }
 
-    /// Waits for SIGTERM or SIGINT. A SIGHUP, also that of a closed terminal, is no reason to end.
-    async fn next(&mut self, orders: Option<&mpsc::Sender<Order>>) -> &'static str {
-        // Where several wait already, one more says nothing new.
-        let give = |order| drop(orders.map(|orders| orders.try_send(order)));
+    /// Waits for SIGTERM or SIGINT. SIGHUP never ends Ringway, not even when the terminal closes.
+    async fn next(&mut self, commands: Option<&mpsc::Sender<Command>>) -> &'static str {
+        // A full queue holds the same command already.
+        let send = |command| drop(commands.map(|commands| commands.try_send(command)));
         loop {
             tokio::select! {
                 _ = self.terminate.recv() => return "SIGTERM",
                 _ = self.interrupt.recv() => return "SIGINT",
-                _ = self.hangup.recv() => give(Order::Reload { text: None, is_dry_run: false }),
-                _ = self.user2.recv() => give(Order::Upgrade),
+                _ = self.hangup.recv() => send(Command::Reload { text: None, is_dry_run: false }),
+                _ = self.user2.recv() => send(Command::Upgrade),
             }
         }
     }
 }
 
-/// What listens where, and what to try.
+/// The text that Ringway prints when it has started: addresses, and commands to try.
 fn banner(app: &App, origin: &str, is_demo: bool) -> String {
     use std::fmt::Write as _;
 
@@ -149,12 +149,12 @@ fn banner(app: &App, origin: &str, is_demo: bool) -> String {
     text
 }
 
-/// How this program was called: what a person can type again.
+/// The name of this program as the user typed it.
 fn program() -> String {
     std::env::args().next().unwrap_or_else(|| "ringway".to_owned())
 }
 
-/// Whether the first listener leads to the demo backend, which speaks what the banner proposes.
+/// Whether the first listener leads to the demo backend, which understands the commands of the banner.
 fn is_demo(config: &Config) -> bool {
     let first =
         config.listeners.first().and_then(|listener| config.pools.iter().find(|pool| pool.name == listener.pool));

@@ -1,34 +1,46 @@
-//! Questions to a running Ringway's side port, or to another server that speaks HTTP.
+//! HTTP client of a running Ringway's side port.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use bytes::Bytes;
+use clap::Args;
 use http_body_util::Full;
 use hyper::header::{AUTHORIZATION, CONNECTION, HOST};
 use hyper::http::request::Builder;
-use hyper::{Method, Request, Response};
+use hyper::{Request, Response};
+use ringway::api::commands::HttpCall;
 use ringway::api::status::Status;
-use ringway::control::operator::Report;
+use ringway::control::command::{Command, Report};
 use ringway::http_client::exchange;
 use tokio::net::TcpStream;
 
 use super::Common;
-use super::orders::Port;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// An order may have to look names up, or to wait for a successor.
-const ORDER_TIMEOUT: Duration = Duration::from_secs(90);
+/// Longer than a read: a command may resolve names or wait for a successor.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(90);
 
-/// The environment variable with the side port's token.
+/// Environment variable with the token of the side port.
 pub(super) const TOKEN: &str = "RINGWAY_TOKEN";
 
 const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
 
-/// The answer to a `GET`, whatever its status. An address that stands for all of this machine's is taken for its
-/// loopback.
+/// How to reach the side port of a running Ringway.
+#[derive(Debug, Args)]
+pub(crate) struct Port {
+    /// Address of the side port [default: the one in the config]
+    #[arg(long, value_name = "ADDRESS")]
+    pub(super) api: Option<SocketAddr>,
+    /// File with the token of the side port [default: `api.token_file` of the config, then `RINGWAY_TOKEN`]
+    #[arg(long, value_name = "FILE")]
+    pub(super) token_file: Option<PathBuf>,
+}
+
+/// Sends a `GET` and returns the answer, whatever its status. An unspecified address (0.0.0.0, ::) means loopback.
 pub(super) async fn get(address: SocketAddr, path: &str) -> anyhow::Result<Response<Bytes>> {
     ask(address, Request::get(path), String::new(), TIMEOUT).await
 }
@@ -49,7 +61,7 @@ async fn ask(
     answer.await.context("no answer in time").flatten()
 }
 
-/// What is running, from the address given or the config's.
+/// Reads `/api/status`.
 pub(super) async fn status(common: &Common, port: &Port) -> anyhow::Result<Status> {
     let address = address(common, port)?;
     let answer = get(address, "/api/status").await.with_context(|| unreachable(address))?;
@@ -57,20 +69,15 @@ pub(super) async fn status(common: &Common, port: &Port) -> anyhow::Result<Statu
     serde_json::from_slice(answer.body()).context("the side port's answer is not a status")
 }
 
-/// Makes a call that changes something.
-pub(super) async fn change(
-    common: &Common,
-    port: &Port,
-    method: Method,
-    path: &str,
-    body: String,
-) -> anyhow::Result<Report> {
+/// Sends a command and waits for its report.
+pub(super) async fn run(common: &Common, port: &Port, command: &Command) -> anyhow::Result<Report> {
     let address = address(common, port)?;
+    let HttpCall { method, path, body } = HttpCall::of(command);
     let mut request = Request::builder().method(method).uri(path);
     if let Some(token) = token(common, port)? {
         request = request.header(AUTHORIZATION, format!("Bearer {token}"));
     }
-    let answer = ask(address, request, body, ORDER_TIMEOUT).await.with_context(|| unreachable(address))?;
+    let answer = ask(address, request, body, COMMAND_TIMEOUT).await.with_context(|| unreachable(address))?;
     if answer.status().is_success() {
         return serde_json::from_slice(answer.body()).context("the side port's answer is not a report");
     }
@@ -90,11 +97,11 @@ fn unreachable(address: SocketAddr) -> String {
     format!("cannot reach the side port at {address}; is Ringway running there")
 }
 
-/// The token of `--token-file`, the environment or the config; none where none of them has one.
+/// The token from `--token-file`, the config or the environment, in this order; `None` without any.
 fn token(common: &Common, port: &Port) -> anyhow::Result<Option<String>> {
     let file = match &port.token_file {
         Some(file) => Some(file.clone()),
-        // As the server does it: the config's file before the environment.
+        // The same order as the server: the file named in the config comes before the environment.
         None => common.config().ok().and_then(|(config, _)| config.api.token_file),
     };
     match file {
@@ -106,7 +113,7 @@ fn token(common: &Common, port: &Port) -> anyhow::Result<Option<String>> {
     }
 }
 
-/// Where an address that stands for all of this machine's can be reached.
+/// Replaces an unspecified address (0.0.0.0, ::) by loopback.
 pub(super) fn reachable(address: SocketAddr) -> SocketAddr {
     let ip = match address.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 use bytes::Bytes;
 use clap::Args;
 use ringway::api::status::{Connections, Member, Replica, Status};
-use ringway::control::operator::Differs;
+use ringway::control::command::Differs;
 
 use super::{Common, Failure, print, runtime, side_port};
 

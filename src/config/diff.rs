@@ -1,15 +1,15 @@
-//! What differs between two configs, in words with key paths, for a person. Pure.
+//! Compares two configs and describes each difference for a person, with its key path. Pure: no I/O.
 
 use serde_yaml::{Mapping, Value};
 
 use super::Config;
 
-/// Where the difference is, and in what.
+/// One key whose value differs between two configs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Difference {
-    /// `pools[echo].timeouts.idle`: members of lists by name or id.
+    /// Key path, like `pools[echo].timeouts.idle`. List members are identified by their name or id.
     pub path: String,
-    /// Old and new value in words.
+    /// The old and the new value as text: `1 -> 3`, `added: ...`, `removed` or `changed`.
     pub words: String,
 }
 
@@ -19,7 +19,7 @@ impl std::fmt::Display for Difference {
     }
 }
 
-/// Every key that differs, in the order of the old config.
+/// Returns every key that differs, in the order of the old config. Keys that only the new config has follow.
 pub fn differences(old: &Config, new: &Config) -> Vec<Difference> {
     let mut found = Vec::new();
     compare("", Some(&super::effective::value(old)), Some(&super::effective::value(new)), &mut found);
@@ -42,7 +42,7 @@ fn compare(path: &str, old: Option<&Value>, new: Option<&Value>, found: &mut Vec
                 compare(&format!("{path}[{name}]"), find(&old, name), find(&new, name), found);
             }
         }
-        // Secrets are kept in the environment of replicas.
+        // The environment of replicas often holds secrets, so its values are never shown.
         _ if path.contains(".env") => tell("changed".to_owned()),
         (None, Some(new)) => tell(format!("added: {}", show(new))),
         (Some(_), None) => tell("removed".to_owned()),
@@ -56,7 +56,7 @@ fn keys<'a>(old: &'a Mapping, new: &'a Mapping) -> Vec<&'a str> {
     old.keys().chain(of_new).filter_map(Value::as_str).collect()
 }
 
-/// The names of a list's members, if they have any.
+/// Returns the name or id of every member of a list, or `None` if a member has neither.
 fn names(list: &[Value]) -> Option<Vec<&str>> {
     list.iter().map(|item| item.get("name").or_else(|| item.get("id"))?.as_str()).collect()
 }
@@ -69,7 +69,7 @@ fn find<'a>(list: &[(&str, &'a Value)], name: &str) -> Option<&'a Value> {
     list.iter().find(|(other, _)| *other == name).map(|&(_, value)| value)
 }
 
-/// On one line, durations as they are written.
+/// Formats a value on one line. The values of `env` are hidden.
 fn show(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn members_of_lists_are_told_by_name_and_order_does_not_matter() {
+    fn list_members_are_matched_by_name_regardless_of_order() {
         let backend = |id: &str, weight: u32| format!("{{ address: \"127.0.0.1:1\", id: {id}, weight: {weight} }}");
         let pool = |backends: &[String]| format!("{{ name: p, provider: {{ static: [{}] }} }}", backends.join(", "));
         let old = pool(&[backend("a", 1), backend("b", 1)]);
@@ -123,7 +123,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_not_shown() {
+    fn env_values_never_appear_in_a_difference() {
         let pool = |env: &str| {
             format!(
                 "{{ name: p, provider: {{ process: {{ replicas: 1, command: [x, \"{{port}}\"], env: {{ {env} }} }} }} }}"

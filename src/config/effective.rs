@@ -1,19 +1,19 @@
-//! The config as YAML, every default filled in; loading it gives the same config.
+//! Writes the effective config as YAML, with every default filled in. Loading that YAML gives the same config.
 
 use std::time::Duration;
 
 use serde_yaml::{Mapping, Value};
 
 use super::parse_check::{Match, bytes_value};
-use super::parse_provider::join_host;
 use super::{
     Api, Config, Containers, Ejection, HealthCheck, Listener, PerSource, Pool, Process, Provider, Relay, Restart,
 };
 use crate::control::health::Kind;
+use crate::control::provider::join_host;
 use crate::labels::Label as _;
 
 pub(super) fn yaml(config: &Config) -> String {
-    // Text, numbers and lists of them always serialize.
+    // A value that consists of text, numbers, lists and mappings always serializes.
     serde_yaml::to_string(&value(config)).unwrap_or_default()
 }
 
@@ -210,7 +210,7 @@ fn ejection(ejection: Ejection) -> Value {
 
 fn health_check(check: Option<&HealthCheck>) -> Value {
     let Some(check) = check else { return map([("kind", "none".into())]) };
-    let mut entries = match &check.probe.kind {
+    let mut entries = match &check.check.kind {
         Kind::Tcp => vec![("kind", "tcp".into())],
         Kind::Http(http) => {
             let (first, last) = (http.status.start(), http.status.end());
@@ -230,7 +230,7 @@ fn health_check(check: Option<&HealthCheck>) -> Value {
             ("match", if expect.is_prefix { Match::Prefix } else { Match::Contains }.as_str().into()),
         ],
     };
-    entries.extend(check.probe.port.map(|port| ("port", port.into())));
+    entries.extend(check.check.port.map(|port| ("port", port.into())));
     entries.extend([
         ("interval", duration(check.interval)),
         ("fast_interval", duration(check.fast_interval)),
@@ -250,7 +250,7 @@ fn list(items: impl Iterator<Item = Value>) -> Value {
     Value::Sequence(items.collect())
 }
 
-/// `None` as `off`.
+/// Writes `None` as `off`.
 fn off(value: Option<Value>) -> Value {
     value.unwrap_or_else(|| "off".into())
 }

@@ -1,12 +1,12 @@
-//! The config file: YAML into types that cannot be wrong, or all its faults at once.
+//! The config file. Ringway parses its YAML into validated types, or reports all faults at once.
 //!
 //! # Layout
 //!
-//! - this file: the types, and loading
-//! - [`parse`], [`parse_pool`], [`parse_check`], [`parse_provider`]: every key, its range and its default
-//! - [`reader`]: typed access to YAML that collects faults with their key path
-//! - [`diff`]: what differs between two configs
-//! - [`effective`]: the other way: the config with every default filled in, as YAML
+//! - this file: the config types and loading
+//! - [`parse`], [`parse_pool`], [`parse_check`], [`parse_provider`]: every key with its range and default
+//! - [`reader`]: typed access to YAML; collects each fault with its key path
+//! - [`diff`]: the differences between two configs
+//! - [`effective`]: the reverse of parsing: writes the config as YAML, with every default filled in
 
 pub mod diff;
 
@@ -24,7 +24,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::control::ejection;
-use crate::control::health::Probe;
+use crate::control::health::Check;
 use crate::control::publisher::OnDown;
 use crate::control::supervisor::docker::Spec;
 use crate::proxy::access_log::Format;
@@ -32,23 +32,23 @@ use crate::proxy::key::KeyKind;
 use crate::proxy::socket::TcpOptions;
 use crate::ring::Parameters;
 
-/// The config that is built into the binary: `config.yaml` of the repository.
+/// The config that is built into the binary: the repository's `config.yaml`.
 pub const BUILT_IN: &str = include_str!("../../config.yaml");
 
-/// Where a config comes from.
+/// The source of a config.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
-    /// A file.
+    /// A config file.
     File(PathBuf),
-    /// [`BUILT_IN`].
+    /// The config that is built into the binary, [`BUILT_IN`].
     BuiltIn,
 }
 
 impl Source {
-    /// Reads the config.
+    /// Reads and validates the config.
     ///
     /// # Errors
-    /// When it cannot be read or is not a valid config.
+    /// Returns an error if the file cannot be read or does not contain a valid config.
     pub fn load(&self) -> Result<Config, Error> {
         match self {
             Self::File(path) => Config::load(path),
@@ -66,42 +66,42 @@ impl std::fmt::Display for Source {
     }
 }
 
-/// Why there is no config.
+/// A config could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read.
     #[error("{}: {error}", path.display())]
     Unreadable {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system says.
+        /// The error that the system reported.
         error: std::io::Error,
     },
-    /// It is not YAML at all.
+    /// The text is not valid YAML.
     #[error("{origin}: not valid YAML: {error}")]
     NotYaml {
         /// The file, or where else the text came from.
         origin: String,
-        /// What the parser says, with line and column.
+        /// The parser's error, with line and column.
         error: serde_yaml::Error,
     },
-    /// It is YAML, but not a config.
+    /// The text is valid YAML but not a valid config.
     #[error("{}", list(origin, faults))]
     Faulty {
         /// The file, or where else the text came from.
         origin: String,
-        /// Every fault found.
+        /// All faults, in the order in which Ringway found them.
         faults: Vec<Fault>,
     },
 }
 
-/// One fault: where, and what to do about it.
+/// One fault in a config: where it is and how to fix it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{path}: {problem}")]
 pub struct Fault {
-    /// The key path: `pools[0].health_check.interval`.
+    /// Key path, like `pools[0].health_check.interval`.
     pub path: String,
-    /// What is wrong and what would be right.
+    /// What is wrong and what to write instead.
     pub problem: String,
 }
 
@@ -117,170 +117,174 @@ fn list(origin: &str, faults: &[Fault]) -> String {
     text
 }
 
-/// A valid config. `None` stands for "auto": worked out from the machine at start.
+/// A valid config. `None` means `auto` where the key accepts it: Ringway derives the value from the machine at start.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Worker threads; `None`: as many as there are cores.
+    /// Number of worker threads; `None`: one per CPU core.
     pub workers: Option<usize>,
-    /// Connections of the whole process; `None`: what the limit on open files allows.
+    /// Maximum of open connections in the whole process; `None`: derived from the open-file limit.
     pub max_connections: Option<usize>,
-    /// How bytes are moved.
+    /// How payload bytes are forwarded.
     pub relay: Relay,
-    /// TCP options of both sides.
+    /// TCP options of the client and the backend sockets.
     pub tcp: TcpOptions,
-    /// A line per connection; `None`: off.
+    /// The access log; `None`: off.
     pub access_log: Option<AccessLog>,
-    /// The side port.
+    /// Settings of the side port, which serves the API and the metrics.
     pub api: Api,
-    /// How the Docker engine is used, where a pool needs it.
+    /// Settings for pools that use the Docker engine.
     pub docker: Docker,
-    /// How Ringway ends.
+    /// Settings of a graceful shutdown.
     pub shutdown: Shutdown,
-    /// Where clients connect; at least one.
+    /// Addresses that accept clients; at least one.
     pub listeners: Vec<Listener>,
-    /// Where connections go; at least one.
+    /// Pools of backends; at least one.
     pub pools: Vec<Pool>,
 }
 
-/// How bytes are moved.
+/// How payload bytes are forwarded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Relay {
-    /// Whether streams of large reads are spliced.
+    /// Whether Ringway splices streams that arrive in large reads.
     pub splice: bool,
-    /// Pipes for that; `None`: what the limit on open files allows.
+    /// Maximum of pipes for splicing; `None`: derived from the open-file limit.
     pub max_pipes: Option<usize>,
-    /// Each worker's buffer of the copy path, in KiB: the most that one read moves.
+    /// Size of each worker's copy buffer in KiB. One read moves at most this much.
     pub buffer_kib: usize,
-    /// Reads of this many KiB speak for splicing; at most the buffer, and half of what a pipe takes.
+    /// Ringway counts reads of at least this many KiB towards splicing. At most the copy buffer and half of a pipe's
+    /// capacity.
     pub splice_from_kib: usize,
 }
 
-/// A line per connection.
+/// Settings of the access log, which has one line per connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AccessLog {
-    /// `stdout`, `stderr` or a file.
+    /// Destination: `stdout`, `stderr` or the path of a file.
     pub path: PathBuf,
-    /// How a line is written.
+    /// Format of each line.
     pub format: Format,
 }
 
-/// The side port.
+/// Settings of the side port, which serves the API and the metrics.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Api {
-    /// Its address.
+    /// Listen address of the side port.
     pub listen: SocketAddr,
-    /// A file with the token that calls need which change something.
+    /// File with the token that calls must send to change something.
     pub token_file: Option<PathBuf>,
-    /// Names, beside addresses and `localhost`, by which such calls may name this host.
+    /// Host names that such calls may use in the `host` header, in addition to IP addresses and `localhost`.
     pub allowed_hosts: Vec<String>,
 }
 
-/// How Ringway ends.
+/// Settings of a graceful shutdown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shutdown {
-    /// How long connections are accepted after the side port has begun to say not ready.
+    /// How long Ringway still accepts connections after `/readyz` reports not ready.
     pub delay: Duration,
 }
 
-/// How the Docker engine is used.
+/// Settings for pools that use the Docker engine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Docker {
-    /// Whose containers are those that Ringway makes; `None`: the compose project that it runs in, or `ringway`.
+    /// Owner label of the containers that Ringway creates; `None`: the name of the Compose project that Ringway runs
+    /// in, or `ringway`.
     pub owner: Option<String>,
-    /// The longest time between two full lists of containers.
+    /// Maximum time between two complete container lists.
     pub resync: Duration,
-    /// The longest time for a call, in whole seconds.
+    /// Timeout of one call to the engine, in whole seconds.
     pub timeout: Duration,
 }
 
-/// An address where clients connect.
+/// An address that accepts clients.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listener {
-    /// Unique among listeners.
+    /// Name, unique among the listeners.
     pub name: String,
-    /// Its address.
+    /// Listen address; port 0 lets the system choose a port.
     pub listen: SocketAddr,
-    /// Name of an existing pool.
+    /// Name of the pool that serves the connections. The pool exists.
     pub pool: String,
-    /// Whether `GET /api/status` is answered here by Ringway itself.
+    /// Whether Ringway answers `GET /api/status` on this listener itself.
     pub answer_status: bool,
-    /// Connections that the kernel queues until they are accepted.
+    /// Length of the kernel's queue of connections that are not accepted yet.
     pub backlog: u16,
-    /// Connections of this listener; `None`: as many as the process may have.
+    /// Maximum of open connections on this listener; `None`: only the process-wide limit applies.
     pub max_connections: Option<usize>,
-    /// What one source address may do.
+    /// Limits for each source address.
     pub per_source: PerSource,
 }
 
-/// What one source address may do on a listener; an IPv6 source is a /64.
+/// Limits for each source address on a listener. All addresses of an IPv6 /64 count as one source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PerSource {
-    /// Connections at a time; `None`: any number.
+    /// Maximum of open connections per source; `None`: unlimited.
     pub max_connections: Option<u32>,
-    /// New connections per second, on average; `None`: any number.
+    /// Maximum average rate of new connections per second; `None`: unlimited.
     pub rate: Option<u32>,
-    /// New connections at once.
+    /// Number of new connections that a source may open at once. Used only with `rate`.
     pub burst: u32,
 }
 
 /// A named set of backends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pool {
-    /// Unique among pools.
+    /// Name, unique among the pools.
     pub name: String,
-    /// What of a connection is hashed.
+    /// The part of a connection that Ringway hashes to pick a backend.
     pub key: KeyKind,
-    /// The shape of the ring.
+    /// Parameters of the consistent-hash ring.
     pub ring: Parameters,
-    /// Where the backends come from.
+    /// The source of the backends.
     pub provider: Provider,
-    /// Connecting to them.
+    /// How Ringway connects to the backends.
     pub connect: Connect,
-    /// When a connection is ended for silence.
+    /// Timeouts and the maximum age of a connection.
     pub timeouts: Timeouts,
-    /// How backends are checked; `None`: not at all.
+    /// Health checks of the backends; `None`: off.
     pub health_check: Option<HealthCheck>,
-    /// When backends are taken out that fail connects; `None`: never.
+    /// Ejection of backends after failed connects; `None`: off.
     pub ejection: Option<Ejection>,
-    /// Percentage of healthy backends under which all are tried; 0: never.
+    /// Panic mode starts when fewer than this percentage of backends are healthy. Ringway then uses all backends.
+    /// 0: off.
     pub panic_threshold: u8,
-    /// What happens to the connections of a backend that goes down.
+    /// What Ringway does with the open connections of a backend that goes down.
     pub on_down: OnDown,
-    /// Time in which a backend that comes back gets all of its keys again; zero: at once.
+    /// Time in which Ringway ramps up a recovered backend to its full share of keys; zero: at once.
     pub slow_start: Duration,
-    /// Connections that one backend may have; `None`: any number.
+    /// Maximum of open connections per backend; `None`: unlimited.
     pub max_connections_per_backend: Option<u32>,
-    /// How long open connections may go on when Ringway stops, or when a backend is drained.
+    /// How long open connections may continue when Ringway stops or a backend drains.
     pub drain: Duration,
 }
 
-/// When backends are taken out that fail connects.
+/// Ejection of backends after failed connects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ejection {
-    /// Failures in a row that it takes.
+    /// Number of consecutive failed connects that eject a backend.
     pub after: u32,
-    /// For how long, and how many at most.
+    /// Duration of an ejection and the maximum share of ejected backends.
     pub settings: ejection::Settings,
 }
 
-/// Where the backends of a pool come from.
+/// The source of a pool's backends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Provider {
-    /// Listed in the config; at least one.
+    /// Backends that the config lists; at least one.
     Static(Vec<StaticBackend>),
-    /// Child processes.
+    /// Child processes that Ringway starts and supervises.
     Process(Process),
-    /// Containers that Ringway makes.
+    /// Containers that Ringway creates and supervises.
     Containers(Containers),
-    /// Containers that somebody else runs.
+    /// Containers that something else runs and Ringway discovers by label.
     Discover(Discover),
 }
 
-/// For how many backends room is kept where nobody can know how many there will be.
+/// Number of backends that Ringway reserves file descriptors for in a discovered pool. The real number is unknown
+/// in advance.
 const DISCOVERED: usize = 32;
 
 impl Provider {
-    /// How many replicas the config wants, where they are Ringway's to start.
+    /// Returns the configured number of replicas, or `None` if Ringway does not start this pool's backends.
     pub fn replicas(&self) -> Option<u32> {
         match self {
             Self::Process(process) => Some(process.replicas),
@@ -289,7 +293,7 @@ impl Provider {
         }
     }
 
-    /// How many backends it has, or may well have.
+    /// Returns the expected number of backends. For a discovered pool this is an estimate.
     pub fn backends(&self) -> usize {
         match self {
             Self::Static(backends) => backends.len(),
@@ -303,135 +307,135 @@ impl Provider {
 /// A backend listed in the config.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StaticBackend {
-    /// Unique within the pool.
+    /// Id, unique within the pool.
     pub id: String,
-    /// An address or a name that is resolved at start.
+    /// IP address, or a host name that Ringway resolves at start.
     pub host: String,
-    /// TCP port.
+    /// TCP port of the backend.
     pub port: u16,
-    /// Multiple of the ring's virtual nodes.
+    /// Multiplier for the number of the backend's virtual nodes on the ring.
     pub weight: u32,
 }
 
-/// Child processes as backends.
+/// Settings of a pool of child processes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
-    /// How many.
+    /// Number of replicas.
     pub replicas: u32,
-    /// Program and arguments, with `{port}` and `{slot}`; `ringway` as the program is this very binary.
+    /// Program and arguments. Ringway substitutes `{port}` and `{slot}`, and runs its own binary for `ringway`.
     pub command: Vec<String>,
-    /// Added to the environment, with the same placeholders.
+    /// Environment variables that Ringway adds, with the same placeholders.
     pub env: Vec<(String, String)>,
-    /// First and last port of a range; `None`: the system picks.
+    /// First and last port of a range; `None`: the system chooses the ports.
     pub ports: Option<(u16, u16)>,
-    /// When a dead one is started again.
+    /// Restart policy for replicas.
     pub restart: Restart,
-    /// From SIGTERM to SIGKILL when Ringway stops.
+    /// Time between SIGTERM and SIGKILL when Ringway stops a replica.
     pub stop_grace: Duration,
 }
 
-/// Containers as backends.
+/// Settings of a pool of containers that Ringway creates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Containers {
-    /// How many.
+    /// Number of replicas.
     pub replicas: u32,
-    /// What each is made from.
+    /// Image, command and resources of each container.
     pub spec: Spec,
-    /// Where they are reached; `None`: the network that Ringway itself is on.
+    /// Docker network on which Ringway reaches the containers; `None`: the network that Ringway itself is on.
     pub network: Option<String>,
-    /// When a dead one is replaced.
+    /// Restart policy for replicas.
     pub restart: Restart,
-    /// From SIGTERM to SIGKILL where one is stopped.
+    /// Time between SIGTERM and SIGKILL when Ringway stops a container.
     pub stop_grace: Duration,
 }
 
-/// Containers that somebody else runs.
+/// Settings of a pool of containers that something else runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Discover {
-    /// `name` or `name=value`.
+    /// Label that selects the containers: `name` or `name=value`.
     pub label: String,
-    /// The port on which they listen.
+    /// TCP port on which the containers listen.
     pub port: u16,
-    /// Where they are reached; `None`: the network that Ringway itself is on.
+    /// Docker network on which Ringway reaches the containers; `None`: the network that Ringway itself is on.
     pub network: Option<String>,
 }
 
-/// When a dead replica is started again.
+/// Restart policy: when Ringway replaces a dead or unhealthy replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Restart {
-    /// Before the second start in a row that did not last; doubled with each more. The first is at once.
+    /// Wait before the second restart in a row. The first restart is immediate, and each further one doubles the wait.
     pub backoff: Duration,
-    /// The longest wait.
+    /// Maximum wait before a restart.
     pub max_backoff: Duration,
-    /// A replica that ran this long has lasted.
+    /// A replica that ran this long is stable, which resets the wait.
     pub stable_after: Duration,
-    /// Starts in a row that did not last after which the slot counts as in a crash loop.
+    /// Number of consecutive restarts without a stable replica after which the slot counts as a crash loop.
     pub crash_loop_after: u32,
-    /// How long a new replica may fail its checks and still count as starting.
+    /// How long a new replica may fail its health checks and still count as starting.
     pub start_grace: Duration,
-    /// A replica that runs but has been unhealthy for this long is replaced; `None`: never.
+    /// Ringway replaces a running replica that is unhealthy for this long; `None`: never.
     pub replace_after: Option<Duration>,
 }
 
-/// Connecting to a backend.
+/// How Ringway connects to a backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Connect {
-    /// Longest time for one try.
+    /// Timeout of one connect attempt.
     pub timeout: Duration,
-    /// Backends tried for one connection.
+    /// Maximum number of backends that Ringway tries for one connection.
     pub attempts: u16,
 }
 
-/// When a connection is ended for silence.
+/// Timeouts and the maximum age of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
-    /// While both sides are open.
+    /// Maximum time without data while both directions are open.
     pub idle: Duration,
-    /// Once one side has ended its stream.
+    /// Maximum time without data after one side has closed its direction.
     pub half_closed: Duration,
-    /// A connection as old as this is reset; `None`: never.
+    /// Ringway resets a connection at this age; `None`: never.
     pub max_connection_age: Option<Duration>,
 }
 
-/// How backends are checked.
+/// Health check settings of a pool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HealthCheck {
-    /// What one check does.
-    pub probe: Probe,
-    /// Between checks of one backend.
+    /// The check itself: TCP, HTTP, or send and expect.
+    pub check: Check,
+    /// Time between two checks of a backend.
     pub interval: Duration,
-    /// The same while its checks speak against its state.
+    /// Time between two checks while the latest results contradict the backend's state.
     pub fast_interval: Duration,
-    /// Most of an interval that is added to it, at random, in percent.
+    /// Maximum random extra time per interval, in percent of the interval.
     pub jitter: u8,
-    /// Longest time for one check.
+    /// Timeout of one check.
     pub timeout: Duration,
-    /// Passes in a row that make an unhealthy backend healthy.
+    /// Number of consecutive passes that make an unhealthy backend healthy.
     pub rise: u32,
-    /// Failures in a row that make a healthy backend unhealthy.
+    /// Number of consecutive failures that make a healthy backend unhealthy.
     pub fall: u32,
 }
 
 impl Config {
-    /// Loads a file.
+    /// Reads and validates a config file.
     ///
     /// # Errors
-    /// When it cannot be read or is not a valid config.
+    /// Returns an error if the file cannot be read or does not contain a valid config.
     pub fn load(path: &Path) -> Result<Self, Error> {
         let text = std::fs::read_to_string(path).map_err(|error| Error::Unreadable { path: path.to_owned(), error })?;
         Self::parse(&text, &path.display().to_string())
     }
 
-    /// Reads a config from text; `origin` names it in errors.
+    /// Parses a config from YAML text. Error messages name the text by `origin`.
     ///
     /// # Errors
-    /// When it is not a valid config.
+    /// Returns an error if the text is not a valid config.
     pub fn parse(text: &str, origin: &str) -> Result<Self, Error> {
         let value = serde_yaml::from_str(text).map_err(|error| Error::NotYaml { origin: origin.to_owned(), error })?;
         parse::config(&value).map_err(|faults| Error::Faulty { origin: origin.to_owned(), faults })
     }
 
-    /// The whole config as YAML, every default filled in. Loading it gives the same config.
+    /// Writes the whole config as YAML, with every default filled in. Loading that YAML gives the same config.
     pub fn to_yaml(&self) -> String {
         effective::yaml(self)
     }

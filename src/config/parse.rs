@@ -1,5 +1,5 @@
-//! The keys of the config but for those of pools: ranges, defaults, and what they must have to do with each
-//! other. Nothing checks the config again after this.
+//! Parses every key outside of pools: ranges, defaults and constraints between keys. No later code validates the
+//! config again.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -65,7 +65,7 @@ fn relay(mut section: Section<'_>) -> Relay {
     };
     if relay.splice_from_kib > relay.buffer_kib {
         section.fault(format_args!(
-            "splice_from_kib is {} and no read is larger than buffer_kib, {}: lower the one or raise the other",
+            "splice_from_kib ({}) is larger than buffer_kib ({}): lower splice_from_kib or raise buffer_kib",
             relay.splice_from_kib, relay.buffer_kib
         ));
     }
@@ -125,11 +125,11 @@ fn api(mut section: Section<'_>) -> Api {
     Api { listen, token_file, allowed_hosts }
 }
 
-/// A name as it stands in the header `host`, without the port.
+/// Parses a host name as it appears in the `host` header, without the port.
 fn host(item: &Item<'_>) -> Option<String> {
     let name = item.text()?;
     if name.is_empty() || name.contains([':', '/', ' ', '*']) {
-        item.fault(format_args!("{name:?} is not the name of a host, like balancer.example: give it without a port"));
+        item.fault(format_args!("{name:?} is not a host name: write it without a port, like balancer.example"));
     }
     Some(name)
 }
@@ -142,7 +142,7 @@ fn docker(mut section: Section<'_>) -> Docker {
         }
         check_name(&item, &owner);
         if !owner.is_empty() && !owner.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-            item.fault(format_args!("{owner:?} begins names of containers: let it begin with a letter or digit"));
+            item.fault(format_args!("{owner:?} is the prefix of container names: start it with a letter or a digit"));
         }
         Some(owner)
     });
@@ -162,10 +162,10 @@ fn listener(mut section: Section<'_>, pools: &[Pool]) -> Listener {
     let pool = pool.and_then(|item| {
         let names: Vec<_> = pools.iter().map(|pool| pool.name.as_str()).collect();
         let name = item.text()?;
-        // Without any pool there is a fault already.
+        // A config without pools already has a fault.
         if !names.is_empty() && !names.contains(&name.as_str()) {
             item.fault(format_args!(
-                "there is no pool {name:?}{}; there are: {}",
+                "pool {name:?} does not exist{}; existing pools: {}",
                 hint(item.value, &names),
                 names.join(", ")
             ));
@@ -190,9 +190,9 @@ fn per_source(mut section: Section<'_>) -> PerSource {
     let rate = section.off_or_integer("rate", 1..=1_000_000).map(narrow);
     let burst = section.item("burst");
     if let Some(item) = burst.as_ref().filter(|_| rate.is_none()) {
-        item.fault("is only for a rate: give rate too, or leave burst out");
+        item.fault("requires rate: set rate, or remove burst");
     }
-    // A second's worth, where nothing is said.
+    // The default burst is the number of connections that the rate allows in one second.
     let burst = burst.and_then(|item| item.integer(&(1..=1_000_000))).map_or(rate.unwrap_or(1), narrow);
     section.finish();
     PerSource { max_connections, rate, burst }
@@ -213,12 +213,15 @@ fn duplicate_names<'a>(faults: &Faults, list: &str, names: impl Iterator<Item = 
     let mut seen = HashMap::new();
     for (n, name) in names.enumerate().filter(|(_, name)| !name.is_empty()) {
         if let Some(first) = seen.insert(name, n) {
-            faults.add(&format!("{list}[{n}].name"), format_args!("{name:?} is the name of {list}[{first}] too"));
+            faults.add(
+                &format!("{list}[{n}].name"),
+                format_args!("{name:?} is already the name of {list}[{first}]: choose another name"),
+            );
         }
     }
 }
 
-/// Replicas listen on 127.0.0.1, each range for itself.
+/// Reports port ranges of replicas that overlap each other, a listener or the side port. Replicas listen on 127.0.0.1.
 fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Listener], api: &Api) {
     let on_loopback = |address: SocketAddr| {
         address.is_ipv4() && (address.ip().is_unspecified() || address.ip().is_loopback()) && address.port() != 0
@@ -240,7 +243,7 @@ fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Listener], api: 
     }
 }
 
-/// Two addresses clash when one socket would take what the other waits for.
+/// Reports listen addresses that clash: one socket would receive connections that are meant for the other.
 fn clashing_addresses(faults: &Faults, listeners: &[Listener], api: &Api) {
     let mut taken = vec![("api.listen".to_owned(), api.listen)];
     for (n, listener) in listeners.iter().enumerate() {

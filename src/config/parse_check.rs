@@ -1,4 +1,4 @@
-//! The keys of a pool's health check: ranges and defaults.
+//! Parses the keys of a pool's health check, with their ranges and defaults.
 
 use std::ops::RangeInclusive;
 
@@ -7,7 +7,7 @@ use serde_yaml::Value;
 
 use super::HealthCheck;
 use super::reader::{HOUR, Item, MS, SECOND, Section, narrow, show};
-use crate::control::health::{Expect, Http, Kind, Probe};
+use crate::control::health::{Check, Expect, Http, Kind};
 use crate::label_enum;
 use crate::labels::Label as _;
 
@@ -19,7 +19,7 @@ label_enum! {
     pub(super) enum Match { Prefix => "prefix", Contains => "contains", }
 }
 
-/// The keys that belong to one kind alone.
+/// The keys that apply to only one kind of check.
 const OF_KINDS: [(&str, CheckKind); 7] = [
     ("path", CheckKind::Http),
     ("host", CheckKind::Http),
@@ -34,10 +34,10 @@ pub(super) fn health_check(mut section: Section<'_>) -> Option<HealthCheck> {
     let kind = section.choice("kind", CheckKind::Tcp);
     for (key, other) in OF_KINDS.into_iter().filter(|&(_, other)| other != kind) {
         if let Some(item) = section.item(key) {
-            item.fault(format_args!("is only for `kind: {}`: set that kind, or leave it out", other.as_str()));
+            item.fault(format_args!("applies only to `kind: {}`: set that kind, or remove this key", other.as_str()));
         }
     }
-    let probe = match kind {
+    let wanted = match kind {
         CheckKind::Tcp | CheckKind::None => Kind::Tcp,
         CheckKind::Http => Kind::Http(http(&mut section)),
         CheckKind::Expect => Kind::Expect(expect(&mut section)),
@@ -48,7 +48,7 @@ pub(super) fn health_check(mut section: Section<'_>) -> Option<HealthCheck> {
     let timeout = section.duration("timeout", MS..=HOUR, SECOND);
     let counts: RangeInclusive<u64> = 1..=100;
     let check = HealthCheck {
-        probe: Probe { kind: probe, port },
+        check: Check { kind: wanted, port },
         interval,
         fast_interval,
         jitter: narrow(section.integer("jitter", 0..=100, 10)),
@@ -65,14 +65,14 @@ fn http(section: &mut Section<'_>) -> Http {
         let path = item.text()?;
         let uri = path.parse().ok().filter(|_| path.starts_with('/'));
         if uri.is_none() {
-            item.fault(format_args!("{path:?} is not a path like /heartbeat"));
+            item.fault(format_args!("{path:?} is not a path: write it like /heartbeat"));
         }
         uri
     });
     let host = section.item("host").and_then(|item| {
         let host = item.text()?;
         if host.is_empty() || HeaderValue::from_str(&host).is_err() {
-            item.fault(format_args!("{host:?} is not a value for the header host"));
+            item.fault(format_args!("{host:?} is not a valid value of the host header: write it like www.example"));
         }
         Some(host)
     });
@@ -81,24 +81,27 @@ fn http(section: &mut Section<'_>) -> Http {
     Http { path: path.unwrap_or_default(), host, status: status.unwrap_or(200..=399), body }
 }
 
-/// `200`, or a range like `200-399`.
+/// Parses one status code like `200`, or a range like `200-399`.
 fn status(item: &Item<'_>) -> Option<RangeInclusive<u16>> {
     let text = item.text()?;
     let (first, last) = text.split_once('-').unwrap_or((&text, &text));
     let range = first.trim().parse().ok().zip(last.trim().parse().ok());
     let range = range.filter(|&(first, last)| (100..=last).contains(&first) && last <= 599);
     if range.is_none() {
-        item.fault(format_args!("{} is neither a status nor a range like 200-399", show(item.value)));
+        item.fault(format_args!(
+            "{} is neither a status code nor a range: write it like 200 or 200-399",
+            show(item.value)
+        ));
     }
     range.map(|(first, last): (u16, u16)| first..=last)
 }
 
 fn expect(section: &mut Section<'_>) -> Expect {
     let send = section.item("send").and_then(|item| bytes(&item)).unwrap_or_default();
-    let expect = section.required("expect", "what the answer begins with, or contains").and_then(|item| {
+    let expect = section.required("expect", "the bytes that the answer starts with or contains").and_then(|item| {
         let bytes = bytes(&item)?;
         if bytes.is_empty() {
-            item.fault("is empty: give at least one byte, or take `kind: tcp`");
+            item.fault("is empty: give at least one byte, or use `kind: tcp`");
         }
         Some(bytes)
     });
@@ -106,7 +109,7 @@ fn expect(section: &mut Section<'_>) -> Expect {
     Expect { send, expect: expect.unwrap_or_default(), is_prefix }
 }
 
-/// Text, or `{ hex: "01 ff" }` for bytes that are none.
+/// Parses bytes: plain text, or `{ hex: "01 ff" }` for bytes that are not valid text.
 fn bytes(item: &Item<'_>) -> Option<Vec<u8>> {
     if !item.value.is_mapping() {
         return item.text().map(String::into_bytes);
@@ -120,7 +123,10 @@ fn bytes(item: &Item<'_>) -> Option<Vec<u8>> {
         });
         let bytes: Option<Vec<u8>> = bytes.collect();
         if bytes.is_none() {
-            item.fault(format_args!("{} is not pairs of hexadecimal digits like \"01 ff\"", show(item.value)));
+            item.fault(format_args!(
+                "{} is not a list of hexadecimal digit pairs: write it like \"01 ff\"",
+                show(item.value)
+            ));
         }
         bytes
     });
@@ -128,7 +134,7 @@ fn bytes(item: &Item<'_>) -> Option<Vec<u8>> {
     digits
 }
 
-/// As [`bytes`] reads it.
+/// Writes bytes in the form that [`bytes`] parses.
 pub(super) fn bytes_value(bytes: &[u8]) -> Value {
     let text = std::str::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
     text.map_or_else(

@@ -1,4 +1,4 @@
-//! The keys of a pool: ranges and defaults.
+//! Parses the keys of a pool, with their ranges and defaults.
 
 use std::time::Duration;
 
@@ -9,7 +9,8 @@ use crate::control::publisher::OnDown;
 use crate::proxy::key::KeyKind;
 use crate::ring::Parameters;
 
-/// Points of one ring: 50 MB of memory and a third of a second to build.
+/// Maximum number of points on one ring. A ring of this size uses 50 MB of memory and takes a third of a second to
+/// build.
 const MOST_POINTS: u64 = 1 << 22;
 
 pub(super) fn pool(mut section: Section<'_>) -> Pool {
@@ -60,12 +61,12 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
 }
 
 impl Pool {
-    /// Why its ring would be too large, if it would be.
+    /// Returns a fault text if the pool's ring would have too many points.
     pub fn too_many_points(&self) -> Option<String> {
         let points = points(&self.provider, self.ring);
         (points > MOST_POINTS).then(|| {
             format!(
-                "its ring would have {points} points, and {MOST_POINTS} is the most: take fewer virtual_nodes, backends or weight"
+                "the ring would have {points} points, but the maximum is {MOST_POINTS}: lower virtual_nodes, weights or the number of backends"
             )
         })
     }
@@ -86,7 +87,7 @@ fn ejection(pool: &mut Section<'_>) -> Option<Ejection> {
         },
     };
     if ejection.settings.max < ejection.settings.base {
-        section.fault("max is shorter than base: make it at least as long");
+        section.fault("max is shorter than base: set max to base or longer");
     }
     section.finish();
     Some(ejection)

@@ -1,4 +1,4 @@
-//! The keys of a pool's provider: ranges and defaults.
+//! Parses the keys of a pool's provider, with their ranges and defaults.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -6,17 +6,17 @@ use std::time::Duration;
 use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, narrow, show};
 use super::{Containers, Discover, Process, Provider, Restart, StaticBackend};
 use crate::control::docker::label;
-use crate::control::provider::Listed;
+use crate::control::provider::{Listed, join_host};
 use crate::control::supervisor::docker::{Pull, Spec};
 
-/// The engine refuses less memory than this for a container.
+/// Minimum memory of a container in bytes. The Docker engine rejects less.
 const LEAST_MEMORY: u64 = 6 << 20;
 
-/// More memory or processors than any machine has.
+/// Upper bounds for memory in bytes and for CPUs, beyond any real machine.
 const MOST_MEMORY: u64 = 1 << 48;
 const MOST_CPUS: f64 = 4096.0;
 
-/// What `provider` must be, for faults.
+/// The possible providers, for fault messages.
 pub(super) const KINDS: &str = "one of static, process, docker";
 
 pub(super) fn provider(mut section: Section<'_>) -> Provider {
@@ -56,10 +56,10 @@ fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
         let Some((host, port)) = address else { continue };
         let id = id.unwrap_or_else(|| join_host(&host, port));
         if id.is_empty() {
-            item.fault("its id is empty: give a name, or leave it out for the address");
+            item.fault("id is empty: set a name, or remove id to use the address as the id");
         }
         if let Some(first) = seen.insert(id.clone(), path) {
-            item.fault(format_args!("its id {id:?} is that of {first} too: each backend needs its own"));
+            item.fault(format_args!("id {id:?} is already the id of {first}: give each backend its own id"));
         }
         backends.push(StaticBackend { id, host, port, weight });
     }
@@ -69,13 +69,14 @@ fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
 fn process_of(mut section: Section<'_>) -> Process {
     let replicas = replicas(&mut section);
     let command: Option<Vec<_>> =
-        section.required("command", "a list: program and arguments, with {port}").map(|item| words(&item));
+        section.required("command", "a list of the program and its arguments, with {port}").map(|item| words(&item));
     let env = env(&mut section);
     if let Some(command) = &command {
         if command.first().is_none_or(String::is_empty) {
-            section.fault("its command is empty: give a program and its arguments");
+            section.fault("command is empty: give a program and its arguments");
         } else if !command.iter().chain(env.iter().map(|(_, value)| value)).any(|text| text.contains("{port}")) {
-            section.fault("neither command nor env has {port}: a replica must be told the port to listen on");
+            section
+                .fault("neither command nor env contains {port}: add {port} where the replica reads its listen port");
         }
     }
     let ports = ports(&mut section, replicas);
@@ -89,7 +90,7 @@ fn docker_of(mut section: Section<'_>) -> Provider {
     let network = section.item("network").and_then(|item| network(&item));
     if let Some(discover) = section.item("discover") {
         if section.item("image").or_else(|| section.item("replicas")).is_some() {
-            section.fault("has both discover (containers that somebody else runs) and replicas of an image: give one");
+            section.fault("has both discover (existing containers) and replicas of an image (containers that Ringway creates): remove one");
         }
         let provider = Provider::Discover(discover_of(discover.section(), network));
         section.finish();
@@ -99,7 +100,7 @@ fn docker_of(mut section: Section<'_>) -> Provider {
     let image = section.required("image", "the name of an image").and_then(|item| {
         let image = item.text()?;
         if image.is_empty() || image.contains(char::is_whitespace) {
-            item.fault(format_args!("{image:?} is not the name of an image, like nginx:1.27"));
+            item.fault(format_args!("{image:?} is not an image name: write it like nginx:1.27"));
         }
         Some(image)
     });
@@ -107,8 +108,8 @@ fn docker_of(mut section: Section<'_>) -> Provider {
     let port = port(&mut section);
     let env = env(&mut section);
     let labels = pairs(&mut section, "labels", |name| match name {
-        "" => Err("is not a name for a label"),
-        name if name.starts_with(label::PREFIX) => Err("is a label of Ringway's own: choose another name"),
+        "" => Err("is not a label name: write it like team"),
+        name if name.starts_with(label::PREFIX) => Err("is reserved for Ringway: choose another label name"),
         _ => Ok(()),
     });
     let (memory, milli_cpus) = resources(section.section("resources"));
@@ -120,20 +121,20 @@ fn docker_of(mut section: Section<'_>) -> Provider {
     Provider::Containers(Containers { replicas, spec, network, restart, stop_grace })
 }
 
-/// Those of the engine's modes that are no network of the container's own are refused: replicas would share the
-/// host's, or could not be reached.
+/// Parses a network name. Engine modes without a separate container network are rejected: replicas would share the
+/// network of the host, or Ringway could not reach them.
 fn network(item: &Item<'_>) -> Option<String> {
     let name = item.text()?;
     if ["host", "none", "default"].contains(&name.as_str()) || name.contains(':') || name.is_empty() {
         item.fault(format_args!(
-            "{name:?} is not a network of containers: take auto, bridge, or one that you have made"
+            "{name:?} is not a container network: use auto, bridge, or a network that you created"
         ));
     }
     (name != "auto").then_some(name)
 }
 
 fn discover_of(mut section: Section<'_>, network: Option<String>) -> Discover {
-    let label = section.required("label", "a label that the containers bear, like app=web").and_then(|item| {
+    let label = section.required("label", "a label of the containers, like app=web").and_then(|item| {
         let label = item.text()?;
         if label.is_empty() || label.starts_with('=') {
             item.fault(format_args!("{label:?} is not a label: write it like app or app=web"));
@@ -146,7 +147,9 @@ fn discover_of(mut section: Section<'_>, network: Option<String>) -> Discover {
 }
 
 fn replicas(section: &mut Section<'_>) -> u32 {
-    let replicas = section.required("replicas", "how many, from 1 to 1000").and_then(|item| item.integer(&(1..=1000)));
+    let replicas = section
+        .required("replicas", "the number of replicas, from 1 to 1000")
+        .and_then(|item| item.integer(&(1..=1000)));
     narrow(replicas.unwrap_or(1))
 }
 
@@ -163,21 +166,27 @@ fn words(list: &Item<'_>) -> Vec<String> {
     list.list().iter().filter_map(Item::text).collect()
 }
 
-/// Memory in bytes and processors in thousandths of a core.
+/// Returns memory in bytes and CPU time in thousandths of a core.
 #[expect(clippy::cast_sign_loss, reason = "the range is checked")]
 fn resources(mut section: Section<'_>) -> (Option<u64>, Option<u64>) {
     let memory = section.item("memory").and_then(|item| {
         let bytes = item.value.as_u64().or_else(|| bytes(item.value.as_str()?));
         let bytes = bytes.filter(|bytes| (LEAST_MEMORY..=MOST_MEMORY).contains(bytes));
         if bytes.is_none() {
-            item.fault(format_args!("{} is not a size from 6MiB on, like 64MiB or 1GiB", show(item.value)));
+            item.fault(format_args!(
+                "{} is not a size of at least 6MiB: write it like 64MiB or 1GiB",
+                show(item.value)
+            ));
         }
         bytes
     });
     let milli_cpus = section.item("cpus").and_then(|item| {
         let cpus = item.value.as_f64().filter(|cpus| (0.01..=MOST_CPUS).contains(cpus));
         if cpus.is_none() {
-            item.fault(format_args!("{} is not a number of processors from 0.01 on, like 0.5", show(item.value)));
+            item.fault(format_args!(
+                "{} is not a number of CPUs from 0.01 to {MOST_CPUS}: write it like 0.5",
+                show(item.value)
+            ));
         }
         cpus.map(|cpus| (cpus * 1000.0).round() as u64)
     });
@@ -185,7 +194,7 @@ fn resources(mut section: Section<'_>) -> (Option<u64>, Option<u64>) {
     (memory, milli_cpus)
 }
 
-/// `64MiB` and the like, or a plain number of bytes.
+/// Parses a size with a unit: B, KiB, MiB or GiB, like `64MiB`.
 fn bytes(text: &str) -> Option<u64> {
     let (number, unit) = text.split_at(text.find(|c: char| !c.is_ascii_digit())?);
     let unit: u64 = match unit.trim() {
@@ -201,11 +210,11 @@ fn bytes(text: &str) -> Option<u64> {
 fn env(section: &mut Section<'_>) -> Vec<(String, String)> {
     pairs(section, "env", |name| {
         let is_fine = !name.is_empty() && !name.contains(['=', '\0']);
-        is_fine.then_some(()).ok_or("is not a name for an environment variable")
+        is_fine.then_some(()).ok_or("is not a valid name of an environment variable")
     })
 }
 
-/// A section of `name: value` lines, each name checked.
+/// Reads a section of `name: value` lines and checks each name. `check` returns a fault text for an invalid name.
 fn pairs(
     section: &mut Section<'_>,
     key: &'static str,
@@ -238,9 +247,11 @@ fn ports(section: &mut Section<'_>, replicas: u32) -> Option<(u16, u16)> {
         (range.0 > 0 && range.0 <= range.1).then_some(range)
     });
     match range {
-        None => item.fault(format_args!("{text:?} is neither auto nor a range of ports like 9001-9010")),
+        None => item.fault(format_args!("{text:?} is neither auto nor a range of ports: write it like 9001-9010")),
         Some((first, last)) if u32::from(last - first) + 1 < replicas => {
-            item.fault(format_args!("{text} has fewer ports than the {replicas} replicas need"));
+            item.fault(format_args!(
+                "{text} has fewer ports than the {replicas} replicas need: widen the range or lower replicas"
+            ));
         }
         Some(_) => {}
     }
@@ -257,7 +268,7 @@ fn restart(mut section: Section<'_>) -> Restart {
         replace_after: section.off_or_duration("replace_after", SECOND..=DAY, Some(30 * SECOND)),
     };
     if restart.max_backoff < restart.backoff {
-        section.fault("max_backoff is shorter than backoff: make it at least as long");
+        section.fault("max_backoff is shorter than backoff: set max_backoff to backoff or longer");
     }
     section.finish();
     restart
@@ -273,9 +284,4 @@ fn host_and_port(item: &Item<'_>) -> Option<(String, u16)> {
         ));
     }
     parts
-}
-
-/// `host:port`, an IPv6 address in brackets.
-pub(super) fn join_host(host: &str, port: u16) -> String {
-    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
 }

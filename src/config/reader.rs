@@ -1,4 +1,4 @@
-//! Typed access to YAML. Every fault is collected with its key path, and reading goes on.
+//! Typed access to YAML. The reader collects each fault with its key path and continues, so one run reports all faults.
 
 use std::cell::RefCell;
 use std::fmt::Display;
@@ -11,14 +11,14 @@ use serde_yaml::{Mapping, Value};
 use super::Fault;
 use crate::labels::Label;
 
-/// Bounds of durations are given in these.
+/// Units for the bounds of durations.
 pub(super) const MS: Duration = Duration::from_millis(1);
 pub(super) const SECOND: Duration = Duration::from_secs(1);
 pub(super) const MINUTE: Duration = Duration::from_secs(60);
 pub(super) const HOUR: Duration = Duration::from_secs(3600);
 pub(super) const DAY: Duration = Duration::from_secs(24 * 3600);
 
-/// Where the faults of a document are collected.
+/// Collects the faults of a document. Clones share one list.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Faults(Rc<RefCell<Vec<Fault>>>);
 
@@ -32,7 +32,7 @@ impl Faults {
     }
 }
 
-/// A value and its key path.
+/// A YAML value with its key path.
 #[derive(Debug, Clone)]
 pub(super) struct Item<'a> {
     pub(super) value: &'a Value,
@@ -49,7 +49,7 @@ impl<'a> Item<'a> {
         self.faults.add(if self.path.is_empty() { "config" } else { &self.path }, problem);
     }
 
-    /// The value as a mapping whose keys are read one by one; an empty one where it is something else.
+    /// Reads the value as a mapping. If it is not a mapping, adds a fault and returns an empty section.
     pub(super) fn section(self) -> Section<'a> {
         let map = self.value.as_mapping();
         if map.is_none() {
@@ -58,12 +58,12 @@ impl<'a> Item<'a> {
         Section { map, path: self.path, faults: self.faults, known: Vec::new() }
     }
 
-    /// A value of this mapping whose key is the user's own.
+    /// Returns an item for a value of this mapping whose key the user chose, like a variable name in `env`.
     pub(super) fn entry(&self, key: &str, value: &'a Value) -> Item<'a> {
         Item { value, path: join(&self.path, key), faults: self.faults.clone() }
     }
 
-    /// `off`, which YAML 1.1 takes for false where it is bare.
+    /// Whether the value is `off`. YAML 1.1 reads an unquoted `off` as false, so false counts too.
     pub(super) fn is_off(&self) -> bool {
         self.value.as_str() == Some("off") || self.value.as_bool() == Some(false)
     }
@@ -77,11 +77,11 @@ impl<'a> Item<'a> {
         list.iter().enumerate().map(item).collect()
     }
 
-    /// Text. A number or truth value counts as text too: `command: [nc, -p, 80]`.
+    /// Reads text. A number or boolean counts as text too, as in `command: [nc, -p, 80]`.
     pub(super) fn text(&self) -> Option<String> {
         match self.value {
             Value::String(text) if text.contains('\0') => {
-                self.fault("has a NUL character: take it out");
+                self.fault("contains a NUL character: remove it");
                 None
             }
             Value::String(text) => Some(text.clone()),
@@ -126,7 +126,7 @@ impl<'a> Item<'a> {
     }
 }
 
-/// A mapping that is being read. [`Section::finish`] reports the keys that nobody asked for.
+/// A mapping that is being read. [`Section::finish`] reports unknown keys.
 #[derive(Debug)]
 pub(super) struct Section<'a> {
     map: Option<&'a Mapping>,
@@ -140,19 +140,19 @@ impl<'a> Section<'a> {
         self.faults.add(if self.path.is_empty() { "config" } else { &self.path }, problem);
     }
 
-    /// The value of `key`, where there is one.
+    /// Returns the value of `key`, if the section has one. An empty value is a fault.
     pub(super) fn item(&mut self, key: &'static str) -> Option<Item<'a>> {
         self.known.push(key);
         let value = self.map?.get(key)?;
         let item = Item { value, path: join(&self.path, key), faults: self.faults.clone() };
         if value.is_null() {
-            item.fault("has no value: give it one, or leave the key out for its default");
+            item.fault("has no value: set one, or remove the key to use the default");
             return None;
         }
         Some(item)
     }
 
-    /// The value of `key`; a fault where there is none.
+    /// Returns the value of `key`, or adds a fault if the key is missing. `what` describes the expected value.
     pub(super) fn required(&mut self, key: &'static str, what: &str) -> Option<Item<'a>> {
         let item = self.item(key);
         let is_missing = self.map.is_some_and(|map| !map.contains_key(key));
@@ -162,7 +162,7 @@ impl<'a> Section<'a> {
         item
     }
 
-    /// A section within this one; empty where the key is missing.
+    /// Returns a nested section. It is empty if the key is missing.
     pub(super) fn section(&mut self, key: &'static str) -> Section<'a> {
         match self.item(key) {
             Some(item) => item.section(),
@@ -170,7 +170,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    /// What stands for a section that is not there.
+    /// Returns an empty section in place of a missing one.
     pub(super) fn empty(&self, key: &str) -> Section<'a> {
         Section { map: None, path: join(&self.path, key), faults: self.faults.clone(), known: Vec::new() }
     }
@@ -179,7 +179,7 @@ impl<'a> Section<'a> {
         self.item(key).and_then(|item| item.integer(&range)).unwrap_or(default)
     }
 
-    /// A number, or `auto` for `None`.
+    /// Reads a whole number; `auto` or a missing key gives `None`.
     pub(super) fn auto_or_integer(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<usize> {
         let item = self.item(key)?;
         if item.value.as_str() == Some("auto") {
@@ -193,7 +193,7 @@ impl<'a> Section<'a> {
         number.and_then(|number| usize::try_from(number).ok())
     }
 
-    /// A number, or `off` for `None`, which is the default.
+    /// Reads a whole number; `off` or a missing key gives `None`.
     pub(super) fn off_or_integer(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
         let item = self.item(key)?;
         if item.is_off() {
@@ -207,7 +207,7 @@ impl<'a> Section<'a> {
         number
     }
 
-    /// A duration, or `off` for `None`.
+    /// Reads a duration; `off` gives `None`.
     pub(super) fn off_or_duration(
         &mut self,
         key: &'static str,
@@ -220,7 +220,7 @@ impl<'a> Section<'a> {
         }
         let is_duration = item.value.as_str().is_some_and(|text| humantime::parse_duration(text).is_ok());
         if !is_duration {
-            item.fault(format_args!("{} is neither off nor a duration like 30s", show(item.value)));
+            item.fault(format_args!("{} is neither off nor a duration: write it like 30s", show(item.value)));
             return default;
         }
         item.duration(&range).or(default)
@@ -239,7 +239,7 @@ impl<'a> Section<'a> {
         self.item(key).and_then(|item| item.duration(&range)).unwrap_or(default)
     }
 
-    /// One of a label's names.
+    /// Reads one of the names of the enum `L`.
     pub(super) fn choice<L: Label>(&mut self, key: &'static str, default: L) -> L {
         let Some(item) = self.item(key) else { return default };
         let names: Vec<_> = L::ALL.iter().map(|label| label.as_str()).collect();
@@ -255,20 +255,20 @@ impl<'a> Section<'a> {
         found.map_or(default, |index| L::ALL[index])
     }
 
-    /// Reports every key that was not asked for.
+    /// Adds a fault for every unknown key: a key that no call has read.
     pub(super) fn finish(self) {
         for key in self.map.into_iter().flat_map(Mapping::keys) {
             let name = key.as_str().map_or_else(|| show(key), str::to_owned);
             if !self.known.contains(&name.as_str()) {
                 let hint = hint(key, &self.known);
                 let known = self.known.join(", ");
-                self.faults.add(&join(&self.path, &name), format_args!("unknown key{hint}; known here: {known}"));
+                self.faults.add(&join(&self.path, &name), format_args!("unknown key{hint}; known keys: {known}"));
             }
         }
     }
 }
 
-/// `, did you mean "name"?` for a near miss.
+/// Returns `, did you mean "name"?` if the value is close to one of the names, else an empty text.
 pub(super) fn hint(value: &Value, names: &[&str]) -> String {
     let Some(text) = value.as_str() else { return String::new() };
     let near = names.iter().map(|name| (strsim::damerau_levenshtein(text, name), name)).min();
@@ -278,10 +278,10 @@ pub(super) fn hint(value: &Value, names: &[&str]) -> String {
     }
 }
 
-/// A value as the person who wrote it would know it again.
+/// Formats a value for a fault message, close to how the user wrote it.
 pub(super) fn show(value: &Value) -> String {
     match value {
-        Value::Null => "nothing".to_owned(),
+        Value::Null => "an empty value".to_owned(),
         Value::String(text) => format!("{text:?}"),
         Value::Number(number) => number.to_string(),
         Value::Bool(truth) => truth.to_string(),
@@ -295,7 +295,7 @@ fn join(path: &str, key: &str) -> String {
     if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
 }
 
-/// The `name` of a section.
+/// Reads and checks the required key `name` of a section.
 pub(super) fn name(section: &mut Section<'_>) -> String {
     let Some(item) = section.required("name", "a name") else { return String::new() };
     let name = item.text().unwrap_or_default();
@@ -303,15 +303,15 @@ pub(super) fn name(section: &mut Section<'_>) -> String {
     name
 }
 
-/// A name goes into labels of metrics, slots and names of containers.
+/// Checks the characters and the length of a name, because names become metric labels, slot ids and container names.
 pub(super) fn check_name(item: &Item<'_>, name: &str) {
     let fits = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
     if name.is_empty() || name.len() > 63 || !name.chars().all(fits) {
-        item.fault(format_args!("{name:?} is not a name: take up to 63 letters, digits, '-', '_' and '.'"));
+        item.fault(format_args!("{name:?} is not a valid name: use 1 to 63 letters, digits, '-', '_' and '.'"));
     }
 }
 
-/// From a number that was read within the range of its type.
+/// Converts a number to a smaller type. The caller has checked that the number fits.
 pub(super) fn narrow<T: TryFrom<u64> + Default>(number: u64) -> T {
     T::try_from(number).unwrap_or_default()
 }

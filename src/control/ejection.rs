@@ -1,7 +1,7 @@
-//! Passive ejection: a backend to which connects keep failing is taken out for a while, whatever its checks say.
+//! Passive ejection: Ringway ejects a backend for a while if connects to it keep failing, regardless of its checks.
 //!
-//! The data plane counts failures in a row and reports each time there are `after` of them. How long a backend is out
-//! grows with each ejection and shrinks with time: Envoy's outlier detection does the same.
+//! The data plane counts failures in a row and reports every `after` of them. The duration of an ejection grows with
+//! each ejection in a row and shrinks with time, as in Envoy's outlier detection.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,18 +13,19 @@ use super::Event;
 use crate::backend::{Backend, Failing, State};
 use crate::table::{Table, TableCell};
 
-/// When backends are ejected, and for how long.
+/// Settings of a pool's ejections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// The first ejection lasts this long, the second in a row twice as long, and so on.
+    /// Duration of the first ejection. The second in a row lasts twice as long, the third three times, and so on.
     pub base: Duration,
-    /// The longest ejection.
+    /// Longest duration of an ejection.
     pub max: Duration,
-    /// Most of a pool's backends that may be out, in percent; one may always be, where there is another.
+    /// At most this percentage of a pool's backends is ejected at once. In a pool of two or more, one may always be.
     pub max_share: u8,
 }
 
-/// Ejects and readmits backends of `table` until nobody reports any more. With no settings none is out.
+/// Ejects and readmits backends of `table` until all senders of reports are gone. Without settings no backend is
+/// ejected.
 pub async fn eject(
     table: TableCell,
     mut settings: watch::Receiver<Option<Settings>>,
@@ -54,13 +55,13 @@ pub async fn eject(
     }
 }
 
-/// What of a pool decides whether one more backend may be ejected.
+/// The facts about a pool that decide whether one more backend may be ejected.
 #[derive(Debug, Clone, Copy)]
 struct Pool {
-    /// Backends that get connections, or would if they were well.
+    /// Backends that get connections, or would if they were healthy.
     backends: usize,
     ejected: usize,
-    /// The reported one gets connections, and is the replica that failed.
+    /// The reported backend is healthy and still has the replica that failed.
     is_in: bool,
 }
 
@@ -75,7 +76,7 @@ impl Pool {
     }
 }
 
-/// Who is out, and who has been. Pure.
+/// Current and recent ejections. Pure.
 #[derive(Debug)]
 struct Ejections {
     settings: Option<Settings>,
@@ -87,7 +88,7 @@ struct Record {
     incarnation: u64,
     /// Ejections in a row.
     count: u32,
-    /// When the last one ends or has ended.
+    /// When the last ejection ends or ended.
     until: Instant,
     is_out: bool,
 }
@@ -97,13 +98,13 @@ impl Ejections {
         Self { settings, records: HashMap::new() }
     }
 
-    /// Connects to a backend have failed once more as often as it takes.
+    /// Handles a report that connects to a backend keep failing.
     fn report(&mut self, report: &Failing, pool: Pool, now: Instant) -> Vec<Event> {
         let Some(Settings { base, max, max_share }) = self.settings else { return Vec::new() };
-        // Forgotten once they are as good as new.
+        // Drop records whose ejections no longer count.
         self.records.retain(|_, record| record.is_out || record.left(base, now) > 0);
         let most = (pool.backends * usize::from(max_share) / 100).max(1).min(pool.backends.saturating_sub(1));
-        // Several reports of one failure may come before the table shows what the first has led to.
+        // Several reports of one failure may arrive before the table shows the ejection.
         let is_out = |record: &&Record| record.is_out && now < record.until;
         let known = self.records.get(&report.backend).filter(is_out);
         if !pool.is_in || known.is_some_and(|record| record.incarnation == report.incarnation) {
@@ -111,23 +112,23 @@ impl Ejections {
         }
         let ejected = pool.ejected.max(self.records.values().filter(is_out).count());
         if ejected >= most {
-            tracing::debug!(backend = %report.backend, ejected, most, "connects fail; no more may be ejected");
+            tracing::debug!(backend = %report.backend, ejected, most, "connects keep failing; ejection limit reached");
             return Vec::new();
         }
         let count = self.records.get(&report.backend).map_or(0, |record| record.left(base, now)) + 1;
         let lasts = base.saturating_mul(count).min(max);
-        tracing::warn!(backend = %report.backend, count, ?lasts, "connects keep failing: backend is ejected");
+        tracing::warn!(backend = %report.backend, count, ?lasts, "connects keep failing; backend ejected");
         let (incarnation, until) = (report.incarnation, now + lasts);
         self.records.insert(Arc::clone(&report.backend), Record { incarnation, count, until, is_out: true });
         vec![Event::Ejected { id: Arc::clone(&report.backend), incarnation }]
     }
 
-    /// When the next ejection is over.
+    /// When the next ejection ends.
     fn due(&self) -> Option<Instant> {
         self.records.values().filter(|record| record.is_out).map(|record| record.until).min()
     }
 
-    /// Readmits those whose time is over, and all of them once there are no settings any more.
+    /// Readmits backends whose ejection has ended, or all of them if ejection is switched off.
     fn over(&mut self, now: Instant) -> Vec<Event> {
         let is_off = self.settings.is_none();
         let over = self.records.iter_mut().filter(|(_, record)| record.is_out && (is_off || record.until <= now));
@@ -140,7 +141,7 @@ impl Ejections {
 }
 
 impl Record {
-    /// Ejections that still count: one less for each `base` since the last was over.
+    /// Ejections that still count: one less for each `base` of time since the last one ended.
     fn left(&self, base: Duration, now: Instant) -> u32 {
         let passed = now.saturating_duration_since(self.until).as_nanos() / base.as_nanos().max(1);
         self.count.saturating_sub(u32::try_from(passed).unwrap_or(u32::MAX))
@@ -164,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn each_ejection_in_a_row_lasts_longer_and_time_makes_up_for_them() {
+    fn each_ejection_in_a_row_lasts_longer_and_old_ones_stop_counting() {
         let (mut ejections, mut now) = (Ejections::new(Some(SETTINGS)), Instant::now());
         for lasts in [10, 20, 30, 35, 35] {
             assert_eq!(ejections.report(&failing("a"), pool(3, 0), now).len(), 1);
@@ -177,20 +178,20 @@ mod tests {
         }
         now += 30 * SECOND;
         ejections.report(&failing("a"), pool(3, 0), now);
-        assert_eq!(ejections.due().unwrap() - now, 30 * SECOND, "three of five made up for, and one more");
+        assert_eq!(ejections.due().unwrap() - now, 30 * SECOND, "three of five no longer count, and one is new");
         let before = now;
         now = ejections.due().unwrap();
         assert!(ejections.over(before).is_empty() && ejections.due().is_some());
         ejections.settings = None;
-        assert_eq!(ejections.over(before).len(), 1, "switched off, it holds nobody");
+        assert_eq!(ejections.over(before).len(), 1, "switching ejection off readmits all");
         ejections.settings = Some(SETTINGS);
         now += 600 * SECOND;
         ejections.report(&failing("b"), pool(3, 0), now);
-        assert_eq!(ejections.records.len(), 1, "one that has been well for long is forgotten");
+        assert_eq!(ejections.records.len(), 1, "the record of a backend without recent ejections is dropped");
     }
 
     #[test]
-    fn a_burst_of_reports_is_one_ejection_and_others_count_before_they_are_published() {
+    fn a_burst_of_reports_causes_one_ejection_and_unpublished_ejections_count() {
         let (mut ejections, now) = (Ejections::new(Some(SETTINGS)), Instant::now());
         assert_eq!(ejections.report(&failing("a"), pool(4, 0), now).len(), 1);
         for _ in 0..20 {
@@ -202,23 +203,23 @@ mod tests {
     }
 
     #[test]
-    fn never_more_than_a_share_of_the_pool_and_never_the_only_one() {
-        let may = |backends, ejected| {
+    fn at_most_max_share_is_ejected_and_never_the_only_backend() {
+        let may_eject = |backends, ejected| {
             !Ejections::new(Some(SETTINGS))
                 .report(&failing(&format!("{backends}-{ejected}")), pool(backends, ejected), Instant::now())
                 .is_empty()
         };
-        assert!(!may(1, 0));
-        assert!(may(2, 0) && !may(2, 1));
-        assert!(may(3, 0) && !may(3, 1));
-        assert!(may(10, 4) && !may(10, 5));
+        assert!(!may_eject(1, 0));
+        assert!(may_eject(2, 0) && !may_eject(2, 1));
+        assert!(may_eject(3, 0) && !may_eject(3, 1));
+        assert!(may_eject(10, 4) && !may_eject(10, 5));
         let mut ejections = Ejections::new(Some(SETTINGS));
         assert!(ejections.report(&failing("x"), Pool { is_in: false, ..pool(3, 0) }, Instant::now()).is_empty());
     }
 
-    /// Seeded, over hours: a backend that fails whenever it is in changes its state a bounded number of times.
+    /// Simulates an hour: a backend that always fails changes state a bounded number of times.
     #[test]
-    fn a_backend_that_always_fails_is_out_nearly_all_of_the_time() {
+    fn a_backend_that_always_fails_is_ejected_nearly_all_of_the_time() {
         let (mut ejections, begin) = (Ejections::new(Some(SETTINGS)), Instant::now());
         let (mut now, mut changes, mut out) = (begin, 0, Duration::ZERO);
         while now < begin + 3600 * SECOND {

@@ -1,19 +1,19 @@
-//! The control plane: decides which backends there are and in what state, and publishes that as the table.
+//! The control plane: decides which backends a pool has and what state each is in, and publishes the result as a table.
 //!
 //! # Layout
 //!
-//! - [`provider`]: where a pool's backends come from
-//! - [`docker`]: how provider and supervisor see a Docker engine
-//! - [`supervisor`]: keeps the wanted number of replicas alive
+//! - [`provider`]: lists a pool's backends
+//! - [`docker`]: how the provider and the supervisor see a Docker engine
+//! - [`supervisor`]: keeps the configured number of replicas running
 //! - [`health`]: checks backends
-//! - [`operator`]: what may be ordered at run time
-//! - [`ejection`]: takes backends out that fail connects
-//! - [`publisher`]: takes the events of them all; the only writer of the table
+//! - [`command`]: the commands that Ringway accepts at run time
+//! - [`ejection`]: ejects backends that fail connects
+//! - [`publisher`]: receives the events of all the others; the only writer of the table
 
+pub mod command;
 pub mod docker;
 pub mod ejection;
 pub mod health;
-pub mod operator;
 pub mod provider;
 pub mod publisher;
 pub mod supervisor;
@@ -24,104 +24,106 @@ use std::time::Duration;
 
 use crate::backend::{Exit, Replica};
 
-/// What the publisher of one pool is told: by providers, supervisor, health checks, and by the operator.
+/// One input to the publisher of a pool, from a provider, the supervisor, the health checks, ejection, or a command.
+///
+/// In every variant `id` is the backend's identity on the ring. `incarnation` numbers the replicas and addresses that
+/// the pool's backends have had; the publisher ignores an event about an earlier one.
 #[derive(Debug, Clone)]
 pub enum Event {
     /// The pool has this backend from now on.
     Joined {
-        /// Its identity on the ring.
+        /// Ring identity.
         id: Arc<str>,
         /// Multiple of the ring's virtual nodes.
         weight: u32,
     },
-    /// The backend listens, or will in a moment, at this address.
+    /// The backend listens at this address, or will in a moment.
     Started {
-        /// Which backend.
+        /// Ring identity.
         id: Arc<str>,
-        /// Where it listens.
+        /// Address that workers connect to.
         address: SocketAddr,
-        /// What listens there, where Ringway knows.
+        /// The process or container that listens there, if Ringway knows it.
         replica: Option<Replica>,
     },
     /// The backend's replica is gone.
     Stopped {
-        /// Which backend.
+        /// Ring identity.
         id: Arc<str>,
-        /// Its replicas keep dying, and the supervisor waits before the next try.
+        /// True if replicas keep dying and the supervisor waits before it tries again.
         crash_loop: bool,
-        /// How it ended, once that is known.
+        /// How the replica ended, once known.
         exit: Option<Arc<Exit>>,
     },
-    /// The pool does not have this backend any more.
+    /// The pool no longer has this backend.
     Left {
-        /// Which backend.
+        /// Ring identity.
         id: Arc<str>,
     },
-    /// What runs the replica has an opinion of its own: an engine with a health check in the image.
+    /// The container engine reported the result of the image's own health check.
     Reported {
-        /// Which backend.
+        /// Ring identity.
         id: Arc<str>,
-        /// False is enough to be unhealthy; true leaves it to the checks.
+        /// False makes the backend unhealthy; true leaves the decision to Ringway's own checks.
         healthy: bool,
     },
-    /// The pool's settings are these from now on.
+    /// The pool has these settings from now on.
     Configured(publisher::Settings),
-    /// Connects to the backend keep failing.
+    /// Connects to the backend keep failing, so it is ejected.
     Ejected {
-        /// Which backend.
+        /// Ring identity.
         id: Arc<str>,
-        /// The replica that failed; news of an earlier one is stale.
+        /// The replica that failed.
         incarnation: u64,
     },
-    /// It has been out for long enough.
+    /// The ejection is over.
     Readmitted {
-        /// Which backend.
+        /// Ring identity.
         id: Arc<str>,
         /// The replica that was ejected.
         incarnation: u64,
     },
-    /// The operator wants the backend to get no new connections.
+    /// A command drains the backend: it gets no new connections.
     Drained {
-        /// Which backend.
+        /// Ring identity.
         id: Arc<str>,
-        /// When connections that are still open are reset; `None`: never.
+        /// Time until Ringway resets the connections that are still open; `None`: never.
         within: Option<Duration>,
     },
-    /// Its replica gets no new connections and will be stopped; its successor may get some again.
+    /// The replica will be stopped and gets no new connections. Its successor may get connections again.
     Retiring {
-        /// Which backend.
+        /// Ring identity.
         id: Arc<str>,
-        /// When connections that are still open are reset.
+        /// Time until Ringway resets the connections that are still open.
         within: Duration,
     },
-    /// It may get connections again.
+    /// A command ends the drain: the backend may get connections again.
     Undrained {
-        /// Which backend.
+        /// Ring identity.
         id: Arc<str>,
     },
-    /// The pool does not have this backend any more once its connections have ended; those that are open after this
-    /// time are reset. Until then it may join again.
+    /// The backend leaves the pool once its connections have ended. It may join again until then.
     Leaving {
-        /// Which backend.
+        /// Ring identity.
         id: Arc<str>,
-        /// Zero: at once.
+        /// Time until Ringway resets the connections that are still open; zero: at once.
         within: Duration,
     },
-    /// A health check was done.
+    /// A health check finished.
     Checked {
-        /// Which backend.
+        /// Ring identity.
         id: Arc<str>,
-        /// The replica that was checked; news of an earlier one is stale.
+        /// The replica that was checked.
         incarnation: u64,
-        /// Healthy or not, once the checks have made up their mind.
+        /// The verdict of rise and fall; `None` while undecided.
         healthy: Option<bool>,
-        /// `ok`, or what was wrong.
+        /// `ok`, or a short reason for the failure.
         result: Arc<str>,
     },
 }
 
 impl Event {
-    /// The backend that it is about.
+    /// The backend that the event is about; `None` for an event about the whole pool.
     fn id(&self) -> Option<&Arc<str>> {
         match self {
             Self::Configured(_) => None,

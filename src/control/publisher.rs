@@ -1,9 +1,9 @@
-//! The only writer of a pool's table: takes events and the passing of time, publishes snapshots.
+//! The only writer of a pool's table: applies events and the passing of time, and publishes snapshots.
 //!
 //! - this file: the queue, the ring and the table
-//! - [`tracked`]: what one backend's state follows from
+//! - [`mod@backend_state`]: the state of one backend and the facts it follows from
 
-mod tracked;
+mod backend_state;
 
 #[cfg(test)]
 mod tests;
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use self::tracked::{Change, Tracked};
+use self::backend_state::{BackendState, Change};
 use super::Event;
 use crate::backend::{Eviction, State};
 use crate::label_enum;
@@ -22,31 +22,31 @@ use crate::labels::Label as _;
 use crate::ring::{Parameters, Ring};
 use crate::table::{Table, TableCell};
 
-/// Events that may wait; a sender waits when there are more.
+/// Capacity of the event queue. A sender waits while the queue is full.
 const QUEUE: usize = 256;
 
 label_enum! {
-    /// What happens to the connections of a backend that goes down.
+    /// What Ringway does with the connections of a backend that goes down.
     pub enum OnDown {
-        /// They go on as long as both sides do.
+        /// Keeps them open until one side closes.
         Keep => "keep",
-        /// They are reset, so that clients come back and get another backend.
+        /// Resets them, so that clients reconnect and get another backend.
         Reset => "reset",
     }
 }
 
-/// How a pool's table is made.
+/// Settings of a pool's table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// The shape of the ring.
+    /// Parameters of the ring.
     pub parameters: Parameters,
     /// Whether backends must pass a check before they count as healthy.
     pub is_checked: bool,
-    /// Percentage of healthy backends under which all are tried; 0: never.
+    /// Percentage of healthy backends below which Ringway tries all backends; 0: never.
     pub panic_below: u8,
-    /// What happens to the connections of a backend that goes down.
+    /// What Ringway does with the connections of a backend that goes down.
     pub on_down: OnDown,
-    /// Time in which a backend that comes back gets all of its keys again; zero: at once.
+    /// Time over which a recovered backend gets back all of its keys; zero: at once.
     pub slow_start: Duration,
 }
 
@@ -55,20 +55,20 @@ pub struct Settings {
 pub struct Publisher {
     pool: Arc<str>,
     settings: Settings,
-    /// By id, so that owner numbers do not depend on the order of events.
-    backends: BTreeMap<Arc<str>, Tracked>,
-    /// Backends that are to be drained when they come, or come back: a container may be made anew meanwhile.
+    /// Sorted by id: owner numbers do not depend on the order of events.
+    backends: BTreeMap<Arc<str>, BackendState>,
+    /// Absent backends that a command has drained. Kept because a container may be recreated meanwhile.
     drained: HashSet<Arc<str>>,
     ring: Arc<Ring>,
-    /// Of the last replica or address that any backend has had. One for all: a backend that leaves and comes back must
-    /// not be taken for the one before.
+    /// Number of the latest replica or address of any backend. Shared by all backends: a backend that leaves and joins
+    /// again must get a new number.
     incarnation: u64,
     generation: u64,
     cell: TableCell,
 }
 
 impl Publisher {
-    /// A publisher whose first table holds what `known` says.
+    /// A publisher whose first table reflects the events in `known`.
     pub fn new(pool: Arc<str>, settings: Settings, known: impl IntoIterator<Item = Event>, now: Instant) -> Self {
         let ring = Arc::new(Ring::build(settings.parameters, &[]));
         let cell = TableCell::new(Table::new(0, Arc::clone(&ring), Box::default(), settings.panic_below));
@@ -86,7 +86,7 @@ impl Publisher {
         publisher
     }
 
-    /// Where the tables are published.
+    /// The cell that this publisher writes its tables to.
     pub fn table(&self) -> TableCell {
         self.cell.clone()
     }
@@ -96,7 +96,7 @@ impl Publisher {
         mpsc::channel(QUEUE)
     }
 
-    /// Publishes until every sender is gone.
+    /// Applies events and publishes tables until every sender is gone.
     pub async fn run(mut self, mut events: mpsc::Receiver<Event>) {
         let mut batch = Vec::new();
         let mut wake = None;
@@ -112,8 +112,8 @@ impl Publisher {
         }
     }
 
-    /// Applies events that came together, and what is due by now, and publishes once if anything changed. Returns
-    /// when something is due next.
+    /// Applies a batch of events and everything that is due by now. Publishes once if anything changed. Returns when
+    /// something is due next.
     fn take(&mut self, events: impl IntoIterator<Item = Event>, now: Instant) -> Option<Instant> {
         let mut change = Change::Nothing;
         for event in events {
@@ -121,10 +121,10 @@ impl Publisher {
         }
         let mut wake: Option<Instant> = None;
         let mut gone = Vec::new();
-        for (id, tracked) in &mut self.backends {
-            change = change.max(tracked.pass(&self.settings, now));
-            match tracked.due(&self.settings, now) {
-                _ if tracked.is_gone(now) => gone.push(Arc::clone(id)),
+        for (id, backend_state) in &mut self.backends {
+            change = change.max(backend_state.pass(&self.settings, now));
+            match backend_state.due(&self.settings, now) {
+                _ if backend_state.is_gone(now) => gone.push(Arc::clone(id)),
                 Some(due) => wake = Some(wake.map_or(due, |wake| wake.min(due))),
                 None => {}
             }
@@ -142,18 +142,18 @@ impl Publisher {
     }
 
     fn rebuild(&mut self) {
-        let members: Vec<_> = self.backends.values().map(Tracked::member).collect();
+        let members: Vec<_> = self.backends.values().map(BackendState::member).collect();
         self.ring = Arc::new(Ring::build(self.settings.parameters, &members));
     }
 
     fn publish(&mut self) {
         let before = self.cell.load();
         self.generation += 1;
-        let backends = self.backends.values().map(|tracked| tracked.backend.clone()).collect();
+        let backends = self.backends.values().map(|backend_state| backend_state.backend.clone()).collect();
         let table = Table::new(self.generation, Arc::clone(&self.ring), backends, self.settings.panic_below);
         let (pool, healthy) = (&self.pool, table.healthy());
         match (before.is_panic(), table.is_panic()) {
-            (false, true) => tracing::error!(%pool, healthy, "too few backends are healthy: all are tried (panic)"),
+            (false, true) => tracing::error!(%pool, healthy, "too few backends are healthy; trying all (panic)"),
             (true, false) => tracing::info!(%pool, healthy, "enough backends are healthy again"),
             _ if before.any_healthy() && healthy == 0 => tracing::error!(%pool, "no backend is healthy"),
             _ => {}
@@ -161,18 +161,18 @@ impl Publisher {
         self.cell.publish(table);
     }
 
-    /// What of the published table the event changes.
+    /// Applies one event. Returns which part of the published table it changes.
     fn apply(&mut self, event: Event, now: Instant) -> Change {
         let (id, change) = match event {
             Event::Configured(settings) => return self.configure(settings),
             Event::Left { id } => return self.remove(&id),
             Event::Joined { id, weight } => {
                 let is_first = !self.any_healthy();
-                let tracked = self.backends.entry(Arc::clone(&id));
-                let tracked = tracked.or_insert_with(|| Tracked::new(Arc::clone(&id), is_first, now));
-                let change = tracked.joined(weight);
+                let backend_state = self.backends.entry(Arc::clone(&id));
+                let backend_state = backend_state.or_insert_with(|| BackendState::new(Arc::clone(&id), is_first, now));
+                let change = backend_state.joined(weight);
                 if self.drained.remove(&id) {
-                    tracked.apply(Event::Drained { id: Arc::clone(&id), within: None }, 0, now);
+                    backend_state.apply(Event::Drained { id: Arc::clone(&id), within: None }, 0, now);
                 }
                 (id, change)
             }
@@ -184,9 +184,9 @@ impl Publisher {
             event => {
                 let Some(id) = event.id().cloned() else { return Change::Nothing };
                 let next = self.incarnation + 1;
-                let change = self.backends.get_mut(&id).map(|tracked| {
-                    let change = tracked.apply(event, next, now);
-                    self.incarnation = self.incarnation.max(tracked.backend.incarnation);
+                let change = self.backends.get_mut(&id).map(|backend_state| {
+                    let change = backend_state.apply(event, next, now);
+                    self.incarnation = self.incarnation.max(backend_state.backend.incarnation);
                     change
                 });
                 (id, change.unwrap_or(Change::Nothing))
@@ -200,12 +200,12 @@ impl Publisher {
 
     fn configure(&mut self, settings: Settings) -> Change {
         let before = std::mem::replace(&mut self.settings, settings);
-        for tracked in self.backends.values_mut() {
-            // What serves goes on to serve until the new checks say otherwise.
-            if settings.is_checked && !before.is_checked && tracked.backend.state == State::Healthy {
-                tracked.trust();
+        for backend_state in self.backends.values_mut() {
+            // A backend that serves keeps serving until the new checks say otherwise.
+            if settings.is_checked && !before.is_checked && backend_state.backend.state == State::Healthy {
+                backend_state.trust();
             }
-            tracked.settle(&self.settings);
+            backend_state.settle(&self.settings);
         }
         match before {
             _ if before == settings => Change::Nothing,
@@ -215,36 +215,38 @@ impl Publisher {
     }
 
     fn remove(&mut self, id: &str) -> Change {
-        let Some(tracked) = self.backends.remove(id) else { return Change::Nothing };
-        if tracked.is_drain_ordered() {
-            self.drained.insert(Arc::clone(&tracked.backend.id));
+        let Some(backend_state) = self.backends.remove(id) else { return Change::Nothing };
+        if backend_state.is_drain_ordered() {
+            self.drained.insert(Arc::clone(&backend_state.backend.id));
         }
-        tracing::info!(pool = %self.pool, %id, was = tracked.backend.state.as_str(), "backend has left");
+        tracing::info!(pool = %self.pool, %id, was = backend_state.backend.state.as_str(), "backend left");
         Change::Ring
     }
 
-    /// Brings the backend's state up to date with what is known of it.
+    /// Updates the backend's state from the known facts.
     fn judge(&mut self, id: &str, now: Instant) {
-        let others_serve =
-            self.backends.iter().any(|(other, tracked)| **other != *id && tracked.backend.state == State::Healthy);
-        let Some(tracked) = self.backends.get_mut(id) else { return };
-        let (was, is) = (tracked.backend.state, tracked.state(&self.settings));
-        tracked.backend.well = tracked.well(&self.settings);
+        let others_serve = self
+            .backends
+            .iter()
+            .any(|(other, backend_state)| **other != *id && backend_state.backend.state == State::Healthy);
+        let Some(backend_state) = self.backends.get_mut(id) else { return };
+        let (was, is) = (backend_state.backend.state, backend_state.state(&self.settings));
+        backend_state.backend.well = backend_state.well(&self.settings);
         if was == is {
             return;
         }
-        tracked.tell(&self.pool, is);
-        tracked.backend.state = is;
+        backend_state.tell(&self.pool, is);
+        backend_state.backend.state = is;
         if is == State::Healthy {
-            tracked.begin(others_serve, &self.settings, now);
+            backend_state.begin(others_serve, &self.settings, now);
         }
         let is_down = matches!(is, State::Unhealthy | State::Ejected);
         if is_down && was == State::Healthy && self.settings.on_down == OnDown::Reset {
-            tracked.backend.live.evictions.order(Eviction::Down);
+            backend_state.backend.live.evictions.order(Eviction::Down);
         }
     }
 
     fn any_healthy(&self) -> bool {
-        self.backends.values().any(|tracked| tracked.backend.state == State::Healthy)
+        self.backends.values().any(|backend_state| backend_state.backend.state == State::Healthy)
     }
 }

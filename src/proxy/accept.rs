@@ -1,4 +1,4 @@
-//! Stage accept: a permit, then a connection; errors pause the loop and never end it.
+//! Stage accept: takes a permit, then a connection. An error pauses the loop but never ends it.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -16,60 +16,65 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::account::Account;
-use super::lane::Lane;
-use super::limit::{Limit, Permit};
+use super::context::WorkerListener;
+use super::limit::{ConnectionPermit, Limit};
 use super::session::session;
 use super::stats::AcceptError;
 use crate::labels::Label as _;
 
-/// Pause after an error that would come again at once. Short: room returns without a signal.
+/// Pause after an error that would repeat at once. It is short because no signal announces free resources.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Connections accepted before the worker's other tasks get their turn.
+/// Connections accepted before the worker's other tasks run.
 const ACCEPTS_PER_TURN: u32 = 16;
 
-/// Where a worker accepts for a listener.
+/// Accepts connections of one listener on one of its sockets.
 #[derive(Debug)]
-pub(super) struct Seat {
+pub(super) struct Acceptor {
     pub(super) socket: TcpListener,
-    /// How the next connection is served; a reload puts another one in its place.
-    pub(super) lane: RefCell<Rc<Lane>>,
+    /// How the next connection is served; a reload replaces it.
+    pub(super) listener: RefCell<Rc<WorkerListener>>,
 }
 
-impl Seat {
-    fn lane(&self) -> Rc<Lane> {
-        Rc::clone(&self.lane.borrow())
+impl Acceptor {
+    fn listener(&self) -> Rc<WorkerListener> {
+        Rc::clone(&self.listener.borrow())
     }
 }
 
-/// Accepts on one seat until `stop`, and then what the kernel has already queued.
-pub(super) async fn accept(seat: Rc<Seat>, process: Arc<Limit>, sessions: TaskTracker, stop: CancellationToken) {
-    let start = |(client, peer): (TcpStream, SocketAddr), permit: Permit, lane: Rc<Lane>| {
-        tokio::task::spawn_local(sessions.track_future(session(client, Account::open(lane, peer, permit))));
+/// Accepts on one socket until `stop`, then accepts the connections that the kernel has already queued.
+pub(super) async fn accept(
+    acceptor: Rc<Acceptor>,
+    process: Arc<Limit>,
+    sessions: TaskTracker,
+    stop: CancellationToken,
+) {
+    let start = |(client, peer): (TcpStream, SocketAddr), permit: ConnectionPermit, listener: Rc<WorkerListener>| {
+        tokio::task::spawn_local(sessions.track_future(session(client, Account::open(listener, peer, permit))));
     };
     let mut turn = 0;
     loop {
-        // The permit first: connections over a limit wait in the backlog, not in here.
-        let listener = Arc::clone(&seat.lane.borrow().serving.limit);
+        // The permit comes first: connections over a limit wait in the kernel's backlog, not in this process.
+        let listener_limit = Arc::clone(&acceptor.listener.borrow().serving.limit);
         let permit = tokio::select! {
             biased;
             () = stop.cancelled() => break,
-            permit = Permit::acquire(&listener, &process) => permit,
+            permit = ConnectionPermit::acquire(&listener_limit, &process) => permit,
         };
         let accepted = tokio::select! {
             biased;
             () = stop.cancelled() => break,
-            accepted = accept_or_wait(&seat.socket, permit) => accepted,
+            accepted = accept_or_wait(&acceptor.socket, permit) => accepted,
         };
         match accepted {
-            Some((Ok(accepted), permit)) => start(accepted, permit, seat.lane()),
+            Some((Ok(accepted), permit)) => start(accepted, permit, acceptor.listener()),
             Some((Err(error), permit)) => {
                 drop(permit);
                 let kind = classify(&error);
-                let lane = seat.lane();
-                lane.serving.stats.accept_errors.count(kind);
+                let listener = acceptor.listener();
+                listener.serving.stats.accept_errors.count(kind);
                 if kind != AcceptError::Aborted {
-                    tracing::debug!(listener = %lane.serving.name, kind = kind.as_str(), %error, "cannot accept");
+                    tracing::debug!(listener = %listener.serving.name, kind = kind.as_str(), %error, "cannot accept");
                     tokio::time::sleep(PAUSE).await;
                 }
             }
@@ -81,22 +86,22 @@ pub(super) async fn accept(seat: Rc<Seat>, process: Arc<Limit>, sessions: TaskTr
             tokio::task::yield_now().await;
         }
     }
-    // Closing the socket would reset the connections queued on it: they came before the end, serve them.
-    let lane = seat.lane();
-    // What finds no place stays queued: a successor may have the same socket.
-    while let Some(permit) = Permit::try_acquire(&lane.serving.limit, &process) {
-        let Some((stream, peer)) = queued(&seat.socket) else { break };
+    // Closing the socket would reset the connections queued on it. They arrived before the stop, so serve them.
+    let listener = acceptor.listener();
+    // Connections without a permit stay queued: a successor process may hold the same socket.
+    while let Some(permit) = ConnectionPermit::try_acquire(&listener.serving.limit, &process) {
+        let Some((stream, peer)) = queued(&acceptor.socket) else { break };
         if let Ok(stream) = TcpStream::from_std(stream) {
-            start((stream, peer), permit, Rc::clone(&lane));
+            start((stream, peer), permit, Rc::clone(&listener));
         }
     }
 }
 
-type Accepted = (io::Result<(TcpStream, SocketAddr)>, Permit);
+type Accepted = (io::Result<(TcpStream, SocketAddr)>, ConnectionPermit);
 
-/// Accepts with the permit, or gives it back and waits; `None` when there may be a connection now. A worker
-/// that waits for connections must not sit on a permit that another one's connections wait for.
-async fn accept_or_wait(listener: &TcpListener, permit: Permit) -> Option<Accepted> {
+/// Accepts with the permit, or releases it and waits; returns `None` when a connection may have arrived. A worker
+/// that waits for connections must not hold a permit that another worker's connections need.
+async fn accept_or_wait(listener: &TcpListener, permit: ConnectionPermit) -> Option<Accepted> {
     let mut permit = Some(permit);
     poll_fn(move |cx| {
         let Some(kept) = permit.take() else { return Poll::Ready(None) };
@@ -106,7 +111,7 @@ async fn accept_or_wait(listener: &TcpListener, permit: Permit) -> Option<Accept
     .await
 }
 
-/// A connection that is queued, if there is one.
+/// The next queued connection; `None` when the queue is empty.
 fn queued(listener: &TcpListener) -> Option<(std::net::TcpStream, SocketAddr)> {
     let (stream, peer) = SockRef::from(listener).accept().ok()?;
     stream.set_nonblocking(true).ok()?;

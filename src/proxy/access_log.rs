@@ -1,4 +1,4 @@
-//! A line per connection, through a writer that never makes a worker wait.
+//! The access log: one line per connection. Writing a line never blocks a worker.
 
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
@@ -13,19 +13,19 @@ use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuild
 use crate::label_enum;
 
 label_enum! {
-    /// How a line is written.
+    /// The format of a log line.
     pub enum Format {
         /// `key=value` pairs.
         Text => "text",
-        /// One JSON object a line.
+        /// One JSON object per line.
         Json => "json",
     }
 }
 
-/// Lines that wait for the writer; more are dropped and counted.
+/// Maximum lines in the writer's queue; further lines are dropped and counted.
 const QUEUED_LINES: usize = 16_384;
 
-/// The log. Clones share one writer.
+/// The access log. Clones share one writer.
 #[derive(Clone)]
 pub struct AccessLog {
     is_json: Arc<AtomicBool>,
@@ -36,7 +36,7 @@ pub struct AccessLog {
 
 type File = Box<dyn io::Write + Send>;
 
-/// Counts lines that did not get into the log.
+/// Counts lines that did not reach the log.
 #[derive(Debug, Clone)]
 pub struct LostLines {
     queue_full: ErrorCounter,
@@ -44,13 +44,13 @@ pub struct LostLines {
 }
 
 impl LostLines {
-    /// Because the writer was behind, or because the file did not take them.
+    /// Lines lost because the writer's queue was full or a write to the file failed.
     pub fn count(&self) -> u64 {
         self.queue_full.dropped_lines() as u64 + self.not_written.load(Ordering::Relaxed)
     }
 }
 
-/// The file, on the writer's own thread. A line that it does not take is counted, and told once.
+/// Writes to the file on the writer's own thread. Every failed line is counted; only the first is logged.
 struct Sink {
     file: Arc<Mutex<File>>,
     not_written: Arc<AtomicU64>,
@@ -61,14 +61,14 @@ impl io::Write for Sink {
         if let Err(error) = lock(&self.file).write_all(line) {
             let before = self.not_written.fetch_add(1, Ordering::Relaxed);
             if before == 0 {
-                tracing::error!(%error, "cannot write to the access log; lines are lost, and counted");
+                tracing::error!(%error, "cannot write to the access log; lost lines are counted");
             }
         }
         Ok(line.len())
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        // What a flush loses has been counted when it was written, or is beyond counting.
+        // A failed write has already been counted. Lines lost by a flush cannot be counted.
         let _ = lock(&self.file).flush();
         Ok(())
     }
@@ -81,8 +81,8 @@ impl std::fmt::Debug for AccessLog {
 }
 
 impl AccessLog {
-    /// Opens the log at `path` (`stdout`, `stderr` or a file, which is appended to). The guard writes what
-    /// is queued when it is dropped.
+    /// Opens the log at `path`: `stdout`, `stderr`, or a file, to which lines are appended. Dropping the guard writes
+    /// the queued lines.
     ///
     /// # Errors
     /// When the file cannot be opened for appending.
@@ -97,10 +97,10 @@ impl AccessLog {
         Ok((Self { is_json, file, writer, lost }, guard))
     }
 
-    /// Opens the log anew, for a log that was rotated or is to be written elsewhere. Nothing is lost meanwhile.
+    /// Reopens the log after a rotation or a change of its path or format. No line is lost.
     ///
     /// # Errors
-    /// When the file cannot be opened for appending; then the old one is written on.
+    /// When the file cannot be opened for appending. The log then continues in the old file.
     pub fn reopen(&self, path: &Path, format: Format) -> io::Result<()> {
         let file = open(path)?;
         *lock(&self.file) = file;
@@ -108,14 +108,14 @@ impl AccessLog {
         Ok(())
     }
 
-    /// Counts the lines that did not get into it.
+    /// The counter of lines that did not reach the log.
     pub fn lost(&self) -> LostLines {
         self.lost.clone()
     }
 
     pub(super) fn write(&self, line: &Line<'_>) {
         let text = if self.is_json.load(Ordering::Relaxed) { line.json() } else { line.text() };
-        // Never fails: what does not fit in the queue is dropped and counted.
+        // Never fails: a line that does not fit into the queue is dropped and counted.
         let _ = self.writer.clone().write_all(text.as_bytes());
     }
 }
@@ -132,7 +132,7 @@ fn lock(file: &Mutex<File>) -> MutexGuard<'_, File> {
     file.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What is known of a connection when it ends.
+/// The details of an ended connection.
 #[derive(Debug)]
 pub(super) struct Line<'a> {
     pub(super) listener: &'a str,
@@ -142,7 +142,7 @@ pub(super) struct Line<'a> {
     pub(super) outcome: &'static str,
     pub(super) from_client: u64,
     pub(super) to_client: u64,
-    /// From accept until the backend was connected.
+    /// Time from accept until the connection to the backend was established.
     pub(super) connect: Option<Duration>,
     pub(super) duration: Duration,
 }
@@ -193,12 +193,12 @@ impl Line<'_> {
             connect_seconds: self.connect.map(|time| time.as_secs_f64()),
             duration_seconds: self.duration.as_secs_f64(),
         });
-        // Strings, numbers and addresses always serialize; an empty line would show if they did not.
+        // Strings, numbers and addresses always serialize. If that failed, an empty line would show it.
         json.unwrap_or_default() + "\n"
     }
 }
 
-/// Wall time: for people who read the log, never for measuring.
+/// The wall-clock time, for people who read the log. It is never used to measure durations.
 fn now() -> String {
     humantime::format_rfc3339_millis(SystemTime::now()).to_string()
 }

@@ -1,4 +1,4 @@
-//! Stage account: a guard that counts a connection once when it opens and once when it ends.
+//! Stage account: a guard that counts each connection once when it opens and once when it ends.
 
 use std::cell::{Cell, RefCell};
 use std::net::SocketAddr;
@@ -8,18 +8,18 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::access_log::Line;
+use super::context::{KeepaliveState, Progress, Traffic, WorkerListener};
 use super::key::{Key, KeyKind};
-use super::lane::{Lane, Probes, Progress, Traffic};
-use super::limit::Permit;
-use super::stats::{End, Refusal};
-use crate::backend::{Backend, Place};
+use super::limit::ConnectionPermit;
+use super::stats::{EndReason, RefusalReason};
+use crate::backend::{Backend, BackendPermit};
 use crate::labels::Label as _;
 
-/// How a connection came out.
+/// The final result of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Outcome {
-    Ended(End),
-    Refused(Refusal),
+    Ended(EndReason),
+    Refused(RefusalReason),
 }
 
 impl Outcome {
@@ -31,31 +31,32 @@ impl Outcome {
     }
 }
 
-impl From<End> for Outcome {
-    fn from(end: End) -> Self {
+impl From<EndReason> for Outcome {
+    fn from(end: EndReason) -> Self {
         Self::Ended(end)
     }
 }
 
-impl From<Refusal> for Outcome {
-    fn from(refusal: Refusal) -> Self {
+impl From<RefusalReason> for Outcome {
+    fn from(refusal: RefusalReason) -> Self {
         Self::Refused(refusal)
     }
 }
 
-/// The guard. Dropping it closes the account, with [`End::Dropped`] where no outcome was set.
+/// The guard of one connection. Dropping it closes the account; without an outcome, the reason is
+/// [`EndReason::Dropped`].
 #[derive(Debug)]
 pub(super) struct Account {
-    pub(super) lane: Rc<Lane>,
+    pub(super) listener: Rc<WorkerListener>,
     pub(super) client: SocketAddr,
-    /// Its place under the limits, until it is handed over with the connection.
-    pub(super) permit: Option<Permit>,
+    /// The connection's permit, until it is handed over with the connection.
+    pub(super) permit: Option<ConnectionPermit>,
     opened: Instant,
     outcome: Outcome,
     served: Option<Served>,
 }
 
-/// What is known once a backend was found.
+/// Details known once the connection has a backend.
 #[derive(Debug)]
 struct Served {
     id: Arc<str>,
@@ -66,40 +67,40 @@ struct Served {
 }
 
 impl Account {
-    /// Counts a connection that was accepted.
-    pub(super) fn open(lane: Rc<Lane>, client: SocketAddr, permit: Permit) -> Self {
-        lane.serving.stats.accepted.fetch_add(1, Ordering::Relaxed);
-        lane.serving.stats.active.fetch_add(1, Ordering::Relaxed);
-        lane.worker.stats.connections.fetch_add(1, Ordering::Relaxed);
+    /// Counts an accepted connection.
+    pub(super) fn open(listener: Rc<WorkerListener>, client: SocketAddr, permit: ConnectionPermit) -> Self {
+        listener.serving.stats.accepted.fetch_add(1, Ordering::Relaxed);
+        listener.serving.stats.active.fetch_add(1, Ordering::Relaxed);
+        listener.worker.stats.connections.fetch_add(1, Ordering::Relaxed);
         Self {
-            lane,
+            listener,
             client,
             permit: Some(permit),
             opened: Instant::now(),
-            outcome: Outcome::Ended(End::Dropped),
+            outcome: Outcome::Ended(EndReason::Dropped),
             served: None,
         }
     }
 
-    /// Counts the connection for its backend, and shows it to the sweep.
-    pub(super) fn serve(&mut self, backend: &Backend, address: SocketAddr, place: Place) -> Rc<Progress> {
+    /// Counts the connection for its backend and registers it with the timeout task.
+    pub(super) fn serve(&mut self, backend: &Backend, address: SocketAddr, permit: BackendPermit) -> Rc<Progress> {
         backend.live.total.fetch_add(1, Ordering::Relaxed);
-        let now = self.lane.worker.clock.get();
+        let now = self.listener.worker.clock.get();
         let progress = Rc::new(Progress {
-            lane: Rc::clone(&self.lane),
-            place,
+            listener: Rc::clone(&self.listener),
+            permit,
             from_client: Traffic::default(),
             to_client: Traffic::default(),
             last_active: Cell::new(now),
-            expires: expiry(self.lane.serving.route.max_age, self.client, now),
+            expires: expiry(self.listener.serving.route.max_age, self.client, now),
             half_closed: Cell::new(false),
             blocked: Cell::new(false),
-            probes: Cell::new(Probes::NotYet),
+            keepalive: Cell::new(KeepaliveState::NotYet),
             inspect: Cell::new(false),
             verdict: Cell::new(None),
             waker: RefCell::new(None),
         });
-        let slot = self.lane.worker.open.borrow_mut().insert(Rc::clone(&progress));
+        let slot = self.listener.worker.open.borrow_mut().insert(Rc::clone(&progress));
         self.served = Some(Served {
             id: Arc::clone(&backend.id),
             address,
@@ -110,7 +111,7 @@ impl Account {
         progress
     }
 
-    /// Sets how the connection came out; the account closes.
+    /// Sets the outcome and closes the account.
     pub(super) fn close(mut self, outcome: Outcome) {
         self.outcome = outcome;
     }
@@ -118,16 +119,16 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        let lane = &self.lane;
+        let listener = &self.listener;
         let duration = self.opened.elapsed();
         if let Some(served) = &self.served {
-            lane.worker.open.borrow_mut().try_remove(served.slot);
+            listener.worker.open.borrow_mut().try_remove(served.slot);
             served.progress.report();
         }
-        if let Some(log) = &lane.serving.access_log {
+        if let Some(log) = &listener.serving.access_log {
             log.write(&Line {
-                listener: &lane.serving.name,
-                pool: &lane.serving.route.pool,
+                listener: &listener.serving.name,
+                pool: &listener.serving.route.pool,
                 client: self.client,
                 backend: self.served.as_ref().map(|served| (&*served.id, served.address)),
                 outcome: self.outcome.as_str(),
@@ -137,18 +138,18 @@ impl Drop for Account {
                 duration,
             });
         }
-        lane.serving.connection_seconds.record(duration.as_secs_f64());
+        listener.serving.connection_seconds.record(duration.as_secs_f64());
         match self.outcome {
-            Outcome::Ended(end) => lane.serving.stats.ended.count(end),
-            Outcome::Refused(refusal) => lane.serving.stats.refused.count(refusal),
+            Outcome::Ended(end) => listener.serving.stats.ended.count(end),
+            Outcome::Refused(refusal) => listener.serving.stats.refused.count(refusal),
         }
-        lane.worker.stats.connections.fetch_sub(1, Ordering::Relaxed);
-        lane.serving.stats.active.fetch_sub(1, Ordering::Relaxed);
+        listener.worker.stats.connections.fetch_sub(1, Ordering::Relaxed);
+        listener.serving.stats.active.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
-/// When a connection is too old: up to a tenth sooner than `max_age` from now, so that those that began together do not
-/// end together.
+/// The time at which a connection reaches its maximum age. It is up to a tenth sooner than `max_age` from now, so
+/// connections that started together do not all end together.
 fn expiry(max_age: Option<Duration>, client: SocketAddr, now: Duration) -> Option<Duration> {
     let max_age = max_age?;
     let jitter = u32::from(seahash::hash(Key::of(KeyKind::Source, client).as_bytes()).to_le_bytes()[0]);

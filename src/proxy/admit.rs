@@ -1,4 +1,4 @@
-//! Stage admit: looks at a connection's first bytes where the listener asks for it, consuming none.
+//! Stage admit: inspects a connection's first bytes if the listener requires it, and consumes none of them.
 
 use std::io;
 use std::time::Duration;
@@ -6,48 +6,48 @@ use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
-use super::limit::Permit;
+use super::limit::ConnectionPermit;
 use super::socket::end_cleanly;
-use super::stats::End;
+use super::stats::EndReason;
 use super::{Intercept, Intercepted};
 
-/// Longest wait for first bytes. A protocol in which the server speaks first is late by this much on a
-/// listener that looks; clients that speak first are never late.
+/// Maximum wait for the first bytes. It delays protocols in which the server speaks first, and only on listeners that
+/// inspect. Clients that speak first are never delayed.
 const FIRST_BYTES: Duration = Duration::from_millis(200);
 
-/// Pause before looking again while the bytes may still become what is looked for.
+/// Pause before the next look while the bytes seen so far may still become a match.
 const AGAIN: Duration = Duration::from_millis(5);
 
-/// Longest of all first bytes looked for.
+/// Length of the longest byte sequence that can be recognized.
 const LONGEST: usize = 64;
 
-/// Lets the connection go on to a backend, or hands it over, with its permit, where its first bytes say so.
+/// Lets the connection continue to a backend, or hands it and its permit over if its first bytes match.
 ///
 /// # Errors
-/// When it goes no further: it was handed over, or the client broke it off.
+/// When the connection does not continue: Ringway handed it over, or the client reset it.
 pub(super) async fn admit(
     client: TcpStream,
-    permit: &mut Option<Permit>,
+    permit: &mut Option<ConnectionPermit>,
     intercept: Option<&Intercept>,
-) -> Result<TcpStream, End> {
+) -> Result<TcpStream, EndReason> {
     let Some(intercept) = intercept else { return Ok(client) };
     let wanted = Instant::now() + FIRST_BYTES;
     match tokio::time::timeout_at(wanted, begins_with(&client, intercept.first_bytes)).await {
         Ok(Ok(true)) => {}
-        // Other bytes, or none in time.
+        // The bytes differ, or none arrived in time.
         Ok(Ok(false)) | Err(_) => return Ok(client),
-        // A socket tells of a reset once: the relay would take it for a clean end.
-        Ok(Err(_)) => return Err(End::ClientReset),
+        // A socket reports a reset only once. The relay would then read a clean end of stream.
+        Ok(Err(_)) => return Err(EndReason::ClientReset),
     }
-    let Ok(place) = intercept.taker.try_reserve() else { return Ok(client) };
+    let Ok(slot) = intercept.taker.try_reserve() else { return Ok(client) };
     end_cleanly(&client);
     if let (Ok(stream), Some(permit)) = (client.into_std(), permit.take()) {
-        place.send(Intercepted { stream, permit });
+        slot.send(Intercepted { stream, permit });
     }
-    Err(End::Answered)
+    Err(EndReason::Answered)
 }
 
-/// Whether the first bytes are one of `wanted`; waits as long as they may still become it.
+/// Whether the first bytes match one of `wanted`; waits while a match is still possible.
 async fn begins_with(client: &TcpStream, wanted: &[&[u8]]) -> io::Result<bool> {
     let mut first = [0; LONGEST];
     loop {
@@ -59,7 +59,7 @@ async fn begins_with(client: &TcpStream, wanted: &[&[u8]]) -> io::Result<bool> {
         if seen.is_empty() || !wanted.iter().any(|wanted| wanted.starts_with(seen)) {
             return Ok(false);
         }
-        // What was seen stays readable, so readiness tells nothing of new bytes.
+        // Peeked bytes stay readable, so readiness says nothing about new bytes.
         tokio::time::sleep(AGAIN).await;
     }
 }

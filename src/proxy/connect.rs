@@ -1,5 +1,5 @@
-//! Stage connect: to the first backend of the walk that answers. No client byte has been read by then, so a
-//! connect that fails loses none.
+//! Stage connect: connects to the first backend of the walk that answers. No client byte has been read yet, so a
+//! failed connect loses no data.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,46 +13,46 @@ use tokio::net::{TcpSocket, TcpStream};
 
 use super::Route;
 use super::socket::TcpOptions;
-use super::stats::Refusal;
-use crate::backend::{Backend, ConnectFailure, Failing, Place};
+use super::stats::RefusalReason;
+use crate::backend::{Backend, BackendPermit, ConnectFailure, Failing};
 use crate::labels::Label as _;
 
-/// Pause before another try for a descriptor, and how many there are: a second in all.
+/// Pause between attempts to get a descriptor, and the number of attempts: one second in total.
 const PAUSE: Duration = Duration::from_millis(20);
 const TRIES: u32 = 50;
 
-/// A backend that answered.
+/// An established connection to a backend.
 #[derive(Debug)]
 pub struct Connected<'a> {
-    /// Which one.
+    /// The backend that answered.
     pub backend: &'a Backend,
-    /// Where it answered.
+    /// The address that answered.
     pub address: SocketAddr,
-    /// The connection's place there.
-    pub place: Place,
-    /// The connection.
+    /// The connection's permit for this backend.
+    pub permit: BackendPermit,
+    /// The socket to the backend.
     pub stream: TcpStream,
 }
 
-/// Tries the candidates in their order, at most `connect_attempts` of them. Counts each try for its backend. One that is
-/// full is walked past, which is no try.
+/// Tries the candidates in order and makes at most `connect_attempts` attempts. Counts each attempt for its backend. A
+/// full backend is skipped and does not count as an attempt.
 ///
 /// # Errors
-/// When none answers.
+/// When no backend answers.
 pub async fn connect<'a>(
     candidates: impl Iterator<Item = (&'a Backend, SocketAddr)>,
     route: &Route,
     tcp: &TcpOptions,
-) -> Result<Connected<'a>, Refusal> {
-    let mut refusal = Refusal::NoBackend;
+) -> Result<Connected<'a>, RefusalReason> {
+    let mut refusal = RefusalReason::NoBackend;
     let mut left = route.connect_attempts;
     for (backend, address) in candidates {
         if left == 0 {
             break;
         }
-        let Some(place) = Place::take(&backend.live, route.most_per_backend) else {
+        let Some(permit) = BackendPermit::take(&backend.live, route.most_per_backend) else {
             route.stats.walked_past_full.fetch_add(1, Ordering::Relaxed);
-            refusal = if refusal == Refusal::NoBackend { Refusal::BackendsFull } else { refusal };
+            refusal = if refusal == RefusalReason::NoBackend { RefusalReason::BackendsFull } else { refusal };
             continue;
         };
         left -= 1;
@@ -61,11 +61,11 @@ pub async fn connect<'a>(
         let failure = match attempt(address, route.connect_timeout, tcp).await {
             Ok(stream) => {
                 route.connect_seconds.record(began.elapsed().as_secs_f64());
-                // Written only where it changes: the line is shared by all workers.
+                // Store only on a change: all workers share this cache line.
                 if backend.live.failed_in_a_row.load(Ordering::Relaxed) > 0 {
                     backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
                 }
-                return Ok(Connected { backend, address, place, stream });
+                return Ok(Connected { backend, address, permit, stream });
             }
             Err(error) => {
                 let failure = ConnectFailure::of(&error);
@@ -78,15 +78,15 @@ pub async fn connect<'a>(
             report(backend, route);
         }
         if failure == ConnectFailure::NoDescriptors {
-            // No other backend would be any better.
-            return Err(Refusal::NoDescriptors);
+            // The process is out of descriptors, so another backend would fail too.
+            return Err(RefusalReason::NoDescriptors);
         }
-        refusal = Refusal::ConnectFailed;
+        refusal = RefusalReason::ConnectFailed;
     }
     Err(refusal)
 }
 
-/// Tells of every so many failures in a row.
+/// Reports the backend after every `reports.after` consecutive failures.
 fn report(backend: &Backend, route: &Route) {
     let in_a_row = backend.live.failed_in_a_row.fetch_add(1, Ordering::Relaxed).wrapping_add(1);
     if let Some(reports) = route.failing.as_ref().filter(|reports| in_a_row.is_multiple_of(reports.after)) {
@@ -100,15 +100,15 @@ async fn attempt(address: SocketAddr, timeout: Duration, tcp: &TcpOptions) -> io
     tcp.apply_first(&SockRef::from(&socket))?;
     let connect = tokio::time::timeout(timeout, socket.connect(address));
     let stream = connect.await.map_err(|_elapsed| io::Error::from(Errno::TIMEDOUT))??;
-    // A local port on which nobody listens may be picked as our own source port; then TCP connects the
-    // socket to itself, and the relay would echo the client.
+    // If no socket listens on a local `address`, the kernel may pick its port as the source port. TCP then connects the
+    // socket to itself, and the relay would echo the client's bytes.
     if stream.local_addr()? == address {
         return Err(io::ErrorKind::ConnectionRefused.into());
     }
     Ok(stream)
 }
 
-/// A socket, as soon as there is a descriptor for it: a client is better served late than reset.
+/// Opens a socket and waits for a free descriptor if needed: a delay is better for the client than a reset.
 async fn socket(address: SocketAddr) -> io::Result<TcpSocket> {
     for _ in 1..TRIES {
         match new_socket(address) {

@@ -1,9 +1,9 @@
 //! One half of a relay: moves bytes from a source to a sink until the source ends.
 //!
-//! Two paths. Copy: the worker's scratch buffer, so that a connection holds no buffer; only what a short
-//! write leaves over is kept. Splice: through a pooled pipe, without the bytes leaving the kernel; worth it
-//! only for a stream of large reads, so a direction switches by what it sees. All state is in the struct:
-//! a poll may stop anywhere and nothing is lost.
+//! There are two paths. The copy path uses the worker's scratch buffer, so a connection holds no buffer of its own. It
+//! keeps only the rest of a short write. The splice path uses a pooled pipe, and the bytes never leave the kernel.
+//! Splicing pays off only for streams of large reads, so each direction picks its path by the reads that it sees. All
+//! state is in the struct, so a poll can stop at any point without losing bytes.
 
 use std::io;
 use std::pin::Pin;
@@ -14,28 +14,28 @@ use rustix::io::Errno;
 use tokio::io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-use super::lane::Traffic;
-use super::lane::Worker;
+use super::context::Traffic;
+use super::context::Worker;
 use super::pipe::Pipe;
 
-/// Large reads in a row after which a direction splices.
+/// Consecutive large reads after which a direction starts splicing.
 const LARGE_READS: u8 = 4;
 
-/// Splices in a row of less than half of a large read after which a direction copies again.
+/// Consecutive splices below half of a large read after which a direction copies again.
 const SMALL_READS: u8 = 4;
 
-/// Bytes that one direction moves before the worker's other tasks get their turn.
+/// Bytes that one direction moves before the worker's other tasks run.
 const TURN: usize = 1024 * 1024;
 
 /// The state of one direction.
 #[derive(Debug, Default)]
 pub(super) struct Direction {
     path: Path,
-    /// Reads in a row that speak for the other path.
+    /// Consecutive reads that favor the other path.
     run: u8,
     held: Held,
     ended: bool,
-    /// The source is broken: its end of stream must not look like a clean one.
+    /// The source has broken: the sink must not see a clean end of stream.
     pub(super) last_words: bool,
 }
 
@@ -48,7 +48,7 @@ enum Path {
     OnlyCopy,
 }
 
-/// Bytes that were read and not yet written.
+/// Bytes that have been read but not yet written.
 #[derive(Debug, Default)]
 enum Held {
     #[default]
@@ -57,7 +57,7 @@ enum Held {
     Piped(Pipe),
 }
 
-/// Which of the two sockets failed, and how.
+/// The socket that failed, and its error.
 #[derive(Debug)]
 pub(super) enum Broken {
     Source(io::Error),
@@ -65,7 +65,7 @@ pub(super) enum Broken {
 }
 
 impl Direction {
-    /// Whether the source has ended and the sink was told.
+    /// Whether the source has ended and the end was passed on to the sink.
     pub(super) fn has_ended(&self) -> bool {
         self.ended
     }
@@ -75,9 +75,9 @@ impl Direction {
         !matches!(self.held, Held::Nothing)
     }
 
-    /// Moves bytes until nothing can move, a turn's worth has moved, or the source has ended and everything
-    /// before its end is written. Then the sink's stream is ended, but by the last of the two directions, behind which
-    /// both sockets are closed.
+    /// Moves bytes until no more can move, one turn's bytes have moved, or the source has ended and all its bytes are
+    /// written. Then it shuts down the sink's stream. The last of the two directions skips the shutdown, because both
+    /// sockets are closed right after it.
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
@@ -120,16 +120,17 @@ impl Direction {
         }
     }
 
-    /// Gives back what it holds of the worker's. Bytes in it are lost, so only when the relay is over.
+    /// Returns the held buffer or pipe to the worker's pools. Bytes in it are lost, so call it only after a flush or
+    /// when the relay is over.
     pub(super) fn release(&mut self, worker: &Worker) {
         match std::mem::take(&mut self.held) {
             Held::Nothing => {}
-            Held::Bytes(bytes) => worker.remainders.borrow_mut().give(bytes),
+            Held::Bytes(bytes) => worker.write_backlog.borrow_mut().give(bytes),
             Held::Piped(pipe) => worker.pipes.borrow_mut().give(pipe),
         }
     }
 
-    /// Writes what is held.
+    /// Writes the held bytes to the sink.
     fn flush(
         &mut self,
         cx: &mut Context<'_>,
@@ -157,12 +158,12 @@ impl Direction {
                 }
             }
         }
-        // A pipe is given back as soon as it is empty: directions that wait hold none.
+        // Return the pipe as soon as it is empty, so waiting directions hold no pipe.
         self.release(worker);
         Poll::Ready(Ok(()))
     }
 
-    /// One read into the scratch buffer, written at once; what the sink does not take is held.
+    /// Reads once into the scratch buffer and writes at once; holds the bytes that the sink does not accept.
     fn copy(
         &mut self,
         cx: &mut Context<'_>,
@@ -173,8 +174,8 @@ impl Direction {
     ) -> Poll<Result<Read, Broken>> {
         let mut scratch = worker.scratch.borrow_mut();
         let mut buffer = ReadBuf::new(&mut scratch);
-        // Unlike a bare `try_io`, this clears readiness after a short read and so saves the read that would
-        // only say EAGAIN.
+        // Unlike a bare `try_io`, this clears readiness after a short read. That saves a second read that would only
+        // return EAGAIN.
         ready!(Pin::new(source).poll_read(cx, &mut buffer)).map_err(Broken::Source)?;
         let bytes = buffer.filled();
         if bytes.is_empty() {
@@ -187,7 +188,7 @@ impl Direction {
         };
         traffic.copied.set(traffic.copied.get() + written as u64);
         if written < bytes.len() {
-            self.held = Held::Bytes(worker.remainders.borrow_mut().take(&bytes[written..]));
+            self.held = Held::Bytes(worker.write_backlog.borrow_mut().take(&bytes[written..]));
         }
         if let (Path::Copy, Some(large)) = (self.path, worker.splice_from)
             && self.counts(bytes.len() >= large, LARGE_READS)
@@ -197,16 +198,16 @@ impl Direction {
         Poll::Ready(Ok(Read::Bytes(bytes.len())))
     }
 
-    /// One splice into a pipe, which is held until it is drained.
+    /// Splices once into a pipe, which is held until it is drained.
     fn splice(&mut self, cx: &mut Context<'_>, source: &TcpStream, worker: &Worker) -> Poll<io::Result<Read>> {
         ready!(source.poll_read_ready(cx))?;
         let Some(mut pipe) = worker.pipes.borrow_mut().take() else {
             self.path = Path::Copy;
             return Poll::Ready(Ok(Read::Nothing));
         };
-        // The pipe is empty, so EAGAIN is the socket's.
+        // The pipe is empty, so EAGAIN means that the socket is empty.
         let filled = source.try_io(Interest::READABLE, || match pipe.fill(source) {
-            // The readiness stays set: the plain read that follows clears it where the socket is really empty.
+            // The readiness stays set. If the socket is really empty, the plain read that follows clears it.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
             other => other,
         });
@@ -216,8 +217,8 @@ impl Direction {
             worker.pipes.borrow_mut().give(pipe);
         }
         Poll::Ready(match filled {
-            // An empty socket, the stream's end, or urgent data, at which splice stops as at either: only a
-            // plain read can tell.
+            // The socket is empty, the stream has ended, or urgent data stopped the splice. Only a plain read can
+            // distinguish these cases.
             Ok(0) => Ok(Read::Unsure),
             Ok(moved) => {
                 if self.counts(moved < worker.splice_from.unwrap_or(0) / 2, SMALL_READS) {
@@ -234,9 +235,9 @@ impl Direction {
         })
     }
 
-    /// Whether reads that speak for the other path have come `enough` times in a row.
-    fn counts(&mut self, speaks_for: bool, enough: u8) -> bool {
-        self.run = if speaks_for { self.run + 1 } else { 0 };
+    /// Whether `enough` consecutive reads have favored the other path.
+    fn counts(&mut self, favors_other: bool, enough: u8) -> bool {
+        self.run = if favors_other { self.run + 1 } else { 0 };
         let switches = self.run >= enough;
         if switches {
             self.run = 0;
@@ -245,12 +246,12 @@ impl Direction {
     }
 }
 
-/// What a read brought.
+/// The result of one read.
 enum Read {
     Bytes(usize),
-    /// Nothing yet; look again, which registers for more.
+    /// No bytes yet; the next read registers for readiness.
     Nothing,
-    /// Splice alone cannot tell; read plainly.
+    /// The splice result is ambiguous; a plain read must decide.
     Unsure,
     End,
 }

@@ -1,20 +1,20 @@
-//! Stage key: the bytes of a connection that are hashed.
+//! Stage key: selects the bytes of a connection that are hashed.
 
 use std::net::{IpAddr, SocketAddr};
 
 use crate::label_enum;
 
 label_enum! {
-    /// What of a connection is hashed.
+    /// The part of a connection that is hashed.
     pub enum KeyKind {
-        /// Address and port of the client: each connection for itself, evenly spread.
+        /// The client's address and port: each connection is balanced independently, so load spreads evenly.
         Source => "source",
-        /// Address of the client: all connections of a host go to one backend.
+        /// The client's address: all connections of a client go to the same backend.
         SourceIp => "source_ip",
     }
 }
 
-/// A key: 4 or 16 bytes of address in network order, then, for [`KeyKind::Source`], 2 of port.
+/// A key: 4 or 16 bytes of address in network order; [`KeyKind::Source`] appends 2 bytes of port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Key {
     bytes: [u8; 18],
@@ -22,7 +22,7 @@ pub struct Key {
 }
 
 impl Key {
-    /// The key of a client. An IPv4 address that came in by an IPv6 socket is the same as without.
+    /// The key of a client. An IPv4-mapped IPv6 address gives the same key as the IPv4 address.
     pub fn of(kind: KeyKind, client: SocketAddr) -> Self {
         let mut key = Self { bytes: [0; 18], length: 0 };
         match client.ip().to_canonical() {
@@ -35,7 +35,7 @@ impl Key {
         key
     }
 
-    /// What is hashed.
+    /// The bytes to hash.
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes[..usize::from(self.length)]
     }
@@ -65,7 +65,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapped_address_is_the_same_client() {
+    fn an_ipv4_mapped_address_gives_the_same_key() {
         assert_eq!(key(KeyKind::Source, "[::ffff:10.1.2.3]:258"), key(KeyKind::Source, "10.1.2.3:258"));
     }
 }

@@ -1,19 +1,19 @@
-//! The data plane: the way of a connection from accept to its closing account.
+//! The data plane: handles a connection from accept to its final accounting.
 //!
-//! It knows tables, sockets and counters, and nothing of providers, HTTP or YAML. One thread per worker,
-//! each with its own runtime and its own listening sockets; workers share nothing per message.
+//! The data plane knows tables, sockets and counters. It knows nothing about providers, HTTP or YAML. Each worker is
+//! one thread with its own runtime and its own listening sockets. Workers share no state on the per-message path.
 //!
 //! # Layout
 //!
-//! - [`mod@session`]: the corridor, one line a stage
-//! - [`accept`], [`admit`], [`key`], [`connect`], [`relay`], [`account`]: the stages (pick is
+//! - [`mod@session`]: the path of one connection, one line per stage
+//! - [`accept`], [`admit`], [`key`], [`connect`], [`relay`], [`account`]: the stages (the pick stage is
 //!   [`Table::candidates`](crate::table::Table::candidates))
-//! - [`direction`], [`pipe`], [`remainders`]: one half of a relay, and what its two paths need
-//! - [`worker`], [`sweep`]: a worker's thread, and its coarse clock for timeouts
-//! - [`lane`], [`stats`]: what a worker's connections share, and what all workers do
-//! - [`limit`], [`sources`]: how many connections there may be, in all and of one source
+//! - [`direction`], [`pipe`], [`write_backlog`]: one half of a relay, and the pipes and buffers that it uses
+//! - [`worker`], [`timeouts`]: a worker's thread, and its timeout task with a coarse clock
+//! - [`context`], [`stats`]: state shared by the connections of one worker, and counters shared by all workers
+//! - [`limit`], [`source_limits`]: connection limits of the process and its listeners, and of single source addresses
 //! - [`socket`]: listening sockets and TCP options
-//! - [`access_log`]: a line per connection
+//! - [`access_log`]: one log line per connection
 
 pub mod access_log;
 pub mod key;
@@ -24,16 +24,16 @@ mod accept;
 mod account;
 mod admit;
 mod connect;
+mod context;
 mod direction;
-mod lane;
 mod limit;
 mod pipe;
 mod relay;
-mod remainders;
 mod session;
-mod sources;
-mod sweep;
+mod source_limits;
+mod timeouts;
 mod worker;
+mod write_backlog;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
@@ -48,92 +48,93 @@ use tokio_util::sync::CancellationToken;
 use self::access_log::AccessLog;
 pub use self::connect::{Connected, connect};
 use self::key::KeyKind;
-pub use self::limit::{Limit, Permit};
+pub use self::limit::{ConnectionPermit, Limit};
 use self::socket::TcpOptions;
-pub use self::sources::{SourceLimits, Sources};
+pub use self::source_limits::{SourceLimits, Sources};
 use self::stats::{ListenerStats, PoolStats, WorkerStats};
-use self::worker::{Command, Setup};
+use self::worker::{Setup, WorkerCommand};
 use crate::backend::{Backend, Failing};
 use crate::table::{Table, TableCell};
 
-/// What all workers are run with.
+/// Settings of the data plane, shared by all workers.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {
-    /// Threads, each with one runtime and one socket per listener; at least 1.
+    /// Number of worker threads; at least 1. Each has one runtime and one socket per listener.
     pub workers: usize,
-    /// Connections open at a time in the whole process; the rest waits in the backlog.
+    /// Maximum open connections in the whole process; further connections wait in the kernel's backlog.
     pub max_connections: usize,
-    /// Pipes of the splice path in the whole process; 0 turns splicing off.
+    /// Maximum pipes for splicing in the whole process; 0 turns splicing off.
     pub max_pipes: usize,
-    /// Bytes of a worker's buffer, which is the most that one read moves.
+    /// Size of a worker's buffer in bytes; one read moves at most this much.
     pub buffer: usize,
-    /// Bytes of a read that speaks for splicing.
+    /// Reads of at least this many bytes count as large; a series of large reads starts splicing.
     pub splice_from: usize,
 }
 
-/// Names a listener for as long as it is open.
+/// Identifies a listener while it is open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ListenerId(u64);
 
-/// How the connections of a listener are served. It may change while the listener is open; a connection goes on as it
-/// began.
+/// How Ringway serves a listener's connections. It can change while the listener is open; open connections keep the
+/// settings that they started with.
 #[derive(Debug, Clone)]
 pub struct Serving {
     /// The listener's name in the config.
     pub name: Arc<str>,
-    /// Where its connections go.
+    /// The route to the listener's pool.
     pub route: Route,
-    /// Counters.
+    /// The listener's counters.
     pub stats: Arc<ListenerStats>,
-    /// Its connections open at a time; the rest waits in the backlog.
+    /// Limits the listener's open connections; further connections wait in the kernel's backlog.
     pub limit: Arc<Limit>,
-    /// What one source address may do, if that is limited.
+    /// Limits per source address; `None`: unlimited.
     pub sources: Option<Arc<Sources>>,
-    /// Connections that are answered by someone else, told by their first bytes.
+    /// Recognizes connections by their first bytes and hands them to another task; `None`: every connection goes to a
+    /// backend.
     pub intercept: Option<Intercept>,
-    /// Options of sockets towards backends and of listening sockets, which clients' inherit.
+    /// TCP options of backend sockets and of listening sockets; client sockets inherit the latter.
     pub tcp: TcpOptions,
-    /// Connections that the kernel queues.
+    /// Length of the kernel's queue of connections that wait for accept.
     pub backlog: u16,
-    /// Where a line per connection goes, if anywhere.
+    /// The access log; `None`: no line is written.
     pub access_log: Option<AccessLog>,
-    /// Takes the duration of each connection, in seconds.
+    /// Histogram of connection durations, in seconds.
     pub connection_seconds: Histogram,
 }
 
-/// How connections of a listener are balanced over a pool.
+/// How a listener's connections are balanced over a pool.
 #[derive(Debug, Clone)]
 pub struct Route {
     /// The pool's name.
     pub pool: Arc<str>,
-    /// What of a connection is hashed.
+    /// The part of a connection that is hashed.
     pub key: KeyKind,
     /// The pool's table.
     pub table: TableCell,
-    /// Connections that one backend may have; the walk goes on past one that has them.
+    /// Maximum connections per backend; a backend that has reached it is skipped.
     pub most_per_backend: u64,
-    /// Longest time for one connect.
+    /// Timeout of one connect attempt.
     pub connect_timeout: Duration,
-    /// Backends tried for one connection; at least 1.
+    /// Maximum backends tried per connection; at least 1.
     pub connect_attempts: usize,
-    /// A connection on which nothing moves for this long is reset.
+    /// A connection with no traffic for this long is reset.
     pub idle: Duration,
-    /// The same once one side has ended its stream.
+    /// The idle timeout once one side has ended its stream.
     pub half_closed: Duration,
-    /// A connection as old as this is reset, up to a tenth sooner; `None`: never.
+    /// A connection is reset at this age, or up to a tenth sooner; `None`: never.
     pub max_age: Option<Duration>,
-    /// How long open connections may go on after the data plane was told to stop.
+    /// How long open connections may continue after the data plane was told to stop.
     pub drain: Duration,
-    /// Takes the time of each successful connect, in seconds.
+    /// Histogram of successful connect times, in seconds.
     pub connect_seconds: Histogram,
-    /// Who hears of backends to which connects keep failing, if anybody does.
+    /// Reports backends whose connects keep failing; `None`: no reports.
     pub failing: Option<Reports>,
-    /// Counters of the pool.
+    /// The pool's counters.
     pub stats: Arc<PoolStats>,
 }
 
 impl Route {
-    /// Stage pick: the backends to try for `key`, in their order.
+    /// Stage pick: returns the backends to try for `key`, in order.
     pub fn pick<'t>(
         &self,
         table: &'t Table,
@@ -146,31 +147,31 @@ impl Route {
     }
 }
 
-/// How backends are reported to which connects keep failing.
+/// How Ringway reports backends whose connects keep failing.
 #[derive(Debug, Clone)]
 pub struct Reports {
-    /// Failures in a row that make a report, and each time as many more; at least 1.
+    /// Consecutive failures per report; at least 1. Every further series of this length makes another report.
     pub after: u32,
-    /// Where it goes. While nobody takes it, it is lost: the next failures make another.
+    /// Receives the reports. A full channel drops a report; later failures make another.
     pub to: mpsc::Sender<Failing>,
 }
 
-/// Takes over connections by their first bytes, which stay unread.
+/// Takes over connections by their first bytes, which stay in the socket.
 #[derive(Debug, Clone)]
 pub struct Intercept {
-    /// Any of these at the beginning of a connection.
+    /// Byte sequences to recognize at the start of a connection.
     pub first_bytes: &'static [&'static [u8]],
-    /// Who answers. When it cannot take one more, the connection goes to a backend.
+    /// Receives the connections. When the channel is full, the connection goes to a backend.
     pub taker: mpsc::Sender<Intercepted>,
 }
 
 /// A connection handed over by [`Intercept`].
 #[derive(Debug)]
 pub struct Intercepted {
-    /// In non-blocking mode, nothing read.
+    /// The client's socket in non-blocking mode, with no bytes read.
     pub stream: std::net::TcpStream,
-    /// Its place under `max_connections`, to be kept as long as the stream.
-    pub permit: Permit,
+    /// The connection's permit under `max_connections`; keep it as long as the stream.
+    pub permit: ConnectionPermit,
 }
 
 /// The running data plane.
@@ -187,18 +188,18 @@ pub struct Proxy {
 #[derive(Debug)]
 struct WorkerHandle {
     stats: Arc<WorkerStats>,
-    commands: mpsc::UnboundedSender<Command>,
+    commands: mpsc::UnboundedSender<WorkerCommand>,
 }
 
 impl WorkerHandle {
-    fn tell(&self, command: Command) {
-        // One that has ended is told of by `worker_ended`.
+    fn tell(&self, command: WorkerCommand) {
+        // A worker that has ended is reported by `worker_ended`.
         let _ = self.commands.send(command);
     }
 }
 
 impl Proxy {
-    /// Starts the workers, with no listener yet.
+    /// Starts the workers. No listener is open yet.
     ///
     /// # Errors
     /// When a thread cannot be started.
@@ -227,33 +228,33 @@ impl Proxy {
                 ended: ended_sender.clone(),
             };
             proxy.workers.push(WorkerHandle { stats: Arc::clone(&setup.stats), commands: sender });
-            // An error drops the proxy, which stops the workers that have started.
+            // On an error, `proxy` is dropped, which stops the workers that have started.
             std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || worker::run(setup))?;
         }
         Ok(proxy)
     }
 
-    /// Begins to accept. Worker `n` takes the sockets `n`, `n + workers` and so on.
+    /// Starts accepting on `sockets`. Worker `n` takes the sockets `n`, `n + workers` and so on.
     pub fn open(&mut self, sockets: Vec<TcpListener>, serving: &Serving) -> ListenerId {
         self.next_listener += 1;
         let id = ListenerId(self.next_listener);
         for (socket, worker) in std::iter::zip(sockets, self.workers.iter().cycle()) {
-            worker.tell(Command::Open(id, socket, serving.clone()));
+            worker.tell(WorkerCommand::Open(id, socket, serving.clone()));
         }
         id
     }
 
-    /// Serves connections that are accepted from now on like this.
+    /// Applies `serving` to connections accepted from now on.
     pub fn update(&self, id: ListenerId, serving: &Serving) {
-        self.workers.iter().for_each(|worker| worker.tell(Command::Update(id, serving.clone())));
+        self.workers.iter().for_each(|worker| worker.tell(WorkerCommand::Update(id, serving.clone())));
     }
 
-    /// Stops accepting on a listener. Its open connections go on.
+    /// Stops accepting on a listener. Its open connections continue.
     pub fn close(&self, id: ListenerId) {
-        self.workers.iter().for_each(|worker| worker.tell(Command::Close(id)));
+        self.workers.iter().for_each(|worker| worker.tell(WorkerCommand::Close(id)));
     }
 
-    /// Places for connections of the whole process.
+    /// The connection limit of the whole process.
     pub fn limit(&self) -> &Arc<Limit> {
         &self.limit
     }
@@ -263,12 +264,13 @@ impl Proxy {
         self.workers.iter().map(|worker| Arc::clone(&worker.stats)).collect()
     }
 
-    /// Stops accepting. Open connections may finish until their pool's `drain` has passed.
+    /// Stops accepting. Open connections may finish until their pool's `drain` time has passed.
     pub fn stop(&self) {
         self.stop.cancel();
     }
 
-    /// Waits for the next worker to end; `None` when all have. Before [`Proxy::stop`] that is a fault.
+    /// Waits for the next worker to end and returns its index; `None` once all have ended. A worker that ends before
+    /// [`Proxy::stop`] has failed.
     pub async fn worker_ended(&mut self) -> Option<usize> {
         if self.running == 0 {
             return None;

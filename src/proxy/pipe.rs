@@ -1,9 +1,9 @@
 //! Pipes for the splice path, and the worker's pool of them.
 //!
-//! Every rule here has cost someone an outage. `splice` says EAGAIN both when the socket is empty and when
-//! the pipe is full, so only an empty pipe is filled and a pipe with bytes is drained first. The bytes in a
-//! pipe may exceed its nominal size, so they are counted and never compared with it. A pipe that is not empty
-//! is never pooled: its bytes would reach another client.
+//! Each rule here prevents a known failure. `splice` returns EAGAIN both when the socket is empty and when the pipe is
+//! full. So only an empty pipe is filled, and a pipe with bytes is drained first. The bytes in a pipe can exceed its
+//! nominal size, so they are counted and never compared with the size. A pipe that holds bytes never returns to the
+//! pool, because another client would receive those bytes.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -14,13 +14,13 @@ use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice
 
 use super::stats::WorkerStats;
 
-/// Asked of the kernel for each pipe; where it refuses, its default of 64 KiB does too.
+/// Pipe size requested from the kernel. If the kernel refuses, its default of 64 KiB is used.
 const PIPE_BYTES: usize = 256 * 1024;
 
-/// Most that one splice is asked to move: all that a pipe holds, and far below what the kernel takes as an error.
+/// Maximum bytes per splice call: more than a pipe holds, and far below the size that the kernel rejects.
 const SPLICE_BYTES: usize = 1024 * 1024;
 
-/// A pipe and how many bytes are in it.
+/// A pipe, and the number of bytes in it.
 #[derive(Debug)]
 pub(super) struct Pipe {
     reader: OwnedFd,
@@ -31,30 +31,31 @@ pub(super) struct Pipe {
 impl Pipe {
     fn new() -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::NONBLOCK | PipeFlags::CLOEXEC)?;
-        // Past the user's share of pipe pages the kernel refuses; the pipe works all the same.
+        // The kernel refuses beyond the user's quota of pipe pages. The pipe then keeps its default size.
         let _ = fcntl_setpipe_size(&writer, PIPE_BYTES);
         Ok(Self { reader, writer, held: 0 })
     }
 
-    /// How many bytes are in it.
+    /// Number of bytes in the pipe.
     pub(super) fn held(&self) -> usize {
         self.held
     }
 
-    /// Moves what the socket has into the empty pipe. 0 is the end of the stream; `WouldBlock` means that the
-    /// socket is empty, as the pipe is not full.
+    /// Moves bytes from the socket into the empty pipe. 0 means the end of the stream. `WouldBlock` means that the
+    /// socket is empty, because the pipe is not full.
     pub(super) fn fill(&mut self, socket: impl AsFd) -> io::Result<usize> {
-        debug_assert_eq!(self.held, 0, "only an empty pipe is filled");
+        debug_assert_eq!(self.held, 0, "only an empty pipe can be filled");
         let moved = splice(socket, None, &self.writer, None, SPLICE_BYTES, FLAGS)?;
         self.held = moved;
         Ok(moved)
     }
 
-    /// Moves bytes out to the socket. `WouldBlock` means that the socket is full, as the pipe is not empty.
+    /// Moves bytes from the pipe to the socket. `WouldBlock` means that the socket is full, because the pipe is not
+    /// empty.
     pub(super) fn drain(&mut self, socket: impl AsFd) -> io::Result<usize> {
         let moved = splice(&self.reader, None, socket, None, self.held, FLAGS)?;
         if moved == 0 {
-            // The kernel does not do that; if it did, the relay would try for ever.
+            // The kernel does not return 0 here. If it did, the relay would retry forever.
             return Err(io::ErrorKind::WriteZero.into());
         }
         self.held = self.held.saturating_sub(moved);
@@ -64,7 +65,7 @@ impl Pipe {
 
 const FLAGS: SpliceFlags = SpliceFlags::MOVE.union(SpliceFlags::NONBLOCK);
 
-/// The pipes of one worker, lent to directions while bytes are in them.
+/// The pipes of one worker. A direction borrows a pipe while the pipe holds bytes.
 #[derive(Debug)]
 pub(super) struct PipePool {
     idle: Vec<Pipe>,
@@ -74,12 +75,12 @@ pub(super) struct PipePool {
 }
 
 impl PipePool {
-    /// At most `most` pipes at a time.
+    /// Creates a pool of at most `most` pipes.
     pub(super) fn new(most: usize, stats: Arc<WorkerStats>) -> Self {
         Self { idle: Vec::new(), most, lent: 0, stats }
     }
 
-    /// An empty pipe, or `None` where none is to be had.
+    /// An empty pipe; `None` when the pool is exhausted or the kernel refuses a new pipe.
     pub(super) fn take(&mut self) -> Option<Pipe> {
         let pipe = match self.idle.pop() {
             Some(pipe) => Some(pipe),
@@ -95,9 +96,9 @@ impl PipePool {
         pipe
     }
 
-    /// Takes a pipe back. One with bytes in it is closed.
+    /// Takes a pipe back. A pipe that still holds bytes is closed.
     pub(super) fn give(&mut self, pipe: Pipe) {
-        /// Pipes kept for the next streams; those of a past peak are closed.
+        /// Maximum idle pipes kept for reuse; surplus pipes after a peak are closed.
         const KEPT: usize = 64;
         self.lent -= 1;
         if pipe.held == 0 && self.idle.len() < KEPT {
@@ -119,7 +120,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pipe_with_bytes_in_it_is_never_lent_again() {
+    fn a_pipe_with_bytes_is_never_reused() {
         let mut pool = PipePool::new(1, Arc::default());
         let (mut near, far) = UnixStream::pair().unwrap();
         near.write_all(b"secret").unwrap();
@@ -135,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pool_keeps_its_bound_and_counts_shortages() {
+    fn the_pool_respects_its_maximum_and_counts_shortages() {
         let stats = Arc::new(WorkerStats::default());
         let mut pool = PipePool::new(2, Arc::clone(&stats));
         let (one, two) = (pool.take().unwrap(), pool.take().unwrap());

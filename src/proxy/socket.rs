@@ -7,24 +7,24 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
 use tokio::net::TcpStream;
 
-/// TCP options of both sides of a connection. `TCP_NODELAY` is always on: the relay writes what it has.
+/// TCP options of both sides of a connection. `TCP_NODELAY` is always on, because the relay writes all bytes at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TcpOptions {
-    /// Probes of a silent peer; `None` leaves them off.
+    /// TCP keepalive; `None` leaves it off.
     pub keepalive: Option<Keepalive>,
-    /// How long sent data may stay unacknowledged before the connection counts as lost
-    /// (`TCP_USER_TIMEOUT`); zero leaves it to the system.
+    /// How long sent data may stay unacknowledged before the connection counts as lost (`TCP_USER_TIMEOUT`); zero keeps
+    /// the system's default.
     pub user_timeout: Duration,
 }
 
-/// When and how often a silent peer is probed.
+/// TCP keepalive: when and how often the kernel probes a silent peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Keepalive {
-    /// Silence before the first probe; at least a second.
+    /// Silence before the first keepalive packet; at least 1 s.
     pub idle: Duration,
-    /// Between probes; at least a second.
+    /// Time between keepalive packets; at least 1 s.
     pub interval: Duration,
-    /// Unanswered probes after which the peer counts as lost; 1 to 127.
+    /// Unanswered keepalive packets after which the peer counts as lost; 1 to 127.
     pub probes: u32,
 }
 
@@ -32,11 +32,11 @@ impl TcpOptions {
     /// Sets all options on a socket. Accepted sockets inherit those of their listening socket.
     fn apply(&self, socket: &SockRef<'_>) -> io::Result<()> {
         self.apply_first(socket)?;
-        self.probe(socket)
+        self.enable_keepalive(socket)
     }
 
-    /// Sets what counts from the first byte on. Probes are for connections that live longer than a moment: they begin with
-    /// [`Self::probe`], and short ones are spared its four calls.
+    /// Sets the options that apply from the first byte. Keepalive matters only for longer connections.
+    /// [`Self::enable_keepalive`] turns it on later, and short connections save its four system calls.
     pub(crate) fn apply_first(&self, socket: &SockRef<'_>) -> io::Result<()> {
         socket.set_tcp_nodelay(true)?;
         if !self.user_timeout.is_zero() {
@@ -45,8 +45,8 @@ impl TcpOptions {
         Ok(())
     }
 
-    /// Begins to probe the peer when it is silent.
-    pub(super) fn probe(&self, socket: &SockRef<'_>) -> io::Result<()> {
+    /// Turns keepalive on.
+    pub(super) fn enable_keepalive(&self, socket: &SockRef<'_>) -> io::Result<()> {
         if let Some(keepalive) = self.keepalive {
             let options = TcpKeepalive::new()
                 .with_time(keepalive.idle)
@@ -58,23 +58,23 @@ impl TcpOptions {
     }
 }
 
-/// How an accepted connection closes that was not handed to [`end_cleanly`] yet.
+/// How an accepted connection closes if [`end_cleanly`] was not yet called on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unserved {
-    /// By RST, as where nothing listens: nobody takes it for a clean end.
+    /// Closes with RST, like a port without a listener, so no client takes it for a clean end.
     Reset,
-    /// By FIN.
+    /// Closes with FIN.
     End,
 }
 
-/// Binds `address` once for each of `count` workers, and to nobody else.
+/// Binds `address` once per worker (`count` sockets), and keeps other processes from binding it.
 ///
-/// With `SO_REUSEPORT` a second process of the same user would bind the same address without an error and
-/// take half the connections. So the first socket listens without it, which fails where anyone else
-/// listens, and only then opens the port for its siblings.
+/// With `SO_REUSEPORT`, a second process of the same user could bind the same address without an error and take half
+/// of the connections. So the first socket listens without the option, which fails if another socket listens there.
+/// Only then does it allow its siblings to share the port.
 ///
 /// # Errors
-/// The system's, as from `bind` and `listen`.
+/// The system's error from `bind` or `listen`.
 pub fn listen(
     address: SocketAddr,
     count: usize,
@@ -98,11 +98,12 @@ pub fn listen(
     Ok(sockets)
 }
 
-/// Takes listening sockets that somebody else has bound, for each of `count` workers one at least. Workers share where
-/// there are fewer: siblings of their own would keep connections that are lost with them.
+/// Adopts listening sockets that another process has bound, and returns at least one per worker (`count`). If there
+/// are fewer sockets than workers, workers share them. A new sibling would get its own queue, and the connections in it
+/// would be lost when the sibling closes.
 ///
 /// # Errors
-/// The system's.
+/// The system's error from a socket call.
 pub fn adopt(
     mut sockets: Vec<TcpListener>,
     count: usize,
@@ -127,33 +128,33 @@ pub fn adopt(
 fn unbound(address: SocketAddr, options: &TcpOptions, unserved: Unserved) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
-    // Connections of an earlier run may still be in TIME_WAIT.
+    // Connections of a previous run may still be in TIME_WAIT.
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
-        // `[::]` and `0.0.0.0` are two listeners, as in nginx: neither takes the other's port in silence.
+        // `[::]` and `0.0.0.0` are two separate listeners, as in nginx. Neither silently takes the other's port.
         socket.set_only_v6(true)?;
     }
     options.apply(&SockRef::from(&socket))?;
     if unserved == Unserved::Reset {
-        // Accepted sockets inherit it, those included that the kernel completes before anyone accepts.
+        // Accepted sockets inherit this, including connections that the kernel completes before Ringway accepts them.
         socket.set_linger(Some(Duration::ZERO))?;
     }
     Ok(socket)
 }
 
-/// Gives a listening socket other options, for the connections that it accepts from now on. Probes that were on cannot be
-/// told apart from the system's own settings, so they are only switched off as a whole.
+/// Changes the options of a listening socket for connections accepted from now on. Ringway cannot tell keepalive values
+/// that it set earlier from the system's own, so it only turns keepalive off as a whole.
 ///
 /// # Errors
-/// The system's, as from `setsockopt` and `listen`.
+/// The system's error from `setsockopt` or `listen`.
 pub(super) fn reconfigure(socket: &tokio::net::TcpListener, options: &TcpOptions, backlog: u16) -> io::Result<()> {
     let socket = SockRef::from(socket);
     reset(&socket, options)?;
-    // On a socket that listens already this changes the length of its queue.
+    // On a socket that already listens, this changes the length of its queue.
     socket.listen(backlog.into())
 }
 
-/// Sets options on a socket that may have had others.
+/// Sets options on a socket that may already have other options.
 fn reset(socket: &SockRef<'_>, options: &TcpOptions) -> io::Result<()> {
     if options.keepalive.is_none() {
         socket.set_keepalive(false)?;
@@ -164,17 +165,17 @@ fn reset(socket: &SockRef<'_>, options: &TcpOptions) -> io::Result<()> {
     options.apply(socket)
 }
 
-/// Makes closing the socket send what is queued and then FIN. Until then a client's socket sends RST
-/// ([`Unserved::Reset`]): whatever ends a connection that nobody serves yet, a panic or the
-/// runtime's end included, it never looks like a clean end.
+/// Makes closing the socket send the queued bytes and then FIN. Before this call, a client's socket closes with RST
+/// ([`Unserved::Reset`]). So a connection that is not served yet never appears to end cleanly, even after a panic or
+/// the end of the runtime.
 pub(super) fn end_cleanly(stream: &TcpStream) {
-    // Fails only on a socket that is already gone.
+    // Fails only on a socket that is already closed.
     let _ = SockRef::from(stream).set_linger(None);
 }
 
-/// Makes closing the socket send RST, and drop what is queued.
+/// Makes closing the socket discard the queued bytes and send RST.
 pub(super) fn reset_on_close(stream: &TcpStream) {
-    // Fails only on a socket that is already gone.
+    // Fails only on a socket that is already closed.
     let _ = stream.set_zero_linger();
 }
 
@@ -192,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn siblings_share_a_port_and_strangers_are_refused() {
+    fn workers_share_a_port_and_other_sockets_cannot_bind_it() {
         let sockets = listen(any_port(), 3, 16, &OPTIONS, Unserved::Reset).unwrap();
         let address = sockets[0].local_addr().unwrap();
         assert!(sockets.iter().all(|socket| socket.local_addr().unwrap() == address));
@@ -203,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn of_many_at_once_one_gets_the_port() {
+    fn only_one_of_several_concurrent_binds_succeeds() {
         let address = listen(any_port(), 1, 16, &OPTIONS, Unserved::Reset).unwrap()[0].local_addr().unwrap();
         let results: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> =

@@ -1,4 +1,4 @@
-//! Why connections end, and the counters that all workers share.
+//! The reasons why connections end, and the counters that all workers share.
 
 use std::sync::atomic::AtomicU64;
 
@@ -6,41 +6,41 @@ use crate::label_enum;
 use crate::labels::Tally;
 
 label_enum! {
-    /// Why a connection ended that was served.
-    pub enum End {
-        /// Both sides ended their streams, and everything was delivered.
+    /// Why a served connection ended.
+    pub enum EndReason {
+        /// Both sides ended their streams, and all bytes were delivered.
         Finished => "finished",
-        /// The client broke it off; the backend got a reset.
+        /// The client reset the connection; Ringway reset the backend's side.
         ClientReset => "client_reset",
-        /// The backend broke it off; the client got a reset.
+        /// The backend reset the connection; Ringway reset the client's side.
         BackendReset => "backend_reset",
         /// The client stopped answering (keepalive or user timeout).
         ClientLost => "client_lost",
         /// The backend stopped answering (keepalive or user timeout).
         BackendLost => "backend_lost",
-        /// Nothing moved for the pool's `idle` timeout.
+        /// No bytes moved for the pool's `idle` timeout.
         IdleTimeout => "idle_timeout",
-        /// One side had ended, and nothing moved for the pool's `half_closed` timeout.
+        /// One side had ended its stream, and no bytes moved for the pool's `half_closed` timeout.
         HalfClosedTimeout => "half_closed_timeout",
-        /// Ringway stopped and the pool's `drain` had passed.
+        /// Ringway stopped, and the pool's `drain` time had passed.
         Shutdown => "shutdown",
-        /// The backend was drained, and the drain had reached its deadline.
+        /// The backend was draining, and the drain reached its deadline.
         DrainDeadline => "drain_deadline",
-        /// The backend went down, and its pool says `on_down: reset`.
+        /// The backend went down, and its pool has `on_down: reset`.
         BackendDown => "backend_down",
-        /// It was as old as the pool's `max_connection_age` allows.
+        /// The connection reached the pool's `max_connection_age`.
         MaxAge => "max_connection_age",
-        /// Answered by Ringway itself (`answer_status`).
+        /// Ringway answered the connection itself (`answer_status`).
         Answered => "answered",
-        /// Our fault: the system had no memory for it.
+        /// Local failure: the system had no memory for the connection.
         LocalError => "local_error",
-        /// Our fault: its task ended without saying why.
+        /// Local failure: the connection's task ended without a reason.
         Dropped => "dropped",
     }
 }
 
-impl End {
-    /// Whether Ringway itself ended the connection, whatever its sides wanted.
+impl EndReason {
+    /// Whether Ringway itself decided to end the connection.
     pub fn is_by_ringway(self) -> bool {
         matches!(
             self,
@@ -55,48 +55,48 @@ impl End {
 }
 
 label_enum! {
-    /// Why a connection that was accepted was not served; the client got a reset.
-    pub enum Refusal {
+    /// Why an accepted connection was not served. The client gets a reset.
+    pub enum RefusalReason {
         /// The pool has no backend that may get connections.
         NoBackend => "no_backend",
-        /// Every backend that may get connections has as many as it may have.
+        /// Every backend that may get connections has reached its connection limit.
         BackendsFull => "backends_full",
-        /// Every backend that was tried failed.
+        /// Every backend that was tried failed to connect.
         ConnectFailed => "connect_failed",
-        /// Its source address has as many connections as it may have.
+        /// The source address has reached its connection limit.
         SourceConnections => "source_connections",
-        /// Its source address opens connections faster than it may.
+        /// The source address opens connections faster than its rate limit allows.
         SourceRate => "source_rate",
-        /// Our fault: no file descriptor for the connection to the backend.
+        /// Local failure: no file descriptor for the connection to the backend.
         NoDescriptors => "no_descriptors",
     }
 }
 
 label_enum! {
-    /// Why accepting failed.
+    /// Why an accept failed.
     pub enum AcceptError {
         /// The process or the system is out of file descriptors.
         NoDescriptors => "no_descriptors",
         /// The system is out of memory for sockets.
         NoMemory => "no_memory",
-        /// The client had gone before it was accepted.
+        /// The client closed the connection before it was accepted.
         Aborted => "aborted",
-        /// Anything else.
+        /// Any other error.
         Other => "other",
     }
 }
 
-/// Counters of one listener, shared by all workers. Written once or twice a connection.
+/// Counters of one listener, shared by all workers. Each connection updates them once or twice.
 #[derive(Debug, Default)]
 pub struct ListenerStats {
-    /// Connections accepted so far: those active, ended and refused.
+    /// Connections accepted so far: active, ended and refused ones.
     pub accepted: AtomicU64,
-    /// Connections open at the moment.
+    /// Connections open now.
     pub active: AtomicU64,
     /// Connections that ended, by reason.
-    pub ended: Tally<End>,
-    /// Connections that were not served, by reason.
-    pub refused: Tally<Refusal>,
+    pub ended: Tally<EndReason>,
+    /// Refused connections, by reason.
+    pub refused: Tally<RefusalReason>,
     /// Failed accepts, by error.
     pub accept_errors: Tally<AcceptError>,
 }
@@ -104,21 +104,21 @@ pub struct ListenerStats {
 /// Counters of one pool, shared by all workers.
 #[derive(Debug, Default)]
 pub struct PoolStats {
-    /// Connections whose backend was picked in panic: whatever the checks said.
+    /// Connections whose backend was picked in panic mode, which ignores health checks.
     pub picked_in_panic: AtomicU64,
-    /// Times that a backend was walked past because it had as many connections as it may have.
+    /// How often a backend was skipped because it had reached its connection limit.
     pub walked_past_full: AtomicU64,
 }
 
 /// Counters of one worker.
 #[derive(Debug, Default)]
 pub struct WorkerStats {
-    /// Connections that it serves at the moment.
+    /// Connections that the worker serves now.
     pub connections: AtomicU64,
-    /// Tasks of its runtime, as of its last sweep.
+    /// Tasks of the worker's runtime at the last tick of the timeout task.
     pub tasks: AtomicU64,
-    /// Pipes that it holds, in use or pooled.
+    /// Pipes that the worker has open, in use or pooled.
     pub pipes: AtomicU64,
-    /// Times that a stream was copied because no pipe was to be had.
+    /// How often a stream was copied because the pipe pool was exhausted.
     pub pipe_shortages: AtomicU64,
 }

@@ -12,19 +12,19 @@ use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use super::accept::{Seat, accept};
-use super::lane::{Lane, Worker};
+use super::accept::{Acceptor, accept};
+use super::context::{Worker, WorkerListener};
 use super::limit::Limit;
 use super::pipe::PipePool;
-use super::remainders::Remainders;
 use super::socket::reconfigure;
 use super::stats::WorkerStats;
-use super::{ListenerId, Serving, sweep};
+use super::write_backlog::WriteBacklog;
+use super::{ListenerId, Serving, timeouts};
 
-/// After the last drain deadline, how long connections that are still connecting may take to end.
+/// Extra time after the last drain deadline for connections that are still connecting.
 const LEAVE: Duration = Duration::from_secs(1);
 
-/// All that a worker's thread needs, ready to cross to it.
+/// Everything that a worker's thread needs, moved to it at its start.
 pub(super) struct Setup {
     pub(super) index: usize,
     pub(super) stats: Arc<WorkerStats>,
@@ -32,25 +32,25 @@ pub(super) struct Setup {
     pub(super) buffer: usize,
     pub(super) splice_from: usize,
     pub(super) limit: Arc<Limit>,
-    pub(super) commands: mpsc::UnboundedReceiver<Command>,
+    pub(super) commands: mpsc::UnboundedReceiver<WorkerCommand>,
     pub(super) stop: CancellationToken,
     pub(super) ended: mpsc::UnboundedSender<usize>,
 }
 
-/// What a worker is told while it runs.
-pub(super) enum Command {
+/// A command to a running worker.
+pub(super) enum WorkerCommand {
     /// Accept on this socket.
     Open(ListenerId, std::net::TcpListener, Serving),
-    /// Serve connections from now on like this; those that are open go on as they began.
+    /// Serve new connections with these settings; open connections keep theirs.
     Update(ListenerId, Serving),
-    /// Accept what is queued, and then no more.
+    /// Accept the queued connections, then close the listener.
     Close(ListenerId),
 }
 
-/// The worker's thread: serves until it is told to stop and its connections have ended.
+/// The worker's thread: serves until the worker is told to stop and its connections have ended.
 pub(super) fn run(setup: Setup) {
     let (index, ended) = (setup.index, setup.ended.clone());
-    // Also when the thread panics: the app must hear of it.
+    // The guard also works when the thread panics: the app must learn that the worker has ended.
     let _tell = TellAtEnd { index, ended };
     let runtime = Builder::new_current_thread().enable_io().enable_time().build_local(LocalOptions::default());
     match runtime {
@@ -66,7 +66,7 @@ struct TellAtEnd {
 
 impl Drop for TellAtEnd {
     fn drop(&mut self) {
-        // Nobody listens any more: the app is gone, and so is the need to tell.
+        // Sending fails only when the app no longer listens, and then the message is not needed.
         let _ = self.ended.send(self.index);
     }
 }
@@ -76,17 +76,21 @@ async fn serve(mut setup: Setup) {
         pipes: RefCell::new(PipePool::new(setup.max_pipes, Arc::clone(&setup.stats))),
         stats: setup.stats,
         scratch: RefCell::new(vec![0; setup.buffer].into_boxed_slice()),
-        remainders: RefCell::new(Remainders::new(setup.buffer)),
+        write_backlog: RefCell::new(WriteBacklog::new(setup.buffer)),
         open: RefCell::default(),
         clock: Cell::default(),
-        tick: Cell::new(sweep::SLOWEST),
+        tick: Cell::new(timeouts::SLOWEST),
         splice_from: (setup.max_pipes > 0).then_some(setup.splice_from),
     });
-    let mut listeners =
-        Listeners { worker: Rc::clone(&worker), limit: setup.limit, seats: Vec::new(), sessions: TaskTracker::new() };
+    let mut listeners = Listeners {
+        worker: Rc::clone(&worker),
+        limit: setup.limit,
+        acceptors: Vec::new(),
+        sessions: TaskTracker::new(),
+    };
     let accepting = TaskTracker::new();
-    let sweeping = sweep::sweep(Rc::clone(&worker), setup.stop.clone());
-    tokio::task::spawn_local(sweeping);
+    let timeout_task = timeouts::watch(Rc::clone(&worker), setup.stop.clone());
+    tokio::task::spawn_local(timeout_task);
     loop {
         let command = tokio::select! {
             biased;
@@ -94,42 +98,44 @@ async fn serve(mut setup: Setup) {
             command = setup.commands.recv() => command,
         };
         let done = match command {
-            Some(Command::Open(id, socket, serving)) => listeners.open(id, socket, serving, &setup.stop).map(|loops| {
-                tokio::task::spawn_local(accepting.track_future(loops));
-            }),
-            Some(Command::Update(id, serving)) => listeners.update(id, serving),
-            Some(Command::Close(id)) => {
-                listeners.seats.retain(|(other, ..)| *other != id);
+            Some(WorkerCommand::Open(id, socket, serving)) => {
+                listeners.open(id, socket, serving, &setup.stop).map(|loops| {
+                    tokio::task::spawn_local(accepting.track_future(loops));
+                })
+            }
+            Some(WorkerCommand::Update(id, serving)) => listeners.update(id, serving),
+            Some(WorkerCommand::Close(id)) => {
+                listeners.acceptors.retain(|(other, ..)| *other != id);
                 Ok(())
             }
             None => break,
         };
         if let Err(error) = done {
-            // Its socket would take connections that nobody serves: better to be started anew.
+            // The kernel would complete connections that no task serves. A restart is better, so the worker ends.
             return tracing::error!(worker = setup.index, %error, "cannot serve a listener");
         }
     }
     let drain = listeners.longest_drain();
-    let Listeners { seats, sessions, .. } = listeners;
-    drop(seats);
+    let Listeners { acceptors, sessions, .. } = listeners;
+    drop(acceptors);
     accepting.close();
     accepting.wait().await;
     sessions.close();
-    // The sweep ends what outlives its drain; the rest is bounded by its connect timeouts, or cut off here.
+    // The timeout task ends connections that outlive their drain. Connect timeouts and this timeout bound the rest.
     let _ = tokio::time::timeout(drain + 2 * worker.tick.get() + LEAVE, sessions.wait()).await;
 }
 
-/// The listeners of a worker.
+/// The listeners of one worker.
 struct Listeners {
     worker: Rc<Worker>,
     limit: Arc<Limit>,
-    /// Where each accepts. Dropping the guard ends that, once what is queued has been accepted.
-    seats: Vec<(ListenerId, Rc<Seat>, DropGuard)>,
+    /// The acceptors. Dropping a guard stops its acceptor once the queued connections have been accepted.
+    acceptors: Vec<(ListenerId, Rc<Acceptor>, DropGuard)>,
     sessions: TaskTracker,
 }
 
 impl Listeners {
-    /// The loop that accepts on the socket.
+    /// Adds a listener and returns its accept loop.
     fn open(
         &mut self,
         id: ListenerId,
@@ -137,34 +143,37 @@ impl Listeners {
         serving: Serving,
         stop: &CancellationToken,
     ) -> io::Result<impl Future<Output = ()> + use<>> {
-        let seat = Rc::new(Seat { socket: TcpListener::from_std(socket)?, lane: RefCell::new(self.lane(serving)) });
+        let acceptor = Rc::new(Acceptor {
+            socket: TcpListener::from_std(socket)?,
+            listener: RefCell::new(self.listener(serving)),
+        });
         let close = stop.child_token();
         let guard = close.clone().drop_guard();
-        self.seats.push((id, Rc::clone(&seat), guard));
-        Ok(accept(seat, Arc::clone(&self.limit), self.sessions.clone(), close))
+        self.acceptors.push((id, Rc::clone(&acceptor), guard));
+        Ok(accept(acceptor, Arc::clone(&self.limit), self.sessions.clone(), close))
     }
 
     fn update(&mut self, id: ListenerId, serving: Serving) -> io::Result<()> {
-        let lane = self.lane(serving);
-        for (_, seat, _) in self.seats.iter().filter(|(other, ..)| *other == id) {
-            reconfigure(&seat.socket, &lane.serving.tcp, lane.serving.backlog)?;
-            seat.lane.replace(Rc::clone(&lane));
+        let listener = self.listener(serving);
+        for (_, acceptor, _) in self.acceptors.iter().filter(|(other, ..)| *other == id) {
+            reconfigure(&acceptor.socket, &listener.serving.tcp, listener.serving.backlog)?;
+            acceptor.listener.replace(Rc::clone(&listener));
         }
         Ok(())
     }
 
-    fn lane(&self, serving: Serving) -> Rc<Lane> {
-        let tick = sweep::tick(&serving.route);
+    fn listener(&self, serving: Serving) -> Rc<WorkerListener> {
+        let tick = timeouts::tick(&serving.route);
         self.worker.tick.set(self.worker.tick.get().min(tick));
         let (table, worker) = (RefCell::new(serving.route.table.reader()), Rc::clone(&self.worker));
-        Rc::new(Lane { serving, worker, table })
+        Rc::new(WorkerListener { serving, worker, table })
     }
 
-    /// Of the connections that are open, and of those that are being made.
+    /// The longest drain time of all open connections, and of all acceptors, for connections that are still connecting.
     fn longest_drain(&self) -> Duration {
         let open = self.worker.open.borrow();
-        let of_open = open.iter().map(|(_, progress)| progress.lane.serving.route.drain);
-        let of_seats = self.seats.iter().map(|(_, seat, _)| seat.lane.borrow().serving.route.drain);
-        of_open.chain(of_seats).max().unwrap_or_default()
+        let of_open = open.iter().map(|(_, progress)| progress.listener.serving.route.drain);
+        let of_acceptors = self.acceptors.iter().map(|(_, acceptor, _)| acceptor.listener.borrow().serving.route.drain);
+        of_open.chain(of_acceptors).max().unwrap_or_default()
     }
 }

@@ -18,9 +18,9 @@ fn keys(count: u32) -> impl Iterator<Item = [u8; 4]> {
     (0..count).map(u32::to_le_bytes)
 }
 
-/// Points and lookups computed by a separate implementation (the Python of docs/consistent-hashing.md).
+/// A separate implementation computed these points and lookups (the Python code in docs/consistent-hashing.md).
 #[test]
-fn golden_vectors() {
+fn the_ring_matches_the_golden_vectors() {
     let names = ids(3);
     let ring = Ring::build(USUAL, &equal(&names));
     assert_eq!(ring.points(), 480);
@@ -39,10 +39,10 @@ const GOLDEN_DIGEST: &str = "628bc4437a229e6c";
 const GOLDEN_WALKS: [(&[u8], [&str; 3]); 5] = [
     (b"", ["echo-2", "echo-1", "echo-3"]),
     (b"hello", ["echo-1", "echo-2", "echo-3"]),
-    // 127.0.0.1 port 40000 as `source` makes it a key, then the address alone as `source_ip` does.
+    // The key of 127.0.0.1 port 40000 for `source`, then the key of the same address for `source_ip`.
     (&[127, 0, 0, 1, 0x9c, 0x40], ["echo-1", "echo-2", "echo-3"]),
     (&[127, 0, 0, 1], ["echo-1", "echo-2", "echo-3"]),
-    // Longer than the stack buffer.
+    // This key is longer than the stack buffer.
     (&[b'x'; 100], ["echo-3", "echo-1", "echo-2"]),
 ];
 
@@ -65,31 +65,31 @@ fn one_member_owns_every_key() {
     }
 }
 
-/// The bar of the project: max/average share ≤ 1.12 with 1000 members.
+/// The project's requirement: the maximum share is at most 1.12 times the average with 1000 members.
 ///
-/// It is held against the exact shares: of a million keys the fullest of 1000 members would get 1.11 times
-/// the average by chance alone. The keys are held against the shares instead.
+/// The test checks the exact shares. With a sample of a million keys, the fullest of 1000 members would get 1.11 times
+/// the average by chance alone. The test then checks that the sampled keys match the shares.
 #[test]
 fn a_thousand_members_share_evenly() {
     let names = ids(1000);
     let ring = Ring::build(USUAL, &equal(&names));
     let most = ring.shares().iter().fold(0.0_f64, |most, &share| most.max(share)) * 1000.0;
-    assert!(most <= 1.12, "the fullest member has {most} of the average");
+    assert!(most <= 1.12, "the fullest member has {most} times the average share");
 
     let mut owned = vec![0_u32; 1000];
     for key in keys(1_000_000) {
         owned[ring.lookup(&key).unwrap()] += 1;
     }
-    // Chi-squared with 999 degrees of freedom: mean 999, standard deviation 45.
+    // Chi-squared distribution with 999 degrees of freedom: mean 999, standard deviation 45.
     let misfit: f64 = std::iter::zip(&owned, ring.shares())
         .map(|(&owned, share)| (f64::from(owned) - share * 1e6).powi(2) / (share * 1e6))
         .sum();
-    assert!(misfit < 999.0 + 5.0 * 45.0, "the keys do not follow the shares: {misfit}");
+    assert!(misfit < 999.0 + 5.0 * 45.0, "the keys do not match the shares: chi-squared {misfit}");
 }
 
-/// `shares` is computed from the gaps; the keys must agree with it.
+/// `shares` is computed from the gaps; sampled keys must match it.
 #[test]
-fn shares_are_what_keys_see() {
+fn sampled_keys_match_the_computed_shares() {
     for probes in [1, 3] {
         let names = ids(7);
         let members: Vec<_> = names.iter().enumerate().map(|(n, id)| Member { id, weight: [1, 2, 5][n % 3] }).collect();
@@ -126,7 +126,7 @@ proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn the_order_of_discovery_is_irrelevant(
+    fn the_order_of_discovery_does_not_matter(
         parameters in any_parameters(),
         map in any_members(),
         shuffle in any::<proptest::sample::Index>(),
@@ -165,7 +165,7 @@ proptest! {
     }
 
     #[test]
-    fn adding_a_member_takes_keys_only_to_it(parameters in any_parameters(), map in any_members()) {
+    fn adding_a_member_moves_keys_only_to_it(parameters in any_parameters(), map in any_members()) {
         let old = members(&map);
         let mut new = old.clone();
         new.push(Member { id: "NEW", weight: 1 });
@@ -181,11 +181,11 @@ proptest! {
         }
         let share = after.shares()[old.len()];
         let seen = f64::from(moved) / 2000.0;
-        prop_assert!((seen - share).abs() < 0.06, "moved {} of the keys to a member with a share of {}", seen, share);
+        prop_assert!((seen - share).abs() < 0.06, "{} of the keys moved to a member with a share of {}", seen, share);
     }
 
     #[test]
-    fn a_walk_visits_each_member_once_and_begins_at_the_owner(
+    fn a_walk_visits_each_member_once_and_starts_at_the_owner(
         parameters in any_parameters(),
         map in any_members(),
         key in any::<Vec<u8>>(),
@@ -199,11 +199,11 @@ proptest! {
     }
 
     #[test]
-    fn weights_are_respected(seed in any::<u64>(), weight in 1_u32..6) {
+    fn shares_follow_weights(seed in any::<u64>(), weight in 1_u32..6) {
         let parameters = Parameters { virtual_nodes: 300, probes: 3, seed };
         let ring = Ring::build(parameters, &[Member { id: "light", weight: 1 }, Member { id: "heavy", weight }]);
         let fair = f64::from(weight) / f64::from(weight + 1);
-        prop_assert!((ring.shares()[1] - fair).abs() < 0.1, "share {} of weight {}", ring.shares()[1], weight);
+        prop_assert!((ring.shares()[1] - fair).abs() < 0.1, "share {} with weight {}", ring.shares()[1], weight);
         prop_assert_eq!(ring.points(), 300 * (weight as usize + 1));
     }
 }

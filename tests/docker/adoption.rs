@@ -1,4 +1,4 @@
-//! What an earlier Ringway has left is taken over, whatever the moment at which it ended.
+//! Ringway adopts the containers of an earlier Ringway, which may have ended at any moment.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crate::harness::{Random, Ringway, eventually, eventually_async, seed};
 
 const CHECK: &str = "health_check: { kind: http, path: /heartbeat, interval: 200ms }";
 
-/// The arguments of `docker create` for a container as Ringway makes them.
+/// The arguments of `docker create` for a container like those of Ringway.
 fn like_ours<'a>(labels: &'a [String], name: &'a str) -> Vec<&'a str> {
     let mut words = vec!["create", "--name", name];
     for label in labels {
@@ -26,22 +26,23 @@ fn labels(owner: &str, slot: &str) -> Vec<String> {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn containers_of_an_earlier_run_are_adopted_as_they_are() {
+async fn containers_of_an_earlier_run_are_adopted_without_a_restart() {
     let owner = Owner::new().await;
     let yaml = owner.config(3, "", CHECK);
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     let (containers, mapping) = (owner.containers(), ringway.mapping());
     drop(ringway);
-    assert_eq!(owner.containers(), containers, "they go on without it");
+    assert_eq!(owner.containers(), containers, "the end of Ringway changed its containers");
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     assert_eq!((owner.containers(), ringway.mapping()), (containers, mapping));
-    assert_eq!(ringway.metric("ringway_replica_restarts_total", &[]).await, 0.0, "nothing was started");
+    assert_eq!(ringway.metric("ringway_replica_restarts_total", &[]).await, 0.0, "Ringway restarted a replica");
 }
 
-/// A crash between create and start, a surplus slot, a second container for a slot, and one with other settings.
+/// The leftovers are a container that was created and not started, a surplus slot, a second container of a slot, and a
+/// container with other settings.
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn leftovers_become_what_the_config_says_and_strangers_are_left_alone() {
+async fn leftovers_are_brought_to_the_config_and_foreign_containers_are_not_touched() {
     let owner = Owner::new().await;
     let mark = format!("rwtest={}", owner.name);
     let create = |labels: &[String], name: &str, start: bool| {
@@ -59,7 +60,7 @@ async fn leftovers_become_what_the_config_says_and_strangers_are_left_alone() {
     let foreign = create(&foreign_labels, &owner.container("foreign"), true);
 
     let ringway = Ringway::start(&owner.config(3, "", CHECK)).await.all_healthy().await;
-    eventually("what is not wanted is gone", || {
+    eventually("the leftovers are removed", || {
         let now = owner.containers();
         now.len() == 3 && ![&outdated, &double, &surplus].iter().any(|id| now.contains(id))
     })
@@ -75,7 +76,8 @@ async fn leftovers_become_what_the_config_says_and_strangers_are_left_alone() {
     );
 }
 
-/// Rolls `after` out over replicas made from `before`. The fewest that were healthy after two had been.
+/// Rolls out `after` over replicas with the settings `before`. Returns the lowest number of healthy replicas after two
+/// were healthy.
 async fn roll_out(owner: &Owner, before: &str, after: &str) -> usize {
     drop(Ringway::start(&owner.config(3, before, CHECK)).await.all_healthy().await);
     let old = owner.containers();
@@ -103,14 +105,14 @@ async fn changed_settings_are_rolled_out_one_replica_at_a_time() {
     }
 }
 
-/// The old ones are reached where they listen until they are replaced.
+/// Ringway reaches the old replicas at their old port until it replaces them.
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
 async fn another_port_is_rolled_out_without_an_outage() {
     let owner = Owner::new().await;
     let command = "command: [echo-server, --listen, \"0.0.0.0:{port}\", --name, \"{slot}\"]";
     let other = format!("{command}, stop_grace: 2s").replace("{port}", "9001");
-    // The provider's own lines have port 9000.
+    // The lines of the provider have port 9000.
     let config = owner.config(3, &other, CHECK).replace("port: 9000", "port: 9001").replace("stop_grace: 1s, ", "");
     drop(Ringway::start(&owner.config(3, "", CHECK)).await.all_healthy().await);
     let old = owner.containers();
@@ -132,17 +134,17 @@ async fn another_network_is_rolled_out_without_an_outage() {
     assert_eq!(roll_out(&owner, "", &format!("network: {network}")).await, 2);
 }
 
-/// A typo must not cost what runs.
+/// A mistake in the config must not stop running replicas.
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn settings_that_cannot_be_had_are_not_rolled_out() {
+async fn invalid_settings_are_not_rolled_out() {
     let owner = Owner::new().await;
     let good = owner.config(2, "", CHECK);
     drop(Ringway::start(&good).await.all_healthy().await);
     let containers = owner.containers();
     for (bad, message) in [
-        (owner.config(2, "network: no-such-network", CHECK), "there is no network \\\"no-such-network\\\"; create it"),
-        (good.replace(IMAGE, "no-such-image"), "there is no image \\\"no-such-image\\\""),
+        (owner.config(2, "network: no-such-network", CHECK), "\\\"no-such-network\\\" does not exist; create it"),
+        (good.replace(IMAGE, "no-such-image"), "the engine lacks the image \\\"no-such-image\\\""),
     ] {
         let program = owner.program(&bad).await;
         let told = || {
@@ -152,15 +154,16 @@ async fn settings_that_cannot_be_had_are_not_rolled_out() {
                 .filter(|line| line.replace("\\\"", "\"").contains(&message.replace("\\\"", "\"")))
                 .count()
         };
-        eventually("a word about it", || told() > 0).await;
+        eventually("the error in the log", || told() > 0).await;
         eventually_async("both healthy", async || {
             let status = program.status().await;
             status["pools"][0]["backends"].as_array().unwrap().iter().all(|backend| backend["state"] == "healthy")
         })
         .await;
+        // A supervisor that rolls out the bad settings would replace the containers in this time.
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert_eq!(owner.containers(), containers, "{}", program.log());
-        assert!(told() <= 2, "not for each try:\n{}", program.log());
+        assert!(told() <= 2, "the log has a line for each try:\n{}", program.log());
     }
 }
 
@@ -172,16 +175,16 @@ async fn a_replica_that_loses_its_network_is_replaced() {
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     let before = owner.containers();
     owner.docker(&["network", "disconnect", "bridge", &owner.container("echo-1")]);
-    // The engine tells of networks, not of the container: the next list shows it.
+    // The engine sends no event of the container for a change of its network. The next list shows the change.
     owner.docker(&["kill", "--signal", "CONT", &owner.container("echo-1")]);
     eventually("replaced", || owner.containers() != before && ringway.states() == [State::Healthy; 2]).await;
     assert_eq!(owner.containers().len(), 2);
 }
 
-/// Killed at random moments of making, replacing and removing containers.
+/// Ringway is killed at random moments while it makes, replaces and removes containers.
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn fifty_times_killed_at_any_moment_and_three_replicas_each_time() {
+async fn after_each_of_fifty_kills_ringway_has_three_replicas() {
     let owner = Owner::new().await;
     let mut random = Random(seed());
     let yaml = owner.config(3, "restart: { backoff: 1ms, max_backoff: 10ms }", CHECK);
@@ -194,8 +197,8 @@ async fn fifty_times_killed_at_any_moment_and_three_replicas_each_time() {
         })
         .await;
         let containers = owner.containers();
-        assert_eq!(containers.len(), 3, "round {round}: no orphan, no double");
-        // Work for it to be killed in.
+        assert_eq!(containers.len(), 3, "round {round}: an orphan or a second container of a slot");
+        // These changes give Ringway work, so that the kill interrupts it.
         for container in containers {
             match random.below(3) {
                 0 => drop(owner.try_docker(&["kill", &container])),
@@ -203,9 +206,10 @@ async fn fifty_times_killed_at_any_moment_and_three_replicas_each_time() {
                 _ => {}
             }
         }
+        // The kill hits a random moment of the work.
         tokio::time::sleep(Duration::from_millis(random.below(400) as u64)).await;
         program.signal(Signal::KILL);
         drop(program);
-        assert!(owner.containers().len() <= 3, "round {round}: never more than wanted");
+        assert!(owner.containers().len() <= 3, "round {round}: more containers than replicas");
     }
 }

@@ -1,4 +1,4 @@
-//! `compose.yaml` as an operator uses it, with other ports and projects of the tests' own.
+//! `compose.yaml` as an operator uses it. The tests use other ports and separate projects.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,25 +8,25 @@ use tempfile::TempDir;
 use crate::harness::engine::{IMAGE, Owner};
 use crate::harness::{eventually, eventually_async, get, http};
 
-/// A project of its own. Dropped, it is taken down.
+/// A separate project. It is taken down when it is dropped.
 struct Project {
     name: String,
     folder: TempDir,
-    /// Removes what `down` would have left.
+    /// Removes the containers that `down` leaves.
     owner: Owner,
 }
 
 impl Project {
-    /// With the image that compose v2 would have built: it bears labels of the project.
+    /// Creates a project with an image like that of compose v2, which has labels of the project.
     async fn new() -> Self {
         let mut owner = Owner::new().await;
-        // What Ringway makes here is the project's.
+        // The owner of the containers has the name of the project.
         let name = owner.name.replace('-', "x");
         owner.name.clone_from(&name);
         Self::of(name, owner)
     }
 
-    /// Beside another one.
+    /// Creates a second project.
     fn beside(other: &Self) -> Self {
         let name = format!("{}b", other.name);
         Self::of(name.clone(), other.owner.beside(&name))
@@ -60,7 +60,7 @@ impl Project {
     }
 
     fn try_compose(&self, words: &[&str]) -> (bool, String) {
-        // The old one where it is installed, else the engine's plugin.
+        // The test uses the old docker-compose if it is installed, else the plugin.
         let old = Command::new("docker-compose").arg("version").output().is_ok();
         let mut command = Command::new(if old { "docker-compose" } else { "docker" });
         if !old {
@@ -95,7 +95,7 @@ impl Project {
         .await;
     }
 
-    /// What is left of it on the engine, but for its image.
+    /// The containers, networks and volumes of the project on the engine.
     fn remains(&self) -> String {
         let project = format!("label=com.docker.compose.project={}", self.name);
         let containers = self.owner.docker(&["ps", "-aq", "--filter", &project]);
@@ -119,7 +119,7 @@ impl Drop for Project {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn up_restart_and_down_do_what_an_operator_expects() {
+async fn up_starts_replicas_restart_adopts_them_and_down_removes_them() {
     let project = Project::new().await;
     project.up().await;
     let web = project.port("8000");
@@ -135,12 +135,12 @@ async fn up_restart_and_down_do_what_an_operator_expects() {
     assert_eq!(replicas.len(), 3);
     project.compose(&["restart", "ringway"]);
     project.all_healthy().await;
-    assert_eq!(project.owner.containers(), replicas, "adopted");
+    assert_eq!(project.owner.containers(), replicas, "the restart of Ringway replaced a replica");
     project.compose(&["restart"]);
     project.all_healthy().await;
-    // The reaper has had time to change its mind.
+    // A reaper that mistakes the replicas for leftovers would remove them in this time.
     tokio::time::sleep(std::time::Duration::from_secs(5)).await;
-    assert_eq!(project.owner.containers(), replicas, "adopted again");
+    assert_eq!(project.owner.containers(), replicas, "the restart of all services replaced a replica");
 
     project.owner.docker(&["kill", &project.owner.container("echo-1")]);
     eventually("a replacement", || {
@@ -156,7 +156,7 @@ async fn up_restart_and_down_do_what_an_operator_expects() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn two_projects_side_by_side_do_not_touch_each_other_s_replicas() {
+async fn two_projects_do_not_touch_each_other_s_replicas() {
     let one = Project::new().await;
     let other = Project::beside(&one);
     one.up().await;
@@ -169,14 +169,14 @@ async fn two_projects_side_by_side_do_not_touch_each_other_s_replicas() {
     assert_eq!(one.owner.containers(), replicas);
     one.all_healthy().await;
     one.compose(&["stop"]);
-    assert_eq!(one.owner.containers(), Vec::<String>::new(), "what is stopped has no replicas");
+    assert_eq!(one.owner.containers(), Vec::<String>::new(), "a stopped project has replicas");
     one.compose(&["start"]);
     one.all_healthy().await;
 }
 
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn the_containers_have_few_rights_and_tell_their_health() {
+async fn the_containers_have_few_privileges_and_report_their_health() {
     let project = Project::new().await;
     project.up().await;
     let id = project.compose(&["ps", "-q", "ringway"]);

@@ -1,4 +1,4 @@
-//! Containers that somebody else runs.
+//! Discovery of containers that Ringway does not manage.
 
 use ringway::backend::State;
 
@@ -7,7 +7,7 @@ use crate::harness::{Ringway, config, eventually, eventually_async, get};
 
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn members_follow_the_label_and_nothing_is_started_or_stopped() {
+async fn backends_follow_the_label_and_ringway_starts_and_stops_no_container() {
     let owner = Owner::new().await;
     let label = format!("rwtest={}", owner.name);
     let run = |name: &str| {
@@ -21,7 +21,7 @@ async fn members_follow_the_label_and_nothing_is_started_or_stopped() {
         let healthy = table.backends().iter().filter(|backend| backend.state == State::Healthy);
         healthy.map(|backend| backend.id.to_string()).collect()
     };
-    assert_eq!(get(ringway.api(), "/readyz").await.0, 503, "nobody there yet");
+    assert_eq!(get(ringway.api(), "/readyz").await.0, 503, "ready without a container");
     run("a");
     eventually("the first", || members() == [owner.container("a")]).await;
     run("b");
@@ -30,17 +30,25 @@ async fn members_follow_the_label_and_nothing_is_started_or_stopped() {
 
     owner.docker(&["stop", "-t", "0", &owner.container("a")]);
     eventually("one left", || members() == [owner.container("b")]).await;
-    assert_eq!(owner.docker(&["inspect", "-f", "{{.State.Running}}", &owner.container("a")]), "false", "not touched");
-    eventually_async("no metrics of it", async || {
+    assert_eq!(
+        owner.docker(&["inspect", "-f", "{{.State.Running}}", &owner.container("a")]),
+        "false",
+        "Ringway started the container"
+    );
+    eventually_async("the metrics of the backend are removed", async || {
         !get(ringway.api(), "/metrics").await.1.contains(&format!("backend=\"{}\"", owner.container("a")))
     })
     .await;
     assert_eq!(ringway.metric("ringway_pool_backends_healthy", &[]).await, 1.0);
     owner.docker(&["rm", &owner.container("a")]);
     run("a");
-    eventually("it is back, made anew", || members() == [owner.container("a"), owner.container("b")]).await;
-    assert_eq!(ringway.mapping(), mapping, "in its old place");
+    eventually("the new container is a backend", || members() == [owner.container("a"), owner.container("b")]).await;
+    assert_eq!(ringway.mapping(), mapping, "the new container has other keys");
     assert_eq!(ringway.state().pools[0].table.load().ring().digest(), digest);
     drop(ringway);
-    assert_eq!(owner.docker(&["ps", "-q", "--filter", &format!("label={label}")]).lines().count(), 2, "they live on");
+    assert_eq!(
+        owner.docker(&["ps", "-q", "--filter", &format!("label={label}")]).lines().count(),
+        2,
+        "Ringway stopped a container"
+    );
 }

@@ -1,4 +1,4 @@
-//! Against a real Docker engine, with the image that `docker/image.sh` builds. Run with `-- --ignored`, as root.
+//! Tests with a real Docker engine and the image that `docker/image.sh` builds. Run them with `-- --ignored` as root.
 
 mod adoption;
 mod compose;

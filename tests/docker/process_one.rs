@@ -1,4 +1,4 @@
-//! Ringway as process 1, as in a container: signals work, and there are no zombies.
+//! Ringway as process 1, as in a container: it handles signals and reaps orphans.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -8,7 +8,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::harness::program::{Killed, file};
 use crate::harness::{THREE_REPLICAS, config, eventually};
 
-/// Processes with this parent: id, whether it is a zombie, and what it runs.
+/// The processes with this parent: the id, whether it is a zombie, and its name.
 fn children(parent: i32) -> Vec<(i32, bool, String)> {
     let pids = std::fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let child = |pid: i32| {
@@ -21,11 +21,11 @@ fn children(parent: i32) -> Vec<(i32, bool, String)> {
     pids.filter_map(child).collect()
 }
 
-/// In a process namespace of its own, which takes root as a container does.
+/// The test needs root for a separate process namespace.
 #[tokio::test]
 #[ignore = "needs root"]
-async fn as_process_1_it_obeys_signals_and_buries_orphans() {
-    // Every replica leaves an orphan that ends soon.
+async fn process_1_handles_signals_and_reaps_orphans() {
+    // Every replica leaves orphans that exit soon.
     let echo = "exec $0 echo-server --listen 127.0.0.1:{port} --name {slot}";
     let orphans =
         format!("command: [sh, -c, \"(sleep 0.2 & sleep 0.1 &) ; {echo}\", \"{}\"]", env!("CARGO_BIN_EXE_ringway"));
@@ -49,15 +49,15 @@ async fn as_process_1_it_obeys_signals_and_buries_orphans() {
     let init = init.unwrap();
     let main = children(init)[0].0;
     eventually("three replicas", || children(main).len() == 3).await;
-    // The orphans have ended by then, and come to process 1 when they do.
+    // The orphans exit in this time. Without process 1 as their reaper they would stay as zombies.
     tokio::time::sleep(Duration::from_millis(500)).await;
     eventually("no zombies", || children(init).iter().all(|child| !child.1)).await;
     assert_eq!(children(init).len(), 1, "{:?}", children(init));
 
-    // An upgrade: process 1 follows it, and buries what it leaves behind.
+    // After an upgrade, process 1 waits for the new process and reaps the orphans of the old one.
     kill_process(Pid::from_raw(init).unwrap(), Signal::USR2).unwrap();
     eventually("another main process", || {
-        // The successor, and beside it the shims of its replicas, which have nobody else any more.
+        // The children are the new process and the three shims of the replicas, which have lost their parent.
         let all = children(init);
         all.len() == 4 && !all.iter().any(|child| child.0 == main)
     })
@@ -67,10 +67,10 @@ async fn as_process_1_it_obeys_signals_and_buries_orphans() {
 
     kill_process(Pid::from_raw(init).unwrap(), Signal::TERM).unwrap();
     let mut status = None;
-    eventually("its end", || {
+    eventually("the end of process 1", || {
         status = unshare.0.try_wait().unwrap();
         status.is_some()
     })
     .await;
-    assert_eq!(status.unwrap().code(), Some(0), "in order");
+    assert_eq!(status.unwrap().code(), Some(0), "the exit code of the shutdown");
 }

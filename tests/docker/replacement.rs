@@ -1,4 +1,4 @@
-//! Containers that die, vanish or hang are replaced.
+//! Ringway replaces containers that die, disappear or hang.
 
 use std::time::{Duration, Instant};
 
@@ -34,7 +34,7 @@ async fn a_killed_container_is_replaced_and_only_its_own_connections_fail() {
     eventually("healthy again", || ringway.backend(1).state == State::Healthy).await;
     let took = killed.elapsed();
     println!("killed to healthy: {took:?}");
-    // The promise to operators: it takes about half a second.
+    // The documented limit. The replacement takes about half a second.
     assert!(took < Duration::from_secs(3), "healthy again after {took:?}");
 
     let report = soon("the load", load).await.unwrap();
@@ -43,16 +43,16 @@ async fn a_killed_container_is_replaced_and_only_its_own_connections_fail() {
         assert!(after_death.is_none(), "{failure:?} began {after_death:?} after the kill");
     }
     assert!(report.outcomes.len() > 500 && report.servers().len() == 3, "{:?}", report.servers());
-    assert_eq!(ringway.mapping(), before, "every key is where it was");
+    assert_eq!(ringway.mapping(), before, "a key moved");
     assert_eq!(ringway.metric("ringway_replica_restarts_total", &[]).await, 1.0);
     let exit = ringway.backend(1).last_exit.unwrap();
     assert_eq!((exit.code, exit.reason.as_str()), (Some(137), "exit code 137"));
-    assert_eq!(exit.output, ["echo-2 listens on 0.0.0.0:9000"], "its last words");
+    assert_eq!(exit.output, ["echo-2 listens on 0.0.0.0:9000"], "the last lines of its output");
 }
 
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn all_come_back_when_all_are_removed() {
+async fn all_containers_are_replaced_after_all_are_removed() {
     let owner = Owner::new().await;
     let ringway = Ringway::start(&owner.config(3, "", CHECK)).await.all_healthy().await;
     let (before, gone) = (ringway.mapping(), owner.containers());
@@ -70,29 +70,29 @@ async fn all_come_back_when_all_are_removed() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn a_paused_container_is_walked_past_and_then_replaced() {
+async fn a_paused_container_is_skipped_and_then_replaced() {
     let owner = Owner::new().await;
     let yaml = owner.config(3, "restart: { replace_after: 3s }", CHECK);
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     let (before, victim) = (owner.containers(), container_of(&ringway, 2).unwrap());
     owner.docker(&["pause", &owner.container("echo-3")]);
     let paused = Instant::now();
-    eventually("walked past", || ringway.backend(2).state == State::Unhealthy).await;
-    println!("paused to walked past: {:?}", paused.elapsed());
+    eventually("unhealthy", || ringway.backend(2).state == State::Unhealthy).await;
+    println!("paused to unhealthy: {:?}", paused.elapsed());
     assert!(ringway.mapping().values().all(|backend| backend != "echo-3"));
     eventually("replaced", || container_of(&ringway, 2).is_some_and(|id| id != victim)).await;
     assert!(paused.elapsed() >= Duration::from_secs(3), "not before replace_after: {:?}", paused.elapsed());
     eventually("healthy", || ringway.states() == [State::Healthy; 3]).await;
     let after = owner.containers();
     assert_eq!(after.len(), 3);
-    assert_eq!(after.iter().filter(|id| before.contains(id)).count(), 2, "the others are left alone");
+    assert_eq!(after.iter().filter(|id| before.contains(id)).count(), 2, "Ringway replaced another container");
     assert_eq!(ringway.backend(2).last_exit.unwrap().reason, "stopped: unhealthy");
 }
 
-/// The image's own health check is heard too.
+/// The health check of the image counts too.
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn what_the_engine_says_of_a_container_s_health_counts() {
+async fn the_health_that_the_engine_reports_counts() {
     let owner = Owner::new().await;
     let unhealthy = ["--health-cmd", "no-such-shell", "--health-interval", "1s", "--health-retries", "1"];
     let label = format!("rwtest={}", owner.name);
@@ -103,5 +103,5 @@ async fn what_the_engine_says_of_a_container_s_health_counts() {
     let ringway = Ringway::start(&crate::harness::config(&provider, "", CHECK)).await;
     eventually("the engine's verdict", || ringway.states() == [State::Unhealthy]).await;
     assert_eq!(ringway.backend(0).last_check(), Some("unhealthy, says the engine"));
-    assert_eq!(ringway.backend(0).health.last.as_deref(), Some("ok"), "our own check has another opinion");
+    assert_eq!(ringway.backend(0).health.last.as_deref(), Some("ok"), "the check of Ringway fails");
 }

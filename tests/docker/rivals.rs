@@ -1,4 +1,4 @@
-//! Two Ringways of the same owner on one engine.
+//! Two Ringways with the same owner on one engine.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ async fn all_healthy(program: &Program) -> bool {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
-async fn two_ringways_of_one_owner_never_make_more_than_the_wanted_number() {
+async fn two_ringways_with_one_owner_never_exceed_the_number_of_replicas() {
     let owner = Owner::new().await;
     let mut random = Random(seed());
     let yaml = owner.config(
@@ -36,6 +36,7 @@ async fn two_ringways_of_one_owner_never_make_more_than_the_wanted_number() {
         let pause = Instant::now() + Duration::from_millis(random.below(1000) as u64);
         while Instant::now() < pause {
             assert!(owner.containers().len() <= 3);
+            // A fourth container would appear in one of these steps.
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -57,6 +58,6 @@ async fn two_ringways_of_one_owner_never_make_more_than_the_wanted_number() {
     assert_eq!(
         owner.docker(&["inspect", "-f", "{{.State.Running}} {{.RestartCount}}", &foreign]),
         "true 0",
-        "untouched"
+        "Ringway changed a foreign container"
     );
 }

@@ -1,11 +1,11 @@
-//! Servers behind the balancer, each as simple as its test allows.
+//! Simple servers that act as backends.
 
 use std::net::SocketAddr;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
-/// A server that handles every connection with one function. Dropping it ends it.
+/// A server that handles every connection with one function. It stops when it is dropped.
 pub(crate) struct Server {
     pub(crate) address: SocketAddr,
     task: JoinHandle<()>,
@@ -45,7 +45,7 @@ impl Drop for Server {
     }
 }
 
-/// An address on which nobody listens, kept from others as long as this lives.
+/// An address that refuses connections. It stays reserved until this is dropped.
 pub(crate) struct Refusing {
     pub(crate) address: SocketAddr,
     _socket: socket2::Socket,
@@ -60,7 +60,7 @@ impl Refusing {
     }
 }
 
-/// An address that answers no SYN: a listening socket whose backlog is full and never accepted.
+/// An address that answers no SYN: a listening socket with a full backlog that accepts nothing.
 pub(crate) struct Silent {
     pub(crate) address: SocketAddr,
     _socket: socket2::Socket,
@@ -74,7 +74,7 @@ impl Silent {
         socket.listen(0).unwrap();
         let address = socket.local_addr().unwrap().as_socket().unwrap();
         let mut queued = Vec::new();
-        // The queue of a backlog of 0 takes one connection or two; fill it until one does not get in.
+        // A backlog of 0 takes one or two connections. Four clients fill it.
         for _ in 0..4 {
             let client = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
             client.set_nonblocking(true).unwrap();

@@ -1,4 +1,5 @@
-//! Docker engines: this machine's, and private ones that may be stopped. What a test makes is gone with it.
+//! Docker engines: the engine of this machine, and private engines that a test may stop. Every test removes its
+//! containers.
 
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -14,28 +15,28 @@ use super::{PATIENCE, eventually};
 /// The image of the repository.
 pub(crate) const IMAGE: &str = "ringway:latest";
 
-/// Tests that need an engine wait for each other: it is one, and some of them count seconds.
+/// Tests that need an engine run one after the other, because they share it and some of them measure time.
 static TURN: Mutex<()> = Mutex::const_new(());
 
-/// An owner of its own on an engine. Dropped, all its containers go.
+/// A separate owner on an engine. Its containers are removed when it is dropped.
 pub(crate) struct Owner {
     pub(crate) name: String,
     /// `DOCKER_HOST` of a private engine.
     host: Option<String>,
-    /// False: somebody else does it.
+    /// Whether the drop removes the containers.
     cleans: bool,
     _turn: Option<MutexGuard<'static, ()>>,
 }
 
 impl Owner {
-    /// On this machine's engine, with the image there.
+    /// Creates an owner on the engine of this machine, which has the image.
     pub(crate) async fn new() -> Self {
         let turn = TURN.lock().await;
         image();
         Self::named(None, Some(turn))
     }
 
-    /// Another one, in the same test.
+    /// Creates a second owner in the same test.
     pub(crate) fn beside(&self, name: &str) -> Self {
         Self { name: name.to_owned(), host: self.host.clone(), cleans: true, _turn: None }
     }
@@ -45,19 +46,19 @@ impl Owner {
         Self { name, host, cleans: true, _turn: turn }
     }
 
-    /// Runs `docker` with these words; what it prints. Fails where it fails.
+    /// Runs `docker` with these words and returns its output. Fails if the command fails.
     pub(crate) fn docker(&self, words: &[&str]) -> String {
         let (done, said) = self.try_docker(words);
         assert!(done, "docker {words:?}: {said}");
         said
     }
 
-    /// Whether it succeeded, and what it said.
+    /// Runs `docker` with these words. Returns whether it succeeded, and its output.
     pub(crate) fn try_docker(&self, words: &[&str]) -> (bool, String) {
         docker(self.host.as_deref(), words)
     }
 
-    /// The ids of its containers, whatever their state.
+    /// The ids of the containers of this owner in every state.
     pub(crate) fn containers(&self) -> Vec<String> {
         let filter = format!("label=ringway.owner={}", self.name);
         let mut ids: Vec<String> =
@@ -66,25 +67,25 @@ impl Owner {
         ids
     }
 
-    /// A network of its own.
+    /// Creates a network for this owner.
     pub(crate) fn network(&self) -> String {
         let name = format!("{}-net", self.name);
         self.docker(&["network", "create", &name]);
         name
     }
 
-    /// The name of a slot's container.
+    /// The name of the container of a slot.
     pub(crate) fn container(&self, slot: &str) -> String {
         format!("{}-{slot}", self.name)
     }
 
-    /// Lines of a config: this owner, and a pool `echo` with replicas of the demo server. `docker` is further
-    /// keys of the provider, `pool` further lines of the pool.
+    /// A config with this owner and a pool `echo` with replicas of the demo server. `docker` is further keys of the
+    /// provider, `pool` is further lines of the pool.
     pub(crate) fn config(&self, replicas: usize, docker: &str, pool: &str) -> String {
         format!("docker: {{ owner: {} }}\n{}", self.name, super::config(&provider(replicas, docker), "", pool))
     }
 
-    /// The program with this config, on this engine.
+    /// Starts the program with this config on this engine.
     pub(crate) async fn program(&self, yaml: &str) -> Program {
         match &self.host {
             Some(host) => Program::start_with(yaml, &[("DOCKER_HOST", host)]).await,
@@ -110,7 +111,7 @@ impl Drop for Owner {
         if !self.cleans {
             return;
         }
-        // Its Ringway may be dying at this moment, with a container under way.
+        // The Ringway of this owner may just be ending while it makes a container.
         for _ in 0..3 {
             for filter in ["ringway.owner", "rwtest"] {
                 let filter = format!("label={filter}={}", self.name);
@@ -137,7 +138,7 @@ fn unique() -> usize {
 }
 
 fn docker(host: Option<&str>, words: &[&str]) -> (bool, String) {
-    // An engine that hangs must not hang the tests.
+    // The timeout keeps an engine that hangs from blocking the tests.
     let mut command = Command::new("timeout");
     command.args(["120", "docker"]);
     if let Some(host) = host {
@@ -148,7 +149,7 @@ fn docker(host: Option<&str>, words: &[&str]) -> (bool, String) {
     (output.status.success(), String::from_utf8_lossy(&said).trim().to_owned())
 }
 
-/// Builds the image once for all tests: from this very source.
+/// Builds the image from this source, once for all tests.
 pub(crate) fn image() {
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
@@ -159,7 +160,7 @@ pub(crate) fn image() {
     });
 }
 
-/// An engine of its own, with the image there. It may be stopped, continued and restarted.
+/// A private engine that has the image. A test may stop, continue and restart it.
 pub(crate) struct PrivateEngine {
     folder: TempDir,
     bridge: String,
@@ -170,7 +171,7 @@ pub(crate) struct PrivateEngine {
 }
 
 impl PrivateEngine {
-    /// Starts `dockerd` with its own folders and its own bridge. `owner` speaks TCP to it where `tcp` is set.
+    /// Starts `dockerd` with separate folders and a separate bridge. With `tcp` the owner connects by TCP.
     pub(crate) async fn start(tcp: bool) -> Self {
         let turn = TURN.lock().await;
         image();
@@ -198,7 +199,7 @@ impl PrivateEngine {
         engine
     }
 
-    /// Its owner. The engine itself cleans up: it may have to be continued for that.
+    /// The owner on this engine. The engine removes the containers, because it may have to continue first.
     pub(crate) fn owner(&self) -> Owner {
         let owner = self.owner.as_ref().unwrap();
         Owner { name: owner.name.clone(), host: owner.host.clone(), cleans: false, _turn: None }
@@ -234,7 +235,7 @@ impl PrivateEngine {
         kill_process(Pid::from_child(&daemon.0), signal).unwrap();
     }
 
-    /// Tells the daemon to end and waits until it has. Containers go on.
+    /// Stops the daemon and waits for its end. The containers continue.
     pub(crate) fn stop(&mut self) {
         self.signal(Signal::TERM);
         if let Some(mut daemon) = self.daemon.take() {
@@ -246,10 +247,10 @@ impl PrivateEngine {
 impl Drop for PrivateEngine {
     fn drop(&mut self) {
         if self.daemon.is_some() {
-            // It may have been stopped.
+            // The daemon may be suspended.
             self.signal(Signal::CONT);
         }
-        // Removes its containers.
+        // The drop of the owner removes the containers.
         self.owner = None;
         if self.daemon.is_some() {
             self.stop();

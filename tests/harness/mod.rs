@@ -1,4 +1,4 @@
-//! Starts and ends what the tests need. Every `Drop` here leaves nothing behind.
+//! Starts and stops the processes that the tests need. Every `Drop` removes all that it has made.
 
 pub(crate) mod backends;
 pub(crate) mod engine;
@@ -15,13 +15,15 @@ use ringway::api::{State, View};
 use ringway::app::{App, Environment, Inheritance};
 use ringway::backend::{Backend, State as BackendState};
 use ringway::config::{Config, Source};
-use ringway::control::operator::{Order, Refusal, Report};
+use ringway::control::command::{Command, CommandError, Report};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
-/// How long anything may take before a test gives up on it. Never how long it should take.
+/// The longest wait for a condition. It is not an expected duration.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The real app, in-process, on a thread of its own.
+/// The app in this process, on a separate thread.
 pub(crate) struct Ringway {
     state: Arc<State>,
     api: SocketAddr,
@@ -35,7 +37,7 @@ impl Ringway {
         Self::try_start(yaml).await.unwrap_or_else(|error| panic!("{error}\n{yaml}"))
     }
 
-    /// The same, where the start may fail.
+    /// As [`Ringway::start`], but returns the error.
     pub(crate) async fn try_start(yaml: &str) -> Result<Self, String> {
         let config = Config::parse(yaml, "test").map_err(|error| error.to_string())?;
         let (started, start) = tokio::sync::oneshot::channel();
@@ -75,19 +77,19 @@ impl Ringway {
         self.api
     }
 
-    /// Listeners and pools of this moment.
+    /// The current listeners and pools.
     pub(crate) fn state(&self) -> Arc<View> {
         self.state.view()
     }
 
-    /// Gives an order, as the side port does.
-    pub(crate) async fn order(&self, order: Order) -> Result<Report, Refusal> {
-        soon("the order", self.state.operator().order(order)).await
+    /// Sends a command, as the side port does.
+    pub(crate) async fn send(&self, command: Command) -> Result<Report, CommandError> {
+        soon("the command", self.state.commands().send(command)).await
     }
 
-    /// Has the app run with this config from now on.
-    pub(crate) async fn reload(&self, yaml: &str) -> Result<Report, Refusal> {
-        self.order(Order::Reload { text: Some(yaml.to_owned()), is_dry_run: false }).await
+    /// Reloads the app with this config.
+    pub(crate) async fn reload(&self, yaml: &str) -> Result<Report, CommandError> {
+        self.send(Command::Reload { text: Some(yaml.to_owned()), is_dry_run: false }).await
     }
 
     /// Waits until every pool has had a healthy backend.
@@ -106,14 +108,14 @@ impl Ringway {
         self
     }
 
-    /// Which backend each of some keys belongs to, by the real ring and the states of the moment.
+    /// The backend of each of 2000 keys, by the current ring and states.
     pub(crate) fn mapping(&self) -> BTreeMap<u32, String> {
         let table = self.state().pools[0].table.load();
         let owner = |key: u32| table.candidates(&key.to_le_bytes()).next().map(|(backend, _)| backend.id.to_string());
         (0..2000).filter_map(|key| Some((key, owner(key)?))).collect()
     }
 
-    /// A backend of the first pool, as the table shows it now.
+    /// A backend of the first pool in the current table.
     pub(crate) fn backend(&self, index: usize) -> Backend {
         self.state().pools[0].table.load().backends()[index].clone()
     }
@@ -123,7 +125,7 @@ impl Ringway {
         self.state().pools[0].table.load().backends().iter().map(|backend| backend.state).collect()
     }
 
-    /// A metric's value, summed over all series whose labels contain each of `labels`.
+    /// The sum of a metric over all series that contain each of `labels`.
     pub(crate) async fn metric(&self, name: &str, labels: &[&str]) -> f64 {
         let text = get(self.api, "/metrics").await.1;
         metric_in(&text, name, labels)
@@ -170,7 +172,7 @@ pub(crate) fn static_config(backends: &[SocketAddr], extra: &str) -> String {
     config(&format!("static: [{}]", members.join(", ")), "", extra)
 }
 
-/// A config with one listener and one pool. `listener` and `pool` are further lines of theirs, `drain` is short.
+/// A config with one listener and one pool with a short drain. `listener` and `pool` are further lines of them.
 pub(crate) fn config(provider: &str, listener: &str, pool: &str) -> String {
     let mut lines = vec![
         "api: { listen: \"127.0.0.1:0\" }".to_owned(),
@@ -195,12 +197,12 @@ pub(crate) fn config(provider: &str, listener: &str, pool: &str) -> String {
 pub(crate) const THREE_REPLICAS: &str =
     "process: { replicas: 3, command: [ringway, echo-server, --listen, \"127.0.0.1:{port}\", --name, \"{slot}\"] }";
 
-/// Waits until `condition` holds, and fails with `what` when it does not within [`PATIENCE`].
+/// Waits until `condition` is true. Fails with `what` after [`PATIENCE`].
 pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     eventually_async(what, async || condition()).await;
 }
 
-/// The same for a condition that itself waits.
+/// As [`eventually`], with an async condition.
 pub(crate) async fn eventually_async(what: &str, mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !condition().await {
@@ -209,9 +211,37 @@ pub(crate) async fn eventually_async(what: &str, mut condition: impl AsyncFnMut(
     }
 }
 
-/// Fails instead of hanging.
+/// Waits for `future`. Fails with `what` after [`PATIENCE`].
 pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("not within {PATIENCE:?}: {what}"))
+}
+
+/// Sends four bytes and reads them back from a backend that echoes.
+pub(crate) async fn echoes(stream: &mut TcpStream) -> bool {
+    let mut back = [0; 4];
+    stream.write_all(b"ping").await.is_ok() && stream.read_exact(&mut back).await.is_ok() && &back == b"ping"
+}
+
+/// Whether `name` is in the `PATH`. A test returns early if it is not.
+///
+/// # Panics
+/// As [`skip`] does.
+pub(crate) fn require_tool(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let is_installed = std::env::split_paths(&path).any(|folder| folder.join(name).is_file());
+    if !is_installed {
+        skip(&format!("{name} is not installed"));
+    }
+    is_installed
+}
+
+/// Says that the test is skipped, and why.
+///
+/// # Panics
+/// In CI, where every test must run.
+pub(crate) fn skip(reason: &str) {
+    assert!(std::env::var_os("CI").is_none(), "the test cannot run in CI: {reason}");
+    println!("skipped: {reason}");
 }
 
 /// Status and body of a `GET`.
@@ -220,12 +250,12 @@ pub(crate) async fn get(address: SocketAddr, path: &str) -> (u16, String) {
     (answer.status().as_u16(), String::from_utf8(answer.into_body().to_vec()).unwrap())
 }
 
-/// One request on a connection of its own.
+/// Sends one request on a new connection.
 pub(crate) async fn http(address: SocketAddr, method: &str, path: &str, body: &[u8]) -> hyper::Response<bytes::Bytes> {
     http_with(address, method, path, &[("host", &address.to_string())], body).await
 }
 
-/// The same with these headers, and no others.
+/// As [`http`], with only these headers.
 pub(crate) async fn http_with(
     address: SocketAddr,
     method: &str,
@@ -233,7 +263,7 @@ pub(crate) async fn http_with(
     headers: &[(&str, &str)],
     body: &[u8],
 ) -> hyper::Response<bytes::Bytes> {
-    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let stream = TcpStream::connect(address).await.unwrap();
     let mut request = hyper::Request::builder().method(method).uri(path);
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -250,7 +280,7 @@ pub(crate) fn metric_in(text: &str, name: &str, labels: &[&str]) -> f64 {
     text.lines().filter(series).map(|line| line.rsplit(' ').next().unwrap().parse::<f64>().unwrap()).sum()
 }
 
-/// The seed of this run's random tests, printed so that a failure can be had again.
+/// The seed of the random tests. It is printed, so a failure can be repeated.
 pub(crate) fn seed() -> u64 {
     let given = std::env::var("RINGWAY_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed =

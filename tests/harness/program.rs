@@ -12,10 +12,10 @@ use tempfile::NamedTempFile;
 
 use super::{PATIENCE, eventually};
 
-/// A running `ringway`. Dropped, it is killed, and with it its replicas.
+/// A running `ringway`. It is killed when it is dropped, and its replicas end with it.
 pub(crate) struct Program {
     child: Killed,
-    /// Those that have taken over, the last one last.
+    /// The processes that have taken over, in order.
     successors: Vec<Pid>,
     log: Arc<Mutex<String>>,
     closed: Arc<AtomicBool>,
@@ -28,7 +28,7 @@ impl Program {
         Self::start_with(yaml, &[]).await
     }
 
-    /// The same, with more in its environment.
+    /// As [`Program::start`], with further environment variables.
     pub(crate) async fn start_with(yaml: &str, environment: &[(&str, &str)]) -> Self {
         // The clients of the tests need descriptors too.
         ringway::limits::raise_open_files();
@@ -58,14 +58,14 @@ impl Program {
         });
         let mut program = Self { child, successors: Vec::new(), log, closed, config };
         eventually("the banner", || {
-            assert!(program.child.0.try_wait().unwrap().is_none(), "it ended:\n{}", program.log());
+            assert!(program.child.0.try_wait().unwrap().is_none(), "ringway ended:\n{}", program.log());
             program.log().contains(" status --api ")
         })
         .await;
         program
     }
 
-    /// Puts another config in its file, as a whole.
+    /// Replaces the content of the config file.
     pub(crate) fn write_config(&self, yaml: &str) {
         std::fs::write(self.config.path(), yaml).unwrap();
     }
@@ -74,14 +74,14 @@ impl Program {
         Pid::from_child(&self.child.0)
     }
 
-    /// Has a successor take over. Its process id.
+    /// Upgrades and returns the process id of the new process.
     pub(crate) async fn upgrade(&mut self) -> Pid {
         let answer = super::http(self.api(), "POST", "/api/upgrade", b"").await;
         assert_eq!(answer.status(), 200, "{}\n{}", String::from_utf8_lossy(answer.body()), self.log());
         self.follow().await
     }
 
-    /// Finds out who has taken over. Its process id.
+    /// Returns the process id of the process that has taken over.
     pub(crate) async fn follow(&mut self) -> Pid {
         let pid = self.status().await["pid"].as_i64().unwrap();
         let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
@@ -93,12 +93,12 @@ impl Program {
         self.log.lock().unwrap().clone()
     }
 
-    /// Stops reading what it logs: with the next line the reading end is closed.
+    /// Stops reading the log. The reading end closes at the next line.
     pub(crate) fn close_log(&self) {
         self.closed.store(true, Ordering::Relaxed);
     }
 
-    /// The address of the first listener, as the banner says.
+    /// The address of the first listener, from the banner.
     pub(crate) fn web(&self) -> SocketAddr {
         self.address_before("web:")
     }
@@ -113,7 +113,7 @@ impl Program {
         line.split_whitespace().next().unwrap().parse().unwrap()
     }
 
-    /// What the side port says.
+    /// The status from the side port.
     pub(crate) async fn status(&self) -> serde_json::Value {
         serde_json::from_str(&super::get(self.api(), "/api/status").await.1).unwrap()
     }
@@ -128,7 +128,7 @@ impl Program {
             .collect()
     }
 
-    /// Waits until the side port says ready, and every slot has been tried.
+    /// Waits until Ringway is ready and has tried every slot.
     pub(crate) async fn ready(self) -> Self {
         super::eventually_async("ready", async || super::get(self.api(), "/readyz").await.0 == 200).await;
         super::eventually_async("every slot tried", async || {
@@ -145,7 +145,7 @@ impl Program {
         kill_process(self.pid(), signal).unwrap();
     }
 
-    /// The exit status, once there is one.
+    /// Waits for the exit status.
     pub(crate) async fn ended(&mut self) -> ExitStatus {
         let mut status = None;
         eventually("the program's end", || {
@@ -163,7 +163,7 @@ impl Program {
         fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
     }
 
-    /// Anonymous memory in bytes: what the program itself has allocated.
+    /// Anonymous memory in bytes, which the program has allocated.
     pub(crate) fn memory(&self) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.0.id())).unwrap();
         let line = status.lines().find(|line| line.starts_with("RssAnon:")).unwrap();
@@ -174,7 +174,7 @@ impl Program {
 impl Drop for Program {
     fn drop(&mut self) {
         for &successor in &self.successors {
-            // It may have ended.
+            // The process may have exited already.
             let _ = kill_process(successor, Signal::KILL);
         }
     }
@@ -190,14 +190,14 @@ impl Drop for Killed {
     }
 }
 
-/// A config file that is gone with the test.
+/// A config file that is removed when it is dropped.
 pub(crate) fn file(yaml: &str) -> NamedTempFile {
     let mut file = NamedTempFile::new().unwrap();
     file.write_all(yaml.as_bytes()).unwrap();
     file
 }
 
-/// Runs `ringway` to its end: exit code, standard output, standard error.
+/// Runs `ringway` to its end and returns the exit code, standard output and standard error.
 pub(crate) fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
     let mut child = Command::new(env!("CARGO_BIN_EXE_ringway"))
         .args(arguments)
@@ -223,7 +223,7 @@ pub(crate) fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
     (status.code(), stdout, stderr)
 }
 
-/// Whether a process is there and not a zombie.
+/// Whether a process exists and is not a zombie.
 pub(crate) fn is_alive(pid: Pid) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
     stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().next()).is_some_and(|state| state != "Z")

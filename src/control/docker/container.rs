@@ -1,4 +1,4 @@
-//! A container as a full list shows it.
+//! A container as a full list of the engine shows it.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -9,35 +9,35 @@ use bollard::models::{ContainerSummary, ContainerSummaryStateEnum, EndpointSetti
 /// A container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Container {
-    /// The engine's id of it.
+    /// The engine's id of the container.
     pub id: Arc<str>,
-    /// Its name, without the slash that the API puts before it.
+    /// The container's name, without the slash that the API puts in front.
     pub name: Arc<str>,
-    /// Its labels.
+    /// The container's labels.
     pub labels: HashMap<String, String>,
-    /// Whether it runs.
+    /// The container's state.
     pub state: State,
-    /// What the health check in its image says; `None` without one or before its first verdict.
+    /// The result of the image's own health check; `None` without one, or before its first verdict.
     pub healthy: Option<bool>,
-    /// Its address on each network.
+    /// The container's address on each network.
     pub addresses: HashMap<String, IpAddr>,
 }
 
-/// Whether a container runs.
+/// The state of a container.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum State {
-    /// It was never started.
+    /// The container was never started.
     Created,
-    /// It runs, or is paused: its processes are there.
+    /// The container runs or is paused: its processes exist.
     Running,
-    /// It has ended.
+    /// The container has ended.
     Dead,
-    /// It is being removed, and will be gone in a moment.
+    /// The engine is removing the container.
     Removing,
 }
 
 impl Container {
-    /// The value of a label; empty where there is none.
+    /// The value of a label; empty if the container lacks the label.
     pub fn label(&self, name: &str) -> &str {
         self.labels.get(name).map_or("", String::as_str)
     }
@@ -67,7 +67,7 @@ impl From<ContainerSummary> for Container {
     }
 }
 
-/// The list has health as a field only from API 1.52 on, and in this text always: `Up 3 minutes (unhealthy)`.
+/// Reads health from the status text, like `Up 3 minutes (unhealthy)`: only API 1.52 and later has a field for it.
 fn health(status: &str) -> Option<bool> {
     if status.ends_with("(unhealthy)") { Some(false) } else { status.ends_with("(healthy)").then_some(true) }
 }
@@ -82,7 +82,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_engine_of_api_1_41_is_understood() {
+    fn ringway_reads_the_list_of_an_engine_with_api_1_41() {
         let json = r#"[{"Id": "d43c", "Names": ["/ringway-echo-1"], "Image": "ringway:latest", "ImageID": "sha256:1", "Command": "/ringway",
             "Created": 1790000000, "Ports": [], "Labels": {"ringway.slot": "echo-1"}, "State": "running",
             "Status": "Up 3 minutes (unhealthy)", "HostConfig": {"NetworkMode": "net"}, "Mounts": [],
@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn health_is_in_the_status_text() {
+    fn health_is_read_from_the_status_text() {
         assert_eq!(health("Up 3 minutes"), None);
         assert_eq!(health("Up 3 minutes (health: starting)"), None);
         assert_eq!(health("Up 3 minutes (healthy)"), Some(true));

@@ -1,5 +1,5 @@
-//! The calls that Ringway makes to a Docker engine. Each has a deadline; a new connection for each, so that no
-//! call meets one that died with an engine.
+//! The calls that Ringway makes to a Docker engine. Each call has a deadline and its own connection: no call uses a
+//! connection that died with an engine.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,46 +17,46 @@ use futures_util::stream::{BoxStream, StreamExt as _};
 
 use super::container::Container;
 
-/// Where an engine listens unless `DOCKER_HOST` says otherwise.
+/// The engine's address unless `DOCKER_HOST` is set.
 const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
 
-/// Longest silence while an image is pulled.
+/// Longest time without progress while Ringway pulls an image.
 const PULL_SILENCE: Duration = Duration::from_secs(120);
 
-/// Longest line of a container's output that is kept, in bytes.
+/// Longest line of a container's output that Ringway keeps, in bytes.
 const LONGEST_LINE: usize = 1024;
 
-/// A Docker engine, whether it is there or not. Cheap to clone.
+/// A client of a Docker engine, which may be unreachable. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Engine {
     host: Arc<str>,
     deadline: Duration,
 }
 
-/// Why a call came to nothing.
+/// Why a call failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EngineError {
-    /// The engine is not there, or does not answer.
+    /// The engine is unreachable or does not answer.
     #[error("cannot reach the Docker engine at {host}: {error}{}", remedy(host, error))]
     Away {
-        /// Where it should be.
+        /// The engine's address.
         host: Arc<str>,
-        /// What the system says.
+        /// The error of the system.
         error: String,
     },
-    /// The engine is there and says no.
-    #[error("the Docker engine says: {message}")]
+    /// The engine answered with an error.
+    #[error("the Docker engine answered: {message}")]
     Refused {
         /// The HTTP status.
         status: u16,
-        /// In the engine's words.
+        /// The engine's message.
         message: String,
     },
 }
 
 fn remedy(host: &str, error: &str) -> &'static str {
     if error.contains("ermission denied") {
-        "; run Ringway as a user who may use the socket"
+        "; run Ringway as a user with access to the socket"
     } else if host.starts_with("unix:") && (error.contains("ocket not found") || error.contains("No such file")) {
         "; is it running? In a container: mount its socket, or set DOCKER_HOST"
     } else {
@@ -65,12 +65,12 @@ fn remedy(host: &str, error: &str) -> &'static str {
 }
 
 impl EngineError {
-    /// Whether the engine has answered with this HTTP status.
+    /// Whether the engine answered with this HTTP status.
     pub fn is_status(&self, wanted: u16) -> bool {
         matches!(self, Self::Refused { status, .. } if *status == wanted)
     }
 
-    /// Whether it says nothing about what was asked for.
+    /// Whether the engine could not be reached: the error then says nothing about the subject of the call.
     pub fn is_away(&self) -> bool {
         matches!(self, Self::Away { .. })
     }
@@ -82,17 +82,19 @@ impl EngineError {
 }
 
 impl Engine {
-    /// The engine at `host`, the value of `DOCKER_HOST`, or else that of this machine. `deadline` is for each call.
+    /// A client of the engine at `host`, the value of `DOCKER_HOST`; `None`: this machine's engine. `deadline` applies
+    /// to each call.
     ///
     /// # Errors
-    /// When that is nothing that could be connected to.
+    /// When `host` is not a valid address, or needs TLS or SSH.
     pub fn new(host: Option<&str>, deadline: Duration) -> Result<Self, String> {
         let host = host.filter(|host| !host.is_empty()).unwrap_or(DEFAULT_HOST);
         match Docker::connect_with_host(host) {
             Ok(_) | Err(Error::SocketNotFoundError(_)) => Ok(Self { host: host.into(), deadline }),
             Err(Error::UnsupportedURISchemeError { .. }) if host.starts_with("https:") || host.starts_with("ssh:") => {
                 Err(format!(
-                    "DOCKER_HOST={host:?}: neither TLS nor SSH is spoken here; forward the engine's socket, as by `ssh -nNT -L \
+                    "DOCKER_HOST={host:?}: Ringway supports neither TLS nor SSH here; forward the engine's socket, \
+                     for example with `ssh -nNT -L \
                  /run/engine.sock:/var/run/docker.sock host`, and set DOCKER_HOST=unix:///run/engine.sock"
                 ))
             }
@@ -103,25 +105,25 @@ impl Engine {
         }
     }
 
-    /// Where it is: `unix:///var/run/docker.sock`.
+    /// The engine's address, like `unix:///var/run/docker.sock`.
     pub fn host(&self) -> &str {
         &self.host
     }
 
-    /// Every container with all these labels (`name` or `name=value`), whatever its state.
+    /// Every container that has all these labels (`name` or `name=value`), in any state.
     ///
     /// # Errors
-    /// When there is no answer.
+    /// When the engine does not answer.
     pub async fn list(&self, labels: &[String]) -> Result<Vec<Container>, EngineError> {
         let options = ListContainersOptionsBuilder::new().all(true).filters(&with_labels(labels)).build();
         let listed = self.call(self.deadline, async |docker| docker.list_containers(Some(options)).await).await?;
         Ok(listed.into_iter().map(Container::from).collect())
     }
 
-    /// What happens to containers with these labels, from now on. Ends when the engine does.
+    /// Events of containers with these labels, from now on. The stream ends when the engine closes it.
     ///
     /// # Errors
-    /// When the engine is away.
+    /// When the engine is unreachable.
     pub fn events(
         &self,
         labels: &[String],
@@ -134,39 +136,39 @@ impl Engine {
         Ok(events.map(move |event| event.map_err(|error| engine.error(&error))).boxed())
     }
 
-    /// Makes a container; its id.
+    /// Creates a container and returns its id.
     ///
     /// # Errors
-    /// Status 409 where the name is taken, 404 where the image is not there.
+    /// Status 409 if the name is taken, 404 if the engine lacks the image.
     pub async fn create(&self, name: &str, body: ContainerCreateBody) -> Result<String, EngineError> {
         let options = CreateContainerOptionsBuilder::new().name(name).build();
         let made = self.call(self.deadline, async |docker| docker.create_container(Some(options), body).await).await?;
         Ok(made.id)
     }
 
-    /// Starts a container; one that runs is left as it is.
+    /// Starts a container. A running container is unaffected.
     ///
     /// # Errors
-    /// When its process cannot be run, among others.
+    /// When the container's process cannot be run, among others.
     pub async fn start(&self, id: &str) -> Result<(), EngineError> {
         self.call(self.deadline, async |docker| docker.start_container(id, None::<StartContainerOptions>).await).await
     }
 
-    /// Stops a container: SIGTERM, and after `grace` SIGKILL.
+    /// Stops a container: sends SIGTERM, and SIGKILL after `grace`.
     ///
     /// # Errors
-    /// When there is no such container, or no answer.
+    /// When the container does not exist, or the engine does not answer.
     pub async fn stop(&self, id: &str, grace: Duration) -> Result<(), EngineError> {
         let seconds = i32::try_from(grace.as_secs_f64().ceil() as i64).unwrap_or(i32::MAX);
         let options = StopContainerOptionsBuilder::new().t(seconds).build();
         self.call(self.deadline + grace, async |docker| docker.stop_container(id, Some(options)).await).await
     }
 
-    /// Removes a container with its anonymous volumes; `force`: also one that runs. One that is gone, or going,
-    /// is as good as removed.
+    /// Removes a container and its anonymous volumes. With `force` it removes a running container too. Succeeds if the
+    /// container is already gone or being removed.
     ///
     /// # Errors
-    /// Status 409 where it runs.
+    /// Status 409 if the container runs and `force` is not set.
     pub async fn remove(&self, id: &str, force: bool) -> Result<(), EngineError> {
         let options = RemoveContainerOptionsBuilder::new().force(force).v(true).build();
         let removed = self.call(self.deadline, async |docker| docker.remove_container(id, Some(options)).await).await;
@@ -177,14 +179,14 @@ impl Engine {
         }
     }
 
-    /// Stops a container and removes it. One that is gone already is as good.
+    /// Stops and removes a container. Succeeds if the container is already gone.
     ///
     /// # Errors
-    /// When the engine is away or does not do it.
+    /// When the engine is unreachable or refuses.
     pub async fn end(&self, id: &str, grace: Duration) -> Result<(), EngineError> {
         match self.stop(id, grace).await {
             Err(error) if error.is_away() => Err(error),
-            // Removing it by force ends it too.
+            // Removing by force also stops the container.
             _ => self.remove(id, true).await,
         }
     }
@@ -192,30 +194,30 @@ impl Engine {
     /// A container's details, by id or name.
     ///
     /// # Errors
-    /// When there is no such container, or no answer.
+    /// When the container does not exist, or the engine does not answer.
     pub async fn inspect(&self, id: &str) -> Result<ContainerInspectResponse, EngineError> {
         self.call(self.deadline, async |docker| docker.inspect_container(id, None::<InspectContainerOptions>).await)
             .await
     }
 
-    /// Whether there is an image of this name.
+    /// Whether the engine has an image of this name.
     ///
     /// # Errors
-    /// When there is no answer.
+    /// When the engine does not answer.
     pub async fn has_image(&self, name: &str) -> Result<bool, EngineError> {
         is_there(self.call(self.deadline, async |docker| docker.inspect_image(name).await.map(drop)).await)
     }
 
-    /// Whether there is a network of this name or id.
+    /// Whether the engine has a network of this name or id.
     ///
     /// # Errors
-    /// When there is no answer.
+    /// When the engine does not answer.
     pub async fn has_network(&self, name: &str) -> Result<bool, EngineError> {
         let options = None::<InspectNetworkOptions>;
         is_there(self.call(self.deadline, async |docker| docker.inspect_network(name, options).await.map(drop)).await)
     }
 
-    /// The last lines that a container has written. Empty where they are not to be had.
+    /// The last lines that a container wrote. Empty if the engine does not return them.
     pub async fn last_lines(&self, id: &str, count: usize) -> Vec<String> {
         let options = LogsOptionsBuilder::new().stdout(true).stderr(true).tail(&count.to_string()).build();
         let lines = async |docker: Docker| {
@@ -231,10 +233,10 @@ impl Engine {
         self.call(self.deadline, lines).await.unwrap_or_default()
     }
 
-    /// Gets an image from its registry, without credentials.
+    /// Pulls an image from its registry, without credentials.
     ///
     /// # Errors
-    /// When there is no registry, no such image, or nothing happens any more.
+    /// When the registry is unreachable, the image does not exist, or the pull makes no progress.
     pub async fn pull(&self, image: &str) -> Result<(), EngineError> {
         let (name, tag) = name_and_tag(image);
         let options = CreateImageOptionsBuilder::new().from_image(name).tag(tag).build();
@@ -244,7 +246,7 @@ impl Engine {
                 Ok(None) => return Ok(()),
                 Ok(Some(Ok(_))) => {}
                 Ok(Some(Err(error))) => return Err(self.error(&error)),
-                Err(_) => return Err(self.away("nothing happens any more")),
+                Err(_) => return Err(self.away("the pull makes no progress")),
             }
         }
     }
@@ -254,7 +256,7 @@ impl Engine {
         deadline: Duration,
         call: impl AsyncFnOnce(Docker) -> Result<T, Error>,
     ) -> Result<T, EngineError> {
-        // Its own would cut ours short, and is in whole seconds.
+        // The client's own timeout is in whole seconds and would end the call before ours.
         let docker = self.docker()?.with_timeout(deadline + Duration::from_secs(1));
         match tokio::time::timeout(deadline, call(docker)).await {
             Ok(answer) => answer.map_err(|error| self.error(&error)),
@@ -295,13 +297,13 @@ fn with_labels(labels: &[String]) -> HashMap<String, Vec<String>> {
     HashMap::from([("label".to_owned(), labels.to_vec())])
 }
 
-/// An image without a tag means `latest`; the API would pull all its tags.
+/// An image without a tag means `latest`; without a tag the API would pull all of them.
 fn name_and_tag(image: &str) -> (&str, &str) {
     let has_tag = image.rsplit('/').next().is_some_and(|last| last.contains([':', '@']));
     if has_tag { (image, "") } else { (image, "latest") }
 }
 
-/// The error of an HTTP client says little; what caused it says what happened.
+/// The innermost cause of an error: the outer errors of an HTTP client say little.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut innermost = error;
     while let Some(source) = innermost.source() {
@@ -315,21 +317,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_host_that_cannot_be_is_refused_with_a_remedy() {
+    fn an_invalid_host_is_refused_with_a_remedy() {
         let engine = |host| Engine::new(host, Duration::from_secs(1)).map(|engine| engine.host().to_owned());
         assert_eq!(engine(None).as_deref(), Ok(DEFAULT_HOST));
         assert_eq!(engine(Some("")).as_deref(), Ok(DEFAULT_HOST));
-        assert_eq!(engine(Some("unix:///not/there.sock")).as_deref(), Ok("unix:///not/there.sock"), "not yet");
+        assert_eq!(
+            engine(Some("unix:///not/there.sock")).as_deref(),
+            Ok("unix:///not/there.sock"),
+            "the socket may appear later"
+        );
         assert_eq!(engine(Some("tcp://10.0.0.5:2375")).as_deref(), Ok("tcp://10.0.0.5:2375"));
         assert!(
-            engine(Some("https://10.0.0.5:2376")).unwrap_err().contains("neither TLS nor SSH is spoken here; forward")
+            engine(Some("https://10.0.0.5:2376"))
+                .unwrap_err()
+                .contains("Ringway supports neither TLS nor SSH here; forward")
         );
         assert!(engine(Some("ssh://host")).unwrap_err().contains("forward the engine's socket"));
         assert!(engine(Some("engine.local")).unwrap_err().contains("is not an address like unix:///"));
     }
 
     #[test]
-    fn an_image_without_a_tag_is_the_latest() {
+    fn an_image_without_a_tag_means_latest() {
         assert_eq!(name_and_tag("nginx"), ("nginx", "latest"));
         assert_eq!(name_and_tag("nginx:1.25"), ("nginx:1.25", ""));
         assert_eq!(name_and_tag("host:5000/nginx"), ("host:5000/nginx", "latest"));

@@ -1,37 +1,37 @@
-//! How Ringway sees a Docker engine. The engine may be away, hang or be restarted at any time: every call has a
-//! deadline, and what was seen last holds until something newer is seen.
+//! How Ringway sees a Docker engine. The engine may be unreachable, hang or restart at any time: every call has a
+//! deadline, and the last known state stays in use until Ringway sees a newer one.
 //!
 //! # Layout
 //!
-//! - [`engine`]: the calls that Ringway makes, and whose fault it is when they fail
+//! - [`engine`]: the calls that Ringway makes, and their errors
 //! - [`container`]: a container as a full list shows it
-//! - [`watch`]: full lists, whenever something may have changed
-//! - [`place`]: which container, owner and network Ringway itself has
-//! - [`reap`]: removes what is not needed any more
+//! - [`watch`]: fetches a full list whenever something may have changed
+//! - [`scope`]: the owner of the containers, and the network on which Ringway reaches them
+//! - [`reap`]: removes containers that are no longer needed
 
 pub mod container;
 pub mod engine;
-pub mod place;
 pub mod reap;
+pub mod scope;
 pub mod watch;
 
-/// Labels of the containers that Ringway makes.
+/// Labels of the containers that Ringway creates.
 pub mod label {
-    /// Whose it is: no other Ringway touches it.
+    /// The owner of the container. A Ringway with another owner does not touch it.
     pub const OWNER: &str = "ringway.owner";
-    /// The pool that it was made for.
+    /// The pool of the container.
     pub const POOL: &str = "ringway.pool";
-    /// The slot that it fills.
+    /// The slot that the container fills.
     pub const SLOT: &str = "ringway.slot";
-    /// The network that it was put on.
+    /// The network of the container.
     pub const NETWORK: &str = "ringway.network";
-    /// The port on which it listens.
+    /// The port on which the replica listens.
     pub const PORT: &str = "ringway.port";
-    /// Digest of the settings that it was made from.
+    /// Digest of the settings that the container was created from.
     pub const SPEC: &str = "ringway.spec";
     /// Labels that compose writes on the images it builds. Containers of such an image must not inherit them, or
-    /// compose would take them for its own.
-    pub const OF_IMAGES: [&str; 2] = [super::place::COMPOSE_PROJECT, super::place::COMPOSE_SERVICE];
-    /// What all labels of Ringway's own begin with.
+    /// compose would treat them as its own.
+    pub const OF_IMAGES: [&str; 2] = [super::scope::COMPOSE_PROJECT, super::scope::COMPOSE_SERVICE];
+    /// Prefix of all of Ringway's own labels.
     pub const PREFIX: &str = "ringway.";
 }

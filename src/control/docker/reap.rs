@@ -1,4 +1,4 @@
-//! Removes what an owner's supervisors have made, once nobody needs it any more.
+//! Removes an owner's containers that are no longer needed.
 
 use std::time::{Duration, Instant};
 
@@ -7,19 +7,19 @@ use tokio::task::JoinSet;
 use super::container::State;
 use super::engine::{Engine, EngineError};
 use super::label;
-use super::place::{COMPOSE_ONEOFF, COMPOSE_PROJECT, COMPOSE_SERVICE};
+use super::scope::{COMPOSE_ONEOFF, COMPOSE_PROJECT, COMPOSE_SERVICE};
 
-/// For how long a stopped container may still be started again. `docker compose restart` stops and starts it
-/// within a moment; `docker compose down` stops all of a project first.
+/// How long Ringway waits for a stopped container to start again. `docker compose restart` stops and starts it within a
+/// moment; `docker compose down` stops all containers of a project first.
 const RETURN: Duration = Duration::from_secs(3);
 
-/// Between two looks at it.
+/// Interval between two lists during that wait.
 const LOOK: Duration = Duration::from_millis(200);
 
-/// Stops and removes every container of this owner. How many there were.
+/// Stops and removes every container of this owner. Returns how many there were.
 ///
 /// # Errors
-/// When the engine does not do it.
+/// When the engine is unreachable or refuses to remove a container.
 pub async fn remove_all(engine: &Engine, owner: &str, grace: Duration) -> Result<usize, EngineError> {
     let found = engine.list(&[format!("{}={owner}", label::OWNER), label::SLOT.to_owned()]).await?;
     let count = found.len();
@@ -40,7 +40,7 @@ pub async fn remove_all(engine: &Engine, owner: &str, grace: Duration) -> Result
 /// Whether the containers of a compose service have ended for good.
 ///
 /// # Errors
-/// When the engine does not say.
+/// When the engine does not answer.
 pub async fn has_ended(engine: &Engine, project: &str, service: &str) -> Result<bool, EngineError> {
     let labels = [
         format!("{COMPOSE_PROJECT}={project}"),

@@ -1,7 +1,7 @@
-//! Full lists of the containers with certain labels, whenever something may have changed.
+//! Fetches a full list of the containers with certain labels whenever something may have changed.
 //!
-//! Events are only a reason to look: an event that is lost, doubled or late changes nothing but when. Lists are
-//! made at start, after every event and every reconnect, every `resync`, and when asked for.
+//! An event only triggers a list: a lost, doubled or late event changes when Ringway fetches one, and nothing else.
+//! Ringway fetches a list at start, after every event and every reconnect, every `resync`, and on request.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -15,33 +15,33 @@ use tokio::sync::{Notify, watch};
 use super::container::{Container, State};
 use super::engine::{Engine, EngineError};
 
-/// Between the first two tries to reach an engine that is away; doubled with each more.
+/// Wait before the first retry of an unreachable engine; doubles with each retry.
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 
-/// The longest wait between two tries.
+/// Longest wait between two tries.
 const LONGEST_RETRY: Duration = Duration::from_secs(5);
 
-/// Events that come within this time make one list.
+/// Events within this time cause one list.
 const TOGETHER: Duration = Duration::from_millis(10);
 
-/// Lists that follow the one after an event or a reconnect, each after this much more time. The engine tells of a
-/// death before its list shows it (moby 20.10 first frees the network); and of what happens between the first
-/// list and the moment at which it has taken a new subscription it tells nobody.
+/// Waits before the additional lists that follow each event and each reconnect. The engine sends the event of a death
+/// before its list shows it (moby 20.10 first frees the network), and it sends no event for changes between the first
+/// list and the moment the new subscription takes effect.
 const FURTHER: [Duration; 4] =
     [Duration::from_millis(40), Duration::from_millis(160), Duration::from_millis(640), Duration::from_millis(2560)];
 
-/// What a list has shown.
+/// A full list.
 #[derive(Debug, Clone)]
 pub struct Seen {
     /// Every container with the labels.
     pub containers: Vec<Container>,
-    /// When the list was asked for: what was done later is not in it.
+    /// When Ringway requested the list: later changes may be missing from it.
     pub as_of: Instant,
 }
 
-/// How fresh the view of an engine is, for status and metrics.
+/// The state of the engine as Ringway last saw it, for status and metrics.
 #[derive(Debug)]
-pub struct Freshness {
+pub struct EngineStatus {
     host: Arc<str>,
     started: Instant,
     /// Milliseconds from `started` to the last full list, plus 1; 0 before the first.
@@ -50,8 +50,8 @@ pub struct Freshness {
     error: ArcSwapOption<String>,
 }
 
-impl Freshness {
-    /// Nothing seen yet.
+impl EngineStatus {
+    /// The status before the first list.
     pub fn new(engine: &Engine, now: Instant) -> Self {
         let zero = || AtomicU64::new(0);
         let error = ArcSwapOption::empty();
@@ -63,23 +63,23 @@ impl Freshness {
         &self.host
     }
 
-    /// How old the last full list is; since the start where there is none yet.
+    /// Age of the last full list; the time since the start before the first list.
     pub fn age(&self) -> Duration {
         let last = self.last.load(Ordering::Relaxed).saturating_sub(1);
         self.started.elapsed().saturating_sub(Duration::from_millis(last))
     }
 
-    /// Why the last try to make one failed; `None` where it did not.
+    /// Error of the last try to fetch a list; `None` if it succeeded.
     pub fn error(&self) -> Option<Arc<String>> {
         self.error.load_full()
     }
 
-    /// Whether the engine answered when it was asked last.
+    /// Whether the engine answered the last request for a list.
     pub fn is_fresh(&self) -> bool {
         self.last.load(Ordering::Relaxed) > 0 && self.error.load().is_none()
     }
 
-    /// How many tries have failed.
+    /// Number of failed tries since the start.
     pub fn failures(&self) -> u64 {
         self.failures.load(Ordering::Relaxed)
     }
@@ -89,22 +89,22 @@ impl Freshness {
         let millis = u64::try_from(age.as_millis()).unwrap_or(u64::MAX);
         self.last.store(millis.saturating_add(1), Ordering::Relaxed);
         if self.error.swap(None).is_some() {
-            tracing::info!(pool, host = %self.host, "the Docker engine is back");
+            tracing::info!(pool, host = %self.host, "the Docker engine is reachable again");
         }
     }
 
-    /// Tells of the first failure in a row, and of another kind; each further one is no news.
+    /// Counts a failure. Logs it only if it is the first in a row or its error differs from the previous one.
     pub(in crate::control) fn failed(&self, pool: &str, error: &dyn std::fmt::Display) {
         self.failures.fetch_add(1, Ordering::Relaxed);
         let error = error.to_string();
         if self.error.load().as_ref().is_none_or(|last| **last != error) {
-            tracing::error!(pool, "{error}; serving what was seen last, and trying again");
+            tracing::error!(pool, "{error}; the last known backends stay in use; Ringway retries");
             self.error.store(Some(Arc::new(error)));
         }
     }
 }
 
-/// The waits between tries to reach an engine.
+/// Backoff between tries to reach an engine.
 #[derive(Debug)]
 pub struct Retry(Duration);
 
@@ -115,40 +115,40 @@ impl Default for Retry {
 }
 
 impl Retry {
-    /// Waits, each time longer.
+    /// Waits; each wait is longer than the one before, up to a limit.
     pub async fn wait(&mut self) {
         tokio::time::sleep(self.0).await;
         self.0 = (self.0 * 2).min(LONGEST_RETRY);
     }
 }
 
-/// Looks at an engine for as long as somebody wants to see.
+/// Watches an engine as long as a receiver exists.
 #[derive(Debug)]
 pub struct Watch {
-    /// The engine.
+    /// The engine to watch.
     pub engine: Engine,
-    /// The pool that it is for, in the log.
+    /// The pool's name, for the log.
     pub pool: Arc<str>,
-    /// Which containers: `name` or `name=value`, all of them.
+    /// Labels (`name` or `name=value`) that a container must all have.
     pub labels: Vec<String>,
-    /// The longest time between two lists.
+    /// Longest time between two lists.
     pub resync: Duration,
-    /// How fresh the view is.
-    pub freshness: Arc<Freshness>,
-    /// Asks for a list.
+    /// The state of the engine.
+    pub engine_status: Arc<EngineStatus>,
+    /// Requests a list.
     pub poke: Arc<Notify>,
 }
 
 impl Watch {
-    /// Sends every list to `seen`. Ends when nobody receives any more.
+    /// Sends every list to `seen`. Ends when no receiver is left.
     pub async fn run(self, seen: watch::Sender<Option<Seen>>) {
         let mut retry = Retry::default();
         while !seen.is_closed() {
             match self.follow(&seen, &mut retry).await {
-                Ok(()) => tracing::debug!(pool = %self.pool, "the engine's events have ended"),
-                Err(error) => self.freshness.failed(&self.pool, &error),
+                Ok(()) => tracing::debug!(pool = %self.pool, "the engine's event stream ended"),
+                Err(error) => self.engine_status.failed(&self.pool, &error),
             }
-            // A subscription that ends at once, again and again, is not asked for in a row either.
+            // Wait also after a subscription that ended without an error: the engine may end each one at once.
             tokio::select! {
                 () = retry.wait() => {}
                 () = seen.closed() => {}
@@ -156,24 +156,24 @@ impl Watch {
         }
     }
 
-    /// One subscription, until it ends.
+    /// Follows one subscription until it ends.
     async fn follow(&self, seen: &watch::Sender<Option<Seen>>, retry: &mut Retry) -> Result<(), EngineError> {
         let mut events = self.engine.events(&self.labels)?;
         let mut next = Instant::now();
         let mut further = FURTHER.iter();
         let mut is_subscribed = false;
-        // What the list before has shown, until there is a reason for it to change.
+        // The states in the previous list, set while no change is expected.
         let mut unchanged: Option<HashMap<Arc<str>, State>> = None;
         loop {
             tokio::select! {
-                // The subscription is sent when it is first polled: before the first list.
+                // The first poll sends the subscription, so it must come before the first list.
                 biased;
                 () = seen.closed() => return Ok(()),
                 event = events.next() => match event {
                     Some(Ok(event)) => {
                         let action = event.action.unwrap_or_default();
-                        tracing::debug!(pool = %self.pool, action, "event of the Docker engine");
-                        // Programs run in a container for its health check make three events each time.
+                        tracing::debug!(pool = %self.pool, action, "received an event of the Docker engine");
+                        // Each run of a container's health check causes three events.
                         if action.starts_with("exec_") {
                             continue;
                         }
@@ -181,9 +181,9 @@ impl Watch {
                         further = FURTHER.iter();
                         unchanged = None;
                     }
-                    // Whether the engine has gone with them the next subscription will tell.
+                    // The next subscription shows whether the engine is still reachable.
                     Some(Err(error)) if is_subscribed => {
-                        tracing::debug!(pool = %self.pool, %error, "the engine's events");
+                        tracing::debug!(pool = %self.pool, %error, "the engine's event stream failed");
                         return Ok(());
                     }
                     Some(Err(error)) => return Err(error),
@@ -196,17 +196,17 @@ impl Watch {
                 () = tokio::time::sleep_until(next.into()) => {
                     let as_of = Instant::now();
                     let containers = self.engine.list(&self.labels).await?;
-                    self.freshness.succeeded(&self.pool, as_of);
+                    self.engine_status.succeeded(&self.pool, as_of);
                     *retry = Retry::default();
                     let states = containers.iter().map(|container| (Arc::clone(&container.id), container.state));
                     let states: HashMap<_, _> = states.collect();
                     seen.send_replace(Some(Seen { containers, as_of }));
                     is_subscribed = true;
                     if unchanged.as_ref().is_some_and(|before| *before != states) {
-                        tracing::info!(pool = %self.pool, "no event told of what the list shows: asking for events anew");
+                        tracing::info!(pool = %self.pool, "the list changed without an event; resubscribing");
                         return Ok(());
                     }
-                    // Until then events may be under way.
+                    // Events may still arrive until the additional lists are done.
                     unchanged = further.as_slice().is_empty().then_some(states);
                     next = as_of + further.next().copied().unwrap_or(self.resync);
                 }

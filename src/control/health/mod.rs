@@ -1,13 +1,13 @@
-//! Active health checks: one task per backend, started and stopped as the table says.
+//! Active health checks: one task per backend, started and stopped as the table changes.
 //!
 //! # Layout
 //!
-//! - this file: which backends are checked, and when
-//! - [`judge`]: rise and fall; pure
-//! - [`probe`]: one check
+//! - this file: starts the tasks and times the checks
+//! - [`rise_fall`]: turns a series of results into a verdict; pure
+//! - [`mod@check`]: one check
 
-mod judge;
-mod probe;
+mod check;
+mod rise_fall;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -18,29 +18,29 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::AbortOnDropHandle;
 
-use self::judge::Judge;
-use self::probe::Outcome;
-pub use self::probe::{Expect, Http, Kind, Probe};
+use self::check::Outcome;
+pub use self::check::{Check, Expect, Http, Kind};
+use self::rise_fall::RiseFall;
 use super::Event;
 use crate::backend::{Backend, Live, State};
 use crate::labels::Label as _;
 use crate::table::TableCell;
 
-/// Between the checks of a backend of which nothing is known yet: it should serve as soon as it can.
+/// Interval between checks of a backend without a verdict, which should serve as soon as it can.
 const EAGER: Duration = Duration::from_millis(100);
 
-/// How a pool's backends are checked.
+/// Settings of a pool's health checks.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
     /// What one check does.
-    pub probe: Probe,
-    /// Between checks of one backend.
+    pub check: Check,
+    /// Time between checks of one backend.
     pub interval: Duration,
-    /// The same while its checks speak against its state: news is had sooner.
+    /// Time between checks while results contradict the backend's state: Ringway then detects a change sooner.
     pub fast_interval: Duration,
-    /// Most of an interval that is added to it, at random, in percent: checks do not march in step.
+    /// Largest random addition to an interval, in percent of it. Keeps checks of different backends out of step.
     pub jitter: u8,
-    /// Longest time for one check.
+    /// Time limit of one check.
     pub timeout: Duration,
     /// Passes in a row that make an unhealthy backend healthy.
     pub rise: u32,
@@ -50,7 +50,7 @@ pub struct Settings {
     pub grace: Duration,
 }
 
-/// Checks the backends of `table` until the task is dropped. With new settings all of them are checked anew.
+/// Checks the backends of `table` until the task is dropped. New settings restart the checks of all backends.
 pub async fn check_all(table: TableCell, mut settings: watch::Receiver<Option<Settings>>, events: mpsc::Sender<Event>) {
     let mut checks: HashMap<Arc<str>, (u64, AbortOnDropHandle<()>)> = HashMap::new();
     let mut changes = table.watch();
@@ -81,12 +81,12 @@ pub async fn check_all(table: TableCell, mut settings: watch::Receiver<Option<Se
     }
 }
 
-/// A backend's replica under check.
+/// A replica under check.
 struct Subject {
     id: Arc<str>,
     incarnation: u64,
     address: SocketAddr,
-    /// What earlier checks have made of it.
+    /// The verdict of earlier checks.
     verdict: Option<bool>,
     live: Arc<Live>,
 }
@@ -94,12 +94,12 @@ struct Subject {
 impl Subject {
     fn of(backend: &Backend, address: SocketAddr) -> Self {
         let (id, live) = (Arc::clone(&backend.id), Arc::clone(&backend.live));
-        // Where nothing was checked before, what serves is taken for well.
+        // If checks were off before, a backend that serves counts as healthy.
         let verdict = backend.health.verdict.or_else(|| (backend.state == State::Healthy).then_some(true));
         Self { id, incarnation: backend.incarnation, address, verdict, live }
     }
 
-    /// The interval and up to `percent` of it, another part for each backend and each check.
+    /// The interval plus up to `percent` of it. The addition differs by backend and by check.
     fn spread(&self, interval: Duration, percent: u8, number: u64) -> Duration {
         let chance = u32::from(seahash::hash_seeded(self.id.as_bytes(), number, 0, 0, 0).to_le_bytes()[0]);
         interval + interval / 100 * u32::from(percent) * chance / 255
@@ -107,27 +107,27 @@ impl Subject {
 }
 
 async fn check(subject: Subject, settings: Settings, events: mpsc::Sender<Event>) {
-    let mut judge = Judge::new(settings.rise, settings.fall, subject.verdict);
+    let mut rise_fall = RiseFall::new(settings.rise, settings.fall, subject.verdict);
     let began = Instant::now();
-    let mut told = None;
+    let mut reported = None;
     for number in 0.. {
-        let (passed, result): (bool, Arc<str>) = match settings.probe.run(subject.address, settings.timeout).await {
+        let (passed, result): (bool, Arc<str>) = match settings.check.run(subject.address, settings.timeout).await {
             Outcome::Passed => (true, "ok".into()),
-            Outcome::Failed(what) => (false, what),
+            Outcome::Failed(reason) => (false, reason),
             Outcome::NotDone(why) => {
-                tracing::warn!(backend = %subject.id, why = why.as_str(), "cannot check");
+                tracing::warn!(backend = %subject.id, why = why.as_str(), "could not check the backend");
                 tokio::time::sleep(settings.interval).await;
                 continue;
             }
         };
         let counter = if passed { &subject.live.checks_passed } else { &subject.live.checks_failed };
         counter.fetch_add(1, Ordering::Relaxed);
-        let forgiven = !passed && judge.verdict().is_none() && began.elapsed() < settings.grace;
+        let forgiven = !passed && rise_fall.verdict().is_none() && began.elapsed() < settings.grace;
         if !forgiven {
-            judge.observe(passed);
+            rise_fall.observe(passed);
         }
-        let news = (judge.verdict(), result);
-        if told.as_ref() != Some(&news) {
+        let news = (rise_fall.verdict(), result);
+        if reported.as_ref() != Some(&news) {
             let event = Event::Checked {
                 id: Arc::clone(&subject.id),
                 incarnation: subject.incarnation,
@@ -137,9 +137,9 @@ async fn check(subject: Subject, settings: Settings, events: mpsc::Sender<Event>
             if events.send(event).await.is_err() {
                 return;
             }
-            told = Some(news);
+            reported = Some(news);
         }
-        let wait = match judge.verdict() {
+        let wait = match rise_fall.verdict() {
             None => settings.interval.min(EAGER),
             Some(verdict) if verdict != passed => subject.spread(settings.fast_interval, settings.jitter, number),
             Some(_) => subject.spread(settings.interval, settings.jitter, number),

@@ -1,10 +1,10 @@
-//! Providers: where a pool's backends come from. Each says which backends there are; `process` and `docker` have
-//! the [supervisor](super::supervisor) fill their slots.
+//! Providers: each lists the backends of a pool. For `process` and `docker` the [supervisor](super::supervisor)
+//! fills the slots.
 //!
 //! # Layout
 //!
-//! - this file: backends and slots that are known from the config
-//! - [`discover`]: containers that somebody else runs
+//! - this file: backends and slots that follow from the config
+//! - [`discover`]: containers that Ringway does not run itself
 
 pub mod discover;
 
@@ -12,12 +12,12 @@ use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 
-/// A backend as somebody lists it.
+/// A backend that is listed in the config or by a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
-    /// Its identity on the ring.
+    /// Identity on the ring.
     pub id: Arc<str>,
-    /// An address or a name.
+    /// IP address or host name.
     pub host: String,
     /// TCP port.
     pub port: u16,
@@ -26,7 +26,21 @@ pub struct Listed {
 }
 
 impl Listed {
-    /// The parts of `host:port`; an IPv6 address is in brackets.
+    /// Parses a backend from its address. Without an `id` the address is its identity.
+    ///
+    /// # Errors
+    /// When the address is not `host:port`, or the id is empty. The text names the field and the remedy.
+    pub fn parse(address: &str, id: Option<String>, weight: u32) -> Result<Self, String> {
+        let (host, port) = Self::host_and_port(address)
+            .ok_or_else(|| format!("address: {address:?} is not host:port, like 10.0.0.5:6379 or [::1]:6379"))?;
+        let id = id.unwrap_or_else(|| address.to_owned());
+        if id.is_empty() {
+            return Err("id: is empty: give a name, or leave it out for the address".to_owned());
+        }
+        Ok(Self { id: id.into(), host, port, weight })
+    }
+
+    /// Splits `host:port`; an IPv6 address is in brackets. Returns `None` if the text is invalid.
     pub fn host_and_port(text: &str) -> Option<(String, u16)> {
         let (host, port) = text.rsplit_once(':')?;
         let port = port.parse().ok().filter(|&port: &u16| port > 0)?;
@@ -39,8 +53,13 @@ impl Listed {
     }
 }
 
-/// The provider `static`: where a listed backend is. Of several addresses the first is taken, IPv4 before IPv6, so that
-/// instances on one network agree.
+/// Joins host and port as `host:port`, with an IPv6 address in brackets.
+pub fn join_host(host: &str, port: u16) -> String {
+    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+}
+
+/// The provider `static`: resolves the address of a listed backend. Of several addresses Ringway takes the first, IPv4
+/// before IPv6, so that instances on one network agree.
 ///
 /// # Errors
 /// When the name cannot be resolved.
@@ -54,10 +73,10 @@ pub fn slots(pool: &str, replicas: u32) -> Vec<Arc<str>> {
     (1..=replicas).map(|n| format!("{pool}-{n}").into()).collect()
 }
 
-/// The number in a slot's name, from 1 to the most replicas that a pool may have.
+/// The number in a slot's name, from 1 to 1000, the highest number of replicas in a pool.
 pub(crate) fn slot_number(pool: &str, name: &str) -> Option<u32> {
     let digits = name.strip_prefix(pool)?.strip_prefix('-')?;
     let number = digits.parse().ok().filter(|number| (1..=1000).contains(number))?;
-    // `echo-07` and `echo-+7` are no names of slots.
+    // `echo-07` and `echo-+7` are not names of slots.
     (format!("{number}") == digits).then_some(number)
 }

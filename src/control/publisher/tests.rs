@@ -1,5 +1,5 @@
 use super::*;
-use crate::backend::{Admission, Exit, Place, Replica};
+use crate::backend::{Admission, BackendPermit, Exit, Replica};
 
 fn joined(id: &str) -> Event {
     Event::Joined { id: id.into(), weight: 1 }
@@ -38,7 +38,7 @@ fn states(publisher: &Publisher) -> Vec<State> {
 }
 
 #[test]
-fn a_slot_s_life() {
+fn a_backend_moves_through_its_states_from_start_to_crash_loop() {
     let mut publisher = publisher(true, vec![joined("a"), joined("b")]);
     assert_eq!(states(&publisher), [State::Starting, State::Starting]);
     let mut step = |event: Event| {
@@ -49,9 +49,9 @@ fn a_slot_s_life() {
     assert_eq!(step(checked("a", 1, true)), State::Healthy);
     assert_eq!(step(checked("a", 1, false)), State::Unhealthy);
     assert_eq!(step(stopped("a", false)), State::Starting);
-    assert_eq!(step(checked("a", 1, true)), State::Starting, "news of a replica that is gone");
+    assert_eq!(step(checked("a", 1, true)), State::Starting, "the event is about a replica that is gone");
     assert_eq!(step(started("a", 2)), State::Starting);
-    assert_eq!(step(checked("a", 1, true)), State::Starting, "news of the replica before");
+    assert_eq!(step(checked("a", 1, true)), State::Starting, "the event is about the previous replica");
     assert_eq!(step(checked("a", 2, true)), State::Healthy);
     assert_eq!(step(stopped("a", true)), State::CrashLoop);
     assert_eq!(publisher.table().load().backends()[0].restarts, 1);
@@ -64,20 +64,20 @@ fn without_checks_a_started_backend_is_healthy() {
 }
 
 #[test]
-fn the_ring_is_rebuilt_only_for_members_and_counters_outlive_replicas() {
+fn only_a_change_of_members_rebuilds_the_ring_and_counters_outlive_replicas() {
     let mut publisher = publisher(false, vec![joined("a"), joined("b")]);
     let before = publisher.table().load();
     publisher.take([started("a", 1), started("b", 2)], Instant::now());
     let after = publisher.table().load();
     assert!(Arc::ptr_eq(before.ring(), after.ring()));
     assert!(Arc::ptr_eq(&before.backends()[0].live, &after.backends()[0].live));
-    assert_eq!(after.generation(), before.generation() + 1, "events that came together are one table");
+    assert_eq!(after.generation(), before.generation() + 1, "a batch of events publishes one table");
     publisher.take([joined("c")], Instant::now());
     assert_eq!(publisher.table().load().ring().points(), 30);
 }
 
 #[test]
-fn a_backend_that_leaves_takes_its_points_and_its_return_brings_the_same() {
+fn a_backend_that_leaves_and_joins_again_gets_the_same_points() {
     let mut publisher = publisher(false, vec![joined("a"), joined("b"), started("a", 1), started("b", 2)]);
     let before = publisher.table().load().ring().digest();
     publisher.take([Event::Left { id: "a".into() }], Instant::now());
@@ -87,7 +87,7 @@ fn a_backend_that_leaves_takes_its_points_and_its_return_brings_the_same() {
 }
 
 #[test]
-fn a_bad_report_overrules_the_checks_until_it_is_taken_back_or_the_replica_replaced() {
+fn a_bad_report_overrides_the_checks_until_it_is_withdrawn_or_the_replica_is_replaced() {
     let mut publisher = publisher(true, vec![joined("a"), started("a", 1), checked("a", 1, true)]);
     let report = |healthy| Event::Reported { id: "a".into(), healthy };
     let mut step = |event: Event| {
@@ -103,7 +103,7 @@ fn a_bad_report_overrules_the_checks_until_it_is_taken_back_or_the_replica_repla
 }
 
 #[test]
-fn a_new_address_of_the_same_replica_is_no_restart() {
+fn a_new_address_of_the_same_replica_is_not_a_restart() {
     let mut publisher = publisher(false, vec![joined("a"), started("a", 1)]);
     let restarts = |publisher: &Publisher| publisher.table().load().backends()[0].restarts;
     let moved = Event::Started {
@@ -120,15 +120,15 @@ fn a_new_address_of_the_same_replica_is_no_restart() {
         Event::Stopped { id: "a".into(), crash_loop: false, exit: Some(Arc::new(exit)) }
     };
     publisher.take([exit(Some(3))], Instant::now());
-    assert_eq!(restarts(&publisher), 1, "the end of one that was told of");
+    assert_eq!(restarts(&publisher), 1, "the end of a replica that was reported as started");
     publisher.take([exit(Some(3)), exit(Some(3))], Instant::now());
-    assert_eq!(restarts(&publisher), 3, "two that nobody saw running");
+    assert_eq!(restarts(&publisher), 3, "two replicas ended that were never reported as started");
     publisher.take([exit(None)], Instant::now());
-    assert_eq!(restarts(&publisher), 3, "one that could not be started");
+    assert_eq!(restarts(&publisher), 3, "a replica that could not be started");
 }
 
 #[test]
-fn news_of_strangers_publishes_nothing() {
+fn events_about_unknown_backends_publish_nothing() {
     let mut publisher = publisher(true, vec![joined("a")]);
     let before = publisher.table().load().generation();
     publisher.take([started("x", 1), checked("x", 0, true)], Instant::now());
@@ -142,7 +142,7 @@ fn drained(id: &str, within: Option<Duration>) -> Event {
 const SECOND: Duration = Duration::from_secs(1);
 
 #[test]
-fn a_drained_backend_keeps_its_points_and_comes_back_as_it_was() {
+fn a_drained_backend_keeps_its_points_and_serves_the_same_keys_after_undrain() {
     let mut publisher = publisher(false, vec![joined("a"), joined("b"), started("a", 1), started("b", 2)]);
     let before = publisher.table().load().ring().digest();
     publisher.take([drained("a", None)], Instant::now());
@@ -155,13 +155,13 @@ fn a_drained_backend_keeps_its_points_and_comes_back_as_it_was() {
 }
 
 #[test]
-fn a_replica_that_retires_is_drained_until_the_next_and_what_the_operator_wants_stays() {
+fn retiring_ends_with_the_next_replica_and_a_drain_command_does_not() {
     let mut publisher = publisher(false, vec![joined("a"), started("a", 1)]);
     let retiring = || Event::Retiring { id: "a".into(), within: SECOND };
     publisher.take([retiring()], Instant::now());
     assert_eq!(states(&publisher), [State::Draining]);
     publisher.take([Event::Undrained { id: "a".into() }], Instant::now());
-    assert_eq!(states(&publisher), [State::Draining], "nobody ordered that");
+    assert_eq!(states(&publisher), [State::Draining], "no command caused this drain");
     publisher.take([stopped("a", false), started("a", 2)], Instant::now());
     assert_eq!(states(&publisher), [State::Healthy]);
     publisher.take([drained("a", None), retiring(), started("a", 3)], Instant::now());
@@ -169,11 +169,11 @@ fn a_replica_that_retires_is_drained_until_the_next_and_what_the_operator_wants_
 }
 
 #[test]
-fn at_the_deadline_of_a_drain_what_is_left_is_ended_until_nothing_is() {
+fn connections_are_reset_at_the_deadline_of_a_drain_until_none_is_left() {
     let now = Instant::now();
     let mut publisher = publisher(false, vec![joined("a"), started("a", 1)]);
     let live = Arc::clone(&publisher.table().load().backends()[0].live);
-    let (era, place) = (live.evictions.era(), Place::take(&live, 10));
+    let (era, permit) = (live.evictions.era(), BackendPermit::take(&live, 10));
     assert_eq!(publisher.take([drained("a", Some(10 * SECOND))], now), Some(now + 10 * SECOND));
     publisher.take([], now + 9 * SECOND);
     assert_eq!(live.evictions.since(era), None);
@@ -181,17 +181,17 @@ fn at_the_deadline_of_a_drain_what_is_left_is_ended_until_nothing_is() {
     assert_eq!(live.evictions.since(era), Some(Eviction::Drained));
     let era = live.evictions.era();
     publisher.take([], again);
-    assert_eq!(live.evictions.since(era), Some(Eviction::Drained), "one that connected late");
-    drop(place);
-    assert!(publisher.take([], again + SECOND).is_some(), "a connect that was under way may come late");
+    assert_eq!(live.evictions.since(era), Some(Eviction::Drained), "a connection that was made late");
+    drop(permit);
+    assert!(publisher.take([], again + SECOND).is_some(), "a connect that began before the deadline may complete late");
     assert_eq!(publisher.take([], again + 70 * SECOND), None);
 }
 
 #[test]
-fn a_leaving_backend_has_no_points_and_goes_with_its_last_connection() {
+fn a_leaving_backend_has_no_points_and_is_removed_after_its_last_connection() {
     let now = Instant::now();
     let mut publisher = publisher(false, vec![joined("a"), joined("b"), started("a", 1), started("b", 2)]);
-    let place = Place::take(&publisher.table().load().backends()[0].live, 10);
+    let permit = BackendPermit::take(&publisher.table().load().backends()[0].live, 10);
     let leaving = Event::Leaving { id: "a".into(), within: 60 * SECOND };
     let mut wake = publisher.take([leaving.clone()], now).unwrap();
     assert_eq!(publisher.table().load().ring().points(), 10);
@@ -200,16 +200,16 @@ fn a_leaving_backend_has_no_points_and_goes_with_its_last_connection() {
         wake = publisher.take([], wake).unwrap();
     }
     assert_eq!(publisher.table().load().backends().len(), 2);
-    drop(place);
+    drop(permit);
     assert_eq!(publisher.take([], wake), None);
     assert_eq!(publisher.table().load().backends().len(), 1);
-    // One that nobody uses goes too, but not before workers have seen that it leaves.
+    // A backend without connections is removed too, but not before workers have seen that it leaves.
     publisher.take([joined("a"), started("a", 1)], now);
     let wake = publisher.take([leaving.clone()], now).unwrap();
     assert_eq!(publisher.table().load().backends().len(), 2);
     publisher.take([], wake);
     assert_eq!(publisher.table().load().backends().len(), 1);
-    // And one that joins again in time stays.
+    // A backend that joins again in time stays.
     publisher.take([joined("a"), started("a", 1), leaving], now);
     publisher.take([joined("a")], now);
     publisher.take([], now + 90 * SECOND);
@@ -218,14 +218,14 @@ fn a_leaving_backend_has_no_points_and_goes_with_its_last_connection() {
 }
 
 #[test]
-fn an_ejected_replica_is_out_until_it_is_readmitted_or_replaced() {
+fn an_ejected_replica_gets_no_connections_until_it_is_readmitted_or_replaced() {
     let mut publisher = publisher(true, vec![joined("a"), started("a", 1), checked("a", 1, true)]);
     let ejected = |incarnation| Event::Ejected { id: "a".into(), incarnation };
     let mut step = |event: Event| {
         publisher.take([event], Instant::now());
         states(&publisher)[0]
     };
-    assert_eq!(step(ejected(0)), State::Healthy, "news of another replica");
+    assert_eq!(step(ejected(0)), State::Healthy, "the event is about another replica");
     assert_eq!(step(ejected(1)), State::Ejected);
     assert_eq!(step(checked("a", 1, true)), State::Ejected);
     assert_eq!(step(checked("a", 1, false)), State::Unhealthy);
@@ -237,7 +237,7 @@ fn an_ejected_replica_is_out_until_it_is_readmitted_or_replaced() {
 }
 
 #[test]
-fn connections_of_a_backend_that_goes_down_are_ended_only_where_the_pool_says_so() {
+fn connections_of_a_backend_that_goes_down_are_reset_only_if_on_down_is_reset() {
     for (on_down, expected) in [(OnDown::Keep, None), (OnDown::Reset, Some(Eviction::Down))] {
         let known = vec![joined("a"), started("a", 1), checked("a", 1, true)];
         let settings = Settings { on_down, ..settings(true) };
@@ -248,12 +248,12 @@ fn connections_of_a_backend_that_goes_down_are_ended_only_where_the_pool_says_so
         assert_eq!(live.evictions.since(era), expected);
         let era = live.evictions.era();
         publisher.take([checked("a", 1, false)], Instant::now());
-        assert_eq!(live.evictions.since(era), None, "once");
+        assert_eq!(live.evictions.since(era), None, "connections are reset only once");
     }
 }
 
 #[test]
-fn a_backend_that_comes_back_starts_slowly_and_the_first_of_all_do_not() {
+fn a_recovered_backend_starts_slowly_and_the_first_backends_do_not() {
     let now = Instant::now();
     let known = vec![joined("a"), joined("b"), started("a", 1), started("b", 2)];
     let settings = Settings { slow_start: 10 * SECOND, ..settings(true) };
@@ -275,20 +275,20 @@ fn a_backend_that_comes_back_starts_slowly_and_the_first_of_all_do_not() {
     }
     assert_eq!((admission(&publisher, 1), admission(&publisher, 0)), (Admission::ALL, Admission::ALL));
     assert!(steps >= 15, "{steps}");
-    // The only one left has nobody to share with.
+    // The only healthy backend takes all keys at once.
     publisher.take([checked("a", 1, false), checked("b", 2, false)], now);
     publisher.take([checked("a", 1, true)], now);
     assert_eq!(admission(&publisher, 0), Admission::ALL);
 }
 
 #[test]
-fn new_settings_rebuild_the_ring_only_for_its_shape() {
+fn new_settings_rebuild_the_ring_only_if_its_parameters_change() {
     let mut publisher = publisher(false, vec![joined("a"), started("a", 1)]);
     let before = publisher.table().load();
     publisher.take([Event::Configured(Settings { panic_below: 10, ..settings(false) })], Instant::now());
     assert!(Arc::ptr_eq(before.ring(), publisher.table().load().ring()));
     publisher.take([Event::Configured(Settings { is_checked: true, ..settings(false) })], Instant::now());
-    assert_eq!(states(&publisher), [State::Healthy], "checks are new, and it serves");
+    assert_eq!(states(&publisher), [State::Healthy], "a healthy backend keeps serving when checks are switched on");
     publisher.take([checked("a", 1, false)], Instant::now());
     assert_eq!(states(&publisher), [State::Unhealthy]);
     let parameters = Parameters { virtual_nodes: 20, probes: 3, seed: 0 };
@@ -298,7 +298,7 @@ fn new_settings_rebuild_the_ring_only_for_its_shape() {
 }
 
 #[test]
-fn a_drain_waits_for_a_backend_that_is_not_there_yet_or_comes_back() {
+fn a_drain_applies_to_a_backend_that_joins_later_or_again() {
     let mut publisher = publisher(false, vec![drained("a", None), joined("a"), started("a", 1), joined("b")]);
     assert_eq!(states(&publisher)[0], State::Draining);
     publisher.take([Event::Left { id: "a".into() }], Instant::now());

@@ -1,8 +1,8 @@
-//! The step in a child before it becomes the replica: ties its life to that of its [shim](super::shim).
+//! The step in a child process before it becomes the replica: ties its life to that of its [shim](super::shim).
 //!
-//! A parent-death signal must be set in the child and survives `exec`. Between fork and exec that would take
-//! unsafe code, so the child is first this binary (`ringway launch`), which sets it and then becomes the
-//! replica's program.
+//! A parent-death signal must be set in the child and survives `exec`. Setting it between fork and exec would take
+//! unsafe code. The child therefore runs this binary first (`ringway launch`), which sets the signal and then executes
+//! the replica's program.
 
 use std::ffi::OsString;
 use std::io;
@@ -25,19 +25,19 @@ pub struct Launch {
     pub command: Vec<OsString>,
 }
 
-/// Becomes the program. Returns only when that fails.
+/// Replaces this process with the program. Returns only on failure.
 #[must_use]
 pub fn launch(launch: &Launch) -> io::Error {
     if let Err(error) = set_parent_process_death_signal(Some(Signal::KILL)) {
         return error.into();
     }
-    // The parent may have died before the signal was set; then nobody will ever send it.
+    // If the parent died before the signal was set, the kernel never sends it.
     if getppid() != Pid::from_raw(launch.parent) {
-        return io::Error::other("its shim is gone");
+        return io::Error::other("the shim is gone");
     }
     if let Some(open_files) = launch.open_files {
         let maximum = getrlimit(Resource::Nofile).maximum;
-        // A program with a higher limit than it had asked for works too.
+        // Ignore a failure: the program also works with a higher limit.
         let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(open_files), maximum });
     }
     let Some((program, arguments)) = launch.command.split_first() else {

@@ -1,14 +1,16 @@
-//! The supervisor: keeps the wanted number of replicas alive.
+//! The supervisor: keeps the configured number of replicas running.
 //!
 //! # Layout
 //!
-//! - this file: what the adapters have in common
-//! - [`plan`]: what to do next; pure
-//! - [`process`]: carries the plan out with child processes
-//! - [`docker`]: carries the plan out with containers
+//! - this file: the loop, and the [`Adapter`] that starts, stops and observes replicas
+//! - [`plan`]: decides what to do next; pure
+//! - [`slots`]: the slots of a pool, and their events for the publisher
+//! - [`ends`]: records and logs ends of replicas and failed starts
+//! - [`process`]: the adapter for child processes
+//! - [`docker`]: the adapter for containers
 //! - [`shim`]: the process between Ringway and a child process
-//! - [`launch`]: the step in a child before it becomes the replica
-//! - [`output`]: what child processes say, into the log
+//! - [`launch`]: the step in a child process before it becomes the replica
+//! - [`output`]: writes the output of child processes to the log
 
 pub mod docker;
 pub mod launch;
@@ -16,168 +18,233 @@ pub mod plan;
 pub mod process;
 pub mod shim;
 
+mod ends;
 mod output;
+mod slots;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-use self::plan::{Policy, Slot, Why};
+use self::plan::{Action, Why};
 use self::process::Handed;
+pub use self::slots::SlotSettings;
+use self::slots::{LOOK, Running, Slots};
 use super::Event;
-use super::provider::slots;
-use crate::backend::{Exit, Replica};
-use crate::labels::Label as _;
-use crate::table::Table;
+use crate::table::TableCell;
 
-/// Asks a supervisor to rest, and to leave what it has to another process.
+/// Asks a supervisor to pause and to hand its replicas over to another process.
 #[derive(Debug)]
 pub struct Handover {
-    /// Takes copies of what it has; or why there can be none.
+    /// Receives copies of the replicas' handles, or the error that prevented the copies.
     pub handed: oneshot::Sender<io::Result<Vec<Handed>>>,
-    /// True: the other process has taken over. Else the supervisor goes on.
+    /// True: the other process has taken over. Otherwise the supervisor continues.
     pub decision: oneshot::Receiver<bool>,
 }
 
-/// When a supervisor rests because of another Ringway.
+/// Signals of upgrades, in which a supervisor must hold back because of another Ringway.
 #[derive(Debug)]
 pub struct Resting {
-    /// True once an older Ringway has no connections any more to what was taken over.
+    /// True once the older Ringway has no connections to the replicas that this one took over.
     pub settled: watch::Receiver<bool>,
-    /// A younger one takes over.
+    /// Requests of a newer Ringway to take over.
     pub handovers: mpsc::Receiver<Handover>,
 }
 
 impl Handover {
-    /// Hands these over and waits for the decision: whether somebody else has taken over.
+    /// Hands over the replicas and waits for the decision. Returns whether the other process has taken over.
     async fn decide(self, handed: io::Result<Vec<Handed>>, stop: &CancellationToken) -> bool {
-        // Who asked may have given up.
+        // The requester may have given up.
         let _ = self.handed.send(handed);
         matches!(stop.run_until_cancelled(self.decision).await, Some(Ok(true)))
     }
 }
 
-/// Lines of a replica's output that are kept for its [`Exit`].
+/// Number of lines of a replica's output kept for its [`Exit`](crate::backend::Exit).
 const LAST_LINES: usize = 10;
 
-/// What the checks say of the replica in a slot. The table may still show its predecessor.
-fn verdict(table: &Table, slot: &str, replica: &Replica) -> Option<bool> {
-    let backend = table.backends().iter().find(|backend| &*backend.id == slot)?;
-    if backend.replica.as_ref() != Some(replica) {
-        return None;
+/// Starts, stops and observes the replicas of one pool: the supervisor decides, its adapter acts.
+trait Adapter {
+    /// Settings of this kind of replica; they include the [`SlotSettings`].
+    type Settings: Clone;
+    /// Something that the adapter has observed.
+    type Observation;
+
+    /// The settings that all kinds share.
+    fn slot_settings(settings: &Self::Settings) -> &SlotSettings;
+
+    /// Applies the first settings, or changed ones.
+    fn configure(&mut self, settings: Self::Settings);
+
+    /// The running replicas.
+    fn running(&self) -> impl Iterator<Item = Running<'_>>;
+
+    /// Whether the replica in a slot was started from different settings than the current ones.
+    fn is_outdated(&self, slot: usize) -> bool;
+
+    /// Whether the adapter knows enough to act.
+    fn may_act(&self) -> bool;
+
+    /// Whether no work is in progress.
+    fn is_idle(&self) -> bool;
+
+    /// Starts a replica.
+    async fn start(&mut self, slots: &mut Slots, slot: usize, now: Instant) -> Progress;
+
+    /// Drains a replica that will be stopped.
+    async fn drain(&mut self, slots: &mut Slots, slot: usize, why: Why, now: Instant) -> Progress;
+
+    /// Stops a replica.
+    async fn stop(&mut self, slots: &mut Slots, slot: usize, why: Why, now: Instant) -> Progress;
+
+    /// Waits for the next observation. Dropping the future loses no observation.
+    async fn next(&mut self) -> Self::Observation;
+
+    /// Applies an observation.
+    async fn observe(&mut self, slots: &mut Slots, observation: Self::Observation);
+
+    /// Copies of the handles that a successor needs to supervise the replicas.
+    fn hand_over(&self, slots: &Slots) -> io::Result<Vec<Handed>>;
+
+    /// Ends the supervision.
+    async fn finish(self, slots: Slots, ending: Ending);
+}
+
+/// The progress of an action of the plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Progress {
+    /// Done. The plan may have more to do.
+    Done,
+    /// An observation will follow.
+    UnderWay,
+    /// The action must wait until this time.
+    Later(Instant),
+}
+
+/// Why a supervisor ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    /// Ringway stops, or the pool has no replicas left.
+    Stopped,
+    /// A successor supervises the replicas now.
+    HandedOver,
+}
+
+/// The loop that keeps a replica in every configured slot.
+struct Supervisor<A> {
+    adapter: A,
+    slots: Slots,
+}
+
+impl<A: Adapter> Supervisor<A> {
+    /// A supervisor with its first settings. Reports the slots to the publisher.
+    async fn new(
+        adapter: A,
+        settings: A::Settings,
+        table: TableCell,
+        events: mpsc::Sender<Event>,
+        is_settled: bool,
+    ) -> Self {
+        let slots = Slots::new(A::slot_settings(&settings).clone(), table, events, is_settled);
+        let mut supervisor = Self { adapter, slots };
+        supervisor.configure(settings).await;
+        supervisor
     }
-    backend.well
-}
 
-/// Between looks at a replica that is drained. Also the least time that it is: a worker that picked it before has begun
-/// its connect long before.
-const LOOK: Duration = Duration::from_millis(100);
-
-/// Tells the publisher of the slots that there are, each with its weight: 1, where nothing else is said.
-fn joined<'a>(
-    pool: &'a str,
-    replicas: u32,
-    weights: &'a BTreeMap<Arc<str>, u32>,
-) -> impl Iterator<Item = Event> + use<'a> {
-    slots(pool, replicas).into_iter().map(|id| {
-        let weight = weights.get(&id).copied().unwrap_or(1);
-        Event::Joined { id, weight }
-    })
-}
-
-/// What the publisher is told when a replica is to be drained.
-fn drain(slot: &Arc<str>, why: Why, within: Duration) -> Event {
-    let id = Arc::clone(slot);
-    match why {
-        Why::Surplus => Event::Leaving { id, within },
-        Why::Outdated | Why::Unhealthy => Event::Retiring { id, within },
-    }
-}
-
-/// Whether a replica that is drained has no connection any more; `None`: the publisher does not know of the drain, or not
-/// any more, because the replica has another address since.
-fn drained(table: &Table, slot: &str, why: Why) -> Option<bool> {
-    let Some(backend) = table.backends().iter().find(|backend| &*backend.id == slot) else { return Some(true) };
-    let drain = backend.drain?;
-    let is_unused = backend.address.is_none() || backend.live.active.load(Ordering::Relaxed) == 0;
-    // One that leaves the pool is taken out of the table by the publisher.
-    Some(why != Why::Surplus && drain.since.elapsed() >= LOOK && is_unused)
-}
-
-/// What is not well is louder than what was asked for.
-fn tell_of_stop(pool: &str, slot: &str, why: Why) {
-    let reason = why.as_str();
-    match why {
-        Why::Unhealthy => tracing::warn!(pool, slot, reason, "replica is stopped, to be replaced"),
-        Why::Outdated => tracing::info!(pool, slot, reason, "replica is stopped, to be replaced"),
-        Why::Surplus => tracing::info!(pool, slot, reason, "replica is stopped"),
-    }
-}
-
-/// Notes ends of replicas, and tells of them in the log: of each step, not of each try.
-#[derive(Debug)]
-struct Ends {
-    pool: Arc<str>,
-    policy: Policy,
-    /// The gist of why replicas cannot be started, told once for all slots.
-    refusal: Option<String>,
-}
-
-impl Ends {
-    fn new(pool: Arc<str>, policy: Policy) -> Self {
-        Self { pool, policy, refusal: None }
-    }
-
-    /// A replica was started, or is there.
-    fn over(&mut self) {
-        self.refusal = None;
-    }
-
-    /// A replica ended.
-    fn ended(&self, slot: &mut Slot, exit: Exit) -> Event {
-        let (was_loop, again_in_ms, is_loop) = self.strike(slot, exit.at);
-        let (pool, name, how) = (&self.pool, &slot.name, &exit.reason);
-        match (was_loop, is_loop) {
-            (_, false) => tracing::warn!(%pool, slot = %name, how, again_in_ms, "replica ended"),
-            (false, true) => {
-                let last_line = exit.output.last().map_or("", String::as_str);
-                tracing::error!(%pool, slot = %name, how, again_in_ms, last_line, "replica keeps dying: crash loop");
+    /// Runs until `stop`, until the pool is configured to have no replicas and none is left, or until a successor has
+    /// taken over.
+    async fn run(mut self, mut settings: watch::Receiver<A::Settings>, resting: Resting, stop: CancellationToken) {
+        /// The timeout when nothing is due.
+        const LONG: Duration = Duration::from_secs(3600);
+        let Resting { mut settled, mut handovers } = resting;
+        let mut table_changes = self.slots.watch_table();
+        let mut ending = Ending::Stopped;
+        while !stop.is_cancelled() && !self.is_done() {
+            let wake = self.act().await.unwrap_or_else(|| Instant::now() + LONG);
+            tokio::select! {
+                () = stop.cancelled() => {}
+                () = tokio::time::sleep_until(wake.into()) => {}
+                observation = self.adapter.next() => self.adapter.observe(&mut self.slots, observation).await,
+                Ok(()) = table_changes.changed() => self.slots.judge(self.adapter.running()),
+                Ok(()) = settings.changed() => {
+                    let changed = settings.borrow_and_update().clone();
+                    self.configure(changed).await;
+                }
+                // The predecessor is gone, and its connections with it: adopted replicas may be outdated or surplus.
+                Ok(()) = settled.changed(), if !self.slots.is_settled => {
+                    self.slots.is_settled = true;
+                    let current = settings.borrow().clone();
+                    self.configure(current).await;
+                }
+                Some(handover) = handovers.recv() => {
+                    let handed = self.adapter.hand_over(&self.slots);
+                    if handover.decide(handed, &stop).await {
+                        ending = Ending::HandedOver;
+                        break;
+                    }
+                }
             }
-            (true, true) => tracing::debug!(%pool, slot = %name, how, again_in_ms, "replica ended again"),
         }
-        Event::Stopped { id: Arc::clone(name), crash_loop: is_loop, exit: Some(Arc::new(exit)) }
+        self.adapter.finish(self.slots, ending).await;
     }
 
-    /// No replica could be started.
-    fn refused(&mut self, slot: &mut Slot, reason: &str, now: Instant) -> Event {
-        let (_, again_in_ms, is_loop) = self.strike(slot, now);
-        let (pool, name) = (&self.pool, &slot.name);
-        let gist = gist(reason);
-        if self.refusal.as_ref() == Some(&gist) {
-            tracing::debug!(%pool, slot = %name, reason, again_in_ms, "no replica can be started, still");
-        } else {
-            tracing::error!(%pool, slot = %name, reason, again_in_ms, "no replica can be started");
+    async fn configure(&mut self, settings: A::Settings) {
+        self.slots.configure(A::slot_settings(&settings).clone());
+        self.adapter.configure(settings);
+        for Running { slot, .. } in self.adapter.running() {
+            let is_outdated = self.is_outdated(slot);
+            self.slots[slot].outdated(is_outdated);
         }
-        let exit = Exit { reason: format!("cannot be started: {reason}"), code: None, output: Vec::new(), at: now };
-        self.refusal = Some(gist);
-        Event::Stopped { id: Arc::clone(name), crash_loop: is_loop, exit: Some(Arc::new(exit)) }
+        self.slots.announce().await;
+        // A leaving slot may have left before it joined again: report its replica to the publisher.
+        let wanted = self.slots.settings.replicas as usize;
+        for Running { slot, address, replica } in self.adapter.running().filter(|running| running.slot < wanted) {
+            let (Some(address), id) = (address, Arc::clone(&self.slots[slot].name)) else { continue };
+            self.slots.send(Event::Started { id, address, replica: Some(replica.clone()) }).await;
+        }
+        self.slots.withdraw_surplus().await;
     }
 
-    /// Whether the slot was in a crash loop before, when it is tried again, and whether it is in one now.
-    fn strike(&self, slot: &mut Slot, now: Instant) -> (bool, u64, bool) {
-        let was_loop = slot.is_crash_loop(&self.policy);
-        let wait = slot.ended(&self.policy, now);
-        (was_loop, u64::try_from(wait.as_millis()).unwrap_or(u64::MAX), slot.is_crash_loop(&self.policy))
+    fn is_outdated(&self, slot: usize) -> bool {
+        self.slots.is_settled && self.adapter.is_outdated(slot)
     }
-}
 
-/// Without the words that differ from try to try and from slot to slot: those with a digit.
-fn gist(reason: &str) -> String {
-    let words = reason.split_whitespace().filter(|word| !word.contains(|c: char| c.is_ascii_digit()));
-    words.collect::<Vec<_>>().join(" ")
+    /// The pool is configured to have no replicas, and none is left.
+    fn is_done(&self) -> bool {
+        self.slots.settings.replicas == 0 && self.adapter.is_idle() && !self.slots.any_in_use()
+    }
+
+    /// Carries out the plan. Returns when to plan again.
+    async fn act(&mut self) -> Option<Instant> {
+        if !self.adapter.may_act() {
+            return None;
+        }
+        let now = Instant::now();
+        let next_look = self.slots.look_at_drains().await.then(|| now + LOOK);
+        let plan = self.slots.plan(now);
+        let mut wake = plan.wake.into_iter().chain(next_look).min();
+        for action in plan.actions {
+            let progress = match action {
+                Action::Start(slot) => self.adapter.start(&mut self.slots, slot, now).await,
+                Action::Drain(slot, why) => self.adapter.drain(&mut self.slots, slot, why, now).await,
+                Action::Stop(slot, why) => self.adapter.stop(&mut self.slots, slot, why, now).await,
+                // `configure` has reported this to the publisher.
+                Action::Keep(slot) => {
+                    let is_outdated = self.is_outdated(slot);
+                    self.slots[slot].kept(is_outdated);
+                    Progress::Done
+                }
+            };
+            let again = match progress {
+                Progress::Done => Some(now),
+                Progress::UnderWay => None,
+                Progress::Later(until) => Some(until),
+            };
+            wake = wake.into_iter().chain(again).min();
+        }
+        wake
+    }
 }

@@ -1,19 +1,19 @@
-//! What replicas say on their standard output and error: lines into Ringway's log, with the slot's name.
+//! Logs the standard output and standard error of replicas, line by line, with the slot's name.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
-/// Longest line; the rest of a longer one comes as further lines.
+/// Longest line in bytes; a longer line is split.
 const LONGEST: usize = 8 * 1024;
 
-/// The last lines of a replica.
+/// The last lines of a replica's output.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Tail(Arc<Mutex<VecDeque<String>>>);
 
 impl Tail {
-    /// Oldest first.
+    /// The lines, oldest first.
     pub(super) fn lines(&self) -> Vec<String> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
@@ -51,7 +51,7 @@ pub(super) async fn log_lines(slot: Arc<str>, tail: Tail, mut stream: impl Async
     }
 }
 
-/// Where the first line of `bytes` ends, if it does.
+/// The length of the first line in `bytes`; `None` if the line is incomplete.
 fn line_end(bytes: &[u8], is_last: bool) -> Option<usize> {
     let newline = bytes.iter().position(|&byte| byte == b'\n').map(|at| at + 1);
     let longest = (bytes.len() >= LONGEST).then_some(LONGEST);

@@ -1,7 +1,7 @@
-//! What the supervisor does next: a pure function of what is wanted, what is observed, and the time.
+//! Decides what the supervisor does next: a pure function of the settings, the observed state, and the time.
 //!
-//! Adapters tell each [`Slot`] what they see and carry out what [`plan`] says. Only their own clock counts, and
-//! only as differences: what an engine says of times is not used.
+//! Adapters report to each [`Slot`] what they observe and carry out the [`plan`]. Only Ringway's own clock counts, and
+//! only as differences: Ringway does not use the engine's times.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,33 +11,34 @@ use crate::label_enum;
 #[cfg(test)]
 mod tests;
 
-/// An outdated replica that has not become healthy within this time after it was adopted is not waited for.
+/// How long the plan waits for the first verdict on an adopted, outdated replica before it replaces it.
 const UNJUDGED: Duration = Duration::from_secs(10);
 
-/// When a replica is started again, and when it is replaced.
+/// When Ringway restarts a replica, and when it replaces one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    /// Before the second start in a row that did not last; doubled with each more. The first is at once.
+    /// Wait before the second restart in a row after replicas that did not last; doubles with each further restart. The
+    /// first restart is immediate.
     pub backoff: Duration,
-    /// The longest wait.
+    /// Longest wait before a restart.
     pub max_backoff: Duration,
-    /// A replica that ran this long has lasted.
+    /// A replica that ran for this long counts as having lasted.
     pub stable_after: Duration,
-    /// Starts in a row that did not last after which the slot counts as in a crash loop.
+    /// Number of replicas in a row that did not last after which the slot is in a crash loop.
     pub crash_loop_after: u32,
-    /// A replica that runs but has been unhealthy for this long is replaced; `None`: never.
+    /// A running replica that has been unhealthy for this long is replaced; `None`: never.
     pub replace_after: Option<Duration>,
 }
 
-/// What is observed of one slot.
+/// The observed state of one slot.
 #[derive(Debug, Clone)]
 pub struct Slot {
-    /// Its name, which is the backend's id.
+    /// The slot's name, which is the backend's id.
     pub name: Arc<str>,
     phase: Phase,
     /// Replicas in a row that did not last.
     strikes: u32,
-    /// Its replica was stopped to be replaced, and the next one has not shown yet what it is worth.
+    /// The slot's replica is being replaced, and its successor has no verdict yet.
     in_replacement: bool,
 }
 
@@ -46,14 +47,14 @@ enum Phase {
     Empty {
         start_at: Instant,
     },
-    /// A start was ordered, and no replica has been seen yet.
+    /// A start has begun, and no replica has been seen yet.
     Starting,
     Running {
         since: Instant,
         worth: Worth,
         is_outdated: bool,
     },
-    /// Its connections may end before it is stopped.
+    /// The replica's connections may end before it is stopped.
     Draining {
         since: Instant,
         why: Why,
@@ -65,7 +66,7 @@ enum Phase {
     },
 }
 
-/// What a running replica is worth, as far as is known.
+/// The verdict on a running replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Worth {
     Unknown,
@@ -76,44 +77,44 @@ enum Worth {
 label_enum! {
     /// Why a replica is stopped.
     pub enum Why {
-        /// The slot is not wanted any more.
+        /// The pool no longer has the slot.
         Surplus => "surplus",
-        /// It runs, but has been unhealthy for too long.
+        /// The replica runs, but has been unhealthy for too long.
         Unhealthy => "unhealthy",
-        /// It was made from other settings than those of now.
+        /// The replica was created from different settings than the current ones.
         Outdated => "outdated",
     }
 }
 
-/// What to do with a slot, given by its index.
+/// An action on a slot, given by its index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// Start a replica.
     Start(usize),
-    /// Let the replica's connections end, and give it no new ones.
+    /// Give the replica no new connections, and let the open ones end.
     Drain(usize, Why),
-    /// It was to be drained, and is wanted again.
+    /// End the drain of a replica that is needed again.
     Keep(usize),
     /// Stop the replica.
     Stop(usize, Why),
 }
 
-/// What to do now, and when to ask again if nothing happens before.
+/// What to do now, and when to plan again if nothing happens before.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// Each slot occurs once at most.
+    /// The actions; each slot occurs at most once.
     pub actions: Vec<Action>,
-    /// `None`: nothing is due.
+    /// When to plan again; `None`: nothing is due.
     pub wake: Option<Instant>,
 }
 
-/// The first `wanted` slots should have a replica each that is healthy and made from the settings of now, the
-/// others none.
+/// Plans the next actions. The goal: each of the first `wanted` slots has a healthy replica that was created from the
+/// current settings, and the other slots are empty.
 ///
-/// One replica at a time is replaced, and the next only once its successor has shown what it is worth: whatever
-/// makes all of them unhealthy must not take all of them down. An outdated one waits until all are healthy, or goes
-/// at once where it is unhealthy: then nothing is lost, and the new settings may be the remedy. What serves is drained
-/// before it is stopped.
+/// The plan replaces one replica at a time, and the next one only once the successor has a verdict: a fault that makes
+/// all replicas unhealthy must not take all of them down. An outdated replica is replaced once all are healthy. If it
+/// is unhealthy it is replaced at once: nothing is lost, and the new settings may be the remedy. A replica that serves
+/// is drained before it is stopped.
 pub fn plan(wanted: usize, slots: &[Slot], policy: &Policy, now: Instant) -> Plan {
     let mut plan = Plan { actions: Vec::new(), wake: None };
     let (kept, surplus) = slots.split_at(wanted.min(slots.len()));
@@ -136,7 +137,8 @@ pub fn plan(wanted: usize, slots: &[Slot], policy: &Policy, now: Instant) -> Pla
             Phase::Draining { .. } | Phase::Empty { .. } | Phase::Starting | Phase::Stopping { .. } => {}
         }
     }
-    // While its predecessor drains, a successor is not due yet: that may take long, and others may hang meanwhile.
+    // While the predecessor drains, no successor is due yet: a drain may take long, and other replicas may hang
+    // meanwhile.
     if kept.iter().any(|slot| slot.in_replacement && slot.drains_for().is_none()) {
         return plan;
     }
@@ -175,22 +177,22 @@ impl Slot {
         Self { name, phase: Phase::Empty { start_at: now }, strikes: 0, in_replacement: false }
     }
 
-    /// A start was ordered.
+    /// Records that a start has begun.
     pub fn starting(&mut self) {
         self.phase = Phase::Starting;
     }
 
-    /// The start could not be tried, which is not the replica's fault: not before `start_at` again.
+    /// Records that the start could not be tried, which does not count as a strike. Retries no earlier than `start_at`.
     pub fn postponed(&mut self, start_at: Instant) {
         self.phase = Phase::Empty { start_at };
     }
 
-    /// A replica runs that has not been seen before.
+    /// Records that a new replica runs.
     pub fn running(&mut self, is_outdated: bool, now: Instant) {
         self.phase = Phase::Running { since: now, worth: Worth::Unknown, is_outdated };
     }
 
-    /// What health checks say of the running replica; `None` while they have not made up their mind.
+    /// Records the verdict of the health checks on the running replica; `None` while undecided.
     pub fn judged(&mut self, verdict: Option<bool>, now: Instant) {
         let Phase::Running { worth, .. } = &mut self.phase else { return };
         *worth = match (verdict, *worth) {
@@ -202,14 +204,14 @@ impl Slot {
         self.in_replacement &= verdict.is_none();
     }
 
-    /// The settings have changed: whether the running replica was made from others than those of now.
+    /// Records whether the running replica was created from different settings than the current ones.
     pub fn outdated(&mut self, outdated: bool) {
         if let Phase::Running { is_outdated, .. } = &mut self.phase {
             *is_outdated = outdated;
         }
     }
 
-    /// The replica gets no new connections from now on.
+    /// Records that the replica gets no new connections from now on.
     pub fn draining(&mut self, why: Why) {
         if let Phase::Running { since, .. } | Phase::Draining { since, .. } = self.phase {
             self.phase = Phase::Draining { since, why, is_over: false };
@@ -217,21 +219,21 @@ impl Slot {
         }
     }
 
-    /// Its last connection has ended, or their time is over.
+    /// Records that the drain is over: the last connection has ended, or the deadline has passed.
     pub fn drained(&mut self) {
         if let Phase::Draining { is_over, .. } = &mut self.phase {
             *is_over = true;
         }
     }
 
-    /// It is not to be drained any more.
+    /// Records that the drain was cancelled.
     pub fn kept(&mut self, is_outdated: bool) {
         if let Phase::Draining { since, .. } = self.phase {
             self.phase = Phase::Running { since, worth: Worth::Unknown, is_outdated };
         }
     }
 
-    /// The replica was told to stop.
+    /// Records that a stop has begun.
     pub fn stopping(&mut self, why: Why) {
         if let Phase::Running { since, .. } | Phase::Draining { since, .. } = self.phase {
             self.phase = Phase::Stopping { since, why };
@@ -239,7 +241,7 @@ impl Slot {
         }
     }
 
-    /// It could not be told so: it is as it was before.
+    /// Records that the stop failed: the replica still runs.
     pub fn not_stopped(&mut self) {
         if let Phase::Stopping { since, why } = self.phase {
             self.phase = Phase::Running { since, worth: Worth::Unknown, is_outdated: why == Why::Outdated };
@@ -247,17 +249,17 @@ impl Slot {
         }
     }
 
-    /// The replica ended, or could not be started. Returns how long the next start waits.
+    /// Records that the replica ended or could not be started. Returns the wait before the next start.
     pub fn ended(&mut self, policy: &Policy, now: Instant) -> Duration {
         let lasted = match self.phase {
             Phase::Running { since, .. } | Phase::Stopping { since, why: Why::Unhealthy } => {
                 now.saturating_duration_since(since) >= policy.stable_after
             }
             Phase::Empty { .. } | Phase::Starting => false,
-            // Ended because it was told to.
+            // Ringway ended the replica.
             Phase::Stopping { .. } | Phase::Draining { .. } => true,
         };
-        // A successor that ends has shown what it is worth.
+        // The end of a successor counts as its verdict.
         self.in_replacement &= matches!(self.phase, Phase::Stopping { .. } | Phase::Draining { .. });
         self.strikes = if lasted { 0 } else { self.strikes.saturating_add(1) };
         let wait = self.backoff(policy);
@@ -265,17 +267,17 @@ impl Slot {
         wait
     }
 
-    /// Whether a replica is there that may end or be judged.
+    /// Whether the slot has a replica.
     pub fn is_running(&self) -> bool {
         matches!(self.phase, Phase::Running { .. } | Phase::Draining { .. } | Phase::Stopping { .. })
     }
 
-    /// Whether it was drained, and that is over.
+    /// Whether the replica's drain is over.
     pub fn is_drained(&self) -> bool {
         matches!(self.phase, Phase::Draining { is_over: true, .. })
     }
 
-    /// Why it is drained, while that is not over.
+    /// Why the replica is draining; `None` if it is not, or if the drain is over.
     pub fn drains_for(&self) -> Option<Why> {
         match self.phase {
             Phase::Draining { why, is_over: false, .. } => Some(why),
@@ -283,17 +285,17 @@ impl Slot {
         }
     }
 
-    /// Whether a start was ordered that has not shown a replica yet.
+    /// Whether a start has begun and no replica has been seen yet.
     pub fn is_starting(&self) -> bool {
         self.phase == Phase::Starting
     }
 
-    /// Whether no replica before this one has failed to last.
+    /// Whether the previous replica lasted, or there was none.
     pub fn is_first_try(&self) -> bool {
         self.strikes == 0
     }
 
-    /// Whether so many replicas in a row did not last that something must be wrong with them.
+    /// Whether the slot is in a crash loop: too many replicas in a row did not last.
     pub fn is_crash_loop(&self, policy: &Policy) -> bool {
         self.strikes >= policy.crash_loop_after
     }
@@ -302,7 +304,7 @@ impl Slot {
         matches!(self.phase, Phase::Running { worth: Worth::Healthy, .. })
     }
 
-    /// When a replica that was made from other settings may go; `None` while it is needed, or is not one.
+    /// When an outdated replica may be replaced; `None` if it is still needed, or not outdated.
     fn outdated_goes_at(&self, all_healthy: bool) -> Option<Instant> {
         match self.phase {
             Phase::Running { since, worth, is_outdated: true } => match worth {
@@ -321,8 +323,8 @@ impl Slot {
         }
     }
 
-    /// Nothing after the first strike, then doubling from `backoff` to `max_backoff`. Up to a fifth is taken
-    /// off, by slot and strike, so that slots that died together do not start together.
+    /// The wait before the next start: none after the first strike, then doubling from `backoff` to `max_backoff`.
+    /// Reduced by up to a fifth, depending on slot and strike, to keep slots that died together from starting together.
     fn backoff(&self, policy: &Policy) -> Duration {
         let Some(doublings) = self.strikes.checked_sub(2) else { return Duration::ZERO };
         let factor = 1_u32.checked_shl(doublings).unwrap_or(u32::MAX);

@@ -2,11 +2,11 @@
 //!
 //! # Layout
 //!
-//! - this file: the loop, and what the plan orders
-//! - [`lifeline`]: how a replica is held, waited for and ended
-//! - [`ports`]: where replicas listen
+//! - this file: the adapter
+//! - [`lifeline`]: holds, awaits and ends a replica
+//! - [`ports`]: reserves the ports of replicas
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::io::{self, PipeReader};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -21,12 +21,12 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::plan::{Action, Policy, Slot, Why, plan};
-use super::{Ends, LOOK, Resting, drain, drained, joined, tell_of_stop, verdict};
+use super::plan::Why;
+use super::{Adapter, Ending, Progress, Resting, Running, SlotSettings, Slots, Supervisor};
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
-use crate::control::provider::{slot_number, slots};
-use crate::table::{Table, TableCell};
+use crate::control::provider::slot_number;
+use crate::table::TableCell;
 
 mod lifeline;
 mod ports;
@@ -35,35 +35,27 @@ pub use self::lifeline::let_go;
 use self::lifeline::{Held, first_word, wait};
 pub use self::ports::Ports;
 
-/// How a pool's replicas are run. All but the pool's name may change while they are.
+/// How Ringway runs a pool's replicas. Everything except the pool's name may change at run time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// The pool's name.
-    pub pool: Arc<str>,
-    /// How many; with none wanted the supervisor ends once the last has.
-    pub replicas: u32,
-    /// Weights of slots where they are not 1.
-    pub weights: BTreeMap<Arc<str>, u32>,
-    /// What each is.
+    /// Number of replicas, weights, drain and restart policy.
+    pub slots: SlotSettings,
+    /// What Ringway starts each replica from.
     pub spec: Arc<Spec>,
-    /// How long a replica's connections may go on before it is stopped because it is not wanted, or outdated.
-    pub drain: Duration,
-    /// When a dead one is started again.
-    pub policy: Policy,
-    /// From SIGTERM to SIGKILL.
+    /// Time between SIGTERM and SIGKILL when Ringway stops a replica.
     pub stop_grace: Duration,
-    /// The Ringway binary.
+    /// Path of the Ringway binary.
     pub launcher: PathBuf,
-    /// Soft limit on open files for replicas.
+    /// Soft limit on open files of replicas; `None`: Ringway's own.
     pub open_files: Option<u64>,
 }
 
-/// What a replica is. One that was started from another is outdated.
+/// What a replica is started from. A replica with a different spec is outdated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spec {
-    /// Program and arguments, with `{port}` and `{slot}`; `ringway` as the program is the launcher.
+    /// Program and arguments, with the placeholders `{port}` and `{slot}`. The program `ringway` is the launcher.
     pub command: Vec<String>,
-    /// Added to the environment, with the same placeholders.
+    /// Additional environment variables, with the same placeholders.
     pub env: Vec<(String, String)>,
 }
 
@@ -81,17 +73,17 @@ pub struct Handed {
     pub pid: u32,
     /// Where it listens.
     pub address: SocketAddr,
-    /// What it was started from.
+    /// The spec that it was started from.
     pub spec: Arc<Spec>,
     /// Ringway's end of its lifeline.
     pub lifeline: UnixStream,
-    /// What it writes.
+    /// The pipe with its output.
     pub output: PipeReader,
-    /// What keeps its port.
+    /// The socket that reserves its port.
     pub port: Socket,
 }
 
-/// Whether `program` could be run at all: an existing file, or a name in `PATH`.
+/// Whether `program` can be run: an existing executable file, or the name of one in `PATH`.
 pub fn is_runnable(program: &str) -> bool {
     use std::os::unix::fs::PermissionsExt as _;
 
@@ -107,139 +99,136 @@ pub fn is_runnable(program: &str) -> bool {
     std::env::split_paths(&path).any(|folder| is_executable(&folder.join(program)))
 }
 
-/// Keeps a replica in every slot until `stop`, then stops them all. The settings may change meanwhile.
+/// Keeps a replica in every slot until `stop`, then stops all of them. The settings may change at run time.
 pub async fn supervise(
     mut settings: watch::Receiver<Settings>,
     ports: Ports,
     taken_over: Vec<Handed>,
-    resting: Resting,
+    mut resting: Resting,
     table: TableCell,
     events: mpsc::Sender<Event>,
     stop: CancellationToken,
 ) {
-    let Resting { mut settled, mut handovers } = resting;
     let first = settings.borrow_and_update().clone();
-    let ends = Ends::new(Arc::clone(&first.pool), first.policy);
-    let mut changes = table.watch();
-    let mut supervisor = Supervisor {
-        settings: first.clone(),
-        ports,
-        slots: Vec::new(),
-        ends,
-        table: table.clone(),
-        events,
-        waiting: JoinSet::new(),
-        children: HashMap::new(),
-        is_settled: *settled.borrow_and_update(),
-    };
-    supervisor.configure(first).await;
-    supervisor.take_over(taken_over).await;
-    while !stop.is_cancelled() && !supervisor.is_done() {
-        let wake = supervisor.carry_out().await;
-        let due = tokio::time::sleep_until(wake.unwrap_or_else(|| Instant::now() + Duration::from_secs(3600)).into());
-        tokio::select! {
-            () = stop.cancelled() => {}
-            () = due => {}
-            Ok(()) = changes.changed() => supervisor.judge(&table.load()),
-            Ok(()) = settings.changed() => {
-                let changed = settings.borrow_and_update().clone();
-                supervisor.configure(changed).await;
-            }
-            Ok(()) = settled.changed(), if !supervisor.is_settled => supervisor.settle().await,
-            Some(handover) = handovers.recv() => {
-                let handed = supervisor.handed();
-                if handover.decide(handed, &stop).await {
-                    // Our ends of the lifelines are closed; the other process has its own.
-                    return;
-                }
-            }
-            Some(ended) = supervisor.waiting.join_next() => match ended {
-                Ok((slot, exit)) => supervisor.ended(slot, exit).await,
-                Err(error) => std::panic::resume_unwind(error.into_panic()),
-            },
-        }
-    }
-    supervisor.stop_all().await;
+    let is_settled = *resting.settled.borrow_and_update();
+    let processes = Processes { settings: first.clone(), ports, waiting: JoinSet::new(), children: HashMap::new() };
+    let mut supervisor = Supervisor::new(processes, first, table, events, is_settled).await;
+    supervisor.adapter.take_over(&mut supervisor.slots, taken_over).await;
+    supervisor.run(settings, resting, stop).await;
 }
 
-struct Supervisor {
+/// The adapter: the child processes of one pool.
+struct Processes {
     settings: Settings,
     ports: Ports,
-    slots: Vec<Slot>,
-    ends: Ends,
-    table: TableCell,
-    events: mpsc::Sender<Event>,
-    /// Waits for each child; gives the slot and how the child ended.
+    /// Waits for each child. Yields the slot, and how the child ended.
     waiting: JoinSet<(usize, Exit)>,
-    /// By slot.
-    children: HashMap<usize, Running>,
-    /// Until then an older Ringway may have connections to what was taken over: it is neither outdated nor surplus.
-    is_settled: bool,
+    /// The running replicas by slot.
+    children: HashMap<usize, ChildProcess>,
 }
 
-/// A replica, as those see it who do not wait for it.
-struct Running {
+/// A running replica.
+struct ChildProcess {
     pid: u32,
     replica: Replica,
-    /// What it was started from.
+    /// The spec that Ringway started it from.
     spec: Arc<Spec>,
-    /// What it takes to be its supervisor. Closing the last one of its lifeline's ends kills it.
+    /// The handles that supervision needs. The shim kills the replica when the last copy of this lifeline closes.
     held: Held,
-    /// SIGTERM and, after the grace, SIGKILL.
+    /// Sends SIGTERM, and SIGKILL after the grace.
     stop: CancellationToken,
 }
 
-impl Supervisor {
-    /// Takes settings, the first or changed ones.
-    async fn configure(&mut self, settings: Settings) {
+impl Adapter for Processes {
+    type Settings = Settings;
+    /// A child process ended.
+    type Observation = (usize, Exit);
+
+    fn slot_settings(settings: &Settings) -> &SlotSettings {
+        &settings.slots
+    }
+
+    fn configure(&mut self, settings: Settings) {
+        if let Err(error) = self.ports.extend(settings.slots.replicas as usize) {
+            tracing::error!(pool = %settings.slots.pool, %error, "not enough free ports for all replicas");
+        }
         self.settings = settings;
-        self.ends.policy = self.settings.policy;
-        let (now, replicas) = (Instant::now(), self.settings.replicas);
-        for name in slots(&self.settings.pool, replicas).into_iter().skip(self.slots.len()) {
-            self.slots.push(Slot::new(name, now));
-        }
-        if let Err(error) = self.ports.extend(replicas as usize) {
-            tracing::error!(pool = %self.settings.pool, %error, "not enough free ports for all replicas");
-        }
-        self.mark_outdated();
-        for event in joined(&self.settings.pool, replicas, &self.settings.weights) {
-            let _ = self.events.send(event).await;
-        }
-        // One that was about to leave may have left before it joined again.
-        for (&slot, child) in self.children.iter().filter(|(slot, _)| **slot < replicas as usize) {
-            let (Some(address), id) = (self.ports.address(slot), Arc::clone(&self.slots[slot].name)) else { continue };
-            let replica = Some(child.replica.clone());
-            let _ = self.events.send(Event::Started { id, address, replica }).await;
-        }
-        // What runs is drained first.
-        for slot in self.slots.iter().skip(self.wanted()).filter(|slot| !slot.is_running()) {
-            let _ = self.events.send(Event::Left { id: Arc::clone(&slot.name) }).await;
-        }
     }
 
-    /// Takes over replicas that run already.
-    async fn take_over(&mut self, taken_over: Vec<Handed>) {
-        let now = Instant::now();
-        for replica in taken_over {
-            let number = slot_number(&self.settings.pool, &replica.slot);
-            let Some(slot) = number.and_then(|number| (number as usize).checked_sub(1)) else { continue };
-            for name in slots(&self.settings.pool, slot as u32 + 1).into_iter().skip(self.slots.len()) {
-                self.slots.push(Slot::new(name, now));
+    fn running(&self) -> impl Iterator<Item = Running<'_>> {
+        let running = |(&slot, child)| {
+            let child: &ChildProcess = child;
+            Running { slot, address: self.ports.address(slot), replica: &child.replica }
+        };
+        self.children.iter().map(running)
+    }
+
+    fn is_outdated(&self, slot: usize) -> bool {
+        self.children.get(&slot).is_some_and(|child| child.spec != self.settings.spec)
+    }
+
+    fn may_act(&self) -> bool {
+        true
+    }
+
+    fn is_idle(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    async fn start(&mut self, slots: &mut Slots, slot: usize, now: Instant) -> Progress {
+        let name = Arc::clone(&slots[slot].name);
+        slots[slot].starting();
+        let started = match self.ports.address(slot) {
+            Some(address) => self.spawn(&name, address.port()).await.map(|(pid, held)| (pid, held, address)),
+            None => Err(io::Error::other("no free port")),
+        };
+        match started {
+            Ok((pid, held, address)) => {
+                slots.note_start();
+                tracing::debug!(pool = %slots.pool(), slot = %name, pid, %address, "replica started");
+                let spec = Arc::clone(&self.settings.spec);
+                self.runs(slots, slot, pid, address, spec, held, now).await;
             }
-            tracing::info!(pool = %self.settings.pool, slot = %replica.slot, pid = replica.pid, "replica taken over");
-            let held = Held { lifeline: replica.lifeline, output: replica.output };
-            self.runs(slot, replica.pid, replica.address, replica.spec, held, now).await;
+            Err(error) => slots.refused(slot, &error.to_string()).await,
+        }
+        Progress::Done
+    }
+
+    async fn drain(&mut self, slots: &mut Slots, slot: usize, why: Why, _now: Instant) -> Progress {
+        slots.drain(slot, why).await;
+        Progress::Done
+    }
+
+    async fn stop(&mut self, slots: &mut Slots, slot: usize, why: Why, _now: Instant) -> Progress {
+        if let Some(child) = self.children.get(&slot) {
+            slots.log_stop(slot, why);
+            child.stop.cancel();
+        }
+        slots[slot].stopping(why);
+        Progress::UnderWay
+    }
+
+    async fn next(&mut self) -> (usize, Exit) {
+        match self.waiting.join_next().await {
+            Some(Ok(ended)) => ended,
+            // A panic is a bug in Ringway, which a retry cannot fix.
+            Some(Err(error)) => std::panic::resume_unwind(error.into_panic()),
+            None => std::future::pending().await,
         }
     }
 
-    /// Copies of what it takes to supervise the replicas.
-    fn handed(&self) -> io::Result<Vec<Handed>> {
+    async fn observe(&mut self, slots: &mut Slots, (slot, exit): (usize, Exit)) {
+        self.children.remove(&slot);
+        slots.ended(slot, exit).await;
+    }
+
+    fn hand_over(&self, slots: &Slots) -> io::Result<Vec<Handed>> {
         let handed = self.children.iter().map(|(&slot, child)| {
             let (address, port) = self.ports.reserved.get(slot).ok_or(io::ErrorKind::NotFound)?;
             let Held { lifeline, output } = child.held.try_clone()?;
             Ok(Handed {
-                pool: self.settings.pool.to_string(),
-                slot: Arc::clone(&self.slots[slot].name),
+                pool: slots.pool().to_string(),
+                slot: Arc::clone(&slots[slot].name),
                 pid: child.pid,
                 address: *address,
                 spec: Arc::clone(&child.spec),
@@ -251,94 +240,41 @@ impl Supervisor {
         handed.collect()
     }
 
-    /// How many slots are wanted at the moment.
-    fn wanted(&self) -> usize {
-        let wanted = self.settings.replicas as usize;
-        if self.is_settled { wanted } else { wanted.max(self.slots.len()) }
+    async fn finish(mut self, _slots: Slots, ending: Ending) {
+        // Dropping our ends of the lifelines leaves the replicas to the successor, which has its own ends.
+        if ending == Ending::HandedOver {
+            return;
+        }
+        for child in self.children.values() {
+            child.stop.cancel();
+        }
+        while self.waiting.join_next().await.is_some() {}
+        self.children.clear();
     }
+}
 
-    /// The older Ringway has gone, and with it its connections: what was taken over may be outdated or surplus.
-    async fn settle(&mut self) {
-        self.is_settled = true;
-        let settings = self.settings.clone();
-        self.configure(settings).await;
-    }
-
-    fn mark_outdated(&mut self) {
-        for (&slot, child) in self.children.iter().filter(|_| self.is_settled) {
-            self.slots[slot].outdated(child.spec != self.settings.spec);
+impl Processes {
+    /// Takes over running replicas.
+    async fn take_over(&mut self, slots: &mut Slots, taken_over: Vec<Handed>) {
+        let now = Instant::now();
+        for replica in taken_over {
+            let number = slot_number(slots.pool(), &replica.slot);
+            let Some(number @ 1..) = number else { continue };
+            slots.extend(number);
+            tracing::info!(pool = %slots.pool(), slot = %replica.slot, pid = replica.pid, "replica taken over");
+            let held = Held { lifeline: replica.lifeline, output: replica.output };
+            let slot = number as usize - 1;
+            self.runs(slots, slot, replica.pid, replica.address, replica.spec, held, now).await;
         }
     }
 
-    /// No replica is wanted any more, and none is left.
-    fn is_done(&self) -> bool {
-        self.settings.replicas == 0 && self.waiting.is_empty()
-    }
-
-    /// Does what the plan says. Returns when to ask it again.
-    async fn carry_out(&mut self) -> Option<Instant> {
-        loop {
-            let now = Instant::now();
-            let looks_again = self.look_at_drains().then(|| now + LOOK);
-            let plan = plan(self.wanted(), &self.slots, &self.settings.policy, now);
-            if plan.actions.is_empty() {
-                return plan.wake.into_iter().chain(looks_again).min();
-            }
-            for action in plan.actions {
-                match action {
-                    Action::Start(slot) => self.start(slot, now).await,
-                    Action::Drain(slot, why) => {
-                        self.slots[slot].draining(why);
-                        let event = drain(&self.slots[slot].name, why, self.settings.drain);
-                        let _ = self.events.send(event).await;
-                    }
-                    // `configure` has told the publisher.
-                    Action::Keep(slot) => {
-                        let child = self.children.get(&slot);
-                        let is_outdated = child.is_some_and(|child| child.spec != self.settings.spec);
-                        self.slots[slot].kept(is_outdated);
-                    }
-                    Action::Stop(slot, why) => self.stop(slot, why),
-                }
-            }
-        }
-    }
-
-    /// Whether there are any that go on.
-    fn look_at_drains(&mut self) -> bool {
-        let mut any = false;
-        for slot in &mut self.slots {
-            let Some(why) = slot.drains_for() else { continue };
-            match drained(&self.table.load(), &slot.name, why) {
-                Some(true) => slot.drained(),
-                _ => any = true,
-            }
-        }
-        any
-    }
-
-    async fn start(&mut self, slot: usize, now: Instant) {
-        let name = Arc::clone(&self.slots[slot].name);
-        self.slots[slot].starting();
-        let Some(address) = self.ports.address(slot) else { return self.refused(slot, "no free port").await };
-        match self.spawn(&name, address.port()).await {
-            Ok((pid, held)) => {
-                self.ends.over();
-                tracing::debug!(pool = %self.settings.pool, slot = %name, pid, %address, "replica started");
-                let spec = Arc::clone(&self.settings.spec);
-                self.runs(slot, pid, address, spec, held, now).await;
-            }
-            Err(error) => self.refused(slot, &error.to_string()).await,
-        }
-    }
-
-    /// Starts a shim, and has it start the replica.
+    /// Starts a shim, which starts the replica.
     async fn spawn(&self, slot: &str, port: u16) -> io::Result<(u32, Held)> {
         let (lifeline, of_shim) = UnixStream::pair()?;
         let (output, of_replica) = std::io::pipe()?;
         let mut command = self.command(slot, port);
         let shim = command.stdin(OwnedFd::from(of_shim)).stdout(of_replica.try_clone()?).stderr(of_replica).spawn();
-        // Its copies of our ends go with the command.
+        // The command holds copies of the shim's ends; dropping it closes them.
         drop(command);
         let mut shim = shim?;
         tokio::spawn(async move { drop(shim.wait().await) });
@@ -347,42 +283,29 @@ impl Supervisor {
         Ok((pid, held))
     }
 
-    /// A replica runs in the slot: waits for it from now on, and tells of it.
-    async fn runs(&mut self, slot: usize, pid: u32, address: SocketAddr, spec: Arc<Spec>, held: Held, now: Instant) {
-        let name = Arc::clone(&self.slots[slot].name);
+    /// A replica runs in the slot: waits for its end in the background, and reports it to the publisher.
+    #[expect(clippy::too_many_arguments, reason = "each argument is a part of one replica")]
+    async fn runs(
+        &mut self,
+        slots: &mut Slots,
+        slot: usize,
+        pid: u32,
+        address: SocketAddr,
+        spec: Arc<Spec>,
+        held: Held,
+        now: Instant,
+    ) {
+        let name = Arc::clone(&slots[slot].name);
         let waiter = match held.try_clone() {
             Ok(waiter) => waiter,
-            Err(error) => return self.refused(slot, &error.to_string()).await,
+            Err(error) => return slots.refused(slot, &error.to_string()).await,
         };
-        self.slots[slot].running(false, now);
+        slots[slot].running(false, now);
         let (replica, stop) = (Replica::Process { pid }, CancellationToken::new());
         let grace = self.settings.stop_grace;
         self.waiting.spawn(wait(slot, Arc::clone(&name), waiter, stop.clone(), grace));
-        self.children.insert(slot, Running { pid, replica: replica.clone(), spec, held, stop });
-        let event = Event::Started { id: name, address, replica: Some(replica) };
-        // No publisher: the app is going down.
-        let _ = self.events.send(event).await;
-    }
-
-    async fn refused(&mut self, slot: usize, reason: &str) {
-        let event = self.ends.refused(&mut self.slots[slot], reason, Instant::now());
-        let _ = self.events.send(event).await;
-    }
-
-    fn stop(&mut self, slot: usize, why: Why) {
-        if let Some(child) = self.children.get(&slot) {
-            tell_of_stop(&self.settings.pool, &self.slots[slot].name, why);
-            child.stop.cancel();
-        }
-        self.slots[slot].stopping(why);
-    }
-
-    fn judge(&mut self, table: &Table) {
-        let now = Instant::now();
-        for (&slot, child) in &self.children {
-            let slot = &mut self.slots[slot];
-            slot.judged(verdict(table, &slot.name, &child.replica), now);
-        }
+        self.children.insert(slot, ChildProcess { pid, replica: replica.clone(), spec, held, stop });
+        slots.send(Event::Started { id: name, address, replica: Some(replica) }).await;
     }
 
     fn command(&self, slot: &str, port: u16) -> Command {
@@ -403,35 +326,18 @@ impl Supervisor {
         command
             .args(words)
             .envs(self.settings.spec.env.iter().map(|(name, value)| (name, fill(value))))
-            // What is meant for Ringway alone.
+            // Variables that are meant for Ringway alone.
             .env_remove("RINGWAY_TOKEN")
             .env_remove("NOTIFY_SOCKET")
             .env_remove("LISTEN_FDS")
             .env_remove("LISTEN_PID")
-            // Ctrl-C goes to a terminal's whole process group; replicas must live on while Ringway drains.
+            // Ctrl-C signals a terminal's whole process group; replicas must keep running while Ringway drains.
             .process_group(0);
         command
     }
-
-    async fn ended(&mut self, slot: usize, exit: Exit) {
-        self.children.remove(&slot);
-        let event = self.ends.ended(&mut self.slots[slot], exit);
-        let _ = self.events.send(event).await;
-        if slot >= self.wanted() {
-            let _ = self.events.send(Event::Left { id: Arc::clone(&self.slots[slot].name) }).await;
-        }
-    }
-
-    async fn stop_all(mut self) {
-        for child in self.children.values() {
-            child.stop.cancel();
-        }
-        while self.waiting.join_next().await.is_some() {}
-        self.children.clear();
-    }
 }
 
-/// The binary may have been replaced on disk since the start; the running one is still there for its process.
+/// The path of the launcher. The binary may have been replaced on disk since the start; `/proc/self/exe` still runs it.
 fn launcher(path: &Path) -> &Path {
     if path.exists() { path } else { Path::new("/proc/self/exe") }
 }

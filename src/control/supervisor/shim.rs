@@ -1,11 +1,11 @@
-//! The process between Ringway and a replica: a replica must live on while one Ringway takes over from another, and must
-//! not outlive the last of them.
+//! The process between Ringway and a replica. A replica must keep running while one Ringway takes over from another,
+//! and must not outlive the last of them.
 //!
-//! A shim starts the replica and holds one end of a socket, the lifeline; Ringway holds the other, and hands it over when
-//! it is upgraded. Over it the shim says which process the replica is and how it ended, and is told to stop it. When nobody
-//! holds the other end any more, be it because Ringway was killed, the shim kills the replica with all that it has started.
-//! (containerd has a shim to each container for the same reason.) Should the shim itself be killed, the kernel kills the
-//! replica: see [`launch`](super::launch).
+//! A shim starts the replica and holds one end of a socket, the lifeline. Ringway holds the other end and hands it over
+//! in an upgrade. Over the lifeline the shim reports the replica's process id and how the replica ended, and Ringway
+//! tells the shim to stop it. When no process holds Ringway's end any more, for example because Ringway was killed, the
+//! shim kills the replica and everything that the replica has started. (containerd has a shim for each container for
+//! the same reason.) If the shim itself is killed, the kernel kills the replica: see [`launch`](super::launch).
 
 use std::ffi::OsString;
 use std::io::{self, Read as _, Write as _};
@@ -29,15 +29,15 @@ pub struct Shim {
     pub command: Vec<OsString>,
 }
 
-/// Said over the lifeline by Ringway: end, please.
+/// Ringway sends this byte over the lifeline to stop the replica with SIGTERM.
 pub(super) const TERM: u8 = b'T';
-/// Said over the lifeline by Ringway: end now.
+/// Ringway sends this byte over the lifeline to kill the replica with SIGKILL.
 pub(super) const KILL: u8 = b'K';
 
-/// Runs a replica as its shim, the lifeline being standard input, until the replica has ended.
+/// Runs a replica as its shim until the replica has ended. Standard input is the lifeline.
 ///
 /// # Errors
-/// When the replica cannot be started, or the system does not tell of its end.
+/// When the replica cannot be started, or the system cannot wait for its end.
 pub fn run(shim: &Shim) -> io::Result<()> {
     let mut lifeline = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let launcher = std::env::current_exe().ok().filter(|path| path.exists());
@@ -47,16 +47,17 @@ pub fn run(shim: &Shim) -> io::Result<()> {
     if let Some(open_files) = shim.open_files {
         command.args(["--open-files", &open_files.to_string()]);
     }
-    // A group of its own: what it has started is ended with it, and the shim is not.
+    // A process group of its own: a signal reaches the replica and its children, but not the shim.
     command.arg("--").args(&shim.command).stdin(Stdio::null()).process_group(0);
     let mut child = command.spawn()?;
     let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else {
         return Err(io::ErrorKind::InvalidData.into());
     };
-    // Where nobody listens any more, the wait below finds out.
+    // If the other end is closed, the wait below notices.
     let _ = writeln!(lifeline, "pid {}", child.id());
     let ended = wait(&mut child, pid, &mut lifeline);
-    // Also where it has ended: what it leaves behind would keep its port, and answer for its successor.
+    // Needed even if the replica has ended: processes it leaves behind would keep its port and answer for its
+    // successor.
     signal(pid, Signal::KILL);
     let status = child.wait()?;
     let code = status.code().map_or_else(String::new, |code| code.to_string());
@@ -64,7 +65,7 @@ pub fn run(shim: &Shim) -> io::Result<()> {
     ended
 }
 
-/// Waits for the replica's end, and passes on what is asked for meanwhile.
+/// Waits until the replica ends or must be killed. Passes on SIGTERM meanwhile.
 fn wait(child: &mut Child, pid: Pid, lifeline: &mut UnixStream) -> io::Result<()> {
     let ended: OwnedFd = pidfd_open(pid, PidfdFlags::empty())?;
     loop {
@@ -82,14 +83,14 @@ fn wait(child: &mut Child, pid: Pid, lifeline: &mut UnixStream) -> io::Result<()
         let mut word = [0; 1];
         match lifeline.read(&mut word) {
             Ok(1) if word[0] == TERM => signal(pid, Signal::TERM),
-            // Told so, or nobody holds the other end.
+            // Ringway sent KILL, or no process holds the other end.
             _ => return Ok(()),
         }
     }
 }
 
-/// To the replica's whole process group, so that the children of a shell go too.
+/// Signals the replica's whole process group, which includes the children of a shell.
 fn signal(group: Pid, signal: Signal) {
-    // Fails only where it has just ended by itself.
+    // Fails only if the group has just ended by itself.
     let _ = kill_process_group(group, signal);
 }

@@ -1,4 +1,4 @@
-//! Makes the containers of a pool: from what, and what may go wrong.
+//! Creates the containers of a pool.
 
 use std::collections::HashMap;
 
@@ -8,52 +8,52 @@ use tokio::sync::Mutex;
 use crate::control::docker::container::{Container, State};
 use crate::control::docker::engine::{Engine, EngineError};
 use crate::control::docker::label;
-use crate::control::docker::place::Place;
+use crate::control::docker::scope::Scope;
 use crate::label_enum;
 
 label_enum! {
-    /// When an image is got from its registry.
+    /// When Ringway pulls an image from its registry.
     pub enum Pull {
-        /// It must be there.
+        /// Never: the engine must have the image.
         Never => "never",
-        /// When the engine does not have it.
+        /// Only if the engine lacks the image.
         Missing => "missing",
-        /// Before each container.
+        /// Always, before Ringway creates a container.
         Always => "always",
     }
 }
 
-/// What a container is made from. There is no way to ask for more rights, for the host's network or its files.
+/// What a container is created from. By design it cannot ask for extra privileges, the host's network or its files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spec {
     /// The image's name.
     pub image: String,
-    /// Arguments, with `{port}` and `{slot}`; `None`: the image's own.
+    /// Arguments, with the placeholders `{port}` and `{slot}`; `None`: the image's own.
     pub command: Option<Vec<String>>,
     /// The port on which the replica listens, within its container.
     pub port: u16,
-    /// The environment, with the same placeholders.
+    /// Environment variables, with the same placeholders.
     pub env: Vec<(String, String)>,
-    /// Labels beside Ringway's own.
+    /// Labels in addition to Ringway's own.
     pub labels: Vec<(String, String)>,
-    /// Most memory, in bytes.
+    /// Memory limit in bytes; `None`: no limit.
     pub memory: Option<u64>,
-    /// Most CPU time, in thousandths of a core.
+    /// CPU limit in thousandths of a core; `None`: no limit.
     pub milli_cpus: Option<u64>,
-    /// When the image is got from its registry.
+    /// When Ringway pulls the image from its registry.
     pub pull: Pull,
 }
 
-/// Why no container was made.
+/// Why Ringway could not create a container.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    /// A list will tell.
-    #[error("somebody else may have done it")]
+    /// Another process may have created the container; the next list shows it.
+    #[error("another process may have created the container")]
     Conflict,
-    /// The engine is away.
+    /// The engine is unreachable.
     #[error(transparent)]
     Engine(EngineError),
-    /// In words for a person.
+    /// The reason, as text for the log and the status.
     #[error("{0}")]
     Refused(String),
 }
@@ -68,42 +68,42 @@ impl From<EngineError> for Failure {
     }
 }
 
-/// Makes the containers of one pool.
+/// Creates the containers of one pool.
 #[derive(Debug)]
 pub(super) struct Maker {
     engine: Engine,
     pool: String,
-    place: Place,
+    scope: Scope,
     spec: Spec,
     digest: String,
-    /// One at a time: the next finds the image there.
+    /// Limits pulls to one at a time: after the first, the engine has the image.
     pulling: Mutex<()>,
 }
 
 impl Maker {
-    pub(super) fn new(engine: Engine, pool: &str, place: &Place, spec: Spec) -> Self {
-        let digest = digest(&spec, &place.network);
-        Self { engine, pool: pool.to_owned(), place: place.clone(), spec, digest, pulling: Mutex::new(()) }
+    pub(super) fn new(engine: Engine, pool: &str, scope: &Scope, spec: Spec) -> Self {
+        let digest = digest(&spec, &scope.network);
+        Self { engine, pool: pool.to_owned(), scope: scope.clone(), spec, digest, pulling: Mutex::new(()) }
     }
 
-    /// Tells containers made from these settings from others.
+    /// Digest of the settings; a container with another digest is outdated.
     pub(super) fn digest(&self) -> &str {
         &self.digest
     }
 
     /// The name of a slot's container.
     pub(super) fn name(&self, slot: &str) -> String {
-        format!("{}-{slot}", self.place.owner)
+        format!("{}-{slot}", self.scope.owner)
     }
 
-    /// Makes and starts a slot's container. `leftover` is one that does not run: it is started if it never was,
-    /// or else makes room.
+    /// Creates and starts a slot's container. `leftover` is a container of the slot that does not run: Ringway starts
+    /// it if it matches the settings and has never run, and removes it otherwise.
     pub(super) async fn make(&self, slot: &str, leftover: Option<Container>) -> Result<(), Failure> {
         if let Some(old) = leftover {
             if old.state == State::Created && old.label(label::SPEC) == self.digest {
                 return self.start(&old.id).await;
             }
-            // Not by force: somebody else may have started it by now.
+            // Not by force: another process may have started it by now.
             self.engine.remove(&old.id, false).await?;
         }
         if self.spec.pull == Pull::Always {
@@ -119,11 +119,13 @@ impl Maker {
         self.start(&id).await
     }
 
-    /// Whether image and network are there. An image that may be pulled is.
+    /// Checks that the engine has the network and the image. Pulls a missing image if the settings allow it.
     pub(super) async fn check(&self) -> Result<(), Failure> {
-        let network = &self.place.network;
+        let network = &self.scope.network;
         if !self.engine.has_network(network).await? {
-            return Err(Failure::Refused(format!("there is no network {network:?}; create it, or check its name")));
+            return Err(Failure::Refused(format!(
+                "the network {network:?} does not exist; create it, or check its name"
+            )));
         }
         let image = &self.spec.image;
         if self.engine.has_image(image).await? {
@@ -153,7 +155,8 @@ impl Maker {
         self.engine.pull(image).await.map_err(|error| match error {
             EngineError::Away { .. } => Failure::Engine(error),
             EngineError::Refused { message, .. } => Failure::Refused(format!(
-                "there is no image {image:?}, and it cannot be pulled: {message}; build or load it, or check its name"
+                "the engine lacks the image {image:?} and cannot pull it: {message}; build or load it, \
+                 or check its name"
             )),
         })
     }
@@ -166,11 +169,11 @@ impl Maker {
         let started = self.engine.start(id).await;
         match started {
             Ok(()) => Ok(()),
-            // Removed by somebody else meanwhile.
+            // Another process has removed the container.
             Err(error) if error.is_status(404) && self.engine.inspect(id).await.is_err() => Err(Failure::Conflict),
             Err(error) => {
                 if !error.is_away() {
-                    // It would be started again and again; a new one gets new chances.
+                    // Remove it: otherwise Ringway would keep starting the same container. A new one may work.
                     let _ = self.engine.remove(id, false).await;
                 }
                 Err(error.into())
@@ -178,23 +181,23 @@ impl Maker {
         }
     }
 
-    /// The name is taken: by a container for this slot, or by one that must not be touched.
+    /// The container's name is taken. Finds out whether the holder fills this slot or must not be touched.
     async fn whose(&self, slot: &str) -> Failure {
         let name = self.name(slot);
         let holder = match self.engine.inspect(&name).await {
             Ok(holder) => holder,
-            // Gone again.
+            // The holder is gone again.
             Err(error) if error.is_status(404) => return Failure::Conflict,
             Err(error) => return error.into(),
         };
         let labels = holder.config.and_then(|config| config.labels).unwrap_or_default();
         let has = |label: &str, value: &str| labels.get(label).is_some_and(|found| found == value);
-        if has(label::OWNER, &self.place.owner) && has(label::POOL, &self.pool) && has(label::SLOT, slot) {
+        if has(label::OWNER, &self.scope.owner) && has(label::POOL, &self.pool) && has(label::SLOT, slot) {
             return Failure::Conflict;
         }
         Failure::Refused(format!(
-            "the name {name:?} belongs to a container that this Ringway did not make; remove or rename that one, or \
-             set docker.owner"
+            "the name {name:?} belongs to a container that this Ringway did not create; remove or rename \
+             that container, or set docker.owner"
         ))
     }
 
@@ -202,10 +205,10 @@ impl Maker {
         let fill = |text: &String| text.replace("{port}", &self.spec.port.to_string()).replace("{slot}", slot);
         let port = self.spec.port.to_string();
         let own = [
-            (label::OWNER, self.place.owner.as_str()),
+            (label::OWNER, self.scope.owner.as_str()),
             (label::POOL, &self.pool),
             (label::SLOT, slot),
-            (label::NETWORK, &self.place.network),
+            (label::NETWORK, &self.scope.network),
             (label::PORT, &port),
             (label::SPEC, &self.digest),
         ];
@@ -218,10 +221,10 @@ impl Maker {
             env: Some(self.spec.env.iter().map(|(name, value)| format!("{name}={}", fill(value))).collect()),
             labels: Some(labels),
             host_config: Some(HostConfig {
-                network_mode: Some(self.place.network.clone()),
+                network_mode: Some(self.scope.network.clone()),
                 memory: self.spec.memory.and_then(|bytes| i64::try_from(bytes).ok()),
                 nano_cpus: self.spec.milli_cpus.and_then(|cpus| i64::try_from(cpus * 1_000_000).ok()),
-                // Two supervisors would fight.
+                // With a restart policy the engine would also restart the container and conflict with Ringway.
                 restart_policy: Some(RestartPolicy {
                     name: Some(RestartPolicyNameEnum::NO),
                     maximum_retry_count: None,
@@ -234,10 +237,10 @@ impl Maker {
 }
 
 fn no_image(image: &str) -> Failure {
-    Failure::Refused(format!("there is no image {image:?}, and `pull: never` is set"))
+    Failure::Refused(format!("the engine lacks the image {image:?}, and `pull: never` is set"))
 }
 
-/// Of everything that makes a container what it is; the same in every version of Ringway.
+/// Digest of every setting that affects a container. Must stay the same across versions of Ringway.
 fn digest(spec: &Spec, network: &str) -> String {
     let Spec { image, command, port, env, labels, memory, milli_cpus, pull: _ } = spec;
     let mut text = format!("image={image}\0port={port}\0network={network}\0memory={memory:?}\0cpus={milli_cpus:?}\0");

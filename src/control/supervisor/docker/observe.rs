@@ -1,11 +1,11 @@
-//! What a full list says of the slots: which container fills each, and which have ended.
+//! Derives the state of the slots from a full list: which container fills each slot, and which have ended.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Done, Known, Supervisor, Work, short};
+use super::{Containers, Done, Known, Work, short};
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::control::docker::container::{Container, State};
@@ -13,51 +13,51 @@ use crate::control::docker::engine::Engine;
 use crate::control::docker::label;
 use crate::control::docker::watch::Seen;
 use crate::control::provider::slot_number;
-use crate::control::supervisor::LAST_LINES;
+use crate::control::supervisor::{LAST_LINES, Slots};
 
-impl Supervisor {
-    /// Takes a full list.
-    pub(super) async fn observe(&mut self, seen: Seen) {
+impl Containers {
+    /// Applies a full list.
+    pub(super) async fn take_list(&mut self, slots: &mut Slots, seen: Seen) {
         self.has_seen = true;
         let mut by_slot: HashMap<String, Vec<Container>> = HashMap::new();
         for container in seen.containers {
             by_slot.entry(container.label(label::SLOT).to_owned()).or_default().push(container);
         }
-        let highest = by_slot.keys().filter_map(|name| slot_number(&self.settings.pool, name)).max();
-        self.know_slots(highest.unwrap_or_default());
-        for slot in 0..self.slots.len() {
-            let containers = by_slot.remove(&*self.slots[slot].name).unwrap_or_default();
+        let highest = by_slot.keys().filter_map(|name| slot_number(slots.pool(), name)).max();
+        slots.extend(highest.unwrap_or_default());
+        for slot in 0..slots.len() {
+            let containers = by_slot.remove(&*slots[slot].name).unwrap_or_default();
             let is_older = self.changed.get(&slot).is_some_and(|&changed| seen.as_of < changed);
             if !self.busy.contains_key(&slot) && !is_older {
-                let incumbent = self.choose(slot, containers);
-                self.observe_slot(slot, incumbent).await;
+                let incumbent = self.choose(slots, slot, containers);
+                self.observe_slot(slots, slot, incumbent).await;
             }
         }
-        // Of no slot that there could be.
+        // The remaining containers name no valid slot.
         for container in by_slot.into_values().flatten() {
-            self.remove_double(0, container);
+            self.remove_double(slots, 0, container);
         }
     }
 
-    /// The container that fills the slot; others that claim it are removed. Every Ringway chooses alike.
-    fn choose(&mut self, slot: usize, mut containers: Vec<Container>) -> Option<Container> {
+    /// Chooses the container that fills the slot and removes the others. Every Ringway makes the same choice.
+    fn choose(&mut self, slots: &Slots, slot: usize, mut containers: Vec<Container>) -> Option<Container> {
         containers.retain(|container| container.state != State::Removing);
-        let name = self.maker.name(&self.slots[slot].name);
+        let name = self.maker.name(&slots[slot].name);
         containers.sort_by_key(|container| {
             (container.state == State::Running, *container.name == *name, Arc::clone(&container.id))
         });
         let incumbent = containers.pop();
         for double in containers {
-            self.remove_double(slot, double);
+            self.remove_double(slots, slot, double);
         }
         incumbent
     }
 
-    fn remove_double(&mut self, slot: usize, double: Container) {
-        let is_held = self.double_holds.until(&double.id, Instant::now()).is_some();
+    fn remove_double(&mut self, slots: &Slots, slot: usize, double: Container) {
+        let is_held = self.double_backoff.until(&double.id, Instant::now()).is_some();
         if !is_held && self.doubles.insert(Arc::clone(&double.id)) {
-            tracing::warn!(pool = %self.settings.pool, slot = double.label(label::SLOT), container = %double.name,
-                "a container that fills no slot is removed");
+            tracing::warn!(pool = %slots.pool(), slot = double.label(label::SLOT), container = %double.name,
+                "removing a container that fills no slot");
             let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
             self.work.spawn(async move {
                 let removed = engine.end(&double.id, grace).await;
@@ -66,30 +66,30 @@ impl Supervisor {
         }
     }
 
-    async fn observe_slot(&mut self, slot: usize, incumbent: Option<Container>) {
+    async fn observe_slot(&mut self, slots: &mut Slots, slot: usize, incumbent: Option<Container>) {
         let now = Instant::now();
         self.leftovers.remove(&slot);
-        if slot >= self.settings.replicas as usize && !self.known.contains_key(&slot) {
-            // Whatever its state, the plan has it stopped and removed.
+        if slot >= slots.settings.replicas as usize && !self.known.contains_key(&slot) {
+            // The plan stops and removes the container, whatever its state.
             match incumbent {
                 Some(container) => {
-                    if !self.slots[slot].is_running() {
-                        self.slots[slot].running(false, now);
+                    if !slots[slot].is_running() {
+                        slots[slot].running(false, now);
                     }
                     self.leftovers.insert(slot, container);
                 }
-                None if self.slots[slot].is_running() => drop(self.slots[slot].ended(&self.settings.policy, now)),
+                None if slots[slot].is_running() => slots.emptied(slot, now),
                 None => {}
             }
             return;
         }
         match incumbent {
-            Some(container) if container.state == State::Running => self.runs(slot, &container, now).await,
+            Some(container) if container.state == State::Running => self.runs(slots, slot, &container, now).await,
             other => {
-                let was_there = self.slots[slot].is_running() || self.slots[slot].is_starting();
+                let was_there = slots[slot].is_running() || slots[slot].is_starting();
                 self.known.remove(&slot);
                 if was_there {
-                    self.died(slot, other.as_ref()).await;
+                    self.died(slots, slot, other.as_ref()).await;
                 }
                 if let Some(container) = other {
                     self.leftovers.insert(slot, container);
@@ -98,16 +98,16 @@ impl Supervisor {
         }
     }
 
-    /// A container runs in the slot: news of it for the publisher.
-    async fn runs(&mut self, slot: usize, container: &Container, now: Instant) {
+    /// A container runs in the slot: reports its changes to the publisher.
+    async fn runs(&mut self, slots: &mut Slots, slot: usize, container: &Container, now: Instant) {
         if self.known.get(&slot).is_none_or(|known| known.id != container.id) {
-            self.meet(slot, container, now);
+            self.meet(slots, slot, container, now);
         }
         let Some(known) = self.known.get_mut(&slot) else { return };
-        let name = &self.slots[slot].name;
-        // One that was made from other settings may listen on another port, and be on another network.
+        let name = &slots[slot].name;
+        // A container created from other settings may listen on another port and be on another network.
         let port = container.label(label::PORT).parse().unwrap_or(self.settings.spec.port);
-        let address = ip_of(container, &self.place.network).map(|ip| SocketAddr::new(ip, port));
+        let address = ip_of(container, &self.scope.network).map(|ip| SocketAddr::new(ip, port));
         let is_bad = container.healthy == Some(false);
         let mut news = Vec::new();
         if known.address != address {
@@ -118,7 +118,7 @@ impl Supervisor {
                 }
                 None => Event::Stopped { id: Arc::clone(name), crash_loop: false, exit: None },
             });
-            // Word of a new address takes back what was reported.
+            // A new address resets the reported health in the publisher.
             (known.address, known.is_bad) = (address, false);
         }
         if known.is_bad != is_bad {
@@ -126,55 +126,55 @@ impl Supervisor {
             known.is_bad = is_bad;
         }
         for event in news {
-            self.send(event).await;
+            slots.send(event).await;
         }
     }
 
-    /// A container that has not been seen in the slot before.
-    fn meet(&mut self, slot: usize, container: &Container, now: Instant) {
-        let (pool, name, network) = (&self.settings.pool, &self.slots[slot].name, &self.place.network);
-        let is_outdated = self.is_outdated(container.label(label::SPEC));
+    /// Records a new container in the slot.
+    fn meet(&mut self, slots: &mut Slots, slot: usize, container: &Container, now: Instant) {
+        let (pool, name, network) = (slots.pool(), &slots[slot].name, &self.scope.network);
+        let is_outdated = slots.is_settled && container.label(label::SPEC) != self.maker.digest();
         let id = short(&container.id);
-        match (self.slots[slot].is_starting(), self.slots[slot].is_first_try()) {
+        match (slots[slot].is_starting(), slots[slot].is_first_try()) {
             (false, _) => tracing::info!(%pool, slot = %name, container = id, is_outdated, "replica adopted"),
             (true, true) => tracing::info!(%pool, slot = %name, container = id, "replica started"),
-            // The end of the one before was told of.
+            // The end of the previous replica was logged.
             (true, false) => tracing::debug!(%pool, slot = %name, container = id, "replica started again"),
         }
         if ip_of(container, network).is_none() {
             let networks: Vec<_> = container.addresses.keys().collect();
             tracing::warn!(%pool, slot = %name, container = %container.name, network, ?networks,
-                "replica cannot be reached: it is not on Ringway's network");
+                "replica is unreachable: it is not on Ringway's network");
         }
-        self.slots[slot].running(is_outdated, now);
-        self.holds.clear(&slot);
-        self.ends.over();
+        slots[slot].running(is_outdated, now);
+        self.backoff.clear(&slot);
+        slots.note_start();
         let replica = Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name) };
         let spec = container.label(label::SPEC).to_owned();
         self.known.insert(slot, Known { id: Arc::clone(&container.id), replica, spec, address: None, is_bad: false });
     }
 
-    /// The slot's replica has ended. Why is asked at once, before the container makes room for the next.
-    async fn died(&mut self, slot: usize, container: Option<&Container>) {
-        let event = Event::Stopped { id: Arc::clone(&self.slots[slot].name), crash_loop: false, exit: None };
-        self.send(event).await;
+    /// The slot's replica has ended. Ringway inspects the container at once, before it is removed for the next one.
+    async fn died(&mut self, slots: &mut Slots, slot: usize, container: Option<&Container>) {
+        let event = Event::Stopped { id: Arc::clone(&slots[slot].name), crash_loop: false, exit: None };
+        slots.send(event).await;
         match container {
             Some(container) if container.state == State::Dead => {
                 let (engine, id) = (self.engine.clone(), Arc::clone(&container.id));
                 self.begin(slot, Work::Examination, async move { Done::Examined(examine(&engine, &id).await) });
             }
-            _ => self.ended(slot, gone()).await,
+            _ => slots.ended(slot, gone()).await,
         }
     }
 }
 
-/// On Ringway's network, or else on the one that it was made for.
+/// The container's address on Ringway's network, or else on the network it was created for.
 fn ip_of(container: &Container, network: &str) -> Option<IpAddr> {
     let networks = [network, container.label(label::NETWORK)];
     networks.into_iter().find_map(|network| container.addresses.get(network).copied())
 }
 
-/// How a container has ended.
+/// Finds out how a container ended.
 async fn examine(engine: &Engine, id: &str) -> Exit {
     let Ok(found) = engine.inspect(id).await else { return gone() };
     let state = found.state.unwrap_or_default();
@@ -190,5 +190,5 @@ async fn examine(engine: &Engine, id: &str) -> Exit {
 }
 
 fn gone() -> Exit {
-    Exit { reason: "its container is gone".to_owned(), code: None, output: Vec::new(), at: Instant::now() }
+    Exit { reason: "the container is gone".to_owned(), code: None, output: Vec::new(), at: Instant::now() }
 }

@@ -29,14 +29,14 @@ fn actions(wanted: usize, slots: &[Slot], now: Instant) -> Vec<Action> {
 }
 
 #[test]
-fn empty_slots_are_filled_and_surplus_ones_stopped() {
+fn empty_slots_are_filled_and_surplus_slots_are_drained_and_stopped() {
     let now = Instant::now();
     let mut slots = slots(3, now);
     assert_eq!(plan(2, &slots, &POLICY, now), Plan { actions: vec![Action::Start(0), Action::Start(1)], wake: None });
     for slot in &mut slots {
         slot.starting();
     }
-    assert_eq!(actions(3, &slots, now), [], "what was ordered is not ordered again");
+    assert_eq!(actions(3, &slots, now), [], "a start that has begun is not planned again");
     for slot in &mut slots {
         slot.running(false, now);
     }
@@ -53,7 +53,7 @@ fn empty_slots_are_filled_and_surplus_ones_stopped() {
 }
 
 #[test]
-fn a_surplus_replica_that_is_wanted_again_is_kept() {
+fn a_draining_surplus_replica_is_kept_if_the_pool_grows_again() {
     let now = Instant::now();
     let mut slots = healthy(3, now);
     slots[2].draining(Why::Surplus);
@@ -61,14 +61,14 @@ fn a_surplus_replica_that_is_wanted_again_is_kept() {
     assert_eq!(actions(3, &slots, now), [Action::Keep(2)]);
     slots[2].kept(false);
     assert_eq!(actions(3, &slots, now), []);
-    // One that is drained for another reason, and is not wanted meanwhile, leaves for good.
+    // A replica that drains for another reason leaves for good if its slot becomes surplus.
     slots[2].draining(Why::Outdated);
     assert_eq!(actions(3, &slots, now), []);
     assert_eq!(actions(2, &slots, now), [Action::Drain(2, Why::Surplus)]);
 }
 
 #[test]
-fn the_first_restart_is_at_once_and_further_ones_back_off() {
+fn the_first_restart_is_immediate_and_further_restarts_back_off() {
     let mut now = Instant::now();
     let mut slot = Slot::new("echo-1".into(), now);
     let mut waits = Vec::new();
@@ -85,12 +85,12 @@ fn the_first_restart_is_at_once_and_further_ones_back_off() {
     assert!(slot.is_crash_loop(&POLICY));
     slot.running(false, now);
     let lasted = slot.ended(&POLICY, now + POLICY.stable_after);
-    assert_eq!(lasted, Duration::ZERO, "a replica that lasted clears the record");
+    assert_eq!(lasted, Duration::ZERO, "a replica that lasted resets the strikes");
     assert!(!slot.is_crash_loop(&POLICY));
 }
 
 #[test]
-fn a_wait_is_announced() {
+fn the_plan_returns_when_a_wait_ends() {
     let now = Instant::now();
     let mut slots = slots(1, now);
     slots[0].ended(&POLICY, now);
@@ -100,7 +100,7 @@ fn a_wait_is_announced() {
 }
 
 #[test]
-fn a_start_that_could_not_be_tried_is_no_strike() {
+fn a_start_that_could_not_be_tried_is_not_a_strike() {
     let now = Instant::now();
     let mut slots = slots(1, now);
     for _ in 0..20 {
@@ -112,7 +112,7 @@ fn a_start_that_could_not_be_tried_is_no_strike() {
 }
 
 #[test]
-fn one_unhealthy_replica_at_a_time_is_replaced() {
+fn unhealthy_replicas_are_replaced_one_at_a_time() {
     let began = Instant::now();
     let patience = POLICY.replace_after.unwrap();
     let mut slots = healthy(3, began);
@@ -122,20 +122,24 @@ fn one_unhealthy_replica_at_a_time_is_replaced() {
     let first_due = began + Duration::from_secs(1) + patience;
     assert_eq!(plan(3, &slots, &POLICY, began), Plan { actions: vec![], wake: Some(first_due) });
     let now = began + Duration::from_secs(60);
-    assert_eq!(actions(3, &slots, now), [Action::Stop(2, Why::Unhealthy)], "that for the longest time");
+    assert_eq!(
+        actions(3, &slots, now),
+        [Action::Stop(2, Why::Unhealthy)],
+        "the replica that has been unhealthy longest goes first"
+    );
     slots[2].stopping(Why::Unhealthy);
     assert_eq!(actions(3, &slots, now), []);
     slots[2].ended(&POLICY, now);
     assert_eq!(actions(3, &slots, now), [Action::Start(2)]);
     slots[2].starting();
     slots[2].running(false, now);
-    assert_eq!(actions(3, &slots, now), [], "its successor has not shown what it is worth");
+    assert_eq!(actions(3, &slots, now), [], "the successor has no verdict yet");
     slots[2].judged(Some(true), now);
     assert_eq!(actions(3, &slots, now), [Action::Stop(1, Why::Unhealthy)]);
 }
 
 #[test]
-fn a_successor_that_fails_too_does_not_stand_in_the_way_of_the_others() {
+fn an_unhealthy_successor_does_not_block_other_replacements() {
     let began = Instant::now();
     let mut slots = healthy(2, began);
     slots[0].judged(Some(false), began);
@@ -149,7 +153,7 @@ fn a_successor_that_fails_too_does_not_stand_in_the_way_of_the_others() {
 }
 
 #[test]
-fn health_that_comes_back_saves_the_replica() {
+fn a_replica_that_recovers_is_not_replaced() {
     let began = Instant::now();
     let mut slots = healthy(1, began);
     let late = began + Duration::from_secs(29);
@@ -161,30 +165,30 @@ fn health_that_comes_back_saves_the_replica() {
 }
 
 #[test]
-fn outdated_replicas_are_replaced_one_by_one_while_all_others_are_healthy() {
+fn outdated_replicas_are_replaced_one_at_a_time_while_all_others_are_healthy() {
     let now = Instant::now();
     let mut slots = slots(3, now);
     for slot in &mut slots {
         slot.running(true, now);
     }
     assert_eq!(plan(3, &slots, &POLICY, now), Plan { actions: vec![], wake: Some(now + UNJUDGED) });
-    assert_eq!(actions(3, &slots, now + UNJUDGED), [Action::Drain(0, Why::Outdated)], "not waited for any longer");
+    assert_eq!(actions(3, &slots, now + UNJUDGED), [Action::Drain(0, Why::Outdated)], "the wait for a verdict is over");
     for slot in &mut slots {
         slot.judged(Some(true), now);
     }
     for n in 0..3 {
         assert_eq!(actions(3, &slots, now), [Action::Drain(n, Why::Outdated)]);
         slots[n].draining(Why::Outdated);
-        assert_eq!(actions(3, &slots, now), [], "its connections may end, and no other is touched meanwhile");
+        assert_eq!(actions(3, &slots, now), [], "no other replica is drained meanwhile");
         let mut other_hangs = slots.clone();
         other_hangs[(n + 1) % 3].judged(Some(false), now);
         let late = now + Duration::from_secs(31);
         let others: Vec<_> = actions(3, &other_hangs, late);
-        assert_eq!(others, [Action::Stop((n + 1) % 3, Why::Unhealthy)], "but for one that hangs");
+        assert_eq!(others, [Action::Stop((n + 1) % 3, Why::Unhealthy)], "an unhealthy replica is still replaced");
         slots[n].drained();
         assert_eq!(actions(3, &slots, now), [Action::Stop(n, Why::Outdated)]);
         slots[n].stopping(Why::Outdated);
-        assert_eq!(slots[n].ended(&POLICY, now), Duration::ZERO, "no strike: it was told to");
+        assert_eq!(slots[n].ended(&POLICY, now), Duration::ZERO, "a stop by Ringway is not a strike");
         slots[n].running(false, now);
         assert_eq!(actions(3, &slots, now), []);
         slots[n].judged(Some(true), now);
@@ -192,9 +196,9 @@ fn outdated_replicas_are_replaced_one_by_one_while_all_others_are_healthy() {
     assert_eq!(actions(3, &slots, now), []);
 }
 
-/// Else a change of the network or the port, which makes all of them unhealthy, would never be rolled out.
+/// Otherwise a change of the network or the port, which makes all replicas unhealthy, would never be rolled out.
 #[test]
-fn outdated_replicas_that_are_unhealthy_go_at_once_and_one_by_one() {
+fn unhealthy_outdated_replicas_are_replaced_immediately_and_one_at_a_time() {
     let now = Instant::now();
     let mut slots = slots(2, now);
     for slot in &mut slots {
@@ -210,36 +214,35 @@ fn outdated_replicas_that_are_unhealthy_go_at_once_and_one_by_one() {
     slots[0].ended(&POLICY, now);
     slots[0].running(false, now);
     slots[0].judged(Some(true), now);
-    assert_eq!(actions(2, &slots, now), [Action::Stop(1, Why::Outdated)], "nobody uses it");
+    assert_eq!(actions(2, &slots, now), [Action::Stop(1, Why::Outdated)], "an unhealthy replica needs no drain");
     let late = now + Duration::from_secs(40);
-    assert_eq!(actions(2, &slots, late).len(), 1, "also where it is overdue as an unhealthy one");
+    assert_eq!(actions(2, &slots, late).len(), 1, "one action, even if the replica is also due as unhealthy");
 }
 
-/// What may happen in a simulated history.
+/// A step of a simulated history.
 #[derive(Debug, Clone)]
 enum Happening {
     /// Time passes, in milliseconds.
     Pause(u64),
     /// The replica of a slot dies.
     Death(usize),
-    /// The replica of a slot hangs: it runs and is unhealthy from now on.
+    /// The replica of a slot hangs: it runs, but is unhealthy from now on.
     Hang(usize),
-    /// From now on the adapter learns nothing, until the next `Sight`.
+    /// The adapter sees nothing until the next `Sight`.
     Blindness,
-    /// Events are lost: what has changed is seen with the next list, up to 30 s later.
+    /// Events are lost: the adapter sees changes only in the next list, up to 30 s later.
     Deaf(bool),
-    /// The adapter sees what is there, once or twice.
-    Sight {
-        doubled: bool,
-    },
-    /// From now on orders are refused by an engine that is there, or are lost with one that is not.
+    /// The adapter sees the current state, once or twice.
+    Sight { doubled: bool },
+    /// The engine refuses commands from now on.
     Refusing(bool),
+    /// The engine is unreachable: commands are lost from now on.
     Away(bool),
-    /// So many replicas are wanted from now on.
+    /// The number of replicas changes.
     Scale(usize),
-    /// The settings have changed: all replicas that run are outdated.
+    /// The settings change: all running replicas are outdated.
     Change,
-    /// From now on started replicas need this long before they are seen to run.
+    /// Time in milliseconds until the adapter sees a started replica run, from now on.
     SlowStart(u64),
 }
 
@@ -260,19 +263,19 @@ fn happening() -> impl Strategy<Value = Happening> {
     ]
 }
 
-/// A world with replicas in it, and an adapter that sees it as those for processes and containers do.
-#[expect(clippy::struct_excessive_bools, reason = "each is a fault of its own, and they come in any mixture")]
+/// A world with replicas, and an adapter that sees it like the adapters for processes and containers.
+#[expect(clippy::struct_excessive_bools, reason = "each is an independent fault, and any combination may occur")]
 struct World {
     now: Instant,
     slots: Vec<Slot>,
-    /// By slot: the number of the replica that is there, since when, and whether it hangs. A slot's name is given
-    /// once, as by the engine.
+    /// By slot: the replica's number, when it was started, and whether it hangs. One replica per slot, because
+    /// container names are unique.
     replicas: [Option<(u32, Instant, bool)>; 3],
     /// By slot: the replica that the adapter knows.
     known: [Option<u32>; 3],
     blind: bool,
     deaf: bool,
-    /// Something has changed since the adapter looked.
+    /// Something has changed since the adapter last looked.
     changed: bool,
     refusing: bool,
     away: bool,
@@ -313,7 +316,7 @@ impl World {
     fn happens(&mut self, what: &Happening) {
         match *what {
             Happening::Pause(millis) => {
-                // The adapter looks when it hears of something, when the plan says, and every 30 s.
+                // The adapter looks after an event, when the plan asks for it, and every 30 s.
                 let end = self.now + Duration::from_millis(millis);
                 while self.now < end {
                     let wake = plan(self.wanted, &self.slots, &POLICY, self.now).wake;
@@ -361,7 +364,7 @@ impl World {
         }
     }
 
-    /// Sees what is there, and does what the plan says.
+    /// Observes the current state and carries out the plan.
     fn look(&mut self) {
         if self.blind || self.away {
             return;
@@ -378,7 +381,7 @@ impl World {
                 None if self.known[n].take().is_some() || self.slots[n].is_starting() => {
                     self.slots[n].ended(&POLICY, self.now);
                 }
-                // Not there, or not seen yet.
+                // No replica, or not seen yet.
                 _ => {}
             }
         }
@@ -430,24 +433,24 @@ impl World {
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, cases: 2000, ..ProptestConfig::default() })]
 
-    /// Any history: never a second replica in a slot, no replica stopped that is well, no storm of starts, and
-    /// all well again soon after the last thing that happens.
+    /// In any history the supervisor never starts a second replica in a slot, never stops a healthy replica without
+    /// reason, and never starts too many. Every slot is healthy soon after the last step.
     #[test]
-    fn histories_converge_without_a_storm(history in proptest::collection::vec(happening(), 1..120)) {
+    fn every_history_converges_without_too_many_starts(history in proptest::collection::vec(happening(), 1..120)) {
         let mut world = World::new();
         let began = world.now;
         for what in &history {
             world.happens(what);
         }
         prop_assert_eq!(world.stopped_healthy, 0);
-        // Each slot: at once twice, then backing off until the waits are 24 s at least, and anew after each
-        // replica that lasted a minute.
+        // Each slot starts twice at once, then backs off until the waits reach 24 s, and starts over after each replica
+        // that lasted a minute.
         let most = 3 * (10 + u64::from(world.changes) + (world.now - began).as_secs() / 20 + history.len() as u64 / 4);
         prop_assert!(u64::from(world.started) <= most, "{} starts in {:?}", world.started, world.now - began);
 
         (world.blind, world.deaf, world.refusing, world.away) = (false, false, false, false);
         world.start_takes = Duration::ZERO;
-        // The next list, the patience with those that hang, and then the longest wait for one after the other.
+        // Time for the next list, for `replace_after`, and for the longest wait of each slot in turn.
         world.happens(&Happening::Pause(30_000 + 30_000 + 3 * 30_000 + 5000));
         for n in 0..world.wanted {
             let is_well = matches!(world.replicas[n], Some((id, _, false)) if id >= world.current);

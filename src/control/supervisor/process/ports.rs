@@ -8,8 +8,8 @@ use socket2::{Domain, Socket, Type};
 use super::Handed;
 use crate::control::provider::slot_number;
 
-/// Ports kept for slots. Bound, but not listening, with `SO_REUSEADDR`: the replica can bind it too, while the
-/// system gives it to nobody as a port of its own choice. A slot keeps its port for good.
+/// Ports reserved for slots. Ringway binds each with `SO_REUSEADDR` but does not listen: the replica can bind it too,
+/// and the system does not assign it to any other program as an ephemeral port. A slot keeps its port for good.
 #[derive(Debug)]
 pub struct Ports {
     range: Option<(u16, u16)>,
@@ -17,10 +17,10 @@ pub struct Ports {
 }
 
 impl Ports {
-    /// Reserves one port for each slot; replicas that are taken over have theirs.
+    /// Reserves one port for each slot. Replicas that are taken over keep theirs.
     ///
     /// # Errors
-    /// When the range has not enough free ones.
+    /// When the range does not have enough free ports.
     pub fn reserve(pool: &str, range: Option<(u16, u16)>, slots: usize, handed: &[Handed]) -> io::Result<Self> {
         let mut ports = Self { range, reserved: Vec::new() };
         let highest = handed.iter().filter_map(|one| slot_number(pool, &one.slot)).max().unwrap_or_default();
@@ -33,7 +33,7 @@ impl Ports {
         Ok(ports)
     }
 
-    /// Reserves ports for slots that have none yet.
+    /// Reserves ports for slots without one.
     pub(super) fn extend(&mut self, slots: usize) -> io::Result<()> {
         let mut candidates: Box<dyn Iterator<Item = u16>> = match self.range {
             Some((first, last)) => Box::new(first..=last),
@@ -41,7 +41,7 @@ impl Ports {
         };
         while self.reserved.len() < slots {
             let port = candidates.next().ok_or(io::ErrorKind::AddrInUse)?;
-            // Two of our own would get along on one port as long as nobody listens.
+            // Two of our own sockets could bind the same port as long as neither listens.
             if port != 0 && self.reserved.iter().any(|(address, _)| address.port() == port) {
                 continue;
             }

@@ -1,4 +1,4 @@
-//! What the connections of one worker share: the worker, its listeners, and each other's progress.
+//! State that the connections of one worker share: the worker, its listeners, and the progress of each connection.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -11,38 +11,38 @@ use slab::Slab;
 
 use super::Serving;
 use super::pipe::PipePool;
-use super::remainders::Remainders;
-use super::stats::{End, WorkerStats};
-use crate::backend::{Moved, Place};
+use super::stats::{EndReason, WorkerStats};
+use super::write_backlog::WriteBacklog;
+use crate::backend::{BackendPermit, Moved};
 use crate::table::{Table, TableReader};
 
-/// What a worker's connections share; never crosses to another thread.
+/// State shared by a worker's connections. It never crosses to another thread.
 #[derive(Debug)]
 pub(super) struct Worker {
     pub(super) stats: Arc<WorkerStats>,
     pub(super) scratch: RefCell<Box<[u8]>>,
-    pub(super) remainders: RefCell<Remainders>,
+    pub(super) write_backlog: RefCell<WriteBacklog>,
     pub(super) pipes: RefCell<PipePool>,
-    /// Every connection that is relayed, for the sweep.
+    /// Every connection that is being relayed, for the timeout task.
     pub(super) open: RefCell<Slab<Rc<Progress>>>,
-    /// Time since the worker's start as of the last sweep: coarse, and free to read.
+    /// Time from the worker's start to the last tick of the timeout task: coarse, and cheap to read.
     pub(super) clock: Cell<Duration>,
-    /// Time between sweeps: what the shortest timeout of any listener needs.
+    /// Interval of the timeout task, derived from the shortest timeout of any listener.
     pub(super) tick: Cell<Duration>,
-    /// Bytes of a read that speaks for splicing; `None`: nothing is spliced.
+    /// Reads of at least this many bytes count towards splicing; `None`: splicing is off.
     pub(super) splice_from: Option<usize>,
 }
 
 /// A listener as one worker sees it.
 #[derive(Debug)]
-pub(super) struct Lane {
+pub(super) struct WorkerListener {
     pub(super) serving: Serving,
     pub(super) worker: Rc<Worker>,
     pub(super) table: RefCell<TableReader>,
 }
 
-impl Lane {
-    /// The pool's table of this moment.
+impl WorkerListener {
+    /// The pool's current table.
     pub(super) fn table(&self) -> Arc<Table> {
         Arc::clone(self.table.borrow_mut().load())
     }
@@ -53,7 +53,7 @@ impl Lane {
 pub(super) struct Traffic {
     pub(super) copied: Cell<u64>,
     pub(super) spliced: Cell<u64>,
-    /// What of them the shared counters already have.
+    /// The bytes (copied, spliced) already added to the shared counters.
     reported: (Cell<u64>, Cell<u64>),
 }
 
@@ -74,44 +74,44 @@ impl Traffic {
     }
 }
 
-/// Whether the backend of a connection is probed when it is silent (TCP keepalive).
+/// Whether TCP keepalive is on towards a connection's backend.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Probes {
-    /// Short connections are spared the calls.
+pub(super) enum KeepaliveState {
+    /// Off: short connections save the system calls.
     NotYet,
-    /// A sweep has met the connection: it lives long enough.
+    /// The timeout task has seen the connection, so it is not a short one. The relay turns keepalive on next.
     Due,
     On,
 }
 
-/// What the sweep sees of a connection, and how it speaks to its task.
+/// The state of a connection that the timeout task reads, and the flags through which it controls the relay.
 #[derive(Debug)]
 pub(super) struct Progress {
-    pub(super) lane: Rc<Lane>,
-    pub(super) place: Place,
+    pub(super) listener: Rc<WorkerListener>,
+    pub(super) permit: BackendPermit,
     pub(super) from_client: Traffic,
     pub(super) to_client: Traffic,
-    /// The worker's clock when bytes last moved, or a stream last ended.
+    /// The worker's clock when bytes last moved or a stream last ended.
     pub(super) last_active: Cell<Duration>,
-    /// By the worker's clock, when it is too old.
+    /// When the connection reaches its maximum age, by the worker's clock.
     pub(super) expires: Option<Duration>,
     /// One side has ended its stream.
     pub(super) half_closed: Cell<bool>,
-    /// Bytes wait for a side that does not take them.
+    /// Bytes wait for a side that does not accept them.
     pub(super) blocked: Cell<bool>,
-    /// Whether the backend is probed when it is silent.
-    pub(super) probes: Cell<Probes>,
-    /// Set by the sweep: look whether a side has broken.
+    /// Whether TCP keepalive is on towards the backend.
+    pub(super) keepalive: Cell<KeepaliveState>,
+    /// Set by the timeout task: the relay checks whether a side has broken.
     pub(super) inspect: Cell<bool>,
-    /// Set by the sweep: end, for this reason.
-    pub(super) verdict: Cell<Option<End>>,
+    /// Set by the timeout task: the relay ends the connection for this reason.
+    pub(super) verdict: Cell<Option<EndReason>>,
     pub(super) waker: RefCell<Option<Waker>>,
 }
 
 impl Progress {
-    /// Brings the shared counters up to date.
+    /// Adds the bytes moved since the last report to the shared counters.
     pub(super) fn report(&self) {
-        let live = self.place.live();
+        let live = self.permit.live();
         self.from_client.report(&live.from_client);
         self.to_client.report(&live.to_client);
     }

@@ -1,27 +1,28 @@
-//! Rise and fall: what a row of passed and failed checks makes of a backend. Pure.
+//! Rise and fall: turns a series of passed and failed checks into a verdict. Pure.
 
-/// The judge of one replica.
+/// The rise and fall counter of one replica.
 #[derive(Debug)]
-pub(super) struct Judge {
+pub(super) struct RiseFall {
     rise: u32,
     fall: u32,
     verdict: Option<bool>,
-    /// Checks in a row that speak against the verdict.
+    /// Checks in a row that contradict the verdict.
     against: u32,
 }
 
-impl Judge {
-    /// Goes on from the verdict of before. Without one the first pass makes it healthy, `fall` failures unhealthy.
+impl RiseFall {
+    /// Starts with an earlier verdict. Without one, the first pass makes the replica healthy and `fall` failures in a
+    /// row make it unhealthy.
     pub(super) fn new(rise: u32, fall: u32, verdict: Option<bool>) -> Self {
         Self { rise, fall, verdict, against: 0 }
     }
 
-    /// Healthy, unhealthy, or undecided.
+    /// `Some(true)`: healthy; `Some(false)`: unhealthy; `None`: undecided.
     pub(super) fn verdict(&self) -> Option<bool> {
         self.verdict
     }
 
-    /// Takes the result of one check.
+    /// Counts the result of one check.
     pub(super) fn observe(&mut self, passed: bool) {
         if self.verdict == Some(passed) {
             self.against = 0;
@@ -44,7 +45,7 @@ mod tests {
     use super::*;
 
     fn verdicts(checks: &str) -> String {
-        let mut judge = Judge::new(2, 3, None);
+        let mut rise_fall = RiseFall::new(2, 3, None);
         let letter = |verdict| match verdict {
             None => '?',
             Some(true) => 'H',
@@ -53,14 +54,14 @@ mod tests {
         checks
             .chars()
             .map(|check| {
-                judge.observe(check == '+');
-                letter(judge.verdict())
+                rise_fall.observe(check == '+');
+                letter(rise_fall.verdict())
             })
             .collect()
     }
 
     #[test]
-    fn the_first_pass_decides_and_then_rise_and_fall() {
+    fn the_first_pass_makes_healthy_and_later_changes_need_rise_or_fall_checks() {
         assert_eq!(verdicts("+---++"), "HHHUUH");
         assert_eq!(verdicts("---+-++"), "??UUUUH");
         assert_eq!(verdicts("+--+--+---"), "HHHHHHHHHU");
@@ -69,19 +70,19 @@ mod tests {
     proptest::proptest! {
         #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
 
-        /// However a backend flaps: two changes take at least `rise + fall` checks.
+        /// Two changes of state take at least `rise + fall` checks, however the backend flaps.
         #[test]
-        fn a_flapping_backend_changes_its_state_a_bounded_number_of_times(
+        fn a_flapping_backend_changes_state_a_bounded_number_of_times(
             checks in proptest::collection::vec(proptest::prelude::any::<bool>(), 1..2000),
             rise in 1_u32..6,
             fall in 1_u32..6,
         ) {
-            let mut judge = Judge::new(rise, fall, Some(true));
+            let mut rise_fall = RiseFall::new(rise, fall, Some(true));
             let (mut changes, mut before) = (0, Some(true));
             for &passed in &checks {
-                judge.observe(passed);
-                changes += usize::from(judge.verdict() != before);
-                before = judge.verdict();
+                rise_fall.observe(passed);
+                changes += usize::from(rise_fall.verdict() != before);
+                before = rise_fall.verdict();
             }
             proptest::prop_assert!(changes <= 2 * checks.len() / (rise + fall) as usize + 2, "{} changes", changes);
         }

@@ -1,35 +1,35 @@
-//! Buffers for what short writes left over, reused by the connections of a worker.
+//! Buffers for the unwritten rest of short writes. The connections of a worker share and reuse them.
 
 use bytes::BytesMut;
 
-/// The pool.
+/// The pool of buffers.
 #[derive(Debug)]
-pub(super) struct Remainders {
+pub(super) struct WriteBacklog {
     idle: Vec<BytesMut>,
-    /// Bytes of each: those of the buffer that is read into.
+    /// Size of each buffer in bytes; equals the size of the worker's read buffer.
     size: usize,
 }
 
-impl Remainders {
-    /// Of buffers that hold so many bytes.
+impl WriteBacklog {
+    /// Creates an empty pool; each buffer holds `size` bytes.
     pub(super) fn new(size: usize) -> Self {
         Self { idle: Vec::new(), size }
     }
 
-    /// A buffer with these bytes.
+    /// Returns a buffer that contains `bytes`.
     pub(super) fn take(&mut self, bytes: &[u8]) -> BytesMut {
         let mut buffer = self.idle.pop().unwrap_or_else(|| BytesMut::with_capacity(self.size));
         buffer.extend_from_slice(bytes);
         buffer
     }
 
-    /// Takes a buffer back; what is in it is forgotten.
+    /// Takes a buffer back and discards its contents.
     pub(super) fn give(&mut self, mut buffer: BytesMut) {
-        /// Buffers kept for the next short writes: 2 MiB a worker with the default size.
+        /// Maximum idle buffers kept for reuse: 2 MiB per worker with the default size.
         const KEPT: usize = 32;
         if self.idle.len() < KEPT {
             buffer.clear();
-            // An emptied buffer has moved on within its allocation; this takes all of it back.
+            // Consuming bytes moves a buffer's start forward in its allocation; reclaiming moves it back to the start.
             if buffer.try_reclaim(self.size) {
                 self.idle.push(buffer);
             }

@@ -1,10 +1,10 @@
-//! Where Ringway itself is: the container it runs in, if any, and what follows from that: whose its replicas
-//! are, and the network on which it reaches them.
+//! The scope of Ringway's containers: their owner, and the network on which Ringway reaches them. Both may follow from
+//! the container that Ringway itself runs in.
 
 use bollard::models::ContainerInspectResponse;
 
 use super::engine::{Engine, EngineError};
-use super::watch::{Freshness, Retry};
+use super::watch::{EngineStatus, Retry};
 
 /// The owner outside of a compose project.
 const DEFAULT_OWNER: &str = "ringway";
@@ -12,84 +12,84 @@ const DEFAULT_OWNER: &str = "ringway";
 /// The engine's own default network.
 const DEFAULT_NETWORK: &str = "bridge";
 
-/// What compose writes on its containers.
+/// Labels that compose writes on its containers.
 pub(super) const COMPOSE_PROJECT: &str = "com.docker.compose.project";
 pub(super) const COMPOSE_SERVICE: &str = "com.docker.compose.service";
 
-/// Compose writes this on each of its containers too, but unlike the two above never on the images that it
-/// builds, from which others would inherit it.
+/// A label that compose writes on each of its containers too. Unlike the two above, compose never writes it on the
+/// images that it builds, from which other containers would inherit it.
 pub(super) const COMPOSE_ONEOFF: &str = "com.docker.compose.oneoff";
 
-/// What the config says of owner and network; `None` stands for `auto`.
+/// Owner and network as configured; `None` stands for `auto`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Wanted {
-    /// Whose containers.
+pub struct ScopeSettings {
+    /// Owner of the containers.
     pub owner: Option<String>,
-    /// Where they are reached.
+    /// Network on which Ringway reaches them.
     pub network: Option<String>,
 }
 
-/// Owner and network, once they are known.
+/// The resolved owner and network.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
-    /// Whose containers.
+pub struct Scope {
+    /// Owner of the containers.
     pub owner: String,
-    /// Where they are reached.
+    /// Network on which Ringway reaches them.
     pub network: String,
 }
 
-/// Why there is no place yet.
+/// Why Ringway could not find its scope.
 #[derive(Debug, thiserror::Error)]
-pub enum PlaceError {
+pub enum ScopeError {
     /// The engine did not answer.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// Ringway's container is on no network, or on several.
+    /// Ringway's own container is on no usable network, or on several.
     #[error(
-        "network: auto does not say which network: Ringway's own container is on {0:?}; name the one on which it \
+        "network: auto is ambiguous: Ringway's own container is on {0:?}; name the network on which it \
          reaches the replicas"
     )]
     Ambiguous(Vec<String>),
 }
 
-/// Tries to [`find`] it until it is found.
-pub async fn wait_for(engine: &Engine, wanted: &Wanted, pool: &str, freshness: &Freshness) -> Place {
+/// Retries [`find`] until it succeeds.
+pub async fn wait_for(engine: &Engine, settings: &ScopeSettings, pool: &str, engine_status: &EngineStatus) -> Scope {
     let mut retry = Retry::default();
     loop {
-        match find(engine, wanted).await {
-            Ok(place) => return place,
-            Err(error) => freshness.failed(pool, &error),
+        match find(engine, settings).await {
+            Ok(scope) => return scope,
+            Err(error) => engine_status.failed(pool, &error),
         }
         retry.wait().await;
     }
 }
 
-/// Looks Ringway's own container up where that is needed.
+/// Finds owner and network. Inspects Ringway's own container if one of them is `auto`.
 ///
 /// # Errors
 /// When the engine does not answer, or `auto` is ambiguous.
-pub async fn find(engine: &Engine, wanted: &Wanted) -> Result<Place, PlaceError> {
-    if let (Some(owner), Some(network)) = (&wanted.owner, &wanted.network) {
-        return Ok(Place { owner: owner.clone(), network: network.clone() });
+pub async fn find(engine: &Engine, settings: &ScopeSettings) -> Result<Scope, ScopeError> {
+    if let (Some(owner), Some(network)) = (&settings.owner, &settings.network) {
+        return Ok(Scope { owner: owner.clone(), network: network.clone() });
     }
     let own = own_container(engine).await?;
-    let owner = wanted.owner.clone().or_else(|| project(own.as_ref()?)).unwrap_or_else(|| DEFAULT_OWNER.to_owned());
-    let network = match (&wanted.network, &own) {
+    let owner = settings.owner.clone().or_else(|| project(own.as_ref()?)).unwrap_or_else(|| DEFAULT_OWNER.to_owned());
+    let network = match (&settings.network, &own) {
         (Some(network), _) => network.clone(),
         (None, None) => DEFAULT_NETWORK.to_owned(),
         (None, Some(own)) => only_network(own)?,
     };
-    Ok(Place { owner, network })
+    Ok(Scope { owner, network })
 }
 
-/// The same, and the compose project that Ringway's own container belongs to.
+/// Like [`find`], and also returns the compose project of Ringway's own container.
 ///
 /// # Errors
 /// When the engine does not answer, or `auto` is ambiguous.
-pub async fn find_in_project(engine: &Engine, wanted: &Wanted) -> Result<(Place, Option<String>), PlaceError> {
-    let place = find(engine, wanted).await?;
+pub async fn find_in_project(engine: &Engine, settings: &ScopeSettings) -> Result<(Scope, Option<String>), ScopeError> {
+    let scope = find(engine, settings).await?;
     let own = own_container(engine).await?;
-    Ok((place, own.as_ref().and_then(project)))
+    Ok((scope, own.as_ref().and_then(project)))
 }
 
 fn project(own: &ContainerInspectResponse) -> Option<String> {
@@ -97,19 +97,19 @@ fn project(own: &ContainerInspectResponse) -> Option<String> {
     labels.contains_key(COMPOSE_ONEOFF).then(|| labels.get(COMPOSE_PROJECT).cloned())?
 }
 
-fn only_network(own: &ContainerInspectResponse) -> Result<String, PlaceError> {
+fn only_network(own: &ContainerInspectResponse) -> Result<String, ScopeError> {
     let networks = own.network_settings.as_ref().and_then(|settings| settings.networks.as_ref());
     let mut names: Vec<String> = networks.into_iter().flat_map(|networks| networks.keys().cloned()).collect();
     names.sort();
     match names.as_slice() {
-        // On the host's own network every bridge can be reached.
+        // From the host network Ringway reaches every bridge.
         [host] if host == "host" => Ok(DEFAULT_NETWORK.to_owned()),
         [network] if network != "none" => Ok(network.clone()),
-        _ => Err(PlaceError::Ambiguous(names)),
+        _ => Err(ScopeError::Ambiguous(names)),
     }
 }
 
-/// The container that Ringway runs in; `None` outside of one, or with an engine that does not know it.
+/// The container that Ringway runs in; `None` outside of a container, or if the engine does not know it.
 async fn own_container(engine: &Engine) -> Result<Option<ContainerInspectResponse>, EngineError> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let Some(id) = id_in_mounts(&mounts) else { return Ok(None) };
@@ -120,9 +120,9 @@ async fn own_container(engine: &Engine) -> Result<Option<ContainerInspectRespons
     }
 }
 
-/// The engine mounts `/etc/hostname` from a folder that is named by the container's id. Unlike the host name
-/// and the control group this is there whatever the container is called and whichever version of control groups
-/// the kernel has.
+/// Finds the container's id in the mounts. The engine mounts `/etc/hostname` from a folder named by the container's id.
+/// Unlike the host name and the control group, this does not depend on the container's name or on the version of
+/// control groups in the kernel.
 fn id_in_mounts(mounts: &str) -> Option<&str> {
     let line = mounts.lines().find(|line| line.split(' ').nth(4) == Some("/etc/hostname"))?;
     let id = line.split("/containers/").nth(1)?.split('/').next()?;

@@ -1,4 +1,4 @@
-//! What is known of one backend, and what its state follows from. Pure but for its counters.
+//! The state of one backend and the facts it follows from. Pure except for its counters.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,17 +11,17 @@ use crate::control::Event;
 use crate::labels::Label as _;
 use crate::ring::Member;
 
-/// Between looks at a backend whose connections are to end. Also the least time that one drains: a worker that picked it
-/// from the table before has begun its connect long before.
+/// Interval between checks of whether a draining backend's connections have ended. Also the shortest drain: a worker
+/// that picked the backend from an earlier table has begun its connect by then.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// How long after a drain's deadline a connect may come in that was under way before it.
+/// How long after a drain's deadline a connect that began before it may still complete.
 const LATE: Duration = Duration::from_secs(60);
 
-/// Steps in which a backend that starts slowly gets its keys back.
+/// Number of steps in which slow start gives a backend its keys back.
 const STEPS: u32 = 20;
 
-/// What of the published table has changed. The greater ones include the smaller.
+/// Which part of the published table has changed. A greater value includes the smaller ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Change {
     Nothing,
@@ -29,44 +29,44 @@ pub(super) enum Change {
     Ring,
 }
 
-/// A backend as it will be published, and what its state follows from.
+/// A backend as it will be published, and the facts its state follows from.
 #[derive(Debug)]
-pub(super) struct Tracked {
+pub(super) struct BackendState {
     pub(super) backend: Backend,
     runs: Runs,
     drains: Drains,
     healthy: Option<bool>,
     crash_loop: bool,
     is_ejected: bool,
-    /// The next time it becomes healthy is the first of a pool that nobody serves yet.
+    /// The backend joined a pool without healthy backends and has not been healthy yet. It skips slow start.
     is_first: bool,
-    /// Since when it starts slowly.
+    /// When slow start began.
     warms_since: Option<Instant>,
 }
 
-/// What tells a replica that was started again from one that was only told of again.
+/// Tells a restarted replica from a repeated report of the same replica.
 #[derive(Debug, Default)]
 struct Runs {
-    /// The last one, also when it has ended since.
+    /// The last replica, even if it has ended.
     last: Option<Replica>,
-    /// There has been one.
+    /// True once a replica has existed.
     any: bool,
-    /// We were told of the last one before it ended.
+    /// An event reported the last replica before it ended.
     is_seen: bool,
 }
 
-/// Why it is to get no new connections.
+/// The drains of a backend. With any of them it gets no new connections.
 #[derive(Debug, Default, Clone, Copy)]
 struct Drains {
-    /// It leaves the pool.
+    /// The backend leaves the pool.
     leaving: Option<Drain>,
-    /// This replica will be stopped; it is over with the next one.
+    /// This replica will be stopped. The drain ends with the next replica.
     retiring: Option<Drain>,
-    /// The operator wants it so.
+    /// A command drains the backend.
     ordered: Option<Drain>,
 }
 
-impl Tracked {
+impl BackendState {
     pub(super) fn new(id: Arc<str>, is_first: bool, now: Instant) -> Self {
         let backend = Backend {
             id,
@@ -96,17 +96,17 @@ impl Tracked {
         }
     }
 
-    /// As the ring sees it: what leaves has no points any more.
+    /// The backend as a member of the ring. A leaving backend has weight 0, so it has no points.
     pub(super) fn member(&self) -> Member<'_> {
         Member { id: &self.backend.id, weight: if self.leaves() { 0 } else { self.backend.weight } }
     }
 
-    /// It belongs to the pool, with this weight; one that was about to leave stays.
+    /// The backend belongs to the pool with this weight. A leaving backend stays.
     pub(super) fn joined(&mut self, weight: u32) -> Change {
         let is_new = self.backend.weight != weight;
         let stays = self.drains.leaving.take().is_some();
         if stays {
-            // As one that has left and come back.
+            // The same result as leaving and joining again.
             self.drains.ordered = None;
         }
         self.show_drain();
@@ -114,11 +114,11 @@ impl Tracked {
         if is_new || stays { Change::Ring } else { Change::Nothing }
     }
 
-    /// What happened to it, but for joining and leaving.
+    /// Applies any event other than joining, leaving and new settings. `next` is the incarnation of a new replica.
     pub(super) fn apply(&mut self, event: Event, next: u64, now: Instant) -> Change {
         match event {
             Event::Started { address, replica, .. } => {
-                // Said once more, which is no news.
+                // A repeated report changes nothing.
                 if self.backend.address == Some(address) && replica.is_some() && self.backend.replica == replica {
                     return Change::Nothing;
                 }
@@ -133,7 +133,7 @@ impl Tracked {
                 self.backend.reported_bad = !healthy;
             }
             Event::Checked { incarnation, healthy, result, .. } => {
-                // News of a replica before this one; or a check was under way when its replica died.
+                // The event is about an earlier replica, or the replica died during the check.
                 if self.backend.incarnation != incarnation || self.backend.address.is_none() {
                     return Change::Nothing;
                 }
@@ -184,7 +184,7 @@ impl Tracked {
 
     fn started(&mut self, address: SocketAddr, replica: Option<Replica>, now: Instant) {
         let backend = &mut self.backend;
-        // The same container with a new address has not been started again.
+        // The same container with a new address is not a restart.
         if replica.is_some() && self.runs.last != replica {
             backend.restarts += u64::from(self.runs.any);
             self.runs = Runs { last: replica.clone(), any: true, is_seen: true };
@@ -198,7 +198,7 @@ impl Tracked {
     fn stopped(&mut self, crash_loop: bool, exit: Option<Arc<Exit>>, now: Instant) {
         (self.backend.address, self.backend.replica) = (None, None);
         if let Some(exit) = exit {
-            // It ran, even if it was gone before anybody could see it.
+            // An exit code proves that the replica ran, even if no event reported it as started.
             if exit.code.is_some() && !std::mem::take(&mut self.runs.is_seen) {
                 self.backend.restarts += u64::from(self.runs.any);
                 self.runs.any = true;
@@ -209,13 +209,13 @@ impl Tracked {
         self.crash_loop = crash_loop;
     }
 
-    /// Of several drains the one is shown that is over last.
+    /// Publishes the drain that ends last.
     fn show_drain(&mut self) {
         let Drains { leaving, retiring, ordered } = self.drains;
         self.backend.drain = leaving.or(ordered).or(retiring);
     }
 
-    /// Whether the operator wants it drained.
+    /// Whether a command has drained the backend.
     pub(super) fn is_drain_ordered(&self) -> bool {
         self.drains.ordered.is_some()
     }
@@ -224,13 +224,13 @@ impl Tracked {
         self.drains.leaving.is_some()
     }
 
-    /// When its connections have had their time: by the first of several drains.
+    /// When Ringway resets the remaining connections: the earliest deadline of all drains.
     fn deadline(&self) -> Option<Instant> {
         let Drains { leaving, retiring, ordered } = self.drains;
         [leaving, retiring, ordered].into_iter().flatten().filter_map(|drain| drain.deadline).min()
     }
 
-    /// What was known of the replica before says nothing about the next one.
+    /// Clears what was known about the previous replica, because it does not apply to the next.
     fn forget(&mut self, now: Instant) {
         self.backend.health = Health { last: None, verdict: None, since: now };
         (self.healthy, self.backend.reported_bad, self.is_ejected) = (None, false, false);
@@ -239,7 +239,7 @@ impl Tracked {
         self.backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
     }
 
-    /// Whether its replica is well, whoever has taken it out of service; `None`: nobody can tell.
+    /// Whether the replica works, regardless of drains; `None`: unknown.
     pub(super) fn well(&self, settings: &Settings) -> Option<bool> {
         self.backend.address?;
         if self.backend.reported_bad || self.is_ejected {
@@ -248,7 +248,8 @@ impl Tracked {
         if settings.is_checked { self.healthy } else { Some(true) }
     }
 
-    /// Follows changed settings. What becomes healthy by them alone takes all of its keys.
+    /// Applies changed settings. A backend that becomes healthy through the settings alone gets all of its keys at
+    /// once.
     pub(super) fn settle(&mut self, settings: &Settings) {
         let state = self.state(settings);
         if state == State::Healthy && self.backend.state != State::Healthy {
@@ -258,7 +259,7 @@ impl Tracked {
         self.backend.well = self.well(settings);
     }
 
-    /// It counts as having passed its checks.
+    /// Treats the backend as having passed its checks.
     pub(super) fn trust(&mut self) {
         self.healthy = Some(true);
     }
@@ -276,7 +277,7 @@ impl Tracked {
         }
     }
 
-    /// It has become healthy: slowly where others can bear its load meanwhile.
+    /// The backend became healthy. It starts slowly if other backends can carry its load meanwhile.
     pub(super) fn begin(&mut self, others_serve: bool, settings: &Settings, now: Instant) {
         let is_first = std::mem::take(&mut self.is_first);
         let is_slow = others_serve && !is_first && !settings.slow_start.is_zero();
@@ -284,7 +285,8 @@ impl Tracked {
         self.backend.admission = if is_slow { Admission::part(1.0 / f64::from(STEPS)) } else { Admission::ALL };
     }
 
-    /// What time alone does: keys come back, and connections that had their time are ended.
+    /// Applies the passing of time: slow start returns keys, and Ringway resets connections whose drain deadline has
+    /// passed.
     pub(super) fn pass(&mut self, settings: &Settings, now: Instant) -> Change {
         if self.deadline().is_some_and(|deadline| deadline <= now) && self.active() > 0 {
             self.backend.live.evictions.order(Eviction::Drained);
@@ -304,13 +306,13 @@ impl Tracked {
         Change::Backend
     }
 
-    /// When to look again.
+    /// When to call [`pass`](Self::pass) again.
     pub(super) fn due(&self, settings: &Settings, now: Instant) -> Option<Instant> {
         let drain = match self.deadline() {
             _ if self.leaves() => Some(now + LOOK),
             Some(deadline) if deadline > now => Some(deadline),
             Some(_) if self.active() > 0 => Some(now + LOOK),
-            // A connect that was under way may come in late.
+            // A connect that began before the deadline may complete late.
             Some(deadline) if now < deadline + LATE => Some(now + LATE / 60),
             _ => None,
         };
@@ -318,7 +320,7 @@ impl Tracked {
         drain.into_iter().chain(step).min()
     }
 
-    /// It leaves, and nothing holds it any more.
+    /// The backend leaves, and it has no connections left.
     pub(super) fn is_gone(&self, now: Instant) -> bool {
         let has_settled = |drain: Drain| now.saturating_duration_since(drain.since) >= LOOK;
         self.drains.leaving.is_some_and(has_settled) && self.active() == 0
@@ -328,13 +330,13 @@ impl Tracked {
         self.backend.live.active.load(Ordering::Relaxed)
     }
 
-    /// One line for a change of state, as loud as it is bad.
+    /// Logs a change of state. The level follows its severity.
     pub(super) fn tell(&self, pool: &str, state: State) {
         let backend = &self.backend;
         let (id, was, is) = (&backend.id, backend.state.as_str(), state.as_str());
         let check = backend.last_check().unwrap_or("-");
         match (backend.state, state) {
-            // The supervisor has told of the crash loop; each further try is no news.
+            // The supervisor has logged the crash loop; further tries are logged at debug level.
             (State::CrashLoop, State::Starting) | (_, State::CrashLoop) => {
                 tracing::debug!(%pool, %id, was, check, "backend is {is}");
             }
@@ -344,7 +346,7 @@ impl Tracked {
     }
 }
 
-/// A drain that begins now, or goes on with another deadline.
+/// A drain that begins now, or an existing drain with a new deadline.
 fn drain(before: Option<Drain>, within: Option<Duration>, leaves: bool, now: Instant) -> Drain {
     Drain { since: before.map_or(now, |before| before.since), deadline: within.map(|within| now + within), leaves }
 }

@@ -16,34 +16,34 @@ use crate::backend::ConnectFailure;
 use crate::http_client::exchange;
 use crate::labels::Label as _;
 
-/// Most of an answer that is read.
+/// Most bytes of an answer that a check reads.
 const MOST_READ: usize = 1024 * 1024;
 
-/// How long a server may take to end its side once the check has ended ours. What it says meanwhile is read: closing a
-/// socket with unread bytes sends a reset, which servers count against the peer.
+/// How long a server may take to close its side after the check has closed its own. Ringway reads what the server sends
+/// meanwhile: closing a socket with unread bytes sends a reset, which servers count against the peer.
 const PARTING: Duration = Duration::from_millis(200);
 
-/// What one check does.
+/// A health check: what it does, and on which port.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Probe {
-    /// What is said and expected.
+pub struct Check {
+    /// What the check sends and expects.
     pub kind: Kind,
-    /// Where, if not on the backend's own port.
+    /// Port to check; `None`: the backend's own port.
     pub port: Option<u16>,
 }
 
-/// What a check says, and what it expects.
+/// What a check sends and expects.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
-    /// Nothing: a connection, closed politely, is enough.
+    /// Connects and closes the connection gracefully. Sends nothing.
     Tcp,
-    /// An HTTP `GET`.
+    /// Sends an HTTP `GET`.
     Http(Http),
-    /// Bytes, and bytes.
+    /// Sends bytes and expects bytes.
     Expect(Expect),
 }
 
-/// An HTTP `GET` and its answer.
+/// An HTTP `GET` and the expected answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Http {
     /// Path and query.
@@ -56,29 +56,29 @@ pub struct Http {
     pub body: Option<String>,
 }
 
-/// Bytes that are sent, and what must come back: for Redis, SMTP, SSH and the like.
+/// Bytes to send and the expected answer: for Redis, SMTP, SSH and similar protocols.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expect {
-    /// Sent at once; may be empty where the server speaks first.
+    /// Sent right after the connect; may be empty if the server speaks first.
     pub send: Vec<u8>,
-    /// What the answer must begin with, or contain.
+    /// Bytes that the answer must begin with or contain.
     pub expect: Vec<u8>,
-    /// The answer must begin with it.
+    /// True: the answer must begin with `expect`. False: the answer must contain it.
     pub is_prefix: bool,
 }
 
-/// What one check came to.
+/// The result of one check.
 #[derive(Debug)]
 pub(super) enum Outcome {
     Passed,
-    /// What was wrong, in a few words.
+    /// A short reason.
     Failed(Arc<str>),
-    /// It could not be done for lack of descriptors, memory or ports: our fault, which says nothing about the
-    /// backend.
+    /// Ringway could not make the check because it lacks descriptors, memory or ports. This is not the backend's fault
+    /// and does not count against it.
     NotDone(ConnectFailure),
 }
 
-impl Probe {
+impl Check {
     /// Checks the backend at `address`, for at most `timeout`.
     pub(super) async fn run(&self, address: SocketAddr, timeout: Duration) -> Outcome {
         let address = self.port.map_or(address, |port| SocketAddr::new(address.ip(), port));
@@ -98,11 +98,11 @@ impl Probe {
                 };
             }
         };
-        // A port on which nobody listens may be picked as our own source port: TCP then meets itself.
+        // The system may pick a port on which nobody listens as our own source port: TCP then connects to itself.
         if stream.local_addr().ok() == Some(address) {
             return Outcome::Failed(ConnectFailure::Refused.as_str().into());
         }
-        let said = match &self.kind {
+        let result = match &self.kind {
             Kind::Tcp => {
                 tokio::spawn(part(stream));
                 Ok(())
@@ -110,9 +110,9 @@ impl Probe {
             Kind::Http(http) => http.speak(stream, address).await,
             Kind::Expect(expect) => expect.speak(stream).await,
         };
-        match said {
+        match result {
             Ok(()) => Outcome::Passed,
-            Err(what) => Outcome::Failed(what),
+            Err(reason) => Outcome::Failed(reason),
         }
     }
 }
@@ -148,7 +148,7 @@ impl Expect {
             let is_right = if self.is_prefix {
                 answer.starts_with(&self.expect)
             } else {
-                // What was looked through before need not be again, but for a beginning at its end.
+                // Search only the new bytes, plus the end of the old ones where a match may begin.
                 contains(&answer[before.saturating_sub(self.expect.len())..], &self.expect)
             };
             let can_become_right = !self.is_prefix || self.expect.starts_with(&answer);
@@ -169,7 +169,7 @@ fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
     wanted.is_empty() || bytes.windows(wanted.len()).any(|window| window == wanted)
 }
 
-/// Closes politely: our end of stream, then whatever the server still says, then the socket.
+/// Closes gracefully: sends our end of stream, reads what the server still sends, then closes the socket.
 async fn part(mut stream: TcpStream) {
     let _ = tokio::time::timeout(PARTING, async {
         stream.shutdown().await?;

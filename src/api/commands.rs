@@ -1,0 +1,306 @@
+//! The HTTP form of commands, both ways: the handlers that parse calls, and [`HttpCall`], which a client sends.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
+use axum::extract::{Path, Query, State as Extract};
+use axum::http::{Method, StatusCode};
+use axum::middleware::from_fn_with_state;
+use axum::routing::{delete, post};
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::State;
+use super::error::Error;
+use super::guard::guard;
+use crate::control::command::{Command, ErrorKind, Report};
+use crate::control::provider::{Listed, join_host};
+
+/// Longest drain that a call may ask for: one day, in seconds, as in the config.
+const LONGEST_DRAIN: f64 = 86_400.0;
+
+type Body = Result<Bytes, BytesRejection>;
+type Answer = Result<Json<Report>, Error>;
+type PoolPath = Result<Path<String>, PathRejection>;
+type BackendPath = Result<Path<(String, String)>, PathRejection>;
+
+/// The body of a drain.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DrainBody {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    within_seconds: Option<f64>,
+}
+
+/// The body of a change of weight.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct WeightBody {
+    weight: u32,
+}
+
+/// The body of a new backend.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AddBody {
+    address: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(default = "one")]
+    weight: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// The body of a change of the number of replicas.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ScaleBody {
+    replicas: u32,
+}
+
+/// The query of a reload.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ReloadQuery {
+    #[serde(default)]
+    dry_run: bool,
+}
+
+/// A command as a client sends it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HttpCall {
+    /// `POST` or `DELETE`.
+    pub method: Method,
+    /// Path and query.
+    pub path: String,
+    /// JSON, or the config of a reload; may be empty.
+    pub body: String,
+}
+
+impl HttpCall {
+    /// The call that makes a server run this command.
+    pub fn of(command: &Command) -> Self {
+        let post = |path: String, body: String| Self { method: Method::POST, path, body };
+        match command {
+            Command::Drain { pool, backend, within } => {
+                let body = within.map(|within| json(&DrainBody { within_seconds: Some(within.as_secs_f64()) }));
+                post(backend_path(pool, backend, "/drain"), body.unwrap_or_default())
+            }
+            Command::Undrain { pool, backend } => post(backend_path(pool, backend, "/undrain"), String::new()),
+            Command::Weight { pool, backend, weight } => {
+                post(backend_path(pool, backend, "/weight"), json(&WeightBody { weight: *weight }))
+            }
+            Command::Add { pool, backend } => {
+                let address = join_host(&backend.host, backend.port);
+                let body = AddBody { address, id: Some(backend.id.to_string()), weight: backend.weight };
+                post(format!("/api/pools/{}/backends", encoded(pool)), json(&body))
+            }
+            Command::Remove { pool, backend } => {
+                Self { method: Method::DELETE, path: backend_path(pool, backend, ""), body: String::new() }
+            }
+            Command::Scale { pool, replicas } => {
+                post(format!("/api/pools/{}/scale", encoded(pool)), json(&ScaleBody { replicas: *replicas }))
+            }
+            Command::Reload { text, is_dry_run } => {
+                let query = if *is_dry_run { "?dry_run=true" } else { "" };
+                post(format!("/api/reload{query}"), text.clone().unwrap_or_default())
+            }
+            Command::Upgrade => post("/api/upgrade".to_owned(), String::new()),
+        }
+    }
+}
+
+fn backend_path(pool: &str, backend: &str, action: &str) -> String {
+    format!("/api/pools/{}/backends/{}{action}", encoded(pool), encoded(backend))
+}
+
+/// Percent-encodes a segment of a path.
+fn encoded(text: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~:".contains(&byte);
+    text.bytes()
+        .map(|byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
+}
+
+fn json(body: &impl Serialize) -> String {
+    // Strings and numbers always serialize.
+    serde_json::to_string(body).unwrap_or_default()
+}
+
+/// The routes that run commands, behind the guard.
+pub(super) fn routes(state: &Arc<State>) -> axum::Router<Arc<State>> {
+    axum::Router::new()
+        .route("/api/pools/{pool}/backends", post(add))
+        .route("/api/pools/{pool}/backends/{backend}", delete(remove))
+        .route("/api/pools/{pool}/backends/{backend}/drain", post(drain))
+        .route("/api/pools/{pool}/backends/{backend}/undrain", post(undrain))
+        .route("/api/pools/{pool}/backends/{backend}/weight", post(weight))
+        .route("/api/pools/{pool}/scale", post(scale))
+        .route("/api/reload", post(reload))
+        .route("/api/upgrade", post(upgrade))
+        .route_layer(from_fn_with_state(Arc::clone(state), guard))
+}
+
+async fn drain(Extract(state): Extract<Arc<State>>, path: BackendPath, body: Body) -> Answer {
+    let (pool, backend) = backend_of(path)?;
+    let DrainBody { within_seconds } = optional(body)?;
+    let within = within_seconds.map(|seconds| {
+        let fits = (0.0..=LONGEST_DRAIN).contains(&seconds);
+        fits.then(|| Duration::from_secs_f64(seconds))
+            .ok_or_else(|| invalid(format!("within_seconds: {seconds} is not between 0 and {LONGEST_DRAIN}")))
+    });
+    run(&state, Command::Drain { pool, backend, within: within.transpose()? }).await
+}
+
+async fn undrain(Extract(state): Extract<Arc<State>>, path: BackendPath) -> Answer {
+    let (pool, backend) = backend_of(path)?;
+    run(&state, Command::Undrain { pool, backend }).await
+}
+
+async fn weight(Extract(state): Extract<Arc<State>>, path: BackendPath, body: Body) -> Answer {
+    let (pool, backend) = backend_of(path)?;
+    let WeightBody { weight } = required(body)?;
+    run(&state, Command::Weight { pool, backend, weight }).await
+}
+
+async fn add(Extract(state): Extract<Arc<State>>, path: PoolPath, body: Body) -> Answer {
+    let pool = pool_of(path)?;
+    let AddBody { address, id, weight } = required(body)?;
+    let backend = Listed::parse(&address, id, weight).map_err(invalid)?;
+    run(&state, Command::Add { pool, backend }).await
+}
+
+async fn remove(Extract(state): Extract<Arc<State>>, path: BackendPath) -> Answer {
+    let (pool, backend) = backend_of(path)?;
+    run(&state, Command::Remove { pool, backend }).await
+}
+
+async fn scale(Extract(state): Extract<Arc<State>>, path: PoolPath, body: Body) -> Answer {
+    let pool = pool_of(path)?;
+    let ScaleBody { replicas } = required(body)?;
+    run(&state, Command::Scale { pool, replicas }).await
+}
+
+async fn reload(
+    Extract(state): Extract<Arc<State>>,
+    query: Result<Query<ReloadQuery>, QueryRejection>,
+    body: Body,
+) -> Answer {
+    let Query(ReloadQuery { dry_run }) =
+        query.map_err(|rejection| invalid(format!("{}: takes ?dry_run=true", rejection.body_text())))?;
+    let body = bytes(body)?;
+    let text = (!body.is_empty()).then(|| String::from_utf8(body.to_vec()));
+    let text = text.transpose().map_err(|_| invalid("the config is not UTF-8".to_owned()))?;
+    if text.is_some() && !dry_run {
+        let message = "a reload reads the file that Ringway was started with; a body is only for ?dry_run=true";
+        return Err(invalid(message.to_owned()));
+    }
+    run(&state, Command::Reload { text, is_dry_run: dry_run }).await
+}
+
+async fn upgrade(Extract(state): Extract<Arc<State>>) -> Answer {
+    run(&state, Command::Upgrade).await
+}
+
+async fn run(state: &State, command: Command) -> Answer {
+    let report = state.commands.send(command).await.map_err(|error| {
+        let message = error.to_string();
+        match error.kind() {
+            ErrorKind::NotFound => Error::new(StatusCode::NOT_FOUND, "not_found", message),
+            ErrorKind::Conflict => Error::new(StatusCode::CONFLICT, "conflict", message),
+            ErrorKind::Invalid => invalid(message),
+        }
+    })?;
+    Ok(Json(report))
+}
+
+fn pool_of(path: PoolPath) -> Result<String, Error> {
+    path.map(|Path(pool)| pool).map_err(|rejection| invalid(rejection.body_text()))
+}
+
+fn backend_of(path: BackendPath) -> Result<(String, String), Error> {
+    path.map(|Path(parts)| parts).map_err(|rejection| invalid(rejection.body_text()))
+}
+
+/// A body that the caller may leave out.
+fn optional<T: DeserializeOwned + Default>(body: Body) -> Result<T, Error> {
+    let body = bytes(body)?;
+    if body.is_empty() { Ok(T::default()) } else { parse(&body) }
+}
+
+fn required<T: DeserializeOwned>(body: Body) -> Result<T, Error> {
+    parse(&bytes(body)?)
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(body).map_err(|error| invalid(format!("the body is not what this call takes: {error}")))
+}
+
+fn bytes(body: Body) -> Result<Bytes, Error> {
+    body.map_err(|rejection| Error::of_body(&rejection))
+}
+
+fn invalid(message: String) -> Error {
+    Error::new(StatusCode::BAD_REQUEST, "invalid", message)
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body as HttpBody;
+    use axum::http::Request;
+    use axum::routing::Router;
+    use tokio::sync::mpsc;
+
+    use super::*;
+
+    /// What a server makes of a client's call: the path, query and body go through the real extractors.
+    async fn received(call: &HttpCall) -> Command {
+        let (sender, mut queue) = crate::control::command::CommandSender::new();
+        let (parsed, mut commands) = mpsc::unbounded_channel();
+        tokio::spawn(async move {
+            while let Some((command, outcome)) = queue.recv().await {
+                let _ = parsed.send(command);
+                let _ = outcome.send(Ok(Report::default()));
+            }
+        });
+        let guard = crate::api::Guard::new(([127, 0, 0, 1], 0).into(), None, Vec::new());
+        let settings =
+            crate::proxy::Settings { workers: 1, max_connections: 1, max_pipes: 0, buffer: 4096, splice_from: 4096 };
+        let proxy = crate::proxy::Proxy::start(settings).unwrap();
+        let exporter = crate::metrics::Exporter::new().unwrap();
+        let state = Arc::new(State::new(exporter, guard, sender, &proxy));
+        let router: Router = routes(&state).with_state(state);
+        let request = Request::builder().method(&call.method).uri(&call.path).header("host", "localhost");
+        let request = request.body(HttpBody::from(call.body.clone())).unwrap();
+        let response = hyper::service::Service::call(&hyper_util::service::TowerToHyperService::new(router), request);
+        assert!(response.await.unwrap().status().is_success(), "{call:?}");
+        commands.recv().await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_server_receives_the_command_that_a_client_sends() {
+        let (pool, backend) = ("a/b %".to_owned(), "[::1]:6379".to_owned());
+        let listed = Listed { id: "née?".into(), host: "::1".to_owned(), port: 6379, weight: 7 };
+        let within = Some(Duration::from_millis(1500));
+        for command in [
+            Command::Drain { pool: pool.clone(), backend: backend.clone(), within },
+            Command::Drain { pool: pool.clone(), backend: backend.clone(), within: None },
+            Command::Undrain { pool: pool.clone(), backend: backend.clone() },
+            Command::Weight { pool: pool.clone(), backend: backend.clone(), weight: 3 },
+            Command::Add { pool: pool.clone(), backend: listed },
+            Command::Remove { pool: pool.clone(), backend },
+            Command::Scale { pool, replicas: 5 },
+            Command::Reload { text: None, is_dry_run: false },
+            Command::Reload { text: Some("listeners: []".to_owned()), is_dry_run: true },
+            Command::Upgrade,
+        ] {
+            assert_eq!(received(&HttpCall::of(&command)).await, command);
+        }
+    }
+}

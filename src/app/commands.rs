@@ -1,0 +1,237 @@
+//! The effect of commands: [`App::plan`] checks one and prepares what it needs, [`App::apply`] carries it out.
+
+use std::ops::RangeInclusive;
+
+use super::App;
+use super::changes::Changes;
+use super::pools::listed;
+use super::reload::ReloadPlan;
+use crate::backend::Backend;
+use crate::config::{self, Config, Pool, Provider, StaticBackend};
+use crate::control::Event;
+use crate::control::command::{Command, CommandError, Report};
+
+/// Allowed weights of a backend.
+const WEIGHTS: RangeInclusive<u32> = 1..=1000;
+
+/// Allowed numbers of replicas of a pool.
+const REPLICAS: RangeInclusive<u32> = 1..=1000;
+
+/// A command that passed every check and has no effect yet.
+pub(super) enum Planned {
+    /// Move to another config.
+    Reload(Box<ReloadPlan>),
+    /// Drain or undrain one backend.
+    Notify { pool: String, event: Event, changes: Changes, summary: String },
+    /// Only report: a dry run.
+    Report(Report),
+    /// Hand over to a successor.
+    HandOver,
+}
+
+impl App {
+    /// Checks a command and prepares all that may fail. Changes nothing.
+    ///
+    /// # Errors
+    /// When Ringway rejects the command.
+    pub(super) async fn plan(&self, command: Command) -> Result<Planned, CommandError> {
+        let mut changes = self.changes.clone();
+        match self.with_pool(command) {
+            Command::Drain { pool, backend, within } => {
+                self.check_backend(&pool, &backend)?;
+                let within = within.unwrap_or(self.pool(&pool)?.drain);
+                changes.of(&pool).drained.insert(backend.clone());
+                let event = Event::Drained { id: backend.as_str().into(), within: Some(within) };
+                let summary = format!(
+                    "{pool}/{backend}: no new connections; Ringway resets connections that are open after {within:?}"
+                );
+                return Ok(Planned::Notify { pool, event, changes, summary });
+            }
+            Command::Undrain { pool, backend } => {
+                self.check_backend(&pool, &backend)?;
+                if !changes.of(&pool).drained.remove(&backend) {
+                    return Err(CommandError::NotDrained { pool, backend });
+                }
+                let event = Event::Undrained { id: backend.as_str().into() };
+                let summary = format!("{pool}/{backend}: accepting connections again");
+                return Ok(Planned::Notify { pool, event, changes, summary });
+            }
+            Command::Weight { pool, backend, weight } => {
+                self.check_backend(&pool, &backend)?;
+                check_range(&WEIGHTS, weight, "weight")?;
+                if matches!(self.pool(&pool)?.provider, Provider::Discover(_)) {
+                    return Err(CommandError::FixedWeight(pool));
+                }
+                changes.of(&pool).weights.insert(backend, weight);
+            }
+            Command::Add { pool, backend } => {
+                if self.static_backends(&pool)?.iter().any(|known| known.id == *backend.id) {
+                    return Err(CommandError::BackendExists { pool, backend: backend.id.to_string() });
+                }
+                check_range(&WEIGHTS, backend.weight, "weight")?;
+                let added = listed(backend);
+                let configured = self.in_file(&pool, &added.id);
+                let of_pool = changes.of(&pool);
+                of_pool.removed.remove(&added.id);
+                of_pool.added.retain(|known| known.id != added.id);
+                if configured.as_ref() != Some(&added) {
+                    // The new backend replaces the one that the config has under this id.
+                    if configured.is_some() {
+                        of_pool.removed.insert(added.id.clone());
+                    }
+                    of_pool.added.push(added);
+                }
+            }
+            Command::Remove { pool, backend } => {
+                let backends = self.static_backends(&pool)?.len();
+                self.check_backend(&pool, &backend)?;
+                if backends == 1 {
+                    return Err(CommandError::LastBackend { pool, backend });
+                }
+                let is_configured = self.in_file(&pool, &backend).is_some();
+                let of_pool = changes.of(&pool);
+                of_pool.added.retain(|known| known.id != backend);
+                of_pool.weights.remove(&backend);
+                of_pool.drained.remove(&backend);
+                if is_configured {
+                    of_pool.removed.insert(backend);
+                }
+            }
+            Command::Scale { pool, replicas } => {
+                check_range(&REPLICAS, replicas, "number of replicas")?;
+                let provider = &self.pool(&pool)?.provider;
+                if provider.replicas().is_none() {
+                    return Err(CommandError::NotSupervised(pool));
+                }
+                if let Provider::Process(process) = provider
+                    && let Some((first, last)) = process.ports
+                    && u32::from(last - first) + 1 < replicas
+                {
+                    return Err(CommandError::TooFewPorts { pool, first, last, replicas });
+                }
+                changes.of(&pool).replicas = Some(replicas);
+            }
+            Command::Reload { text, is_dry_run } => {
+                let file = self.read(text.as_deref()).map_err(|error| CommandError::BadConfig(error.to_string()))?;
+                changes = changes.kept(&self.file, &file);
+                if is_dry_run {
+                    return Ok(Planned::Report(self.target(&file, &changes).1));
+                }
+                return self.plan_reload(file, changes).await;
+            }
+            Command::Upgrade => return Ok(Planned::HandOver),
+        }
+        self.plan_reload(self.file.clone(), changes).await
+    }
+
+    /// Moves to another config.
+    pub(super) async fn apply_reload(&mut self, plan: ReloadPlan) -> Report {
+        let report = self.go(plan).await;
+        log(&report);
+        report
+    }
+
+    /// Drains or undrains one backend.
+    pub(super) async fn apply_event(&mut self, pool: &str, event: Event, changes: Changes, summary: String) -> Report {
+        self.changes = changes;
+        if let Some(pool) = self.pools.iter().find(|known| known.config().name == pool) {
+            pool.tell(event).await;
+        }
+        self.show();
+        let report = Report { changes: vec![summary], ..Report::default() };
+        log(&report);
+        report
+    }
+
+    async fn plan_reload(&self, file: Config, changes: Changes) -> Result<Planned, CommandError> {
+        let plan = self.prepare(file, changes).await;
+        Ok(Planned::Reload(Box::new(plan.map_err(|error| CommandError::CannotPrepare(error.to_string()))?)))
+    }
+
+    fn read(&self, text: Option<&str>) -> Result<Config, config::Error> {
+        match text {
+            Some(text) => Config::parse(text, "the config given"),
+            None => self.environment.source.load(),
+        }
+    }
+
+    /// The command, with the name of a listener replaced by the name of its pool.
+    fn with_pool(&self, mut command: Command) -> Command {
+        match &mut command {
+            Command::Drain { pool, .. }
+            | Command::Undrain { pool, .. }
+            | Command::Weight { pool, .. }
+            | Command::Add { pool, .. }
+            | Command::Remove { pool, .. }
+            | Command::Scale { pool, .. } => *pool = self.pool_name(std::mem::take(pool)),
+            Command::Reload { .. } | Command::Upgrade => {}
+        }
+        command
+    }
+
+    /// The name of the pool that `name` stands for. A pool comes before a listener of the same name.
+    fn pool_name(&self, name: String) -> String {
+        let is_pool = self.config.pools.iter().any(|pool| pool.name == name);
+        let listener = self.config.listeners.iter().find(|listener| listener.name == name && !is_pool);
+        listener.map_or(name, |listener| listener.pool.clone())
+    }
+
+    /// A pool under the running config.
+    fn pool(&self, name: &str) -> Result<&Pool, CommandError> {
+        let found = self.config.pools.iter().find(|pool| pool.name == name);
+        found.ok_or_else(|| CommandError::UnknownPool {
+            pool: name.to_owned(),
+            known: self.config.pools.iter().map(|pool| pool.name.clone()).collect(),
+        })
+    }
+
+    /// Fails unless the pool has the backend. A backend that is leaving does not count.
+    fn check_backend(&self, pool: &str, id: &str) -> Result<(), CommandError> {
+        self.pool(pool)?;
+        let running = self.pools.iter().find(|known| known.config().name == pool);
+        let table = running.map(|running| running.route.table.load());
+        let stays = |backend: &&Backend| !backend.drain.is_some_and(|drain| drain.leaves);
+        let backends = table.iter().flat_map(|table| table.backends().iter().filter(stays));
+        let known: Vec<String> = backends.map(|backend| backend.id.to_string()).collect();
+        if known.iter().any(|known| known == id) {
+            return Ok(());
+        }
+        Err(CommandError::UnknownBackend { pool: pool.to_owned(), backend: id.to_owned(), known })
+    }
+
+    /// The backends of a static pool.
+    fn static_backends(&self, pool: &str) -> Result<&[StaticBackend], CommandError> {
+        match &self.pool(pool)?.provider {
+            Provider::Static(backends) => Ok(backends),
+            _ => Err(CommandError::NotStatic(pool.to_owned())),
+        }
+    }
+
+    /// A static backend as the config file has it.
+    fn in_file(&self, pool: &str, id: &str) -> Option<StaticBackend> {
+        let pool = self.file.pools.iter().find(|known| known.name == pool)?;
+        match &pool.provider {
+            Provider::Static(backends) => backends.iter().find(|backend| backend.id == id).cloned(),
+            _ => None,
+        }
+    }
+}
+
+fn check_range(range: &RangeInclusive<u32>, number: u32, what: &'static str) -> Result<(), CommandError> {
+    if range.contains(&number) {
+        return Ok(());
+    }
+    Err(CommandError::OutOfRange { what, number, range: range.clone() })
+}
+
+fn log(report: &Report) {
+    for change in &report.changes {
+        tracing::info!("{change}");
+    }
+    for moved in &report.moved {
+        tracing::info!(pool = moved.pool, share = moved.share, "keys moved");
+    }
+    if !report.needs_restart.is_empty() {
+        tracing::warn!(keys = report.needs_restart.join(", "), "these require a restart and were not applied");
+    }
+}

@@ -1,0 +1,211 @@
+//! Run-time commands (`ringway drain`, `scale`, `reload` …): from arguments to a call of the side port.
+
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use clap::Subcommand;
+use ringway::api::status::{Member, Status};
+use ringway::control::command::{Command, Report};
+use ringway::control::provider::Listed;
+
+use super::side_port::{self, Port};
+use super::{Common, Failure, print, runtime};
+
+/// Time between two reads of the status while `--wait` waits.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Commands for a running Ringway.
+#[derive(Debug, Subcommand)]
+pub(crate) enum RuntimeCommand {
+    /// Stop sending new connections to a backend; open ones may finish until the deadline
+    Drain {
+        /// POOL/BACKEND, like echo/echo-2
+        #[arg(value_parser = backend)]
+        backend: Backend,
+        /// Time until open connections are reset [default: the pool's `drain`]
+        #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+        within: Option<Duration>,
+        /// Wait until the last connection has ended, and show how many are left
+        #[arg(long)]
+        wait: bool,
+        #[command(flatten)]
+        port: Port,
+    },
+    /// Send new connections to a drained backend again
+    Undrain {
+        /// POOL/BACKEND
+        #[arg(value_parser = backend)]
+        backend: Backend,
+        #[command(flatten)]
+        port: Port,
+    },
+    /// Change the weight of a backend
+    Weight {
+        /// POOL/BACKEND
+        #[arg(value_parser = backend)]
+        backend: Backend,
+        /// 1 to 1000
+        weight: u32,
+        #[command(flatten)]
+        port: Port,
+    },
+    /// Add a backend to a static pool
+    Add {
+        /// The pool
+        pool: String,
+        /// host:port
+        address: String,
+        /// Identity on the ring [default: the address]
+        #[arg(long)]
+        id: Option<String>,
+        /// 1 to 1000
+        #[arg(long, default_value_t = 1)]
+        weight: u32,
+        #[command(flatten)]
+        port: Port,
+    },
+    /// Drain a backend of a static pool, then remove it
+    Remove {
+        /// POOL/BACKEND
+        #[arg(value_parser = backend)]
+        backend: Backend,
+        /// Wait until the last connection has ended, and show how many are left
+        #[arg(long)]
+        wait: bool,
+        #[command(flatten)]
+        port: Port,
+    },
+    /// Change the number of replicas of a pool
+    Scale {
+        /// The pool
+        pool: String,
+        /// 1 to 1000
+        replicas: u32,
+        #[command(flatten)]
+        port: Port,
+    },
+    /// Read the config file again and apply its changes
+    Reload {
+        #[command(flatten)]
+        port: Port,
+    },
+    /// Hand over to a new process, started from the current binary and config file
+    Upgrade {
+        #[command(flatten)]
+        port: Port,
+    },
+}
+
+/// POOL/BACKEND.
+#[derive(Debug, Clone)]
+pub(crate) struct Backend {
+    pool: String,
+    id: String,
+}
+
+fn backend(text: &str) -> Result<Backend, String> {
+    let parts = text.split_once('/').filter(|(pool, id)| !pool.is_empty() && !id.is_empty());
+    let (pool, id) = parts.ok_or("write it as POOL/BACKEND, like echo/echo-2; see `ringway status`")?;
+    Ok(Backend { pool: pool.to_owned(), id: id.to_owned() })
+}
+
+impl std::fmt::Display for Backend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.pool, self.id)
+    }
+}
+
+pub(crate) fn run(common: &Common, command: RuntimeCommand) -> Result<(), Failure> {
+    runtime()?.block_on(async {
+        match command {
+            RuntimeCommand::Drain { backend, within, wait, port } => {
+                let Backend { pool, id } = backend.clone();
+                send(common, &port, &Command::Drain { pool, backend: id, within }).await?;
+                if wait { wait_for(common, &port, &backend).await } else { Ok(()) }
+            }
+            RuntimeCommand::Undrain { backend: Backend { pool, id }, port } => {
+                send(common, &port, &Command::Undrain { pool, backend: id }).await
+            }
+            RuntimeCommand::Weight { backend: Backend { pool, id }, weight, port } => {
+                send(common, &port, &Command::Weight { pool, backend: id, weight }).await
+            }
+            RuntimeCommand::Add { pool, address, id, weight, port } => {
+                let backend = Listed::parse(&address, id, weight).map_err(anyhow::Error::msg)?;
+                send(common, &port, &Command::Add { pool, backend }).await
+            }
+            RuntimeCommand::Remove { backend, wait, port } => {
+                let Backend { pool, id } = backend.clone();
+                send(common, &port, &Command::Remove { pool, backend: id }).await?;
+                if wait { wait_for(common, &port, &backend).await } else { Ok(()) }
+            }
+            RuntimeCommand::Scale { pool, replicas, port } => {
+                send(common, &port, &Command::Scale { pool, replicas }).await
+            }
+            RuntimeCommand::Upgrade { port } => send(common, &port, &Command::Upgrade).await,
+            RuntimeCommand::Reload { port } => {
+                send(common, &port, &Command::Reload { text: None, is_dry_run: false }).await
+            }
+        }
+    })
+}
+
+async fn send(common: &Common, port: &Port, command: &Command) -> Result<(), Failure> {
+    let report = side_port::run(common, port, command).await?;
+    print(&in_words(&report, "nothing to change\n"))
+}
+
+/// A report in words; `nothing` if it is empty.
+pub(super) fn in_words(report: &Report, nothing: &str) -> String {
+    use std::fmt::Write as _;
+
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    for change in &report.changes {
+        let _ = writeln!(text, "{change}");
+    }
+    for moved in &report.moved {
+        let _ = writeln!(text, "pool {}: {:.1} % of the keys move to another backend", moved.pool, moved.share * 100.0);
+    }
+    if !report.needs_restart.is_empty() {
+        let _ = writeln!(text, "requires a restart: {}", report.needs_restart.join(", "));
+    }
+    if text.is_empty() { nothing.to_owned() } else { text }
+}
+
+/// Waits until the backend has no connections or has left, and prints a line for each change of their number.
+async fn wait_for(common: &Common, port: &Port, backend: &Backend) -> Result<(), Failure> {
+    let began = Instant::now();
+    let mut shown = None;
+    loop {
+        let status = side_port::status(common, port).await?;
+        let Some(member) = find(&status, backend) else {
+            return print(&format!("{backend} is gone after {:.1} s\n", began.elapsed().as_secs_f64()));
+        };
+        let left = member.connections.active;
+        let Some(drain) = &member.drain else {
+            return Err(anyhow::anyhow!("{backend} is no longer drained").into());
+        };
+        if shown != Some(left) {
+            let deadline = drain
+                .deadline_in_seconds
+                .map_or("no deadline".to_owned(), |left| format!("{left:.0} s until the deadline"));
+            print(&format!("{backend}: {left} connections left, {deadline}\n"))?;
+            shown = Some(left);
+        }
+        if left == 0 && !drain.leaves {
+            return Ok(());
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+fn find<'a>(status: &'a Status, backend: &Backend) -> Option<&'a Member> {
+    let pool = status.pool(&backend.pool)?;
+    pool.backends.iter().find(|member| member.id == backend.id)
+}
+
+/// `ringway check --diff`: what a reload of this config would change.
+pub(super) async fn diff(common: &Common, port: &Port, text: String) -> Result<Report, Failure> {
+    let report = side_port::run(common, port, &Command::Reload { text: Some(text), is_dry_run: true }).await;
+    Ok(report.context("cannot compare with a running Ringway")?)
+}

@@ -1,0 +1,273 @@
+//! Commands: what an operator may ask of a running Ringway, and what comes back. The app runs them one at a time.
+//!
+//! To add a command, add a variant here, its HTTP form in `api/commands.rs`, its effect in `app/commands.rs` and its
+//! arguments in `cli/commands.rs`.
+
+use std::fmt;
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+
+use super::provider::Listed;
+
+/// Commands that may wait for their turn. Whoever sends one more waits too.
+const QUEUE: usize = 16;
+
+/// A command. `pool` is the name of a pool or of a listener in front of it; `backend` is the id of a backend.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    /// Stop sending new connections to a backend.
+    Drain {
+        /// Pool or listener.
+        pool: String,
+        /// Backend id.
+        backend: String,
+        /// How long open connections may go on before they are reset; `None`: the pool's `drain`.
+        within: Option<Duration>,
+    },
+    /// Send new connections to a drained backend again.
+    Undrain {
+        /// Pool or listener.
+        pool: String,
+        /// Backend id.
+        backend: String,
+    },
+    /// Change the weight of a backend.
+    Weight {
+        /// Pool or listener.
+        pool: String,
+        /// Backend id.
+        backend: String,
+        /// 1 to 1000.
+        weight: u32,
+    },
+    /// Add a backend to a static pool.
+    Add {
+        /// Pool or listener.
+        pool: String,
+        /// The new backend.
+        backend: Listed,
+    },
+    /// Drain a backend of a static pool, then remove it.
+    Remove {
+        /// Pool or listener.
+        pool: String,
+        /// Backend id.
+        backend: String,
+    },
+    /// Change the number of replicas of a supervised pool.
+    Scale {
+        /// Pool or listener.
+        pool: String,
+        /// 1 to 1000.
+        replicas: u32,
+    },
+    /// Apply another config.
+    Reload {
+        /// The config as YAML; `None`: Ringway reads the file that it was started with.
+        text: Option<String>,
+        /// Report what would change, and change nothing.
+        is_dry_run: bool,
+    },
+    /// Hand over to a new process, started from the binary that is on disk now.
+    Upgrade,
+}
+
+impl fmt::Display for Command {
+    /// As on the command line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Drain { pool, backend, .. } => write!(f, "drain {pool}/{backend}"),
+            Self::Undrain { pool, backend } => write!(f, "undrain {pool}/{backend}"),
+            Self::Weight { pool, backend, weight } => write!(f, "weight {pool}/{backend} {weight}"),
+            Self::Add { pool, backend } => write!(f, "add {pool}/{} {}:{}", backend.id, backend.host, backend.port),
+            Self::Remove { pool, backend } => write!(f, "remove {pool}/{backend}"),
+            Self::Scale { pool, replicas } => write!(f, "scale {pool} {replicas}"),
+            Self::Reload { is_dry_run: true, .. } => f.write_str("check"),
+            Self::Reload { .. } => f.write_str("reload"),
+            Self::Upgrade => f.write_str("upgrade"),
+        }
+    }
+}
+
+/// What a command has changed, or would change.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Report {
+    /// In words, each with its key path.
+    pub changes: Vec<String>,
+    /// For each pool whose ring changes, the share of keys that move to another backend.
+    pub moved: Vec<Moved>,
+    /// Key paths of settings that differ and require a restart.
+    pub needs_restart: Vec<String>,
+}
+
+/// The share of a pool's keys that move to another backend.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Moved {
+    /// The pool.
+    pub pool: String,
+    /// From 0 to 1.
+    pub share: f64,
+}
+
+/// Why Ringway rejected a command. Nothing has changed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommandError {
+    /// No pool has this name.
+    #[error("there is no pool {pool:?}; there are: {}", known.join(", "))]
+    UnknownPool {
+        /// As given.
+        pool: String,
+        /// The pools that there are.
+        known: Vec<String>,
+    },
+    /// The pool has no backend with this id.
+    #[error("pool {pool} has no backend {backend:?}; it has: {}", known.join(", "))]
+    UnknownBackend {
+        /// The pool.
+        pool: String,
+        /// As given.
+        backend: String,
+        /// The backends that there are.
+        known: Vec<String>,
+    },
+    /// The static pool has a backend with this id already.
+    #[error("pool {pool} has a backend {backend:?} already")]
+    BackendExists {
+        /// The pool.
+        pool: String,
+        /// The id.
+        backend: String,
+    },
+    /// A static pool keeps at least one backend.
+    #[error("{pool}/{backend} is the pool's last backend; drain it instead")]
+    LastBackend {
+        /// The pool.
+        pool: String,
+        /// The id.
+        backend: String,
+    },
+    /// The backend is not drained.
+    #[error("{pool}/{backend} is not drained")]
+    NotDrained {
+        /// The pool.
+        pool: String,
+        /// The id.
+        backend: String,
+    },
+    /// Only static pools take or give up single backends.
+    #[error("pool {0} is not a static one: its provider decides which backends it has")]
+    NotStatic(String),
+    /// Only supervised pools have a number of replicas.
+    #[error("the backends of pool {0} are not managed by Ringway: add or remove them")]
+    NotSupervised(String),
+    /// All backends of a pool of discovered containers have the same weight.
+    #[error("the containers of pool {0} all have the same weight")]
+    FixedWeight(String),
+    /// The port range of the pool is too small.
+    #[error("pool {pool} has the ports {first}-{last}, which is fewer than {replicas}")]
+    TooFewPorts {
+        /// The pool.
+        pool: String,
+        /// First port of the range.
+        first: u16,
+        /// Last port of the range.
+        last: u16,
+        /// As given.
+        replicas: u32,
+    },
+    /// A number is out of range.
+    #[error("{number} is not a valid {what}: use {} to {}", range.start(), range.end())]
+    OutOfRange {
+        /// What the number is.
+        what: &'static str,
+        /// As given.
+        number: u32,
+        /// What is allowed.
+        range: RangeInclusive<u32>,
+    },
+    /// The config has faults; the text names them all.
+    #[error("{0}")]
+    BadConfig(String),
+    /// Something that the change needs is missing; the text names it with its key path.
+    #[error("{0}")]
+    CannotPrepare(String),
+    /// No successor took over; the text says why.
+    #[error("{0}")]
+    UpgradeFailed(String),
+    /// Ringway stops.
+    #[error("Ringway is stopping")]
+    Stopping,
+}
+
+/// Whose fault a [`CommandError`] is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorKind {
+    /// The command names something that does not exist.
+    NotFound,
+    /// The command does not fit the current state.
+    Conflict,
+    /// The command is malformed.
+    Invalid,
+}
+
+impl CommandError {
+    /// Whose fault it is.
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::UnknownPool { .. } | Self::UnknownBackend { .. } => ErrorKind::NotFound,
+            Self::OutOfRange { .. } | Self::BadConfig(_) => ErrorKind::Invalid,
+            Self::BackendExists { .. }
+            | Self::LastBackend { .. }
+            | Self::NotDrained { .. }
+            | Self::NotStatic(_)
+            | Self::NotSupervised(_)
+            | Self::FixedWeight(_)
+            | Self::TooFewPorts { .. }
+            | Self::CannotPrepare(_)
+            | Self::UpgradeFailed(_)
+            | Self::Stopping => ErrorKind::Conflict,
+        }
+    }
+}
+
+/// A command, and where its outcome goes.
+pub type PendingCommand = (Command, oneshot::Sender<Result<Report, CommandError>>);
+
+/// Sends commands to the app. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct CommandSender(mpsc::Sender<PendingCommand>);
+
+impl CommandSender {
+    /// A sender, and the queue that the app reads.
+    pub fn new() -> (Self, mpsc::Receiver<PendingCommand>) {
+        let (sender, queue) = mpsc::channel(QUEUE);
+        (Self(sender), queue)
+    }
+
+    /// Sends a command and waits until the app has run it.
+    ///
+    /// # Errors
+    /// When the app rejects it.
+    pub async fn send(&self, command: Command) -> Result<Report, CommandError> {
+        let (sender, outcome) = oneshot::channel();
+        self.0.send((command, sender)).await.map_err(|_| CommandError::Stopping)?;
+        outcome.await.map_err(|_| CommandError::Stopping)?
+    }
+}
+
+/// One run-time change that differs from the config.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Differs {
+    /// `replicas`, `weight`, `drain`, `added` or `removed`.
+    pub what: String,
+    /// The backend that changed; `None` for a change of the whole pool.
+    pub backend: Option<Arc<str>>,
+    /// The number in the config, if the config has one.
+    pub config: Option<u32>,
+    /// The number in use, if it is one.
+    pub now: Option<u32>,
+}

@@ -1,0 +1,72 @@
+//! Records and logs ends of replicas and failed starts. Logs repeated failures at debug level.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::plan::{Policy, Slot};
+use crate::backend::Exit;
+use crate::control::Event;
+
+/// Records and logs ends of replicas and failed starts.
+#[derive(Debug)]
+pub(super) struct Ends {
+    pool: Arc<str>,
+    pub(super) policy: Policy,
+    /// The reason why replicas cannot be started, without varying words. Logged once for all slots.
+    refusal: Option<String>,
+}
+
+impl Ends {
+    pub(super) fn new(pool: Arc<str>, policy: Policy) -> Self {
+        Self { pool, policy, refusal: None }
+    }
+
+    /// Records that a replica runs: Ringway then logs the next failed start as an error again.
+    pub(super) fn started(&mut self) {
+        self.refusal = None;
+    }
+
+    /// Records that a replica ended.
+    pub(super) fn ended(&self, slot: &mut Slot, exit: Exit) -> Event {
+        let (was_loop, again_in_ms, is_loop) = self.strike(slot, exit.at);
+        let (pool, name, how) = (&self.pool, &slot.name, &exit.reason);
+        match (was_loop, is_loop) {
+            (_, false) => tracing::warn!(%pool, slot = %name, how, again_in_ms, "replica ended"),
+            (false, true) => {
+                let last_line = exit.output.last().map_or("", String::as_str);
+                tracing::error!(%pool, slot = %name, how, again_in_ms, last_line, "replica keeps ending: crash loop");
+            }
+            (true, true) => tracing::debug!(%pool, slot = %name, how, again_in_ms, "replica ended again"),
+        }
+        Event::Stopped { id: Arc::clone(name), crash_loop: is_loop, exit: Some(Arc::new(exit)) }
+    }
+
+    /// Records that a replica could not be started.
+    pub(super) fn refused(&mut self, slot: &mut Slot, reason: &str, now: Instant) -> Event {
+        let (_, again_in_ms, is_loop) = self.strike(slot, now);
+        let (pool, name) = (&self.pool, &slot.name);
+        let gist = gist(reason);
+        if self.refusal.as_ref() == Some(&gist) {
+            tracing::debug!(%pool, slot = %name, reason, again_in_ms, "replica still cannot be started");
+        } else {
+            tracing::error!(%pool, slot = %name, reason, again_in_ms, "replica cannot be started");
+        }
+        let exit = Exit { reason: format!("cannot be started: {reason}"), code: None, output: Vec::new(), at: now };
+        self.refusal = Some(gist);
+        Event::Stopped { id: Arc::clone(name), crash_loop: is_loop, exit: Some(Arc::new(exit)) }
+    }
+
+    /// Counts a failure of the slot. Returns whether it was in a crash loop before, the wait before the next try in
+    /// milliseconds, and whether it is in a crash loop now.
+    fn strike(&self, slot: &mut Slot, now: Instant) -> (bool, u64, bool) {
+        let was_loop = slot.is_crash_loop(&self.policy);
+        let wait = slot.ended(&self.policy, now);
+        (was_loop, u64::try_from(wait.as_millis()).unwrap_or(u64::MAX), slot.is_crash_loop(&self.policy))
+    }
+}
+
+/// Drops the words with a digit, which differ from try to try and from slot to slot.
+fn gist(reason: &str) -> String {
+    let words = reason.split_whitespace().filter(|word| !word.contains(|c: char| c.is_ascii_digit()));
+    words.collect::<Vec<_>>().join(" ")
+}

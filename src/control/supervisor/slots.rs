@@ -1,0 +1,245 @@
+//! The slots of one pool: operations that all adapters share, and the events that report the slots to the publisher.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::ops::{Index, IndexMut};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+
+use super::ends::Ends;
+use super::plan::{Plan, Policy, Slot, Why, plan};
+use crate::backend::{Exit, Replica};
+use crate::control::Event;
+use crate::control::provider::slots;
+use crate::labels::Label as _;
+use crate::table::{Table, TableCell};
+
+/// Interval between checks of whether a replica's drain is over. Also the shortest drain: a worker that picked the
+/// replica earlier has begun its connect by then.
+pub(super) const LOOK: Duration = Duration::from_millis(100);
+
+/// How many replicas a pool has, and when they start and end. Everything except the pool's name may change at run time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SlotSettings {
+    /// The pool's name.
+    pub pool: Arc<str>,
+    /// Number of replicas. With 0 the supervisor ends once the last replica has ended.
+    pub replicas: u32,
+    /// Weights of slots; the default is 1.
+    pub weights: BTreeMap<Arc<str>, u32>,
+    /// How long a surplus or outdated replica's connections may stay open before Ringway stops it.
+    pub drain: Duration,
+    /// When Ringway restarts or replaces a replica.
+    pub policy: Policy,
+}
+
+/// The slots of one pool by index: the configured ones, then surplus slots that still have a replica.
+#[derive(Debug)]
+pub(super) struct Slots {
+    pub(super) settings: SlotSettings,
+    list: Vec<Slot>,
+    ends: Ends,
+    table: TableCell,
+    events: mpsc::Sender<Event>,
+    /// False while a predecessor may have connections to adopted replicas, which are then neither outdated nor surplus.
+    pub(super) is_settled: bool,
+}
+
+impl Slots {
+    pub(super) fn new(settings: SlotSettings, table: TableCell, events: mpsc::Sender<Event>, is_settled: bool) -> Self {
+        let ends = Ends::new(Arc::clone(&settings.pool), settings.policy);
+        Self { settings, list: Vec::new(), ends, table, events, is_settled }
+    }
+
+    pub(super) fn pool(&self) -> &Arc<str> {
+        &self.settings.pool
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.list.len()
+    }
+
+    /// Notifies of each new table.
+    pub(super) fn watch_table(&self) -> watch::Receiver<u64> {
+        self.table.watch()
+    }
+
+    /// Number of slots to fill now.
+    pub(super) fn wanted(&self) -> usize {
+        let wanted = self.settings.replicas as usize;
+        if self.is_settled { wanted } else { wanted.max(self.list.len()) }
+    }
+
+    /// Whether any slot has a replica or a start in progress.
+    pub(super) fn any_in_use(&self) -> bool {
+        self.list.iter().any(|slot| slot.is_running() || slot.is_starting())
+    }
+
+    /// Adds slots until there are `count`. Never removes one.
+    pub(super) fn extend(&mut self, count: u32) {
+        let now = Instant::now();
+        for name in slots(&self.settings.pool, count).into_iter().skip(self.list.len()) {
+            self.list.push(Slot::new(name, now));
+        }
+    }
+
+    /// Applies the first settings, or changed ones.
+    pub(super) fn configure(&mut self, settings: SlotSettings) {
+        self.ends.policy = settings.policy;
+        self.extend(settings.replicas);
+        self.settings = settings;
+    }
+
+    /// Reports the pool's slots to the publisher, each with its weight.
+    pub(super) async fn announce(&self) {
+        for id in slots(&self.settings.pool, self.settings.replicas) {
+            let weight = self.settings.weights.get(&id).copied().unwrap_or(1);
+            self.send(Event::Joined { id, weight }).await;
+        }
+    }
+
+    /// Reports to the publisher the slots that the pool no longer has. A slot with a running replica drains first.
+    pub(super) async fn withdraw_surplus(&self) {
+        for slot in self.list.iter().skip(self.wanted()).filter(|slot| !slot.is_running()) {
+            self.send(Event::Left { id: Arc::clone(&slot.name) }).await;
+        }
+    }
+
+    pub(super) fn plan(&self, now: Instant) -> Plan {
+        plan(self.wanted(), &self.list, &self.settings.policy, now)
+    }
+
+    /// Begins to drain the replica of a slot.
+    pub(super) async fn drain(&mut self, slot: usize, why: Why) {
+        self.list[slot].draining(why);
+        self.send(drain_event(&self.list[slot].name, why, self.settings.drain)).await;
+    }
+
+    /// Records the drains that are over, and repeats the events of drains that the publisher does not know. Returns
+    /// whether any drain is still in progress.
+    pub(super) async fn look_at_drains(&mut self) -> bool {
+        let (mut any, mut unknown) = (false, Vec::new());
+        let table = self.table.load();
+        for slot in &mut self.list {
+            let Some(why) = slot.drains_for() else { continue };
+            match is_drained(&table, &slot.name, why) {
+                Some(true) => slot.drained(),
+                Some(false) => any = true,
+                None => {
+                    any = true;
+                    unknown.push(drain_event(&slot.name, why, self.settings.drain));
+                }
+            }
+        }
+        for event in unknown {
+            self.send(event).await;
+        }
+        any
+    }
+
+    /// Records the verdict of the checks on each running replica. A replica without an address is unreachable and
+    /// therefore unhealthy.
+    pub(super) fn judge<'a>(&mut self, running: impl Iterator<Item = Running<'a>>) {
+        let (table, now) = (self.table.load(), Instant::now());
+        for Running { slot, address, replica } in running {
+            let slot = &mut self.list[slot];
+            let verdict = if address.is_some() { verdict(&table, &slot.name, replica) } else { Some(false) };
+            slot.judged(verdict, now);
+        }
+    }
+
+    /// Records that a replica runs: Ringway then logs the next failed start as an error again.
+    pub(super) fn note_start(&mut self) {
+        self.ends.started();
+    }
+
+    /// Records and reports that the replica of a slot ended.
+    pub(super) async fn ended(&mut self, slot: usize, exit: Exit) {
+        let event = self.ends.ended(&mut self.list[slot], exit);
+        self.send(event).await;
+        if slot >= self.wanted() {
+            self.send(Event::Left { id: Arc::clone(&self.list[slot].name) }).await;
+        }
+    }
+
+    /// Records that the replica of a surplus slot ended. The publisher has known this since the stop began.
+    pub(super) fn emptied(&mut self, slot: usize, now: Instant) {
+        self.list[slot].ended(&self.settings.policy, now);
+    }
+
+    /// Records and reports that a replica could not be started.
+    pub(super) async fn refused(&mut self, slot: usize, reason: &str) {
+        let event = self.ends.refused(&mut self.list[slot], reason, Instant::now());
+        self.send(event).await;
+    }
+
+    /// Sends an event to the publisher, which ignores events about unknown slots.
+    pub(super) async fn send(&self, event: Event) {
+        // Without a publisher Ringway is shutting down.
+        let _ = self.events.send(event).await;
+    }
+
+    /// Logs the stop of a replica. An unhealthy replica is a warning, a configured change is not.
+    pub(super) fn log_stop(&self, slot: usize, why: Why) {
+        let (pool, slot, reason) = (&self.settings.pool, &self.list[slot].name, why.as_str());
+        match why {
+            Why::Unhealthy => tracing::warn!(%pool, %slot, reason, "stopping the replica to replace it"),
+            Why::Outdated => tracing::info!(%pool, %slot, reason, "stopping the replica to replace it"),
+            Why::Surplus => tracing::info!(%pool, %slot, reason, "stopping the replica"),
+        }
+    }
+}
+
+/// A running replica, as its adapter knows it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Running<'a> {
+    pub(super) slot: usize,
+    /// Its address; `None`: unreachable.
+    pub(super) address: Option<SocketAddr>,
+    pub(super) replica: &'a Replica,
+}
+
+impl Index<usize> for Slots {
+    type Output = Slot;
+
+    fn index(&self, slot: usize) -> &Slot {
+        &self.list[slot]
+    }
+}
+
+impl IndexMut<usize> for Slots {
+    fn index_mut(&mut self, slot: usize) -> &mut Slot {
+        &mut self.list[slot]
+    }
+}
+
+/// The verdict of the checks on the replica in a slot; `None` if undecided or if the table still shows its predecessor.
+fn verdict(table: &Table, slot: &str, replica: &Replica) -> Option<bool> {
+    let backend = table.backends().iter().find(|backend| &*backend.id == slot)?;
+    if backend.replica.as_ref() != Some(replica) {
+        return None;
+    }
+    backend.well
+}
+
+/// The event that drains a replica.
+fn drain_event(slot: &Arc<str>, why: Why, within: Duration) -> Event {
+    let id = Arc::clone(slot);
+    match why {
+        Why::Surplus => Event::Leaving { id, within },
+        Why::Outdated | Why::Unhealthy => Event::Retiring { id, within },
+    }
+}
+
+/// Whether a draining replica has no connections left. `None`: the publisher does not know of the drain yet, or dropped
+/// it because the replica got a new address.
+fn is_drained(table: &Table, slot: &str, why: Why) -> Option<bool> {
+    let Some(backend) = table.backends().iter().find(|backend| &*backend.id == slot) else { return Some(true) };
+    let drain = backend.drain?;
+    let is_unused = backend.address.is_none() || backend.live.active.load(Ordering::Relaxed) == 0;
+    // The publisher removes a leaving backend from the table.
+    Some(why != Why::Surplus && drain.since.elapsed() >= LOOK && is_unused)
+}

@@ -1,0 +1,89 @@
+//! A worker's timeout task: updates the coarse clock and the shared counters, and ends connections that have timed
+//! out. One task per worker means that no connection needs its own timer.
+
+use std::rc::Rc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use super::Route;
+use super::context::{KeepaliveState, Progress, Worker};
+use super::stats::EndReason;
+use crate::backend::Eviction;
+
+/// Maximum interval of the timeout task. The counters of long connections lag by at most this time, and a request to
+/// end a backend's connections takes effect within it.
+pub(super) const SLOWEST: Duration = Duration::from_millis(500);
+
+/// Maximum interval once the worker stops, because a drain can be short.
+const STOPPING: Duration = Duration::from_millis(50);
+
+/// The interval that a route's timeouts need: an eighth of the shortest, so each timeout fires nearly on time.
+pub(super) fn tick(route: &Route) -> Duration {
+    (route.idle.min(route.half_closed).min(route.max_age.unwrap_or(Duration::MAX)) / 8)
+        .clamp(Duration::from_millis(10), SLOWEST)
+}
+
+/// Runs the timeout task every `worker.tick` until the worker ends.
+pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
+    let mut last = Instant::now();
+    let mut stopped = None;
+    loop {
+        let tick = worker.tick.get();
+        tokio::select! {
+            () = tokio::time::sleep(if stopped.is_some() { tick.min(STOPPING) } else { tick }) => {}
+            () = stop.cancelled(), if stopped.is_none() => {}
+        }
+        // While the whole worker is suspended (a paused or overloaded machine), connections cannot be active. So at
+        // most two ticks of that time count.
+        let now = worker.clock.get() + last.elapsed().min(2 * tick);
+        last = Instant::now();
+        worker.clock.set(now);
+        worker.stats.tasks.store(Handle::current().metrics().num_alive_tasks() as u64, Ordering::Relaxed);
+        if stop.is_cancelled() && stopped.is_none() {
+            stopped = Some(last);
+        }
+        for (_, progress) in worker.open.borrow().iter() {
+            progress.report();
+            let verdict = verdict(progress, now, tick, stopped);
+            // A connection in this state does not notice by itself that a side has broken.
+            let inspect = progress.blocked.get() || progress.half_closed.get();
+            progress.verdict.set(verdict);
+            progress.inspect.set(inspect);
+            let needs_keepalive = progress.keepalive.get() == KeepaliveState::NotYet;
+            if needs_keepalive {
+                progress.keepalive.set(KeepaliveState::Due);
+            }
+            if (verdict.is_some() || inspect || needs_keepalive)
+                && let Some(waker) = progress.waker.take()
+            {
+                waker.wake();
+            }
+        }
+    }
+}
+
+/// Activity gets the time of the previous tick, which can be two ticks ago. So a timeout subtracts two ticks: a
+/// connection can live a little longer than configured, but never shorter.
+fn verdict(progress: &Progress, now: Duration, tick: Duration, stopped: Option<Instant>) -> Option<EndReason> {
+    let route = &progress.listener.serving.route;
+    let silent = now.saturating_sub(progress.last_active.get()).saturating_sub(2 * tick);
+    if progress.half_closed.get() && silent >= route.half_closed {
+        return Some(EndReason::HalfClosedTimeout);
+    }
+    if silent >= route.idle {
+        return Some(EndReason::IdleTimeout);
+    }
+    if progress.expires.is_some_and(|expires| expires <= now) {
+        return Some(EndReason::MaxAge);
+    }
+    if let Some(why) = progress.permit.eviction() {
+        return Some(match why {
+            Eviction::Drained => EndReason::DrainDeadline,
+            Eviction::Down => EndReason::BackendDown,
+        });
+    }
+    stopped.filter(|stopped| stopped.elapsed() >= route.drain).map(|_| EndReason::Shutdown)
+}
