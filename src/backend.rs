@@ -295,7 +295,7 @@ pub struct Evictions(AtomicU64);
 
 impl Evictions {
     /// Requests the end of all connections that the backend has now.
-    pub fn order(&self, why: Eviction) {
+    pub fn request(&self, why: Eviction) {
         // The lowest byte holds the reason of the last request, and the upper bytes count the requests. Only one thread
         // writes.
         let number = self.0.load(Ordering::Relaxed) >> 8;
@@ -333,11 +333,11 @@ mod tests {
         let evictions = Evictions::default();
         let era = evictions.era();
         assert_eq!(evictions.since(era), None);
-        evictions.order(Eviction::Down);
+        evictions.request(Eviction::Down);
         assert_eq!(evictions.since(era), Some(Eviction::Down));
         let later = evictions.era();
         assert_eq!(evictions.since(later), None);
-        evictions.order(Eviction::Drained);
+        evictions.request(Eviction::Drained);
         assert_eq!((evictions.since(era), evictions.since(later)), (Some(Eviction::Drained), Some(Eviction::Drained)));
     }
 

@@ -5,7 +5,7 @@
 //!
 //! # Layout
 //!
-//! In the order in which a connection reaches them:
+//! From the wiring down to the parts:
 //!
 //! - [`app`]: connects all other modules; binds sockets, starts tasks and shuts down
 //! - [`proxy`]: the data plane, from accept to the final accounting of a connection

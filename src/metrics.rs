@@ -78,7 +78,7 @@ metrics! {
     HEALTH_CHECKS: Counter "health_checks_total" ["pool", "backend", "result"] "Completed health checks, by result (ok, failed)";
     RING_POINTS: Gauge "ring_points" ["pool"] "Points on the ring";
     RING_DIGEST: Gauge "ring_digest" ["pool"] "Upper 52 bits of the ring digest; instances with equal digests pick the same backend for a key";
-    TABLE_GENERATION: Gauge "table_generation" ["pool"] "Routing tables published since the process started";
+    TABLE_GENERATION: Gauge "table_generation" ["pool"] "Tables published since the process started";
     WORKER_CONNECTIONS: Gauge "worker_connections_active" ["worker"] "Open connections of a worker";
     TASKS: Gauge "tasks" ["runtime"] "Live tasks of a runtime (a worker's number, or the control plane)";
     PIPES: Gauge "splice_pipes" ["worker"] "Splice pipes of a worker, in use or pooled";

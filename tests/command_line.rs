@@ -139,7 +139,7 @@ fn status_without_a_running_ringway_is_an_error() {
     let nobody = crate::harness::backends::Refusing::new();
     let (code, _, stderr) = run(&["status", "--api", &nobody.address.to_string()]);
     assert_eq!(code, Some(1));
-    assert!(stderr.contains("is Ringway running there"), "{stderr}");
+    assert!(stderr.contains("check that Ringway runs there"), "{stderr}");
 }
 
 #[tokio::test]

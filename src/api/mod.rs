@@ -118,9 +118,9 @@ pub struct View {
     pub listeners: Vec<ListenerView>,
     /// In the order of the config.
     pub pools: Vec<Route>,
-    /// Where their backends come from, in the same command.
+    /// Where their backends come from, in the same order.
     pub providers: Vec<ProviderView>,
-    /// What of them was changed at run time, in the same command.
+    /// What of them was changed at run time, in the same order.
     pub differs: Vec<Vec<Differs>>,
     /// Options of sockets towards backends.
     pub tcp: TcpOptions,

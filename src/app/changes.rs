@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{Config, Pool, Provider, StaticBackend};
+use crate::config::{Config, Pool, StaticBackend};
 use crate::control::command::Differs;
 use crate::control::provider::slots;
 
@@ -81,26 +81,26 @@ impl OfPool {
     }
 
     fn lay_over(&self, pool: &mut Pool) {
-        match &mut pool.provider {
-            Provider::Static(backends) => {
-                backends.retain(|backend| !self.removed.contains(&backend.id));
-                backends.extend(self.added.iter().cloned());
-                for backend in backends {
-                    backend.weight = self.weights.get(&backend.id).copied().unwrap_or(backend.weight);
-                }
+        if let Some(backends) = pool.provider.static_backends_mut() {
+            backends.retain(|backend| !self.removed.contains(&backend.id));
+            backends.extend(self.added.iter().cloned());
+            for backend in backends {
+                backend.weight = self.weights.get(&backend.id).copied().unwrap_or(backend.weight);
             }
-            Provider::Process(process) => process.replicas = self.replicas.unwrap_or(process.replicas),
-            Provider::Containers(containers) => {
-                containers.replicas = self.replicas.unwrap_or(containers.replicas);
-            }
-            Provider::Discover(_) => {}
+        }
+        if let Some(replicas) = self.replicas {
+            pool.provider.set_replicas(replicas);
         }
     }
 
     fn kept(&self, before: &Pool, after: &Pool) -> Self {
         let mut kept = self.clone();
-        match (&before.provider, &after.provider) {
-            (Provider::Static(before), Provider::Static(after)) => {
+        let (before, after) = (&before.provider, &after.provider);
+        if !before.is_same_kind(after) {
+            return Self::default();
+        }
+        match (before.static_backends(), after.static_backends()) {
+            (Some(before), Some(after)) => {
                 let find = |list: &[StaticBackend], id: &str| list.iter().find(|backend| backend.id == id).cloned();
                 kept.added.retain(|backend| find(after, &backend.id).is_none());
                 kept.removed.retain(|id| find(before, id) == find(after, id));
@@ -112,12 +112,8 @@ impl OfPool {
                 kept.weights.retain(|id, _| is_there(id) && weight(before, id) == weight(after, id));
                 kept.drained.retain(|id| is_there(id));
             }
-            (before, after) if std::mem::discriminant(before) == std::mem::discriminant(after) => {
-                if before.replicas() != after.replicas() {
-                    kept.replicas = None;
-                }
-            }
-            _ => return Self::default(),
+            _ if before.replicas() != after.replicas() => kept.replicas = None,
+            _ => {}
         }
         kept
     }
@@ -130,11 +126,9 @@ impl OfPool {
             config,
             now,
         };
-        let configured = |id: &str| match &pool.provider {
-            Provider::Static(backends) => {
-                backends.iter().find(|backend| backend.id == id).map(|backend| backend.weight)
-            }
-            _ => Some(1),
+        let configured = |id: &str| match pool.provider.static_backends() {
+            Some(backends) => backends.iter().find(|backend| backend.id == id).map(|backend| backend.weight),
+            None => Some(1),
         };
         let replicas = self.replicas.filter(|&replicas| Some(replicas) != pool.provider.replicas());
         let mut list = Vec::new();
@@ -173,7 +167,7 @@ mod tests {
     }
 
     fn weights(config: &Config) -> Vec<(String, u32)> {
-        let Provider::Static(backends) = &config.pools[0].provider else { panic!("not static") };
+        let backends = config.pools[0].provider.static_backends().unwrap();
         backends.iter().map(|backend| (backend.id.clone(), backend.weight)).collect()
     }
 

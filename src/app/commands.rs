@@ -4,10 +4,10 @@ use std::ops::RangeInclusive;
 
 use super::App;
 use super::changes::Changes;
-use super::pools::listed;
+use super::provider::listed;
 use super::reload::ReloadPlan;
 use crate::backend::Backend;
-use crate::config::{self, Config, Pool, Provider, StaticBackend};
+use crate::config::{self, Config, Pool, StaticBackend};
 use crate::control::Event;
 use crate::control::command::{Command, CommandError, Report};
 
@@ -41,7 +41,7 @@ impl App {
                 self.check_backend(&pool, &backend)?;
                 let within = within.unwrap_or(self.pool(&pool)?.drain);
                 changes.of(&pool).drained.insert(backend.clone());
-                let event = Event::Drained { id: backend.as_str().into(), within: Some(within) };
+                let event = Event::DrainRequested { id: backend.as_str().into(), within: Some(within) };
                 let summary = format!(
                     "{pool}/{backend}: no new connections; Ringway resets connections that are open after {within:?}"
                 );
@@ -52,14 +52,14 @@ impl App {
                 if !changes.of(&pool).drained.remove(&backend) {
                     return Err(CommandError::NotDrained { pool, backend });
                 }
-                let event = Event::Undrained { id: backend.as_str().into() };
+                let event = Event::DrainCancelled { id: backend.as_str().into() };
                 let summary = format!("{pool}/{backend}: accepting connections again");
                 return Ok(Planned::Notify { pool, event, changes, summary });
             }
             Command::Weight { pool, backend, weight } => {
                 self.check_backend(&pool, &backend)?;
                 check_range(&WEIGHTS, weight, "weight")?;
-                if matches!(self.pool(&pool)?.provider, Provider::Discover(_)) {
+                if !self.pool(&pool)?.provider.has_weights() {
                     return Err(CommandError::FixedWeight(pool));
                 }
                 changes.of(&pool).weights.insert(backend, weight);
@@ -103,8 +103,7 @@ impl App {
                 if provider.replicas().is_none() {
                     return Err(CommandError::NotSupervised(pool));
                 }
-                if let Provider::Process(process) = provider
-                    && let Some((first, last)) = process.ports
+                if let Some((first, last)) = provider.port_range()
                     && u32::from(last - first) + 1 < replicas
                 {
                     return Err(CommandError::TooFewPorts { pool, first, last, replicas });
@@ -201,19 +200,14 @@ impl App {
 
     /// The backends of a static pool.
     fn static_backends(&self, pool: &str) -> Result<&[StaticBackend], CommandError> {
-        match &self.pool(pool)?.provider {
-            Provider::Static(backends) => Ok(backends),
-            _ => Err(CommandError::NotStatic(pool.to_owned())),
-        }
+        let backends = self.pool(pool)?.provider.static_backends();
+        backends.ok_or_else(|| CommandError::NotStatic(pool.to_owned()))
     }
 
     /// A static backend as the config file has it.
     fn in_file(&self, pool: &str, id: &str) -> Option<StaticBackend> {
         let pool = self.file.pools.iter().find(|known| known.name == pool)?;
-        match &pool.provider {
-            Provider::Static(backends) => backends.iter().find(|backend| backend.id == id).cloned(),
-            _ => None,
-        }
+        pool.provider.static_backends()?.iter().find(|backend| backend.id == id).cloned()
     }
 }
 
@@ -232,6 +226,9 @@ fn log(report: &Report) {
         tracing::info!(pool = moved.pool, share = moved.share, "keys moved");
     }
     if !report.needs_restart.is_empty() {
-        tracing::warn!(keys = report.needs_restart.join(", "), "these require a restart and were not applied");
+        tracing::warn!(
+            keys = report.needs_restart.join(", "),
+            "these keys require an upgrade or a restart and were not applied"
+        );
     }
 }

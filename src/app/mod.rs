@@ -5,6 +5,7 @@
 //!
 //! - this file: the life of the app, from start to shutdown
 //! - [`pools`], [`listeners`]: the parts, and how they start, change and end
+//! - [`provider`]: where the backends of a pool come from, one file for each kind
 //! - [`access`]: who may change something by the side port; [`readiness`]: when `/readyz` succeeds
 //! - [`settings`]: from the config to the settings of the parts; [`capacity`]: how many connections and pipes fit
 //! - [`commands`]: the effect of run-time commands
@@ -19,6 +20,7 @@ mod commands;
 mod error;
 mod listeners;
 mod pools;
+mod provider;
 mod readiness;
 mod reload;
 mod settings;
@@ -48,7 +50,7 @@ use self::pools::{Pool, Tasks};
 use self::upgrade::notify;
 pub use self::upgrade::{Inheritance, TAKE_OVER};
 use crate::api::{self, State, View};
-use crate::config::{self, Config, Provider};
+use crate::config::{self, Config};
 use crate::control::command::{Command, CommandError, CommandSender, PendingCommand, Report};
 use crate::control::docker::engine::Engine;
 use crate::control::supervisor::process::let_go;
@@ -172,9 +174,9 @@ impl App {
         };
         let mut prepared = Vec::new();
         for (n, pool) in config.pools.iter().enumerate() {
-            // Replicas of a pool that has another provider now are stopped below.
-            let is_supervised = matches!(pool.provider, Provider::Process(_));
-            let replicas = if is_supervised { inheritance.replicas(&pool.name) } else { Vec::new() };
+            // `let_go` below stops the replicas of a pool that does not supervise processes any more.
+            let replicas =
+                if provider::takes_over(&pool.provider) { inheritance.replicas(&pool.name) } else { Vec::new() };
             let (key_path, changes) = (format!("pools[{n}]"), changes.get(&pool.name));
             prepared.push(pools::prepare(&key_path, pool, &changes, replicas, &context).await?);
         }
@@ -415,8 +417,8 @@ impl App {
 
 /// The Docker engine, if a pool needs one.
 fn engine(config: &Config, host: Option<&str>) -> Result<Option<Engine>, StartError> {
-    let needs_one = |pool: &config::Pool| matches!(pool.provider, Provider::Containers(_) | Provider::Discover(_));
-    let engine = config.pools.iter().any(needs_one).then(|| Engine::new(host, config.docker.timeout));
+    let needs_engine = config.pools.iter().any(|pool| pool.provider.needs_engine());
+    let engine = needs_engine.then(|| Engine::new(host, config.docker.timeout));
     engine.transpose().map_err(StartError::Docker)
 }
 

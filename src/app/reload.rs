@@ -9,7 +9,7 @@ use super::listeners::{self, Bound, Listener};
 use super::pools::{self, Prepared, Update};
 use super::{App, Log, StartError, capacity, engine, open_log};
 use crate::config::diff::{Difference, differences};
-use crate::config::{self, Config, Provider};
+use crate::config::{self, Config};
 use crate::control::Event;
 use crate::control::command::{Moved, Report};
 use crate::control::provider;
@@ -127,7 +127,7 @@ impl App {
                     known.update(*update, &config, &self.environment).await;
                     let (was, is) = (before.get(&pool.name).drained, changes.get(&pool.name).drained);
                     for id in was.difference(&is) {
-                        known.tell(Event::Undrained { id: id.as_str().into() }).await;
+                        known.tell(Event::DrainCancelled { id: id.as_str().into() }).await;
                     }
                     known
                 }
@@ -219,22 +219,7 @@ impl App {
 /// it.
 pub(super) fn check_sizes(config: &Config) -> Result<(), StartError> {
     for (n, pool) in config.pools.iter().enumerate() {
-        let fault = match &pool.provider {
-            Provider::Static(backends) if backends.is_empty() => {
-                Some("has no backends left: add back a backend that was removed at run time".to_owned())
-            }
-            Provider::Process(process) => process.ports.and_then(|(first, last)| {
-                let too_few = u32::from(last - first) + 1 < process.replicas;
-                too_few.then(|| {
-                    format!(
-                        "{} replicas need more ports than {first}-{last}: widen the range or lower replicas",
-                        process.replicas
-                    )
-                })
-            }),
-            _ => None,
-        };
-        let fault = fault.or_else(|| pool.too_many_points());
+        let fault = pool.provider.size_fault().or_else(|| pool.too_many_points());
         if let Some(problem) = fault {
             return Err(StartError::Pool { key_path: format!("pools[{n}]"), problem });
         }
@@ -244,17 +229,16 @@ pub(super) fn check_sizes(config: &Config) -> Result<(), StartError> {
 
 /// Returns the members of a pool's ring under a config: ids and weights.
 fn members(pool: &config::Pool, changes: &Changes, table: &Table) -> Vec<(String, u32)> {
-    match &pool.provider {
-        Provider::Static(backends) => backends.iter().map(|backend| (backend.id.clone(), backend.weight)).collect(),
-        Provider::Discover(_) => {
-            table.backends().iter().map(|backend| (backend.id.to_string(), backend.weight)).collect()
-        }
-        supervised => {
-            let weights = changes.get(&pool.name).weights;
-            let slots = provider::slots(&pool.name, supervised.replicas().unwrap_or_default());
-            slots.iter().map(|slot| (slot.to_string(), weights.get(&**slot).copied().unwrap_or(1))).collect()
-        }
+    if let Some(backends) = pool.provider.static_backends() {
+        return backends.iter().map(|backend| (backend.id.clone(), backend.weight)).collect();
     }
+    if let Some(replicas) = pool.provider.replicas() {
+        let weights = changes.get(&pool.name).weights;
+        let slots = provider::slots(&pool.name, replicas);
+        return slots.iter().map(|slot| (slot.to_string(), weights.get(&**slot).copied().unwrap_or(1))).collect();
+    }
+    // Nobody but the engine knows the discovered containers: they stay.
+    table.backends().iter().map(|backend| (backend.id.to_string(), backend.weight)).collect()
 }
 
 /// Resets the keys of `new` that require a restart to their running values. Returns the key paths that differed.
@@ -266,11 +250,7 @@ fn keep_fixed(new: &mut Config, running: &Config) -> Vec<String> {
     new.docker = running.docker.clone();
     for pool in &mut new.pools {
         let Some(known) = running.pools.iter().find(|known| known.name == pool.name) else { continue };
-        match (&mut pool.provider, &known.provider) {
-            (Provider::Process(pool), Provider::Process(known)) => pool.ports = known.ports,
-            (Provider::Containers(pool), Provider::Containers(known)) => pool.network.clone_from(&known.network),
-            _ => {}
-        }
+        pool.provider.keep_fixed(&known.provider);
     }
     differences(new, &wanted).into_iter().map(|difference| difference.path).collect()
 }

@@ -1,5 +1,5 @@
-//! `ringway healthcheck`: for the health check of a container. Whether process 1, which is Ringway in one of its
-//! roles, serves.
+//! `ringway healthcheck`: the `HEALTHCHECK` of Ringway's image. Asks process 1, which is Ringway in one of its roles,
+//! whether it serves.
 
 use anyhow::Context as _;
 use clap::Parser as _;
@@ -16,7 +16,7 @@ pub(crate) fn healthcheck() -> Result<(), Failure> {
     let (address, path) = match arguments.command {
         None | Some(Command::Run) => (arguments.common.config()?.0.api.listen, "/readyz"),
         Some(Command::EchoServer(options)) => (options.listen, "/heartbeat"),
-        // All others are there as long as they are needed.
+        // The other commands have no server to ask: a running process is healthy.
         Some(_) => return Ok(()),
     };
     let answer = runtime()?.block_on(side_port::get(address, path));
@@ -28,7 +28,7 @@ pub(crate) fn healthcheck() -> Result<(), Failure> {
     Err(anyhow::anyhow!("http://{address}{path}: {} {}", answer.status(), body.trim_end()).into())
 }
 
-/// What process 1 was told to do. The engine may have put an init before it: `docker-init -- ringway …`.
+/// The arguments of process 1. The engine may run it under an init: `docker-init -- ringway …`.
 fn role(words: &[&str]) -> Option<Arguments> {
     let own = words.iter().position(|&word| word == "--").map_or(words, |end| &words[end + 1..]);
     let is_ringway = own.first()?.rsplit('/').next() == Some("ringway");

@@ -1,10 +1,10 @@
-//! The duties of process 1 in a container: runs Ringway as a child, passes signals on to it, and takes care of orphans.
+//! Process 1 of a container: runs Ringway as a child, forwards signals to it, and reaps orphans.
 //!
-//! The kernel gives process 1 no default actions for signals and every orphan of its container. Waiting for just
-//! any child would take those away from whom they belong to, so Ringway itself does not do both.
+//! The kernel gives process 1 no default signal actions, and makes it the parent of every orphan in the container. If
+//! Ringway itself reaped any child, it would take exit statuses from the code that waits for them. So it runs as a child.
 //!
-//! A Ringway that is upgraded leaves a successor, and says so as it would to systemd (`MAINPID=`): then that one is the
-//! process whose end is the container's.
+//! After an upgrade Ringway announces its successor with `MAINPID=`, as it does to systemd. The container then ends when
+//! that process ends.
 
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
@@ -20,21 +20,21 @@ use tokio::task::JoinHandle;
 
 use super::{Failure, runtime};
 
-/// Longest message from a Ringway.
+/// Longest notification, in bytes.
 const LONGEST: usize = 4096;
 
-/// Whether this process is to take care of the others.
+/// Whether this process is process 1.
 pub(crate) fn is_needed() -> bool {
     std::process::id() == 1
 }
 
-/// Runs the same command line as a child; its exit code, or that of the last of its successors.
+/// Runs the same command line as a child. Returns its exit code, or that of its last successor.
 pub(crate) fn run() -> Result<ExitCode, Failure> {
     let code = runtime()?.block_on(supervise())?;
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
 }
 
-/// As a shell tells of it.
+/// The exit code in the convention of shells: 128 plus the signal.
 fn code_of(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt as _;
     status.code().or_else(|| status.signal().map(|signal| 128 + signal)).unwrap_or(1)
@@ -60,12 +60,12 @@ async fn supervise() -> anyhow::Result<i32> {
         let (pid, has_successor) = (main.pid, main.ended.is_some());
         let pass_on = |signal| {
             if let Some(pid) = pid {
-                // Fails only where it has just ended.
+                // Fails only if the process has just ended.
                 let _ = kill_process(pid, signal);
             }
         };
         tokio::select! {
-            // The word of a successor comes before the end of who has said it.
+            // Read the announcement of a successor before the end of the process that sent it.
             biased;
             received = messages.recv(&mut message) => {
                 let text = String::from_utf8_lossy(&message[..received.unwrap_or_default()]).into_owned();
@@ -83,17 +83,17 @@ async fn supervise() -> anyhow::Result<i32> {
             _ = user2.recv() => pass_on(Signal::USR2),
             _ = children.recv() => {
                 bury_orphans(&[first, pid]);
-                // A predecessor is waited for too, or it would stay a zombie.
+                // Reap the predecessor too, or it stays a zombie.
                 let _ = child.try_wait();
             }
         }
     }
 }
 
-/// The process whose end is the container's.
+/// The process that the container lives as long as.
 struct Main {
     pid: Option<Pid>,
-    /// Of a successor, which may be nobody's child or somebody else's: done once it has ended.
+    /// Completes when a successor has ended. It may not be a child of this process. `None` for the first Ringway.
     ended: Option<JoinHandle<()>>,
 }
 
@@ -101,14 +101,14 @@ impl Main {
     fn watched(pid: Pid) -> Self {
         let ended = pidfd_open(pid, PidfdFlags::empty()).ok().map(|fd| {
             tokio::task::spawn_blocking(move || {
-                // Interrupted by a signal it looks again.
+                // A signal interrupts the wait.
                 while poll(&mut [PollFd::new(&fd, PollFlags::IN)], None) == Err(Errno::INTR) {}
             })
         });
         Self { pid: Some(pid), ended }
     }
 
-    /// Waits for its end. Its exit code, where the system tells this process of it, or else 1.
+    /// Waits until a successor ends. Returns its exit code, or 1 if the system gives it to another process.
     async fn wait(&mut self) -> i32 {
         match &mut self.ended {
             Some(ended) => drop(ended.await),
@@ -118,11 +118,11 @@ impl Main {
     }
 }
 
-/// A socket for messages in the manner of `sd_notify(3)`, and its address for the environment.
+/// A socket for `sd_notify(3)` messages, and its address for the environment.
 fn message_socket() -> std::io::Result<(tokio::net::UnixDatagram, String)> {
     use std::hash::{BuildHasher as _, RandomState};
 
-    // Containers on the host's network share these names.
+    // Containers on the host network share the abstract namespace, so the name is random.
     let name = format!("ringway-init-{:016x}", RandomState::new().hash_one(std::process::id()));
     let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
     socket.set_nonblocking(true)?;
@@ -134,18 +134,18 @@ fn main_pid(message: &str) -> Option<Pid> {
     Pid::from_raw(pid.trim().parse().ok()?)
 }
 
-/// The exit code of a process that has ended. One that is not a child of this process yet has not.
+/// The exit code of a child that has ended; `None` if it runs, or is not a child of this process.
 fn end_of(pid: Pid) -> Option<i32> {
     let (_, status) = waitpid(Some(pid), WaitOptions::NOHANG).ok()??;
     status.exit_status().or_else(|| status.terminating_signal().map(|signal| 128 + signal))
 }
 
-/// Waits for all that have ended but these.
+/// Reaps all children that have ended, except `others`.
 fn bury_orphans(others: &[Option<Pid>]) {
     let Ok(processes) = std::fs::read_dir("/proc") else { return };
     let pids = processes.filter_map(|entry| Pid::from_raw(entry.ok()?.file_name().to_str()?.parse().ok()?));
     for pid in pids.filter(|&pid| !others.contains(&Some(pid))) {
-        // Nothing happens to those that live, and to those of others.
+        // Has no effect on running processes and on children of other processes.
         let _ = waitpid(Some(pid), WaitOptions::NOHANG);
     }
 }
@@ -155,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_successor_is_told_by_its_process_id() {
+    fn a_notification_names_the_successor() {
         assert_eq!(main_pid("MAINPID=17\n"), Pid::from_raw(17));
         assert_eq!(main_pid("READY=1\nMAINPID=4711\nSTATUS=x"), Pid::from_raw(4711));
         for other in ["READY=1", "MAINPID=", "MAINPID=x", "XMAINPID=3", ""] {

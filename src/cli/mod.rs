@@ -75,9 +75,9 @@ pub(crate) enum Command {
     Check(Check),
     /// Show the pools and backends of a running Ringway
     Status(status::Options),
-    /// Remove the containers that Ringway created; they outlive Ringway otherwise
+    /// Remove the containers that Ringway created (they keep running when Ringway stops)
     Reap(reap::Options),
-    /// Exit with 0 if the Ringway in this container serves
+    /// Exit with 0 if Ringway in this container is ready
     Healthcheck,
     #[command(flatten)]
     Runtime(commands::RuntimeCommand),

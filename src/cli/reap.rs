@@ -1,4 +1,4 @@
-//! `ringway reap`: removes the containers that Ringway has made, which go on when Ringway stops.
+//! `ringway reap`: removes the containers that Ringway created. They keep running when Ringway stops.
 
 use std::time::Duration;
 
@@ -11,16 +11,16 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Common, Failure, docker_host, runtime};
 
-/// From SIGTERM to SIGKILL where the config has no replicas in containers any more.
+/// Time between SIGTERM and SIGKILL if the config has no pool of containers.
 const GRACE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Wait for SIGTERM first. Then remove them if the containers of this compose service have ended and do not
-    /// come back: so `docker compose down` removes replicas, and `docker compose restart` keeps them
+    /// Wait for SIGTERM, then remove the containers only if this compose service has ended for good: `docker compose
+    /// down` removes the replicas, `docker compose restart` keeps them
     #[arg(long, value_name = "SERVICE")]
     after: Option<String>,
-    /// Whose containers; without it the config's `docker.owner`
+    /// Owner of the containers [default: `docker.owner` of the config]
     #[arg(long)]
     owner: Option<String>,
 }
@@ -34,18 +34,21 @@ pub(crate) fn reap(common: &Common, options: &Options) -> Result<(), Failure> {
     });
     let longest = grace.max();
     let owner = options.owner.clone().or(config.docker.owner);
-    // The built-in config, for example, says nothing of whose containers are meant.
+    // Without any of them the owner is unknown. The built-in config is an example.
     if longest.is_none() && owner.is_none() && options.after.is_none() {
-        return Err(anyhow::anyhow!("{origin} makes no containers: give its config with --config, or --owner").into());
+        return Err(anyhow::anyhow!(
+            "{origin} has no pool of containers: pass the right config with --config, or the owner with --owner"
+        )
+        .into());
     }
     let grace = longest.unwrap_or(GRACE);
     let engine = Engine::new(docker_host().as_deref(), config.docker.timeout).map_err(anyhow::Error::msg)?;
     runtime()?.block_on(async {
-        // Which network does not matter here.
+        // The network does not matter here.
         let wanted = ScopeSettings { owner, network: Some(String::new()) };
         let Some(service) = &options.after else {
-            let place = scope::find(&engine, &wanted).await.map_err(anyhow::Error::from)?;
-            return remove(&engine, &place.owner, grace).await;
+            let scope = scope::find(&engine, &wanted).await.map_err(anyhow::Error::from)?;
+            return remove(&engine, &scope.owner, grace).await;
         };
         let cannot_listen = |error| anyhow::anyhow!("cannot listen for signals: {error}");
         let mut terminate = signal(SignalKind::terminate()).map_err(cannot_listen)?;
@@ -54,14 +57,17 @@ pub(crate) fn reap(common: &Common, options: &Options) -> Result<(), Failure> {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
-        let (place, project) = scope::find_in_project(&engine, &wanted).await.map_err(anyhow::Error::from)?;
+        let (scope, project) = scope::find_in_project(&engine, &wanted).await.map_err(anyhow::Error::from)?;
         let Some(project) = project else {
-            return Err(anyhow::anyhow!("--after is for a service of a compose project, and this is none").into());
+            return Err(anyhow::anyhow!(
+                "--after works only inside a compose project, and this container does not belong to one"
+            )
+            .into());
         };
         if reap::has_ended(&engine, &project, service).await.map_err(anyhow::Error::from)? {
-            return remove(&engine, &place.owner, grace).await;
+            return remove(&engine, &scope.owner, grace).await;
         }
-        tracing::info!(service, "it runs on: its replicas are kept");
+        tracing::info!(service, "the service still runs; its replicas stay");
         Ok(())
     })
 }

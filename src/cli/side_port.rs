@@ -94,7 +94,7 @@ fn address(common: &Common, port: &Port) -> anyhow::Result<SocketAddr> {
 }
 
 fn unreachable(address: SocketAddr) -> String {
-    format!("cannot reach the side port at {address}; is Ringway running there")
+    format!("cannot reach the side port at {address}; check that Ringway runs there")
 }
 
 /// The token from `--token-file`, the config or the environment, in this order; `None` without any.

@@ -1,4 +1,4 @@
-//! `ringway status`: asks a running Ringway's side port and shows the answer as a table.
+//! `ringway status`: reads the status of a running Ringway and prints it as a table.
 
 use std::net::SocketAddr;
 
@@ -12,10 +12,10 @@ use super::{Common, Failure, print, runtime, side_port};
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// The answer as JSON
+    /// Print JSON
     #[arg(long)]
     json: bool,
-    /// The side port's address; without it the config's
+    /// Address of the side port [default: the one in the config]
     #[arg(long, value_name = "ADDRESS")]
     api: Option<SocketAddr>,
 }
@@ -37,7 +37,7 @@ pub(crate) fn status(common: &Common, options: &Options) -> Result<(), Failure> 
 async fn ask(address: SocketAddr) -> anyhow::Result<Bytes> {
     let answer = side_port::get(address, "/api/status").await;
     let answer =
-        answer.with_context(|| format!("cannot reach the side port at {address}; is Ringway running there"))?;
+        answer.with_context(|| format!("cannot reach the side port at {address}; check that Ringway runs there"))?;
     anyhow::ensure!(answer.status().is_success(), "the side port at {address} answers {}", answer.status());
     Ok(answer.into_body())
 }
@@ -61,7 +61,7 @@ fn table(status: &Status) -> String {
     for listener in &status.listeners {
         let Connections { active, total } = listener.connections;
         let (name, address, pool) = (&listener.name, &listener.address, &listener.pool);
-        lines.push(format!("{name} on {address}, pool {pool}: {active} connections, {total} in all"));
+        lines.push(format!("{name} on {address}, pool {pool}: {active} connections, {total} in total"));
     }
     for pool in &status.pools {
         if let Some(error) = pool.provider.engine.as_ref().and_then(|engine| engine.error.as_ref()) {
@@ -71,7 +71,9 @@ fn table(status: &Status) -> String {
             lines.push(format!("pool {}: panic: too few backends are healthy, all are tried", pool.name));
         }
         lines.extend(
-            pool.differs.iter().map(|differs| format!("pool {}: not as in the config: {}", pool.name, told(differs))),
+            pool.differs
+                .iter()
+                .map(|differs| format!("pool {}: differs from the config: {}", pool.name, in_words(differs))),
         );
     }
     lines.push(String::new());
@@ -87,8 +89,8 @@ fn table(status: &Status) -> String {
     lines.join("\n") + "\n"
 }
 
-/// What was changed at run time, in a few words.
-fn told(differs: &Differs) -> String {
+/// A run-time change in a few words.
+fn in_words(differs: &Differs) -> String {
     let backend = differs.backend.as_ref().map(|id| format!(" {id}")).unwrap_or_default();
     match (differs.config, differs.now) {
         (Some(config), Some(now)) => format!("{}{backend} is {now}, not {config}", differs.what),

@@ -4,6 +4,7 @@
 //!
 //! - this file: the config types and loading
 //! - [`parse`], [`parse_pool`], [`parse_check`], [`parse_provider`]: every key with its range and default
+//! - [`provider`]: the kinds of providers, and what each kind implies
 //! - [`reader`]: typed access to YAML; collects each fault with its key path
 //! - [`diff`]: the differences between two configs
 //! - [`effective`]: the reverse of parsing: writes the config as YAML, with every default filled in
@@ -15,22 +16,22 @@ mod parse;
 mod parse_check;
 mod parse_pool;
 mod parse_provider;
+mod provider;
 mod reader;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
 use crate::control::ejection;
 use crate::control::health::Check;
 use crate::control::publisher::OnDown;
-use crate::control::supervisor::docker::Spec;
 use crate::proxy::access_log::Format;
 use crate::proxy::key::KeyKind;
 use crate::proxy::socket::TcpOptions;
 use crate::ring::Parameters;
+
+pub use self::provider::{Containers, Discover, Process, Provider, Restart, StaticBackend};
 
 /// The config that is built into the binary: the repository's `config.yaml`.
 pub const BUILT_IN: &str = include_str!("../../config.yaml");
@@ -264,117 +265,6 @@ pub struct Ejection {
     pub after: u32,
     /// Duration of an ejection and the maximum share of ejected backends.
     pub settings: ejection::Settings,
-}
-
-/// The source of a pool's backends.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Provider {
-    /// Backends that the config lists; at least one.
-    Static(Vec<StaticBackend>),
-    /// Child processes that Ringway starts and supervises.
-    Process(Process),
-    /// Containers that Ringway creates and supervises.
-    Containers(Containers),
-    /// Containers that something else runs and Ringway discovers by label.
-    Discover(Discover),
-}
-
-/// Number of backends that Ringway reserves file descriptors for in a discovered pool. The real number is unknown
-/// in advance.
-const DISCOVERED: usize = 32;
-
-impl Provider {
-    /// Returns the configured number of replicas, or `None` if Ringway does not start this pool's backends.
-    pub fn replicas(&self) -> Option<u32> {
-        match self {
-            Self::Process(process) => Some(process.replicas),
-            Self::Containers(containers) => Some(containers.replicas),
-            Self::Static(_) | Self::Discover(_) => None,
-        }
-    }
-
-    /// Returns the expected number of backends. For a discovered pool this is an estimate.
-    pub fn backends(&self) -> usize {
-        match self {
-            Self::Static(backends) => backends.len(),
-            Self::Process(process) => process.replicas as usize,
-            Self::Containers(containers) => containers.replicas as usize,
-            Self::Discover(_) => DISCOVERED,
-        }
-    }
-}
-
-/// A backend listed in the config.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StaticBackend {
-    /// Id, unique within the pool.
-    pub id: String,
-    /// IP address, or a host name that Ringway resolves at start.
-    pub host: String,
-    /// TCP port of the backend.
-    pub port: u16,
-    /// Multiplier for the number of the backend's virtual nodes on the ring.
-    pub weight: u32,
-}
-
-/// Settings of a pool of child processes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Process {
-    /// Number of replicas.
-    pub replicas: u32,
-    /// Program and arguments. Ringway substitutes `{port}` and `{slot}`, and runs its own binary for `ringway`.
-    pub command: Vec<String>,
-    /// Environment variables that Ringway adds, with the same placeholders.
-    pub env: Vec<(String, String)>,
-    /// First and last port of a range; `None`: the system chooses the ports.
-    pub ports: Option<(u16, u16)>,
-    /// Restart policy for replicas.
-    pub restart: Restart,
-    /// Time between SIGTERM and SIGKILL when Ringway stops a replica.
-    pub stop_grace: Duration,
-}
-
-/// Settings of a pool of containers that Ringway creates.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Containers {
-    /// Number of replicas.
-    pub replicas: u32,
-    /// Image, command and resources of each container.
-    pub spec: Spec,
-    /// Docker network on which Ringway reaches the containers; `None`: the network that Ringway itself is on.
-    pub network: Option<String>,
-    /// Restart policy for replicas.
-    pub restart: Restart,
-    /// Time between SIGTERM and SIGKILL when Ringway stops a container.
-    pub stop_grace: Duration,
-}
-
-/// Settings of a pool of containers that something else runs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Discover {
-    /// Label that selects the containers: `name` or `name=value`.
-    pub label: String,
-    /// TCP port on which the containers listen.
-    pub port: u16,
-    /// Docker network on which Ringway reaches the containers; `None`: the network that Ringway itself is on.
-    pub network: Option<String>,
-}
-
-/// Restart policy: when Ringway replaces a dead or unhealthy replica.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Restart {
-    /// Wait before the second restart in a row. The first restart is immediate, and each further one doubles the wait.
-    pub backoff: Duration,
-    /// Maximum wait before a restart.
-    pub max_backoff: Duration,
-    /// A replica that ran this long is stable, which resets the wait.
-    pub stable_after: Duration,
-    /// Number of consecutive restarts without a stable replica after which the slot counts as a crash loop.
-    pub crash_loop_after: u32,
-    /// How long a new replica may fail its health checks and still count as starting.
-    pub start_grace: Duration,
-    /// Ringway replaces a running replica that is unhealthy for this long; `None`: never.
-    pub replace_after: Option<Duration>,
 }
 
 /// How Ringway connects to a backend.

@@ -159,16 +159,16 @@ pub enum CommandError {
         backend: String,
     },
     /// Only static pools take or give up single backends.
-    #[error("pool {0} is not a static one: its provider decides which backends it has")]
+    #[error("pool {0} is not static: its provider decides which backends it has")]
     NotStatic(String),
     /// Only supervised pools have a number of replicas.
-    #[error("the backends of pool {0} are not managed by Ringway: add or remove them")]
+    #[error("Ringway does not start the backends of pool {0}, so it cannot scale it")]
     NotSupervised(String),
     /// All backends of a pool of discovered containers have the same weight.
     #[error("the containers of pool {0} all have the same weight")]
     FixedWeight(String),
     /// The port range of the pool is too small.
-    #[error("pool {pool} has the ports {first}-{last}, which is fewer than {replicas}")]
+    #[error("pool {pool} has too few ports ({first}-{last}) for {replicas} replicas: widen process.ports")]
     TooFewPorts {
         /// The pool.
         pool: String,

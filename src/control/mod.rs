@@ -84,7 +84,7 @@ pub enum Event {
         incarnation: u64,
     },
     /// A command drains the backend: it gets no new connections.
-    Drained {
+    DrainRequested {
         /// Ring identity.
         id: Arc<str>,
         /// Time until Ringway resets the connections that are still open; `None`: never.
@@ -98,7 +98,7 @@ pub enum Event {
         within: Duration,
     },
     /// A command ends the drain: the backend may get connections again.
-    Undrained {
+    DrainCancelled {
         /// Ring identity.
         id: Arc<str>,
     },
@@ -134,9 +134,9 @@ impl Event {
             | Self::Reported { id, .. }
             | Self::Ejected { id, .. }
             | Self::Readmitted { id, .. }
-            | Self::Drained { id, .. }
+            | Self::DrainRequested { id, .. }
             | Self::Retiring { id, .. }
-            | Self::Undrained { id }
+            | Self::DrainCancelled { id }
             | Self::Leaving { id, .. }
             | Self::Checked { id, .. } => Some(id),
         }

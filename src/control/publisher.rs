@@ -172,15 +172,15 @@ impl Publisher {
                 let backend_state = backend_state.or_insert_with(|| BackendState::new(Arc::clone(&id), is_first, now));
                 let change = backend_state.joined(weight);
                 if self.drained.remove(&id) {
-                    backend_state.apply(Event::Drained { id: Arc::clone(&id), within: None }, 0, now);
+                    backend_state.apply(Event::DrainRequested { id: Arc::clone(&id), within: None }, 0, now);
                 }
                 (id, change)
             }
-            Event::Drained { id, .. } if !self.backends.contains_key(&id) => {
+            Event::DrainRequested { id, .. } if !self.backends.contains_key(&id) => {
                 self.drained.insert(id);
                 return Change::Nothing;
             }
-            Event::Undrained { id } if self.drained.remove(&id) => return Change::Nothing,
+            Event::DrainCancelled { id } if self.drained.remove(&id) => return Change::Nothing,
             event => {
                 let Some(id) = event.id().cloned() else { return Change::Nothing };
                 let next = self.incarnation + 1;
@@ -242,7 +242,7 @@ impl Publisher {
         }
         let is_down = matches!(is, State::Unhealthy | State::Ejected);
         if is_down && was == State::Healthy && self.settings.on_down == OnDown::Reset {
-            backend_state.backend.live.evictions.order(Eviction::Down);
+            backend_state.backend.live.evictions.request(Eviction::Down);
         }
     }
 

@@ -18,7 +18,7 @@ use tokio_util::task::TaskTracker;
 use super::account::Account;
 use super::context::WorkerListener;
 use super::limit::{ConnectionPermit, Limit};
-use super::session::session;
+use super::session::serve_connection;
 use super::stats::AcceptError;
 use crate::labels::Label as _;
 
@@ -49,9 +49,12 @@ pub(super) async fn accept(
     sessions: TaskTracker,
     stop: CancellationToken,
 ) {
-    let start = |(client, peer): (TcpStream, SocketAddr), permit: ConnectionPermit, listener: Rc<WorkerListener>| {
-        tokio::task::spawn_local(sessions.track_future(session(client, Account::open(listener, peer, permit))));
-    };
+    let spawn_connection =
+        |(client, peer): (TcpStream, SocketAddr), permit: ConnectionPermit, listener: Rc<WorkerListener>| {
+            tokio::task::spawn_local(
+                sessions.track_future(serve_connection(client, Account::open(listener, peer, permit))),
+            );
+        };
     let mut turn = 0;
     loop {
         // The permit comes first: connections over a limit wait in the kernel's backlog, not in this process.
@@ -67,7 +70,7 @@ pub(super) async fn accept(
             accepted = accept_or_wait(&acceptor.socket, permit) => accepted,
         };
         match accepted {
-            Some((Ok(accepted), permit)) => start(accepted, permit, acceptor.listener()),
+            Some((Ok(accepted), permit)) => spawn_connection(accepted, permit, acceptor.listener()),
             Some((Err(error), permit)) => {
                 drop(permit);
                 let kind = classify(&error);
@@ -92,7 +95,7 @@ pub(super) async fn accept(
     while let Some(permit) = ConnectionPermit::try_acquire(&listener.serving.limit, &process) {
         let Some((stream, peer)) = queued(&acceptor.socket) else { break };
         if let Ok(stream) = TcpStream::from_std(stream) {
-            start((stream, peer), permit, Rc::clone(&listener));
+            spawn_connection((stream, peer), permit, Rc::clone(&listener));
         }
     }
 }

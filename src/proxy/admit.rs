@@ -1,15 +1,18 @@
-//! Stage admit: inspects a connection's first bytes if the listener requires it, and consumes none of them.
+//! Stage admit: applies the limits of the source address, and inspects a connection's first bytes. Consumes none of
+//! them. Both happen only if the listener requires it.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 
+use super::account::Outcome;
 use super::limit::ConnectionPermit;
 use super::socket::end_cleanly;
 use super::stats::EndReason;
-use super::{Intercept, Intercepted};
+use super::{Intercept, Intercepted, Serving};
 
 /// Maximum wait for the first bytes. It delays protocols in which the server speaks first, and only on listeners that
 /// inspect. Clients that speak first are never delayed.
@@ -21,16 +24,31 @@ const AGAIN: Duration = Duration::from_millis(5);
 /// Length of the longest byte sequence that can be recognized.
 const LONGEST: usize = 64;
 
-/// Lets the connection continue to a backend, or hands it and its permit over if its first bytes match.
+/// Lets the connection continue to a backend.
 ///
 /// # Errors
-/// When the connection does not continue: Ringway handed it over, or the client reset it.
+/// When it does not continue: its source is over a limit, Ringway answered it, or the client reset it.
 pub(super) async fn admit(
     client: TcpStream,
+    peer: SocketAddr,
     permit: &mut Option<ConnectionPermit>,
-    intercept: Option<&Intercept>,
+    serving: &Serving,
+) -> Result<TcpStream, Outcome> {
+    if let (Some(sources), Some(permit)) = (&serving.sources, permit.as_mut()) {
+        permit.source = sources.admit(peer.ip(), std::time::Instant::now())?;
+    }
+    match &serving.intercept {
+        Some(intercept) => Ok(inspect(client, permit, intercept).await?),
+        None => Ok(client),
+    }
+}
+
+/// Returns the connection, or hands it and its permit over if its first bytes match.
+async fn inspect(
+    client: TcpStream,
+    permit: &mut Option<ConnectionPermit>,
+    intercept: &Intercept,
 ) -> Result<TcpStream, EndReason> {
-    let Some(intercept) = intercept else { return Ok(client) };
     let wanted = Instant::now() + FIRST_BYTES;
     match tokio::time::timeout_at(wanted, begins_with(&client, intercept.first_bytes)).await {
         Ok(Ok(true)) => {}

@@ -6,8 +6,7 @@
 //! # Layout
 //!
 //! - [`mod@session`]: the path of one connection, one line per stage
-//! - [`accept`], [`admit`], [`key`], [`connect`], [`relay`], [`account`]: the stages (the pick stage is
-//!   [`Table::candidates`](crate::table::Table::candidates))
+//! - [`accept`], [`admit`], [`key`], [`pick`], [`mod@connect`], [`relay`], [`account`]: the stages
 //! - [`direction`], [`pipe`], [`write_backlog`]: one half of a relay, and the pipes and buffers that it uses
 //! - [`worker`], [`timeouts`]: a worker's thread, and its timeout task with a coarse clock
 //! - [`context`], [`stats`]: state shared by the connections of one worker, and counters shared by all workers
@@ -27,6 +26,7 @@ mod connect;
 mod context;
 mod direction;
 mod limit;
+mod pick;
 mod pipe;
 mod relay;
 mod session;
@@ -36,10 +36,8 @@ mod worker;
 mod write_backlog;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use ::metrics::Histogram;
 use tokio::sync::mpsc;
@@ -47,14 +45,12 @@ use tokio_util::sync::CancellationToken;
 
 use self::access_log::AccessLog;
 pub use self::connect::{Connected, connect};
-use self::key::KeyKind;
 pub use self::limit::{ConnectionPermit, Limit};
+pub use self::pick::{Reports, Route};
 use self::socket::TcpOptions;
 pub use self::source_limits::{SourceLimits, Sources};
-use self::stats::{ListenerStats, PoolStats, WorkerStats};
+use self::stats::{ListenerStats, WorkerStats};
 use self::worker::{Setup, WorkerCommand};
-use crate::backend::{Backend, Failing};
-use crate::table::{Table, TableCell};
 
 /// Settings of the data plane, shared by all workers.
 #[derive(Debug, Clone, Copy)]
@@ -100,60 +96,6 @@ pub struct Serving {
     pub access_log: Option<AccessLog>,
     /// Histogram of connection durations, in seconds.
     pub connection_seconds: Histogram,
-}
-
-/// How a listener's connections are balanced over a pool.
-#[derive(Debug, Clone)]
-pub struct Route {
-    /// The pool's name.
-    pub pool: Arc<str>,
-    /// The part of a connection that is hashed.
-    pub key: KeyKind,
-    /// The pool's table.
-    pub table: TableCell,
-    /// Maximum connections per backend; a backend that has reached it is skipped.
-    pub most_per_backend: u64,
-    /// Timeout of one connect attempt.
-    pub connect_timeout: Duration,
-    /// Maximum backends tried per connection; at least 1.
-    pub connect_attempts: usize,
-    /// A connection with no traffic for this long is reset.
-    pub idle: Duration,
-    /// The idle timeout once one side has ended its stream.
-    pub half_closed: Duration,
-    /// A connection is reset at this age, or up to a tenth sooner; `None`: never.
-    pub max_age: Option<Duration>,
-    /// How long open connections may continue after the data plane was told to stop.
-    pub drain: Duration,
-    /// Histogram of successful connect times, in seconds.
-    pub connect_seconds: Histogram,
-    /// Reports backends whose connects keep failing; `None`: no reports.
-    pub failing: Option<Reports>,
-    /// The pool's counters.
-    pub stats: Arc<PoolStats>,
-}
-
-impl Route {
-    /// Stage pick: returns the backends to try for `key`, in order.
-    pub fn pick<'t>(
-        &self,
-        table: &'t Table,
-        key: &'t [u8],
-    ) -> impl Iterator<Item = (&'t Backend, SocketAddr)> + use<'t> {
-        if table.is_panic() {
-            self.stats.picked_in_panic.fetch_add(1, Ordering::Relaxed);
-        }
-        table.candidates(key)
-    }
-}
-
-/// How Ringway reports backends whose connects keep failing.
-#[derive(Debug, Clone)]
-pub struct Reports {
-    /// Consecutive failures per report; at least 1. Every further series of this length makes another report.
-    pub after: u32,
-    /// Receives the reports. A full channel drops a report; later failures make another.
-    pub to: mpsc::Sender<Failing>,
 }
 
 /// Takes over connections by their first bytes, which stay in the socket.

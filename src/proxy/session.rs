@@ -1,7 +1,6 @@
 //! The path of one connection through all stages, one line per stage.
 
 use std::rc::Rc;
-use std::time::Instant;
 
 use tokio::net::TcpStream;
 
@@ -16,7 +15,7 @@ use super::relay::Relay;
 /// There can be tens of thousands of idle connections, and each keeps this future for hours. So the future stores only
 /// the relay and the account, each once. The earlier stages are boxed and freed when they end. This is not an
 /// `async fn`, which would also store its arguments.
-pub(super) fn session(client: TcpStream, mut account: Account) -> impl Future<Output = ()> {
+pub(super) fn serve_connection(client: TcpStream, mut account: Account) -> impl Future<Output = ()> {
     let connecting = Box::pin(async move {
         let relay = reach_backend(client, &mut account).await;
         (relay, account)
@@ -37,10 +36,7 @@ async fn reach_backend(client: TcpStream, account: &mut Account) -> Result<Relay
     let listener = Rc::clone(&account.listener);
     let (serving, peer) = (&listener.serving, account.client);
 
-    if let (Some(sources), Some(permit)) = (&serving.sources, &mut account.permit) {
-        permit.source = sources.admit(peer.ip(), Instant::now())?;
-    }
-    let client = admit(client, &mut account.permit, serving.intercept.as_ref()).await?;
+    let client = admit(client, peer, &mut account.permit, serving).await?;
     let key = Key::of(serving.route.key, peer);
     let table = listener.table();
     let candidates = serving.route.pick(&table, key.as_bytes());

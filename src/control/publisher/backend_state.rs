@@ -157,11 +157,11 @@ impl BackendState {
                 self.is_ejected = false;
                 self.backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
             }
-            Event::Drained { within, .. } => {
+            Event::DrainRequested { within, .. } => {
                 self.drains.ordered = Some(drain(self.drains.ordered, within, false, now));
                 self.show_drain();
             }
-            Event::Undrained { .. } => {
+            Event::DrainCancelled { .. } => {
                 if self.drains.ordered.take().is_none() {
                     return Change::Nothing;
                 }
@@ -289,7 +289,7 @@ impl BackendState {
     /// passed.
     pub(super) fn pass(&mut self, settings: &Settings, now: Instant) -> Change {
         if self.deadline().is_some_and(|deadline| deadline <= now) && self.active() > 0 {
-            self.backend.live.evictions.order(Eviction::Drained);
+            self.backend.live.evictions.request(Eviction::Drained);
         }
         let Some(since) = self.warms_since else { return Change::Nothing };
         let passed = now.saturating_duration_since(since);

@@ -136,7 +136,7 @@ fn events_about_unknown_backends_publish_nothing() {
 }
 
 fn drained(id: &str, within: Option<Duration>) -> Event {
-    Event::Drained { id: id.into(), within }
+    Event::DrainRequested { id: id.into(), within }
 }
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -149,7 +149,7 @@ fn a_drained_backend_keeps_its_points_and_serves_the_same_keys_after_undrain() {
     assert_eq!(states(&publisher), [State::Draining, State::Healthy]);
     publisher.take([stopped("a", false), started("a", 3)], Instant::now());
     assert_eq!(states(&publisher), [State::Draining, State::Healthy], "its next replica is drained too");
-    publisher.take([Event::Undrained { id: "a".into() }], Instant::now());
+    publisher.take([Event::DrainCancelled { id: "a".into() }], Instant::now());
     assert_eq!(states(&publisher), [State::Healthy; 2]);
     assert_eq!(publisher.table().load().ring().digest(), before);
 }
@@ -160,7 +160,7 @@ fn retiring_ends_with_the_next_replica_and_a_drain_command_does_not() {
     let retiring = || Event::Retiring { id: "a".into(), within: SECOND };
     publisher.take([retiring()], Instant::now());
     assert_eq!(states(&publisher), [State::Draining]);
-    publisher.take([Event::Undrained { id: "a".into() }], Instant::now());
+    publisher.take([Event::DrainCancelled { id: "a".into() }], Instant::now());
     assert_eq!(states(&publisher), [State::Draining], "no command caused this drain");
     publisher.take([stopped("a", false), started("a", 2)], Instant::now());
     assert_eq!(states(&publisher), [State::Healthy]);
@@ -305,7 +305,7 @@ fn a_drain_applies_to_a_backend_that_joins_later_or_again() {
     publisher.take([joined("a"), started("a", 2)], Instant::now());
     assert_eq!(states(&publisher)[0], State::Draining);
     publisher.take([Event::Left { id: "a".into() }], Instant::now());
-    publisher.take([Event::Undrained { id: "a".into() }], Instant::now());
+    publisher.take([Event::DrainCancelled { id: "a".into() }], Instant::now());
     publisher.take([joined("a"), started("a", 3)], Instant::now());
     assert_eq!(states(&publisher)[0], State::Healthy);
 }

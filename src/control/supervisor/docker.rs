@@ -8,6 +8,7 @@
 //!
 //! - this file: the adapter, and the handling of finished work
 //! - [`observe`]: derives the state of the slots from a full list
+//! - [`work`]: starts and stops under way, and what follows from them
 //! - [`create`]: creates containers
 //! - [`backoff`]: waits between retries
 
@@ -25,29 +26,24 @@ use tokio_util::sync::CancellationToken;
 use super::plan::{Action, Why};
 use super::process::Handed;
 use super::{Adapter, Ending, Progress, Resting, Running, SlotSettings, Slots, Supervisor};
-use crate::backend::{Exit, Replica};
+use crate::backend::Replica;
 use crate::control::Event;
 use crate::control::docker::container::Container;
-use crate::control::docker::engine::{Engine, EngineError};
+use crate::control::docker::engine::Engine;
 use crate::control::docker::label;
 use crate::control::docker::scope::{self, Scope, ScopeSettings};
 use crate::control::docker::watch::{EngineStatus, Seen, Watch};
-use crate::labels::Label as _;
 use crate::table::TableCell;
 
 mod backoff;
 mod create;
 mod observe;
+mod work;
 
 use self::backoff::Backoff;
-use self::create::{Failure, Maker};
+use self::create::Maker;
 pub use self::create::{Pull, Spec};
-
-/// Limit of containers being created at once, and likewise of containers being stopped.
-const MOST_AT_ONCE: usize = 8;
-
-/// Conflicts in a row after which Ringway no longer assumes that another process is just creating the container.
-const MANY_CONFLICTS: u32 = 8;
+use self::work::{Done, Work};
 
 /// How long Ringway waits for starts and stops in progress when it stops.
 const FINISH: Duration = Duration::from_secs(5);
@@ -170,26 +166,6 @@ struct Known {
     is_bad: bool,
 }
 
-/// Work in progress on a slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Work {
-    Start,
-    Stop,
-    Examination,
-}
-
-/// Finished work on a slot.
-enum Done {
-    /// Whether the engine could create a container from the current settings; the action follows if so.
-    Checked(Action, Result<(), Failure>),
-    Started(Result<(), Failure>),
-    Stopped(Why, Result<(), EngineError>),
-    /// How a container ended.
-    Examined(Exit),
-    /// The result of removing a container that fills no slot.
-    Removed(Arc<str>, Result<(), EngineError>),
-}
-
 /// An observation of the adapter.
 enum Observation {
     List(Option<Seen>),
@@ -287,115 +263,6 @@ impl Adapter for Containers {
         let _ = tokio::time::timeout(FINISH, async { while self.work.join_next().await.is_some() {} }).await;
         tracing::info!(pool = %slots.pool(), owner = self.scope.owner, replicas = self.known.len(),
             "containers keep running; the next Ringway of this owner adopts them, `ringway reap --owner` removes them");
-    }
-}
-
-impl Containers {
-    /// Whether work on the slot must wait. When other work finishes, the supervisor plans again.
-    fn must_wait(&self, slot: usize, kind: Work, now: Instant) -> Option<Progress> {
-        let is_full = self.busy.values().filter(|&&other| other == kind).count() >= MOST_AT_ONCE;
-        if is_full || self.busy.contains_key(&slot) {
-            return Some(Progress::UnderWay);
-        }
-        self.backoff.until(&slot, now).map(Progress::Later)
-    }
-
-    /// Checks that a new container can be created before Ringway gives up the running one. `then` follows if so.
-    fn check(&mut self, slot: usize, then: Action) -> Progress {
-        let maker = Arc::clone(&self.maker);
-        self.begin(slot, Work::Stop, async move { Done::Checked(then, maker.check().await) })
-    }
-
-    /// Stops and removes the container of a slot.
-    async fn end(&mut self, slots: &mut Slots, slot: usize, why: Why) -> Progress {
-        let known = self.known.get_mut(&slot).map(|known| {
-            // As reported to the publisher below. If the stop fails, the next list reports the container again.
-            (known.address, known.is_bad) = (None, false);
-            Arc::clone(&known.id)
-        });
-        let leftover = || self.leftovers.remove(&slot).map(|container| container.id);
-        let Some(id) = known.or_else(leftover) else { return Progress::UnderWay };
-        slots.log_stop(slot, why);
-        slots[slot].stopping(why);
-        slots.send(Event::Stopped { id: Arc::clone(&slots[slot].name), crash_loop: false, exit: None }).await;
-        let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
-        self.begin(slot, Work::Stop, async move { Done::Stopped(why, engine.end(&id, grace).await) })
-    }
-
-    fn begin(&mut self, slot: usize, kind: Work, work: impl Future<Output = Done> + Send + 'static) -> Progress {
-        self.busy.insert(slot, kind);
-        self.work.spawn(async move { (slot, work.await) });
-        Progress::UnderWay
-    }
-
-    async fn finished(&mut self, slots: &mut Slots, slot: usize, done: Done) {
-        let now = Instant::now();
-        self.poke.notify_one();
-        if let Done::Removed(id, result) = done {
-            self.doubles.remove(&id);
-            if let Err(error) = result {
-                let count = self.double_backoff.fail(id, now);
-                log_failure(slots, slot, count, "could not remove a container that fills no slot", &error);
-            }
-            return;
-        }
-        self.busy.remove(&slot);
-        self.changed.insert(slot, now);
-        match done {
-            // The next list shows the replica. `Removed` is handled above.
-            Done::Started(Ok(())) | Done::Removed(..) => {}
-            Done::Started(Err(Failure::Conflict)) => {
-                slots[slot].postponed(now);
-                if self.backoff.fail(slot, now) == MANY_CONFLICTS {
-                    let reason = "the engine reports a name conflict but does not list the container";
-                    slots.refused(slot, reason).await;
-                }
-            }
-            // Only a failed list means that the engine is unreachable.
-            Done::Started(Err(Failure::Engine(error))) => {
-                slots[slot].postponed(now);
-                let count = self.backoff.fail(slot, now);
-                log_failure(slots, slot, count, "the engine did not answer a start", &error);
-            }
-            Done::Started(Err(Failure::Refused(reason))) => {
-                self.backoff.clear(&slot);
-                slots.refused(slot, &reason).await;
-            }
-            Done::Stopped(Why::Surplus, Ok(())) => {
-                self.known.remove(&slot);
-                slots.emptied(slot, now);
-            }
-            Done::Stopped(why, Ok(())) => {
-                self.known.remove(&slot);
-                self.backoff.clear(&slot);
-                let reason = format!("stopped: {}", why.as_str());
-                slots.ended(slot, Exit { reason, code: None, output: Vec::new(), at: now }).await;
-            }
-            Done::Stopped(_, Err(error)) => {
-                slots[slot].not_stopped();
-                let count = self.backoff.fail(slot, now);
-                log_failure(slots, slot, count, "could not stop a container", &error);
-            }
-            Done::Examined(exit) => slots.ended(slot, exit).await,
-            Done::Checked(Action::Drain(_, why), Ok(())) => slots.drain(slot, why).await,
-            Done::Checked(_, Ok(())) => {
-                self.end(slots, slot, Why::Outdated).await;
-            }
-            Done::Checked(_, Err(failure)) => {
-                let count = self.backoff.fail(slot, now);
-                log_failure(slots, slot, count, "could not roll out the new settings", &failure);
-            }
-        }
-    }
-}
-
-/// Logs a failure: the first in a row as a warning, further ones at debug level.
-fn log_failure(slots: &Slots, slot: usize, count: u32, what: &str, error: &dyn std::fmt::Display) {
-    let (pool, slot) = (slots.pool(), &slots[slot].name);
-    if count == 1 {
-        tracing::warn!(%pool, %slot, "{what}; Ringway retries: {error}");
-    } else {
-        tracing::debug!(%pool, %slot, count, "{what}: {error}");
     }
 }
 

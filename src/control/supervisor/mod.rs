@@ -137,6 +137,7 @@ enum Ending {
 struct Supervisor<A> {
     adapter: A,
     slots: Slots,
+    table_changes: watch::Receiver<u64>,
 }
 
 impl<A: Adapter> Supervisor<A> {
@@ -149,7 +150,8 @@ impl<A: Adapter> Supervisor<A> {
         is_settled: bool,
     ) -> Self {
         let slots = Slots::new(A::slot_settings(&settings).clone(), table, events, is_settled);
-        let mut supervisor = Self { adapter, slots };
+        let table_changes = slots.watch_table();
+        let mut supervisor = Self { adapter, slots, table_changes };
         supervisor.configure(settings).await;
         supervisor
     }
@@ -160,7 +162,6 @@ impl<A: Adapter> Supervisor<A> {
         /// The timeout when nothing is due.
         const LONG: Duration = Duration::from_secs(3600);
         let Resting { mut settled, mut handovers } = resting;
-        let mut table_changes = self.slots.watch_table();
         let mut ending = Ending::Stopped;
         while !stop.is_cancelled() && !self.is_done() {
             let wake = self.act().await.unwrap_or_else(|| Instant::now() + LONG);
@@ -168,7 +169,7 @@ impl<A: Adapter> Supervisor<A> {
                 () = stop.cancelled() => {}
                 () = tokio::time::sleep_until(wake.into()) => {}
                 observation = self.adapter.next() => self.adapter.observe(&mut self.slots, observation).await,
-                Ok(()) = table_changes.changed() => self.slots.judge(self.adapter.running()),
+                Ok(()) = self.table_changes.changed() => self.slots.judge(self.adapter.running()),
                 Ok(()) = settings.changed() => {
                     let changed = settings.borrow_and_update().clone();
                     self.configure(changed).await;

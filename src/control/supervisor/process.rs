@@ -4,19 +4,18 @@
 //!
 //! - this file: the adapter
 //! - [`lifeline`]: holds, awaits and ends a replica
+//! - [`start`]: starts a replica through its shim
 //! - [`ports`]: reserves the ports of replicas
 
 use std::collections::HashMap;
 use std::io::{self, PipeReader};
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use socket2::Socket;
-use tokio::process::Command;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -30,10 +29,12 @@ use crate::table::TableCell;
 
 mod lifeline;
 mod ports;
+mod start;
 
 pub use self::lifeline::let_go;
-use self::lifeline::{Held, first_word, wait};
+use self::lifeline::{Held, wait_for_exit};
 pub use self::ports::Ports;
+pub use self::start::{THIS_BINARY, is_runnable};
 
 /// How Ringway runs a pool's replicas. Everything except the pool's name may change at run time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,9 +60,6 @@ pub struct Spec {
     pub env: Vec<(String, String)>,
 }
 
-/// The name that stands for Ringway's own binary in a command.
-pub const THIS_BINARY: &str = "ringway";
-
 /// A replica as one Ringway hands it over to the next. The sockets are copies.
 #[derive(Debug)]
 pub struct Handed {
@@ -81,22 +79,6 @@ pub struct Handed {
     pub output: PipeReader,
     /// The socket that reserves its port.
     pub port: Socket,
-}
-
-/// Whether `program` can be run: an existing executable file, or the name of one in `PATH`.
-pub fn is_runnable(program: &str) -> bool {
-    use std::os::unix::fs::PermissionsExt as _;
-
-    let is_executable =
-        |path: &Path| path.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0);
-    if program == THIS_BINARY {
-        return true;
-    }
-    if program.contains('/') {
-        return is_executable(Path::new(program));
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| is_executable(&folder.join(program)))
 }
 
 /// Keeps a replica in every slot until `stop`, then stops all of them. The settings may change at run time.
@@ -205,7 +187,7 @@ impl Adapter for Processes {
             child.stop.cancel();
         }
         slots[slot].stopping(why);
-        Progress::UnderWay
+        Progress::Done
     }
 
     async fn next(&mut self) -> (usize, Exit) {
@@ -268,21 +250,6 @@ impl Processes {
         }
     }
 
-    /// Starts a shim, which starts the replica.
-    async fn spawn(&self, slot: &str, port: u16) -> io::Result<(u32, Held)> {
-        let (lifeline, of_shim) = UnixStream::pair()?;
-        let (output, of_replica) = std::io::pipe()?;
-        let mut command = self.command(slot, port);
-        let shim = command.stdin(OwnedFd::from(of_shim)).stdout(of_replica.try_clone()?).stderr(of_replica).spawn();
-        // The command holds copies of the shim's ends; dropping it closes them.
-        drop(command);
-        let mut shim = shim?;
-        tokio::spawn(async move { drop(shim.wait().await) });
-        let held = Held { lifeline, output };
-        let pid = first_word(&held.lifeline).await?;
-        Ok((pid, held))
-    }
-
     /// A replica runs in the slot: waits for its end in the background, and reports it to the publisher.
     #[expect(clippy::too_many_arguments, reason = "each argument is a part of one replica")]
     async fn runs(
@@ -303,41 +270,8 @@ impl Processes {
         slots[slot].running(false, now);
         let (replica, stop) = (Replica::Process { pid }, CancellationToken::new());
         let grace = self.settings.stop_grace;
-        self.waiting.spawn(wait(slot, Arc::clone(&name), waiter, stop.clone(), grace));
+        self.waiting.spawn(wait_for_exit(slot, Arc::clone(&name), waiter, stop.clone(), grace));
         self.children.insert(slot, ChildProcess { pid, replica: replica.clone(), spec, held, stop });
         slots.send(Event::Started { id: name, address, replica: Some(replica) }).await;
     }
-
-    fn command(&self, slot: &str, port: u16) -> Command {
-        let fill = |text: &str| text.replace("{port}", &port.to_string()).replace("{slot}", slot);
-        let launcher = launcher(&self.settings.launcher);
-        let mut words = self.settings.spec.command.iter().map(|word| fill(word));
-        let mut command = Command::new(launcher);
-        command.arg("shim");
-        if let Some(open_files) = self.settings.open_files {
-            command.args(["--open-files", &open_files.to_string()]);
-        }
-        command.arg("--");
-        match words.next() {
-            Some(program) if program == THIS_BINARY => command.arg(launcher),
-            Some(program) => command.arg(program),
-            None => &mut command,
-        };
-        command
-            .args(words)
-            .envs(self.settings.spec.env.iter().map(|(name, value)| (name, fill(value))))
-            // Variables that are meant for Ringway alone.
-            .env_remove("RINGWAY_TOKEN")
-            .env_remove("NOTIFY_SOCKET")
-            .env_remove("LISTEN_FDS")
-            .env_remove("LISTEN_PID")
-            // Ctrl-C signals a terminal's whole process group; replicas must keep running while Ringway drains.
-            .process_group(0);
-        command
-    }
-}
-
-/// The path of the launcher. The binary may have been replaced on disk since the start; `/proc/self/exe` still runs it.
-fn launcher(path: &Path) -> &Path {
-    if path.exists() { path } else { Path::new("/proc/self/exe") }
 }

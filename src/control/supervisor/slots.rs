@@ -122,15 +122,19 @@ impl Slots {
     /// whether any drain is still in progress.
     pub(super) async fn look_at_drains(&mut self) -> bool {
         let (mut any, mut unknown) = (false, Vec::new());
-        let table = self.table.load();
-        for slot in &mut self.list {
+        let (table, wanted) = (self.table.load(), self.wanted());
+        for (index, slot) in self.list.iter_mut().enumerate() {
             let Some(why) = slot.drains_for() else { continue };
             match is_drained(&table, &slot.name, why) {
                 Some(true) => slot.drained(),
                 Some(false) => any = true,
                 None => {
                     any = true;
-                    unknown.push(drain_event(&slot.name, why, self.settings.drain));
+                    // A slot that is wanted again has joined again, which ended its drain for the publisher. The plan
+                    // keeps its replica next; a repeated drain would take it away for good.
+                    if why != Why::Surplus || index >= wanted {
+                        unknown.push(drain_event(&slot.name, why, self.settings.drain));
+                    }
                 }
             }
         }
@@ -242,4 +246,63 @@ fn is_drained(table: &Table, slot: &str, why: Why) -> Option<bool> {
     let is_unused = backend.address.is_none() || backend.live.active.load(Ordering::Relaxed) == 0;
     // The publisher removes a leaving backend from the table.
     Some(why != Why::Surplus && drain.since.elapsed() >= LOOK && is_unused)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::publisher::{self, OnDown, Publisher};
+    use crate::ring::Parameters;
+
+    fn settings(replicas: u32) -> SlotSettings {
+        SlotSettings {
+            pool: "echo".into(),
+            replicas,
+            weights: BTreeMap::new(),
+            drain: Duration::from_secs(30),
+            policy: Policy {
+                backoff: Duration::from_millis(200),
+                max_backoff: Duration::from_secs(30),
+                stable_after: Duration::from_secs(60),
+                crash_loop_after: 5,
+                replace_after: None,
+            },
+        }
+    }
+
+    /// Slots whose second one drains as surplus, while the publisher shows no drain.
+    async fn draining() -> (Slots, mpsc::Receiver<Event>) {
+        let publishing = publisher::Settings {
+            parameters: Parameters { virtual_nodes: 10, probes: 3, seed: 0 },
+            is_checked: false,
+            panic_below: 50,
+            on_down: OnDown::Keep,
+            slow_start: Duration::ZERO,
+        };
+        let joined = |id: &str| Event::Joined { id: id.into(), weight: 1 };
+        let known = vec![joined("echo-1"), joined("echo-2")];
+        let publisher = Publisher::new("echo".into(), publishing, known, Instant::now());
+        let (events, mut queue) = mpsc::channel(16);
+        let mut slots = Slots::new(settings(1), publisher.table(), events, true);
+        slots.extend(2);
+        slots[1].running(false, Instant::now());
+        slots.drain(1, Why::Surplus).await;
+        assert!(matches!(queue.try_recv(), Ok(Event::Leaving { .. })));
+        (slots, queue)
+    }
+
+    #[tokio::test]
+    async fn a_drain_that_the_publisher_does_not_know_is_repeated() {
+        let (mut slots, mut queue) = draining().await;
+        assert!(slots.look_at_drains().await);
+        assert!(matches!(queue.try_recv(), Ok(Event::Leaving { .. })));
+    }
+
+    #[tokio::test]
+    async fn the_drain_of_a_slot_that_is_wanted_again_is_not_repeated() {
+        let (mut slots, mut queue) = draining().await;
+        slots.configure(settings(2));
+        assert!(slots.look_at_drains().await);
+        assert!(queue.try_recv().is_err(), "the slot would leave although it is wanted");
+    }
 }

@@ -5,7 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::{Containers, Done, Known, Work, short};
+use super::work::{Done, Work};
+use super::{Containers, Known, short};
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::control::docker::container::{Container, State};

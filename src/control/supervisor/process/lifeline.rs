@@ -71,7 +71,7 @@ impl Lines {
 }
 
 /// Waits until the replica has ended, by itself or because of `stop`. The shim kills the processes it leaves behind.
-pub(super) async fn wait(
+pub(super) async fn wait_for_exit(
     slot: usize,
     name: Arc<str>,
     held: Held,

@@ -1,0 +1,48 @@
+//! The provider `docker` with `discover`: containers that something else runs.
+
+use std::sync::Arc;
+
+use super::{Prepared, Source, Update, scope, watched};
+use crate::app::StartError;
+use crate::app::pools::PoolContext;
+use crate::config;
+use crate::control::Event;
+use crate::control::provider::discover::{Settings, follow};
+
+/// A pool of discovered containers has nothing to update: other settings make another pool.
+#[derive(Debug)]
+struct Discovered;
+
+pub(super) fn prepare(
+    pool: &config::Pool,
+    discover: &config::Discover,
+    context: &PoolContext<'_>,
+) -> Result<Prepared, StartError> {
+    let (engine, engine_status) = watched(context.engine)?;
+    let settings = Settings {
+        pool: pool.name.as_str().into(),
+        label: discover.label.clone(),
+        port: discover.port,
+        scope: scope(context.config, discover.network.as_ref()),
+        resync: context.config.docker.resync,
+    };
+    let status = Arc::clone(&engine_status);
+    Ok(Prepared {
+        source: Box::new(Discovered),
+        known: Vec::new(),
+        engine_status: Some(engine_status),
+        start: Box::new(move |start| {
+            let over = start.over;
+            let following = follow(settings, engine, start.events, status);
+            start.tasks.others.spawn(async move {
+                let _ = over.run_until_cancelled(following).await;
+            });
+        }),
+    })
+}
+
+impl Source for Discovered {
+    fn update(&mut self, _update: &Update<'_>) -> Vec<Event> {
+        Vec::new()
+    }
+}

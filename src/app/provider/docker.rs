@@ -1,0 +1,73 @@
+//! The provider `docker`: containers that Ringway supervises.
+
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, watch};
+
+use super::{Prepared, Source, Update, change, resting, scope, slot_settings, slots_joined, watched};
+use crate::app::StartError;
+use crate::app::changes::OfPool;
+use crate::app::pools::PoolContext;
+use crate::config::{self, Config, Provider};
+use crate::control::Event;
+use crate::control::supervisor::Handover;
+use crate::control::supervisor::docker::{Settings, supervise};
+
+/// The channels to the supervisor.
+#[derive(Debug)]
+struct Containers {
+    settings: watch::Sender<Settings>,
+    handovers: mpsc::Sender<Handover>,
+}
+
+pub(super) fn prepare(
+    pool: &config::Pool,
+    containers: &config::Containers,
+    changes: &OfPool,
+    context: &PoolContext<'_>,
+) -> Result<Prepared, StartError> {
+    let (engine, engine_status) = watched(context.engine)?;
+    let (sender, settings) = watch::channel(settings(pool, containers, changes, context.config));
+    let (handovers, resting) = resting(context);
+    let status = Arc::clone(&engine_status);
+    Ok(Prepared {
+        source: Box::new(Containers { settings: sender, handovers }),
+        known: slots_joined(pool, containers.replicas, changes),
+        engine_status: Some(engine_status),
+        start: Box::new(move |start| {
+            let supervisor = supervise(settings, engine, start.table, start.events, status, resting, start.stop);
+            start.tasks.supervisors.spawn(supervisor);
+        }),
+    })
+}
+
+impl Source for Containers {
+    fn update(&mut self, update: &Update<'_>) -> Vec<Event> {
+        if let Provider::Containers(containers) = &update.pool.provider {
+            change(&self.settings, settings(update.pool, containers, update.changes, update.config));
+        }
+        Vec::new()
+    }
+
+    fn retire(&self) {
+        self.settings.send_modify(|settings| settings.slots.replicas = 0);
+    }
+
+    fn handovers(&self) -> Option<&mpsc::Sender<Handover>> {
+        Some(&self.handovers)
+    }
+
+    fn has_containers(&self) -> bool {
+        true
+    }
+}
+
+fn settings(pool: &config::Pool, containers: &config::Containers, changes: &OfPool, config: &Config) -> Settings {
+    Settings {
+        slots: slot_settings(pool, containers.replicas, containers.restart, changes),
+        spec: containers.spec.clone(),
+        scope: scope(config, containers.network.as_ref()),
+        stop_grace: containers.stop_grace,
+        resync: config.docker.resync,
+    }
+}

@@ -1,0 +1,201 @@
+//! The kinds of providers: their settings, and what each kind implies for the rest of the config.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::control::supervisor::docker::Spec;
+
+/// The source of a pool's backends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Provider {
+    /// Backends that the config lists; at least one.
+    Static(Vec<StaticBackend>),
+    /// Child processes that Ringway starts and supervises.
+    Process(Process),
+    /// Containers that Ringway creates and supervises.
+    Containers(Containers),
+    /// Containers that something else runs and Ringway discovers by label.
+    Discover(Discover),
+}
+
+/// A backend listed in the config.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StaticBackend {
+    /// Id, unique within the pool.
+    pub id: String,
+    /// IP address, or a host name that Ringway resolves at start.
+    pub host: String,
+    /// TCP port of the backend.
+    pub port: u16,
+    /// Multiplier for the number of the backend's virtual nodes on the ring.
+    pub weight: u32,
+}
+
+/// Settings of a pool of child processes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Process {
+    /// Number of replicas.
+    pub replicas: u32,
+    /// Program and arguments. Ringway substitutes `{port}` and `{slot}`, and runs its own binary for `ringway`.
+    pub command: Vec<String>,
+    /// Environment variables that Ringway adds, with the same placeholders.
+    pub env: Vec<(String, String)>,
+    /// First and last port of a range; `None`: the system chooses the ports.
+    pub ports: Option<(u16, u16)>,
+    /// Restart policy for replicas.
+    pub restart: Restart,
+    /// Time between SIGTERM and SIGKILL when Ringway stops a replica.
+    pub stop_grace: Duration,
+}
+
+/// Settings of a pool of containers that Ringway creates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Containers {
+    /// Number of replicas.
+    pub replicas: u32,
+    /// Image, command and resources of each container.
+    pub spec: Spec,
+    /// Docker network on which Ringway reaches the containers; `None`: the network that Ringway itself is on.
+    pub network: Option<String>,
+    /// Restart policy for replicas.
+    pub restart: Restart,
+    /// Time between SIGTERM and SIGKILL when Ringway stops a container.
+    pub stop_grace: Duration,
+}
+
+/// Settings of a pool of containers that something else runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Discover {
+    /// Label that selects the containers: `name` or `name=value`.
+    pub label: String,
+    /// TCP port on which the containers listen.
+    pub port: u16,
+    /// Docker network on which Ringway reaches the containers; `None`: the network that Ringway itself is on.
+    pub network: Option<String>,
+}
+
+/// Restart policy: when Ringway replaces a dead or unhealthy replica.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Restart {
+    /// Wait before the second restart in a row. The first restart is immediate, and each further one doubles the wait.
+    pub backoff: Duration,
+    /// Maximum wait before a restart.
+    pub max_backoff: Duration,
+    /// A replica that ran this long is stable, which resets the wait.
+    pub stable_after: Duration,
+    /// Number of consecutive restarts without a stable replica after which the slot counts as a crash loop.
+    pub crash_loop_after: u32,
+    /// How long a new replica may fail its health checks and still count as starting.
+    pub start_grace: Duration,
+    /// Ringway replaces a running replica that is unhealthy for this long; `None`: never.
+    pub replace_after: Option<Duration>,
+}
+
+/// Backends that Ringway reserves file descriptors for in a pool of discovered containers. Nobody knows the real number
+/// in advance.
+const DISCOVERED: usize = 32;
+
+/// How long a discovered container may fail its checks and still count as starting.
+const DISCOVERED_GRACE: Duration = Duration::from_secs(10);
+
+impl Provider {
+    /// The name of the kind, as the side port shows it.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Static(_) => "static",
+            Self::Process(_) => "process",
+            Self::Containers(_) | Self::Discover(_) => "docker",
+        }
+    }
+
+    /// Whether both are of the same kind.
+    pub fn is_same_kind(&self, other: &Self) -> bool {
+        std::mem::discriminant(self) == std::mem::discriminant(other)
+    }
+
+    /// The configured number of replicas; `None` if Ringway does not start the pool's backends.
+    pub fn replicas(&self) -> Option<u32> {
+        match self {
+            Self::Process(process) => Some(process.replicas),
+            Self::Containers(containers) => Some(containers.replicas),
+            Self::Static(_) | Self::Discover(_) => None,
+        }
+    }
+
+    /// Sets the number of replicas, if the pool has replicas.
+    pub fn set_replicas(&mut self, replicas: u32) {
+        match self {
+            Self::Process(process) => process.replicas = replicas,
+            Self::Containers(containers) => containers.replicas = replicas,
+            Self::Static(_) | Self::Discover(_) => {}
+        }
+    }
+
+    /// The listed backends; `None` if the config does not list them.
+    pub fn static_backends(&self) -> Option<&[StaticBackend]> {
+        if let Self::Static(backends) = self { Some(backends) } else { None }
+    }
+
+    /// The listed backends, to change them.
+    pub fn static_backends_mut(&mut self) -> Option<&mut Vec<StaticBackend>> {
+        if let Self::Static(backends) = self { Some(backends) } else { None }
+    }
+
+    /// The expected number of backends. For discovered containers this is an estimate.
+    pub fn backends(&self) -> usize {
+        match self {
+            Self::Static(backends) => backends.len(),
+            Self::Process(process) => process.replicas as usize,
+            Self::Containers(containers) => containers.replicas as usize,
+            Self::Discover(_) => DISCOVERED,
+        }
+    }
+
+    /// Whether backends may have different weights.
+    pub fn has_weights(&self) -> bool {
+        !matches!(self, Self::Discover(_))
+    }
+
+    /// Whether the pool needs a Docker engine.
+    pub fn needs_engine(&self) -> bool {
+        matches!(self, Self::Containers(_) | Self::Discover(_))
+    }
+
+    /// The first and last port of the replicas, if the config has a range.
+    pub fn port_range(&self) -> Option<(u16, u16)> {
+        if let Self::Process(process) = self { process.ports } else { None }
+    }
+
+    /// How long a new backend may fail its checks and still count as starting. Ringway knows when its own replicas
+    /// started, and nothing of listed backends.
+    pub fn start_grace(&self) -> Duration {
+        match self {
+            Self::Static(_) => Duration::ZERO,
+            Self::Process(process) => process.restart.start_grace,
+            Self::Containers(containers) => containers.restart.start_grace,
+            Self::Discover(_) => DISCOVERED_GRACE,
+        }
+    }
+
+    /// Takes the settings that require a restart from the running provider.
+    pub fn keep_fixed(&mut self, running: &Self) {
+        match (self, running) {
+            (Self::Process(new), Self::Process(running)) => new.ports = running.ports,
+            (Self::Containers(new), Self::Containers(running)) => new.network.clone_from(&running.network),
+            _ => {}
+        }
+    }
+
+    /// Why the pool cannot have these numbers of backends, in words. The parser has checked the file; run-time changes
+    /// and kept settings can break it again.
+    pub fn size_fault(&self) -> Option<String> {
+        if self.static_backends().is_some_and(<[_]>::is_empty) {
+            return Some("has no backends left: add back a backend that was removed at run time".to_owned());
+        }
+        let ((first, last), replicas) = (self.port_range()?, self.replicas()?);
+        (u32::from(last - first) + 1 < replicas).then(|| {
+            format!("{replicas} replicas need more ports than {first}-{last}: widen the range or lower replicas")
+        })
+    }
+}

@@ -1,0 +1,80 @@
+//! Starts replicas, each through a [shim](crate::control::supervisor::shim).
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use tokio::process::Command;
+
+use super::Processes;
+use super::lifeline::{Held, first_word};
+
+/// The name that stands for Ringway's own binary in a command.
+pub const THIS_BINARY: &str = "ringway";
+
+/// Whether `program` can be run: an existing executable file, or the name of one in `PATH`.
+pub fn is_runnable(program: &str) -> bool {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let is_executable =
+        |path: &Path| path.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0);
+    if program == THIS_BINARY {
+        return true;
+    }
+    if program.contains('/') {
+        return is_executable(Path::new(program));
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| is_executable(&folder.join(program)))
+}
+
+impl Processes {
+    /// Starts a shim, which starts the replica.
+    pub(super) async fn spawn(&self, slot: &str, port: u16) -> io::Result<(u32, Held)> {
+        let (lifeline, of_shim) = UnixStream::pair()?;
+        let (output, of_replica) = std::io::pipe()?;
+        let mut command = self.command(slot, port);
+        let shim = command.stdin(OwnedFd::from(of_shim)).stdout(of_replica.try_clone()?).stderr(of_replica).spawn();
+        // The command holds copies of the shim's ends; dropping it closes them.
+        drop(command);
+        let mut shim = shim?;
+        tokio::spawn(async move { drop(shim.wait().await) });
+        let held = Held { lifeline, output };
+        let pid = first_word(&held.lifeline).await?;
+        Ok((pid, held))
+    }
+
+    fn command(&self, slot: &str, port: u16) -> Command {
+        let fill = |text: &str| text.replace("{port}", &port.to_string()).replace("{slot}", slot);
+        let launcher = launcher(&self.settings.launcher);
+        let mut words = self.settings.spec.command.iter().map(|word| fill(word));
+        let mut command = Command::new(launcher);
+        command.arg("shim");
+        if let Some(open_files) = self.settings.open_files {
+            command.args(["--open-files", &open_files.to_string()]);
+        }
+        command.arg("--");
+        match words.next() {
+            Some(program) if program == THIS_BINARY => command.arg(launcher),
+            Some(program) => command.arg(program),
+            None => &mut command,
+        };
+        command
+            .args(words)
+            .envs(self.settings.spec.env.iter().map(|(name, value)| (name, fill(value))))
+            // Variables that are meant for Ringway alone.
+            .env_remove("RINGWAY_TOKEN")
+            .env_remove("NOTIFY_SOCKET")
+            .env_remove("LISTEN_FDS")
+            .env_remove("LISTEN_PID")
+            // Ctrl-C signals a terminal's whole process group; replicas must keep running while Ringway drains.
+            .process_group(0);
+        command
+    }
+}
+
+/// The path of the launcher. The binary may have been replaced on disk since the start; `/proc/self/exe` still runs it.
+fn launcher(path: &Path) -> &Path {
+    if path.exists() { path } else { Path::new("/proc/self/exe") }
+}
