@@ -9,10 +9,11 @@ use serde::Serialize;
 
 use crate::balancers::{Balancer, Kind};
 use crate::bench::{Bench, Places, Task};
-use crate::findings::{Output, Spread, machine};
+use crate::findings::{Output, machine};
 use crate::plot::{self, Range};
 use crate::process::Tree;
 use crate::run::progress_bar;
+use crate::spread::Spread;
 use crate::table::Table;
 
 /// Arguments of `loadtest compare`.

@@ -4,10 +4,10 @@
 //!
 //! - [`load`]: the loads, each on a [`client`]; [`record`] collects figures, and [`report`] collects single outcomes
 //! - [`run`]: one load on any target; [`soak`]: a long mixed load, with commands to the balancer
-//! - [`compare`]: a comparison of the balancers that [`balancers`] starts on a [`bench`]; [`findings`]: its results
+//! - [`compare`]: a comparison of the balancers that [`balancers`] starts on a [`mod@bench`]; [`findings`]: its results
 //! - [`tune`]: settings of Ringway on the same bench; [`scale`]: more servers
 //! - [`preflight`], [`process`]: the limits of this machine, and the resources that a process uses
-//! - [`plot`], [`table`]: the presentation of results
+//! - [`spread`], [`plot`], [`table`]: figures of repeated runs, and the presentation of results
 
 pub mod balancers;
 pub mod compare;
@@ -21,11 +21,11 @@ pub mod report;
 pub mod run;
 pub mod scale;
 pub mod soak;
+pub mod spread;
 pub mod table;
 pub mod tune;
 
 mod bench;
-
 mod client;
 mod side_port;
 

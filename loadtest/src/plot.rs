@@ -3,7 +3,7 @@
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use crate::findings::Spread;
+use crate::spread::Spread;
 
 /// Width of a plot in pixels.
 const WIDTH: u32 = 900;

@@ -9,10 +9,11 @@ use serde::Serialize;
 
 use crate::balancers::{Balancer, Settings, ringway};
 use crate::bench::{Bench, Places, Task};
-use crate::findings::{Output, Spread, machine};
+use crate::findings::{Output, machine};
 use crate::plot::{self, Range};
 use crate::run::progress_bar;
 use crate::side_port::SidePort;
+use crate::spread::Spread;
 use crate::table::Table;
 
 /// Interval between two scrapes in the variant with frequent scrapes.

@@ -1,4 +1,4 @@
-//! The effect of commands: [`App::plan`] checks one and prepares what it needs, [`App::apply`] carries it out.
+//! The effect of commands: [`App::plan`] checks one and prepares what it needs, the other functions carry it out.
 
 use std::ops::RangeInclusive;
 

@@ -4,10 +4,10 @@
 //! # Layout
 //!
 //! - this file: the life of the app, from start to shutdown
-//! - [`pools`], [`listeners`]: the parts, and how they start, change and end
+//! - [`pools`], [`listeners`]: the parts, and how they start, change and end; [`context`]: what pools start with
 //! - [`provider`]: where the backends of a pool come from, one file for each kind
 //! - [`access`]: who may change something by the side port; [`readiness`]: when `/readyz` succeeds
-//! - [`settings`]: from the config to the settings of the parts; [`capacity`]: how many connections and pipes fit
+//! - [`settings`]: from the config to the settings of the parts; [`mod@capacity`]: how many connections and pipes fit
 //! - [`commands`]: the effect of run-time commands
 //! - [`reload`]: from one config to another; [`changes`]: run-time changes, kept beside the config
 //! - [`upgrade`]: from one process to another
@@ -17,6 +17,7 @@ mod access;
 mod capacity;
 mod changes;
 mod commands;
+mod context;
 mod error;
 mod listeners;
 mod pools;
@@ -44,9 +45,10 @@ use tracing_appender::non_blocking::WorkerGuard;
 use self::capacity::capacity;
 use self::changes::Changes;
 use self::commands::Planned;
+use self::context::{PoolContext, Tasks};
 pub use self::error::{RunError, StartError};
 use self::listeners::{Bound, Listener};
-use self::pools::{Pool, Tasks};
+use self::pools::Pool;
 use self::upgrade::notify;
 pub use self::upgrade::{Inheritance, TAKE_OVER};
 use crate::api::{self, State, View};
@@ -164,7 +166,7 @@ impl App {
         let engine = engine(&config, environment.docker_host.as_deref())?;
         reload::check_sizes(&config)?;
         let stop_replicas = CancellationToken::new();
-        let context = pools::PoolContext {
+        let context = PoolContext {
             config: &config,
             engine: engine.as_ref(),
             environment: &environment,

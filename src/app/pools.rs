@@ -7,48 +7,25 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::changes::OfPool;
+use super::context::{PoolContext, Tasks};
 use super::provider::{self, Addresses, Source, Start, change};
 use super::settings::{checking, publishing, route};
 use super::{Environment, StartError};
 use crate::api::ProviderView;
 use crate::backend::Failing;
 use crate::config::{self, Config};
-use crate::control::docker::engine::Engine;
 use crate::control::publisher::Publisher;
 use crate::control::supervisor::process::Handed;
 use crate::control::{Event, ejection, health};
-use crate::metrics::{self, Exporter};
+use crate::metrics;
 use crate::proxy::Route;
 
 /// Capacity of the queue of reports about failing backends. A full queue drops the report, and the backend's next
 /// failures produce another one.
 const REPORTS: usize = 64;
-
-/// What every pool needs for its preparation.
-pub(super) struct PoolContext<'a> {
-    pub(super) config: &'a Config,
-    pub(super) engine: Option<&'a Engine>,
-    pub(super) environment: &'a Environment,
-    pub(super) exporter: &'a Exporter,
-    /// Cancelled when all replicas must stop.
-    pub(super) stop_replicas: &'a CancellationToken,
-    /// True if there is no old Ringway process, or once it has exited.
-    pub(super) settled: watch::Receiver<bool>,
-}
-
-/// The tasks of all pools.
-pub(super) struct Tasks {
-    /// Cancelled when all replicas must stop.
-    pub(super) stop_replicas: CancellationToken,
-    /// Tasks that must finish their work before the process exits.
-    pub(super) supervisors: JoinSet<()>,
-    /// Tasks that have nothing to finish and can be dropped at any time.
-    pub(super) others: JoinSet<()>,
-}
 
 /// A pool that is ready to start. All fallible steps are done.
 pub(super) struct Prepared {

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use super::changes::Changes;
+use super::context::PoolContext;
 use super::listeners::{self, Bound, Listener};
 use super::pools::{self, Prepared, Update};
 use super::{App, Log, StartError, capacity, engine, open_log};
@@ -69,7 +70,7 @@ impl App {
             None => engine(&config, self.environment.docker_host.as_deref())?,
             some => some.clone(),
         };
-        let context = pools::PoolContext {
+        let context = PoolContext {
             config: &config,
             engine: engine.as_ref(),
             environment: &self.environment,

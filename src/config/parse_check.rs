@@ -134,7 +134,7 @@ fn bytes(item: &Item<'_>) -> Option<Vec<u8>> {
     digits
 }
 
-/// Writes bytes in the form that [`bytes`] parses.
+/// Writes bytes in the form that [`bytes()`] parses.
 pub(super) fn bytes_value(bytes: &[u8]) -> Value {
     let text = std::str::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
     text.map_or_else(

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{Prepared, Source, Update, scope, watched};
+use super::source::{Prepared, Source, Update, scope, watched};
 use crate::app::StartError;
-use crate::app::pools::PoolContext;
+use crate::app::context::PoolContext;
 use crate::config;
 use crate::control::Event;
 use crate::control::provider::discover::{Settings, follow};

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
-use super::{Prepared, Source, Update, change, resting, scope, slot_settings, slots_joined, watched};
+use super::source::{Prepared, Source, Update, change, resting, scope, slot_settings, slots_joined, watched};
 use crate::app::StartError;
 use crate::app::changes::OfPool;
-use crate::app::pools::PoolContext;
+use crate::app::context::PoolContext;
 use crate::config::{self, Config, Provider};
 use crate::control::Event;
 use crate::control::supervisor::Handover;

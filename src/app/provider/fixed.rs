@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Addresses, Boxed, Prepared, Source, Update};
+use super::source::{Addresses, Boxed, Prepared, Source, Update};
 use crate::app::StartError;
 use crate::config::{self, StaticBackend};
 use crate::control::Event;

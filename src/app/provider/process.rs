@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
-use super::{Addresses, Boxed, Prepared, Source, Update, change, resting, slot_settings, slots_joined};
+use super::source::{Addresses, Boxed, Prepared, Source, Update, change, resting, slot_settings, slots_joined};
 use crate::app::changes::OfPool;
-use crate::app::pools::PoolContext;
+use crate::app::context::PoolContext;
 use crate::app::{Environment, StartError};
 use crate::config::{self, Provider};
 use crate::control::Event;

@@ -1,4 +1,4 @@
-//! Ringway's end of a replica's lifeline, over which it talks to the [shim](crate::control::supervisor::shim).
+//! Ringway's end of a replica's lifeline, over which it talks to the [shim].
 
 use std::io::{self, PipeReader};
 use std::os::unix::net::UnixStream;

@@ -1,0 +1,32 @@
+//! What pools are prepared with, and the tasks that they run as.
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::Environment;
+use crate::config::Config;
+use crate::control::docker::engine::Engine;
+use crate::metrics::Exporter;
+
+/// What every pool needs for its preparation.
+pub(super) struct PoolContext<'a> {
+    pub(super) config: &'a Config,
+    pub(super) engine: Option<&'a Engine>,
+    pub(super) environment: &'a Environment,
+    pub(super) exporter: &'a Exporter,
+    /// Cancelled when all replicas must stop.
+    pub(super) stop_replicas: &'a CancellationToken,
+    /// True if there is no old Ringway process, or once it has exited.
+    pub(super) settled: watch::Receiver<bool>,
+}
+
+/// The tasks of all pools.
+pub(super) struct Tasks {
+    /// Cancelled when all replicas must stop.
+    pub(super) stop_replicas: CancellationToken,
+    /// Tasks that must finish their work before the process exits.
+    pub(super) supervisors: JoinSet<()>,
+    /// Tasks that have nothing to finish and can be dropped at any time.
+    pub(super) others: JoinSet<()>,
+}

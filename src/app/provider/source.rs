@@ -1,0 +1,147 @@
+//! The interface of providers, and what several kinds of them share.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::app::changes::OfPool;
+use crate::app::context::{PoolContext, Tasks};
+use crate::app::{Environment, StartError};
+use crate::config::{self, Config};
+use crate::control::docker::engine::Engine;
+use crate::control::docker::scope::ScopeSettings;
+use crate::control::docker::watch::EngineStatus;
+use crate::control::supervisor::plan::Policy;
+use crate::control::supervisor::{Handover, Resting, SlotSettings};
+use crate::control::{self, Event};
+use crate::table::TableCell;
+
+/// A boxed future, for methods of a trait object.
+pub(super) type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// The resolved addresses of listed backends, by id.
+pub(in crate::app) type Addresses = BTreeMap<Arc<str>, SocketAddr>;
+
+/// The provider of a running pool.
+pub(in crate::app) trait Source: Debug + Send + Sync {
+    /// Runs the fallible steps of an update and returns the addresses that it needs. Changes nothing.
+    fn prepare_update<'a>(
+        &'a self,
+        _key_path: &'a str,
+        _old: &'a config::Pool,
+        _new: &'a config::Pool,
+    ) -> Boxed<'a, Result<Addresses, StartError>> {
+        Box::pin(async { Ok(Addresses::new()) })
+    }
+
+    /// Applies an update. Returns what the publisher must hear of it.
+    fn update(&mut self, update: &Update<'_>) -> Vec<Event>;
+
+    /// Stops the replicas, each after its drain.
+    fn retire(&self) {}
+
+    /// Takes requests to hand replicas over; `None` without a supervisor.
+    fn handovers(&self) -> Option<&mpsc::Sender<Handover>> {
+        None
+    }
+
+    /// Whether Ringway manages containers for the pool. Two pools of the same name would compete for them.
+    fn has_containers(&self) -> bool {
+        false
+    }
+}
+
+/// An update whose fallible steps are done.
+pub(in crate::app) struct Update<'a> {
+    pub(in crate::app) pool: &'a config::Pool,
+    pub(in crate::app) changes: &'a OfPool,
+    pub(in crate::app) config: &'a Config,
+    pub(in crate::app) environment: &'a Environment,
+    /// What [`Source::prepare_update`] found.
+    pub(in crate::app) addresses: Addresses,
+}
+
+/// A provider whose fallible steps are done.
+pub(in crate::app) struct Prepared {
+    pub(in crate::app) source: Box<dyn Source>,
+    /// What the publisher knows from the start.
+    pub(in crate::app) known: Vec<Event>,
+    /// The state of the Docker engine, for kinds that use one.
+    pub(in crate::app) engine_status: Option<Arc<EngineStatus>>,
+    /// Starts the tasks of the provider.
+    pub(in crate::app) start: Box<dyn FnOnce(Start<'_>) + Send>,
+}
+
+/// What the tasks of a provider start with.
+pub(in crate::app) struct Start<'a> {
+    pub(in crate::app) table: TableCell,
+    pub(in crate::app) events: mpsc::Sender<Event>,
+    /// Cancelled when the supervisor must stop.
+    pub(in crate::app) stop: CancellationToken,
+    /// Cancelled when all tasks of the pool must stop.
+    pub(in crate::app) over: CancellationToken,
+    pub(in crate::app) tasks: &'a mut Tasks,
+}
+
+/// Sends settings if they differ from the current ones.
+pub(in crate::app) fn change<T: PartialEq>(settings: &watch::Sender<T>, new: T) {
+    settings.send_if_modified(|old| {
+        let differs = *old != new;
+        if differs {
+            *old = new;
+        }
+        differs
+    });
+}
+
+/// The events that announce the slots of a supervised pool.
+pub(super) fn slots_joined(pool: &config::Pool, replicas: u32, changes: &OfPool) -> Vec<Event> {
+    let weight = |id: &Arc<str>| changes.weights.get(&**id).copied().unwrap_or(1);
+    let slots = control::provider::slots(&pool.name, replicas);
+    slots.into_iter().map(|id| Event::Joined { weight: weight(&id), id }).collect()
+}
+
+/// The settings that all supervisors share.
+pub(super) fn slot_settings(
+    pool: &config::Pool,
+    replicas: u32,
+    restart: config::Restart,
+    changes: &OfPool,
+) -> SlotSettings {
+    SlotSettings {
+        pool: pool.name.as_str().into(),
+        replicas,
+        weights: changes.weights.iter().map(|(id, &weight)| (id.as_str().into(), weight)).collect(),
+        drain: pool.drain,
+        policy: Policy {
+            backoff: restart.backoff,
+            max_backoff: restart.max_backoff,
+            stable_after: restart.stable_after,
+            crash_loop_after: restart.crash_loop_after,
+            replace_after: restart.replace_after,
+        },
+    }
+}
+
+/// The channel of handovers, and the supervisor's end of it.
+pub(super) fn resting(context: &PoolContext<'_>) -> (mpsc::Sender<Handover>, Resting) {
+    let (handover, handovers) = mpsc::channel(1);
+    (handover, Resting { settled: context.settled.clone(), handovers })
+}
+
+/// The Docker engine, and a new record of its state.
+pub(super) fn watched(engine: Option<&Engine>) -> Result<(Engine, Arc<EngineStatus>), StartError> {
+    let Some(engine) = engine else { return Err(StartError::Docker("the Docker engine is not set up".to_owned())) };
+    Ok((engine.clone(), Arc::new(EngineStatus::new(engine, Instant::now()))))
+}
+
+/// The owner and the network of a pool's containers.
+pub(super) fn scope(config: &Config, network: Option<&String>) -> ScopeSettings {
+    ScopeSettings { owner: config.docker.owner.clone(), network: network.cloned() }
+}
