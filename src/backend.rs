@@ -124,7 +124,7 @@ pub struct Backend {
     pub weight: u32,
     /// Whether the backend may get connections, and if not, why.
     pub state: State,
-    /// The replica in the slot; `None` while there is none, or if Ringway knows only an address.
+    /// The replica in the slot; `None` while the slot is empty, or if Ringway knows only an address.
     pub replica: Option<Replica>,
     /// Counts the replicas and addresses of this id. It separates reports on an old replica from reports on a new one.
     pub incarnation: u64,

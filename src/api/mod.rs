@@ -173,7 +173,7 @@ async fn ready(Extract(state): Extract<Arc<State>>) -> Response {
     if state.ready.load(Ordering::Relaxed) {
         return "ready\n".into_response();
     }
-    let message = "stopping, or a pool has had no healthy backend yet";
+    let message = "Ringway is stopping, or a pool has not had a healthy backend yet";
     Error::new(StatusCode::SERVICE_UNAVAILABLE, "not_ready", message).into_response()
 }
 

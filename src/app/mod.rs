@@ -3,15 +3,15 @@
 //!
 //! # Layout
 //!
-//! - this file: the life of the app, from start to shutdown
+//! - this file: the start of the app; [`run`]: serving, commands and shutdown
 //! - [`pools`], [`listeners`]: the parts, and how they start, change and end; [`context`]: what pools start with
 //! - [`provider`]: where the backends of a pool come from, one file for each kind
 //! - [`access`]: who may change something by the side port; [`readiness`]: when `/readyz` succeeds
 //! - [`settings`]: from the config to the settings of the parts; [`mod@capacity`]: how many connections and pipes fit
 //! - [`commands`]: the effect of run-time commands
 //! - [`reload`]: from one config to another; [`changes`]: run-time changes, kept beside the config
-//! - [`upgrade`]: from one process to another
-//! - [`error`]: why the app could not start, or ended early
+//! - [`upgrade`], [`inheritance`]: from one process to another, as the old and as the new process
+//! - [`service_manager`]: notifications to systemd; [`error`]: why the app could not start, or ended early
 
 mod access;
 mod capacity;
@@ -19,24 +19,24 @@ mod changes;
 mod commands;
 mod context;
 mod error;
+mod inheritance;
 mod listeners;
 mod pools;
 mod provider;
 mod readiness;
 mod reload;
+mod run;
+mod service_manager;
 mod settings;
 mod upgrade;
 
 use std::ffi::OsString;
-use std::future::IntoFuture as _;
-use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
@@ -44,16 +44,14 @@ use tracing_appender::non_blocking::WorkerGuard;
 
 use self::capacity::capacity;
 use self::changes::Changes;
-use self::commands::Planned;
 use self::context::{PoolContext, Tasks};
 pub use self::error::{RunError, StartError};
+pub use self::inheritance::{Inheritance, TAKE_OVER};
 use self::listeners::{Bound, Listener};
 use self::pools::Pool;
-use self::upgrade::notify;
-pub use self::upgrade::{Inheritance, TAKE_OVER};
 use crate::api::{self, State, View};
 use crate::config::{self, Config};
-use crate::control::command::{Command, CommandError, CommandSender, PendingCommand, Report};
+use crate::control::command::{CommandSender, PendingCommand};
 use crate::control::docker::engine::Engine;
 use crate::control::supervisor::process::let_go;
 use crate::handover::Channel;
@@ -63,9 +61,6 @@ use crate::proxy::{self, Intercept, Proxy};
 
 /// From SIGTERM to SIGKILL for a replica that was taken over and is of no pool.
 const UNWANTED_GRACE: Duration = Duration::from_secs(5);
-
-/// How long open calls to the side port may go on after a successor has taken over.
-const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
 /// Time between two folds of recorded durations into histogram buckets.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -130,14 +125,6 @@ impl std::fmt::Debug for App {
     }
 }
 
-/// Why [`App::serve`] returned.
-enum RunOutcome {
-    /// The caller asked for shutdown.
-    Stopped,
-    /// A successor has taken over.
-    Succeeded,
-}
-
 /// The access log, and the guard that flushes its queue when the app ends.
 type Log = (AccessLog, WorkerGuard);
 
@@ -182,7 +169,7 @@ impl App {
             let (key_path, changes) = (format!("pools[{n}]"), changes.get(&pool.name));
             prepared.push(pools::prepare(&key_path, pool, &changes, replicas, &context).await?);
         }
-        let inherited = inheritance.sockets(upgrade::SIDE_PORT, config.api.listen);
+        let inherited = inheritance.sockets(inheritance::SIDE_PORT, config.api.listen);
         let api_socket = listeners::side_port(&config, inherited)?;
         let api = api_socket.try_clone().and_then(tokio::net::TcpListener::from_std).map_err(StartError::Runtime)?;
         let api_address = api.local_addr().unwrap_or(config.api.listen);
@@ -268,139 +255,6 @@ impl App {
         self.api_address
     }
 
-    /// Serves until `shutdown`, then stops in order: `/readyz` fails, after `shutdown.delay` the listeners close, open
-    /// connections finish within their `drain`, and the replicas stop last.
-    ///
-    /// # Errors
-    /// When a part of Ringway ends unexpectedly.
-    pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
-        let routes = api::router(Arc::clone(&self.state)).into_make_service_with_connect_info::<SocketAddr>();
-        let mut shutdown = std::pin::pin!(shutdown);
-        if self.inheritance.takes_over() {
-            tokio::select! {
-                () = &mut shutdown => return Ok(()),
-                () = self.inheritance.wait_for_backends(&self.pools) => {}
-            }
-            self.open();
-            self.show();
-            if let Some(settled) = self.settled.take() {
-                self.inheritance.tell_ready(settled);
-            }
-            if self.inheritance.is_ready {
-                self.state.ready.store(true, Ordering::Relaxed);
-            }
-            tracing::info!("taken over");
-        }
-        notify("READY=1");
-        let Some(api) = self.api.take() else { return Ok(()) };
-        // A task of its own, so that it answers while a command runs.
-        let api_over = CancellationToken::new();
-        let api = axum::serve(api, routes).with_graceful_shutdown(api_over.clone().cancelled_owned());
-        let mut api = AbortOnDropHandle::new(tokio::spawn(api.into_future()));
-        let outcome = self.serve(shutdown, &mut api, &api_over).await;
-        self.becoming_ready = None;
-        self.state.ready.store(false, Ordering::Relaxed);
-        match outcome {
-            Ok(RunOutcome::Stopped) => {
-                notify("STOPPING=1");
-                tokio::time::sleep(self.config.shutdown.delay).await;
-            }
-            // The successor answers now.
-            Ok(RunOutcome::Succeeded) => self.api_socket = None,
-            Err(_) => {}
-        }
-        // Commands that still wait are answered with `Stopping`.
-        self.commands.close();
-        while self.commands.try_recv().is_ok() {}
-        // The copies of their sockets close too, or the kernel would keep accepting connections.
-        self.listeners.clear();
-        self.proxy.stop();
-        // The side port shows meanwhile how the connections drain.
-        while self.proxy.worker_ended().await.is_some() {}
-        // The predecessor may still have connections to the replicas, until its drain ends.
-        let _ = self.is_settled.wait_for(|&settled| settled).await;
-        self.tasks.stop_replicas.cancel();
-        while self.tasks.supervisors.join_next().await.is_some() {}
-        if api_over.is_cancelled() {
-            // The answer to the upgrade command may not be sent yet.
-            let _ = tokio::time::timeout(LAST_ANSWERS, &mut api).await;
-        }
-        outcome.map(drop)
-    }
-
-    /// Runs commands until `shutdown`, or until a part of Ringway ends.
-    async fn serve(
-        &mut self,
-        mut shutdown: std::pin::Pin<&mut impl Future<Output = ()>>,
-        api: &mut AbortOnDropHandle<io::Result<()>>,
-        api_over: &CancellationToken,
-    ) -> Result<RunOutcome, RunError> {
-        loop {
-            let (command, outcome) = tokio::select! {
-                () = &mut shutdown => return Ok(RunOutcome::Stopped),
-                ended = &mut *api => {
-                    let error = ended.unwrap_or_else(|_panicked| Err(io::ErrorKind::Other.into()));
-                    return Err(RunError::Api(error.err().unwrap_or_else(|| io::ErrorKind::Other.into())));
-                }
-                ended = self.proxy.worker_ended() => return Err(RunError::WorkerEnded(ended.unwrap_or_default())),
-                // Without this task the table would become stale: exit, so that the service manager restarts Ringway.
-                () = panicked(&mut self.tasks.others) => return Err(RunError::TaskPanicked),
-                () = panicked(&mut self.tasks.supervisors) => return Err(RunError::TaskPanicked),
-                Some(pending) = self.commands.recv() => pending,
-            };
-            // Planning may take long (Ringway resolves names) and has no effect. Applying does not wait for anybody.
-            let planned = tokio::select! {
-                () = &mut shutdown => return Ok(RunOutcome::Stopped),
-                planned = self.plan(command.clone()) => planned,
-            };
-            let result = match planned {
-                Err(error) => Err(error),
-                Ok(Planned::Report(report)) => Ok(report),
-                Ok(Planned::Reload(plan)) => Ok(self.apply_reload(*plan).await),
-                Ok(Planned::Notify { pool, event, changes, summary }) => {
-                    Ok(self.apply_event(&pool, event, changes, summary).await)
-                }
-                Ok(Planned::HandOver) => {
-                    let successor = tokio::select! {
-                        () = &mut shutdown => return Ok(RunOutcome::Stopped),
-                        successor = self.hand_over() => successor,
-                    };
-                    if let Ok(pid) = successor {
-                        // The side port closes before the answer: a caller that asks again reaches the successor.
-                        api_over.cancel();
-                        tokio::task::yield_now().await;
-                        let changes = vec![format!("process {pid} has taken over")];
-                        self.answer(&command, Ok(Report { changes, ..Report::default() }), outcome);
-                        return Ok(RunOutcome::Succeeded);
-                    }
-                    successor.map(|_pid| Report::default())
-                }
-            };
-            self.answer(&command, result, outcome);
-        }
-    }
-
-    /// Answers the sender of a command, and counts and logs the outcome.
-    fn answer(
-        &self,
-        command: &Command,
-        result: Result<Report, CommandError>,
-        outcome: oneshot::Sender<Result<Report, CommandError>>,
-    ) {
-        match &result {
-            Ok(_) => tracing::info!("command done: {command}"),
-            Err(error) => tracing::warn!("command rejected: {command}: {error}"),
-        }
-        let label = if result.is_ok() { api::Outcome::Ok } else { api::Outcome::Failed };
-        match command {
-            Command::Reload { is_dry_run: false, .. } => self.state.reloads.count(label),
-            Command::Upgrade => self.state.upgrades.count(label),
-            _ => {}
-        }
-        // The sender may have gone.
-        let _ = outcome.send(result);
-    }
-
     /// Updates the view of the side port.
     fn show(&self) {
         let configured = |pool: &Pool| self.file.pools.iter().find(|known| known.name == pool.config().name);
@@ -426,16 +280,6 @@ fn engine(config: &Config, host: Option<&str>) -> Result<Option<Engine>, StartEr
 
 fn open_log(log: &config::AccessLog) -> Result<Log, StartError> {
     AccessLog::open(&log.path, log.format).map_err(|error| StartError::AccessLog { path: log.path.clone(), error })
-}
-
-/// Returns when one of the tasks panics.
-async fn panicked(tasks: &mut JoinSet<()>) {
-    while let Some(ended) = tasks.join_next().await {
-        if ended.is_err() {
-            return;
-        }
-    }
-    std::future::pending::<()>().await;
 }
 
 async fn upkeep(state: Arc<State>) {

@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::changes::OfPool;
 use super::context::{PoolContext, Tasks};
 use super::provider::{self, Addresses, Source, Start, change};
-use super::settings::{checking, publishing, route};
+use super::settings::{publishing, route};
 use super::{Environment, StartError};
 use crate::api::ProviderView;
 use crate::backend::Failing;
@@ -100,7 +100,7 @@ pub(super) async fn prepare(
         config: pool.clone(),
         events,
         queue: Some(queue),
-        health: watch::Sender::new(checking(pool)),
+        health: watch::Sender::new(pool.health_check.clone()),
         ejection: watch::Sender::new(pool.ejection.map(|ejection| ejection.settings)),
         reports,
         source,
@@ -164,7 +164,7 @@ impl Pool {
         for event in events {
             self.tell(event).await;
         }
-        change(&self.health, checking(&new));
+        change(&self.health, new.health_check.clone());
         change(&self.ejection, new.ejection.map(|ejection| ejection.settings));
         self.config = new;
     }

@@ -6,7 +6,7 @@ use tokio::sync::mpsc;
 
 use crate::backend::Failing;
 use crate::config;
-use crate::control::{health, publisher};
+use crate::control::publisher;
 use crate::proxy::{Reports, Route};
 
 /// Builds the route of a pool. The table, the counters and the histogram carry over from `base`.
@@ -37,19 +37,4 @@ pub(super) fn publishing(pool: &config::Pool) -> publisher::Settings {
         on_down: pool.on_down,
         slow_start: pool.slow_start,
     }
-}
-
-/// Returns the health check settings, or `None` if the pool has no health check.
-pub(super) fn checking(pool: &config::Pool) -> Option<health::Settings> {
-    let check = pool.health_check.as_ref()?;
-    Some(health::Settings {
-        check: check.check.clone(),
-        interval: check.interval,
-        fast_interval: check.fast_interval,
-        jitter: check.jitter,
-        timeout: check.timeout,
-        rise: check.rise,
-        fall: check.fall,
-        grace: pool.provider.start_grace(),
-    })
 }

@@ -167,7 +167,7 @@ pub(super) fn in_words(report: &Report, nothing: &str) -> String {
         let _ = writeln!(text, "pool {}: {:.1} % of the keys move to another backend", moved.pool, moved.share * 100.0);
     }
     if !report.needs_restart.is_empty() {
-        let _ = writeln!(text, "requires a restart: {}", report.needs_restart.join(", "));
+        let _ = writeln!(text, "requires an upgrade or a restart: {}", report.needs_restart.join(", "));
     }
     if text.is_empty() { nothing.to_owned() } else { text }
 }

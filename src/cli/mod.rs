@@ -77,7 +77,7 @@ pub(crate) enum Command {
     Status(status::Options),
     /// Remove the containers that Ringway created (they keep running when Ringway stops)
     Reap(reap::Options),
-    /// Exit with 0 if Ringway in this container is ready
+    /// Exit with 0 if process 1 of this container (Ringway or the demo backend) is ready
     Healthcheck,
     #[command(flatten)]
     Runtime(commands::RuntimeCommand),

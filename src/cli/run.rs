@@ -49,7 +49,7 @@ pub(crate) fn run(common: &Common) -> Result<(), Failure> {
         }
         tokio::select! {
             ended = app.run(stop.cancelled_owned()) => ended.map_err(|error| Failure::Other(error.into()))?,
-            _ = second => return Err(anyhow::anyhow!("ended at once by a second signal").into()),
+            _ = second => return Err(anyhow::anyhow!("a second signal ended Ringway at once").into()),
         }
         tracing::info!("stopped");
         Ok(())

@@ -68,7 +68,8 @@ fn table(status: &Status) -> String {
             lines.push(format!("pool {}: {error}", pool.name));
         }
         if pool.panic {
-            lines.push(format!("pool {}: panic: too few backends are healthy, all are tried", pool.name));
+            lines
+                .push(format!("pool {}: panic: too few backends are healthy, so Ringway tries all of them", pool.name));
         }
         lines.extend(
             pool.differs

@@ -5,10 +5,8 @@ use std::time::Duration;
 use serde_yaml::{Mapping, Value};
 
 use super::parse_check::{Match, bytes_value};
-use super::{
-    Api, Config, Containers, Ejection, HealthCheck, Listener, PerSource, Pool, Process, Provider, Relay, Restart,
-};
-use crate::control::health::Kind;
+use super::{Api, Config, Containers, Ejection, Listener, PerSource, Pool, Process, Provider, Relay, Restart};
+use crate::control::health::{self, Kind};
 use crate::control::provider::join_host;
 use crate::labels::Label as _;
 
@@ -169,12 +167,12 @@ fn containers(containers: &Containers) -> Value {
 
 fn restart(restart: &Restart) -> Value {
     map([
-        ("backoff", duration(restart.backoff)),
-        ("max_backoff", duration(restart.max_backoff)),
-        ("stable_after", duration(restart.stable_after)),
-        ("crash_loop_after", restart.crash_loop_after.into()),
+        ("backoff", duration(restart.policy.backoff)),
+        ("max_backoff", duration(restart.policy.max_backoff)),
+        ("stable_after", duration(restart.policy.stable_after)),
+        ("crash_loop_after", restart.policy.crash_loop_after.into()),
         ("start_grace", duration(restart.start_grace)),
-        ("replace_after", off(restart.replace_after.map(duration))),
+        ("replace_after", off(restart.policy.replace_after.map(duration))),
     ])
 }
 
@@ -208,7 +206,7 @@ fn ejection(ejection: Ejection) -> Value {
     ])
 }
 
-fn health_check(check: Option<&HealthCheck>) -> Value {
+fn health_check(check: Option<&health::Settings>) -> Value {
     let Some(check) = check else { return map([("kind", "none".into())]) };
     let mut entries = match &check.check.kind {
         Kind::Tcp => vec![("kind", "tcp".into())],

@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::control::ejection;
-use crate::control::health::Check;
+use crate::control::health;
 use crate::control::publisher::OnDown;
 use crate::proxy::access_log::Format;
 use crate::proxy::key::KeyKind;
@@ -242,7 +242,7 @@ pub struct Pool {
     /// Timeouts and the maximum age of a connection.
     pub timeouts: Timeouts,
     /// Health checks of the backends; `None`: off.
-    pub health_check: Option<HealthCheck>,
+    pub health_check: Option<health::Settings>,
     /// Ejection of backends after failed connects; `None`: off.
     pub ejection: Option<Ejection>,
     /// Panic mode starts when fewer than this percentage of backends are healthy. Ringway then uses all backends.
@@ -285,25 +285,6 @@ pub struct Timeouts {
     pub half_closed: Duration,
     /// Ringway resets a connection at this age; `None`: never.
     pub max_connection_age: Option<Duration>,
-}
-
-/// Health check settings of a pool.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct HealthCheck {
-    /// The check itself: TCP, HTTP, or send and expect.
-    pub check: Check,
-    /// Time between two checks of a backend.
-    pub interval: Duration,
-    /// Time between two checks while the latest results contradict the backend's state.
-    pub fast_interval: Duration,
-    /// Maximum random extra time per interval, in percent of the interval.
-    pub jitter: u8,
-    /// Timeout of one check.
-    pub timeout: Duration,
-    /// Number of consecutive passes that make an unhealthy backend healthy.
-    pub rise: u32,
-    /// Number of consecutive failures that make a healthy backend unhealthy.
-    pub fall: u32,
 }
 
 impl Config {

@@ -1,13 +1,13 @@
 //! Parses the keys of a pool's health check, with their ranges and defaults.
 
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use hyper::header::HeaderValue;
 use serde_yaml::Value;
 
-use super::HealthCheck;
 use super::reader::{HOUR, Item, MS, SECOND, Section, narrow, show};
-use crate::control::health::{Check, Expect, Http, Kind};
+use crate::control::health::{self, Check, Expect, Http, Kind};
 use crate::label_enum;
 use crate::labels::Label as _;
 
@@ -30,7 +30,8 @@ const OF_KINDS: [(&str, CheckKind); 7] = [
     ("match", CheckKind::Expect),
 ];
 
-pub(super) fn health_check(mut section: Section<'_>) -> Option<HealthCheck> {
+/// `grace`: how long a new backend may fail its checks and still count as starting.
+pub(super) fn health_check(mut section: Section<'_>, grace: Duration) -> Option<health::Settings> {
     let kind = section.choice("kind", CheckKind::Tcp);
     for (key, other) in OF_KINDS.into_iter().filter(|&(_, other)| other != kind) {
         if let Some(item) = section.item(key) {
@@ -47,7 +48,7 @@ pub(super) fn health_check(mut section: Section<'_>) -> Option<HealthCheck> {
     let fast_interval = section.duration("fast_interval", 10 * MS..=HOUR, (interval / 4).max(10 * MS));
     let timeout = section.duration("timeout", MS..=HOUR, SECOND);
     let counts: RangeInclusive<u64> = 1..=100;
-    let check = HealthCheck {
+    let check = health::Settings {
         check: Check { kind: wanted, port },
         interval,
         fast_interval,
@@ -55,6 +56,7 @@ pub(super) fn health_check(mut section: Section<'_>) -> Option<HealthCheck> {
         timeout,
         rise: narrow(section.integer("rise", counts.clone(), 2)),
         fall: narrow(section.integer("fall", counts, 3)),
+        grace,
     };
     section.finish();
     (kind != CheckKind::None).then_some(check)

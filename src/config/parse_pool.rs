@@ -19,6 +19,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let ring = ring(section.section("ring"));
     let provider = section.required("provider", parse_provider::KINDS);
     let provider = provider.map_or(Provider::Static(Vec::new()), |item| parse_provider::provider(item.section()));
+    let grace = provider.start_grace();
     let mut connect = section.section("connect");
     let connect = {
         let settings = Connect {
@@ -45,7 +46,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         provider,
         connect,
         timeouts,
-        health_check: parse_check::health_check(section.section("health_check")),
+        health_check: parse_check::health_check(section.section("health_check"), grace),
         ejection: ejection(&mut section),
         panic_threshold: narrow(section.integer("panic_threshold", 0..=100, 50)),
         on_down: section.choice("on_down", OnDown::Keep),

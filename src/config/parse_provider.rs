@@ -8,6 +8,7 @@ use super::{Containers, Discover, Process, Provider, Restart, StaticBackend};
 use crate::control::docker::label;
 use crate::control::provider::{Listed, join_host};
 use crate::control::supervisor::docker::{Pull, Spec};
+use crate::control::supervisor::plan::Policy;
 
 /// Minimum memory of a container in bytes. The Docker engine rejects less.
 const LEAST_MEMORY: u64 = 6 << 20;
@@ -259,19 +260,19 @@ fn ports(section: &mut Section<'_>, replicas: u32) -> Option<(u16, u16)> {
 }
 
 fn restart(mut section: Section<'_>) -> Restart {
-    let restart = Restart {
+    let policy = Policy {
         backoff: section.duration("backoff", MS..=HOUR, 200 * MS),
         max_backoff: section.duration("max_backoff", MS..=HOUR, 30 * SECOND),
         stable_after: section.duration("stable_after", MS..=DAY, MINUTE),
         crash_loop_after: narrow(section.integer("crash_loop_after", 1..=1000, 5)),
-        start_grace: section.duration("start_grace", Duration::ZERO..=DAY, MINUTE),
         replace_after: section.off_or_duration("replace_after", SECOND..=DAY, Some(30 * SECOND)),
     };
-    if restart.max_backoff < restart.backoff {
+    let start_grace = section.duration("start_grace", Duration::ZERO..=DAY, MINUTE);
+    if policy.max_backoff < policy.backoff {
         section.fault("max_backoff is shorter than backoff: set max_backoff to backoff or longer");
     }
     section.finish();
-    restart
+    Restart { policy, start_grace }
 }
 
 fn host_and_port(item: &Item<'_>) -> Option<(String, u16)> {

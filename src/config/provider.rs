@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::control::supervisor::docker::Spec;
+use crate::control::supervisor::plan::Policy;
 
 /// The source of a pool's backends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -75,21 +76,13 @@ pub struct Discover {
     pub network: Option<String>,
 }
 
-/// Restart policy: when Ringway replaces a dead or unhealthy replica.
+/// When Ringway starts and replaces replicas.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Restart {
-    /// Wait before the second restart in a row. The first restart is immediate, and each further one doubles the wait.
-    pub backoff: Duration,
-    /// Maximum wait before a restart.
-    pub max_backoff: Duration,
-    /// A replica that ran this long is stable, which resets the wait.
-    pub stable_after: Duration,
-    /// Number of consecutive restarts without a stable replica after which the slot counts as a crash loop.
-    pub crash_loop_after: u32,
+    /// When a dead or unhealthy replica is replaced.
+    pub policy: Policy,
     /// How long a new replica may fail its health checks and still count as starting.
     pub start_grace: Duration,
-    /// Ringway replaces a running replica that is unhealthy for this long; `None`: never.
-    pub replace_after: Option<Duration>,
 }
 
 /// Backends that Ringway reserves file descriptors for in a pool of discovered containers. Nobody knows the real number

@@ -17,7 +17,6 @@ use crate::config::{self, Config};
 use crate::control::docker::engine::Engine;
 use crate::control::docker::scope::ScopeSettings;
 use crate::control::docker::watch::EngineStatus;
-use crate::control::supervisor::plan::Policy;
 use crate::control::supervisor::{Handover, Resting, SlotSettings};
 use crate::control::{self, Event};
 use crate::table::TableCell;
@@ -119,13 +118,7 @@ pub(super) fn slot_settings(
         replicas,
         weights: changes.weights.iter().map(|(id, &weight)| (id.as_str().into(), weight)).collect(),
         drain: pool.drain,
-        policy: Policy {
-            backoff: restart.backoff,
-            max_backoff: restart.max_backoff,
-            stable_after: restart.stable_after,
-            crash_loop_after: restart.crash_loop_after,
-            replace_after: restart.replace_after,
-        },
+        policy: restart.policy,
     }
 }
 
