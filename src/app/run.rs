@@ -51,7 +51,7 @@ impl App {
             if self.inheritance.is_ready {
                 self.state.ready.store(true, Ordering::Relaxed);
             }
-            tracing::info!("taken over");
+            tracing::info!("took over from the old process");
         }
         notify("READY=1");
         let Some(api) = self.api.take() else { return Ok(()) };

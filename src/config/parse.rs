@@ -142,7 +142,9 @@ fn docker(mut section: Section<'_>) -> Docker {
         }
         check_name(&item, &owner);
         if !owner.is_empty() && !owner.starts_with(|c: char| c.is_ascii_alphanumeric()) {
-            item.fault(format_args!("{owner:?} is the prefix of container names: start it with a letter or a digit"));
+            item.fault(format_args!(
+                "{owner:?} cannot be the prefix of container names: start it with a letter or a digit"
+            ));
         }
         Some(owner)
     });

@@ -162,10 +162,10 @@ pub enum CommandError {
     #[error("pool {0} is not static: its provider decides which backends it has")]
     NotStatic(String),
     /// Only supervised pools have a number of replicas.
-    #[error("Ringway does not start the backends of pool {0}, so it cannot scale it")]
+    #[error("cannot scale pool {0}: Ringway does not start its backends")]
     NotSupervised(String),
     /// All backends of a pool of discovered containers have the same weight.
-    #[error("the containers of pool {0} all have the same weight")]
+    #[error("cannot set a weight in pool {0}: all its containers have the same weight")]
     FixedWeight(String),
     /// The port range of the pool is too small.
     #[error("pool {pool} has too few ports ({first}-{last}) for {replicas} replicas: widen process.ports")]
