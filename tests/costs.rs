@@ -101,7 +101,7 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
         let each = each(&calls, &[name], REQUESTS);
         assert!((2.0..2.05).contains(&each), "{each} {name} a request: {calls:?}");
     }
-    // Each side needs one wake-up at most. The rest is for the sweep.
+    // Each side needs one wake-up at most. The rest is for the timeout task.
     let waits = each(&calls, &["epoll_wait", "epoll_pwait", "epoll_pwait2"], REQUESTS);
     assert!(waits < 2.3, "{waits} waits a request");
     let total: f64 = calls.values().sum::<f64>() / REQUESTS as f64;
@@ -116,7 +116,7 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
         metric_in(&get(program.api(), "/metrics").await.1, "ringway_connections_active", &[]) == 1.0
     })
     .await;
-    // A sweep runs twice a second. It sets keepalive on the connection that exists at that moment.
+    // The timeout task runs twice a second. It sets keepalive on the connection that exists at that moment.
     let met = began.elapsed().as_secs_f64() * 2.0 + 1.0;
     let calls = trace.end().await;
     println!("{CONNECTIONS} connections: {calls:?}");
@@ -124,7 +124,7 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
         (&["accept4"][..], 2.1),
         (&["socket"], 1.05),
         (&["connect"], 1.05),
-        // The client's linger and the backend's TCP_NODELAY, and four calls for keepalive on the connections of a sweep.
+        // The client's linger and the backend's TCP_NODELAY, and four for keepalive if the timeout task saw it.
         (&["setsockopt"], 2.05 + 4.0 * met / CONNECTIONS as f64),
         (&["shutdown"], 1.05),
         // The request, the answer and two ends. Some reads find an empty socket.
@@ -152,7 +152,7 @@ async fn a_connection_to_a_backend_has_keepalive_unless_it_is_off() {
     let server = Server::echo("a").await;
     let yaml = static_config(&[server.address], "health_check: { kind: none }");
     let program = Program::start(&yaml).await;
-    // The connection is idle from the start, so only the sweep can set keepalive.
+    // The connection is idle from the start, so only the timeout task can set keepalive.
     let _idle = TcpStream::connect(program.web()).await.unwrap();
     eventually("the keepalive timer", || has_timer(server.address.port(), "02")).await;
     let off = Program::start(&format!("tcp: {{ keepalive: off }}\n{yaml}")).await;
@@ -162,7 +162,7 @@ async fn a_connection_to_a_backend_has_keepalive_unless_it_is_off() {
         metric_in(&get(off.api(), "/metrics").await.1, "ringway_backend_connections_active", &[]) == 1.0
     })
     .await;
-    // With keepalive on, a sweep would set the timer in this time.
+    // With keepalive on, the timeout task would set the timer in this time.
     tokio::time::sleep(Duration::from_millis(1200)).await;
     assert!(!has_timer(server.address.port(), "02"));
 }

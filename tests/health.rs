@@ -179,7 +179,7 @@ async fn connections_of_a_backend_that_goes_down_are_kept_or_reset() {
         ill.store(true, Ordering::Relaxed);
         eventually("down", || ringway.states() == [State::Unhealthy]).await;
         if is_kept {
-            // With `on_down: reset` a sweep would reset the connection in this time.
+            // With `on_down: reset` the timeout task would reset the connection in this time.
             tokio::time::sleep(Duration::from_millis(700)).await;
             client.write_all(b"x").await.unwrap();
             soon("an answer", client.read_exact(&mut byte)).await.unwrap();
