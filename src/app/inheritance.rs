@@ -13,7 +13,7 @@ use super::changes::Changes;
 use super::pools::Pool;
 use crate::backend::State;
 use crate::config::Config;
-use crate::control::supervisor::process::{Handed, Spec};
+use crate::control::supervisor::handover::{Handed, Spec};
 use crate::handover::Channel;
 use crate::table::Table;
 

@@ -18,7 +18,7 @@ use crate::api::ProviderView;
 use crate::backend::Failing;
 use crate::config::{self, Config};
 use crate::control::publisher::Publisher;
-use crate::control::supervisor::process::Handed;
+use crate::control::supervisor::handover::Handed;
 use crate::control::{Event, ejection, health};
 use crate::metrics;
 use crate::proxy::Route;

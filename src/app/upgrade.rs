@@ -17,7 +17,7 @@ use super::App;
 use super::inheritance::{MESSAGE_TIMEOUT, Message, READY, SIDE_PORT};
 use super::service_manager::notify;
 use crate::control::command::CommandError;
-use crate::control::supervisor::process::Handed;
+use crate::control::supervisor::handover::Handed;
 use crate::handover::{Channel, MOST_DESCRIPTORS};
 
 /// Maximum time until a successor is ready.

@@ -10,8 +10,8 @@ use crate::app::changes::OfPool;
 use crate::app::context::PoolContext;
 use crate::config::{self, Config, Provider};
 use crate::control::Event;
-use crate::control::supervisor::Handover;
 use crate::control::supervisor::docker::{Settings, supervise};
+use crate::control::supervisor::handover::Handover;
 
 /// The channels to the supervisor.
 #[derive(Debug)]

@@ -19,8 +19,7 @@ use super::StartError;
 use super::changes::OfPool;
 use super::context::PoolContext;
 use crate::config::{self, Provider};
-use crate::control::supervisor::Handover;
-use crate::control::supervisor::process::Handed;
+use crate::control::supervisor::handover::{Handed, Handover};
 
 /// Prepares the provider of a pool. Key paths in errors start with `key_path`.
 pub(super) async fn prepare(

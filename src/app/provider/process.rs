@@ -10,8 +10,8 @@ use crate::app::context::PoolContext;
 use crate::app::{Environment, StartError};
 use crate::config::{self, Provider};
 use crate::control::Event;
-use crate::control::supervisor::Handover;
-use crate::control::supervisor::process::{Handed, Ports, Settings, Spec, is_runnable, supervise};
+use crate::control::supervisor::handover::{Handed, Handover, Spec};
+use crate::control::supervisor::process::{Ports, Settings, is_runnable, supervise};
 
 /// The channels to the supervisor.
 #[derive(Debug)]

@@ -17,7 +17,8 @@ use crate::config::{self, Config};
 use crate::control::docker::engine::Engine;
 use crate::control::docker::scope::ScopeSettings;
 use crate::control::docker::watch::EngineStatus;
-use crate::control::supervisor::{Handover, Resting, SlotSettings};
+use crate::control::supervisor::SlotSettings;
+use crate::control::supervisor::handover::{Handover, Resting};
 use crate::control::{self, Event};
 use crate::table::TableCell;
 

@@ -4,6 +4,7 @@
 use bollard::models::ContainerInspectResponse;
 
 use super::engine::{Engine, EngineError};
+use super::label;
 use super::watch::{EngineStatus, Retry};
 
 /// The owner outside of a compose project.
@@ -36,6 +37,13 @@ pub struct Scope {
     pub owner: String,
     /// Network on which Ringway reaches them.
     pub network: String,
+}
+
+impl Scope {
+    /// The labels of all containers of a pool, as the engine's filters take them.
+    pub(in crate::control) fn labels(&self, pool: &str) -> Vec<String> {
+        vec![format!("{}={}", label::OWNER, self.owner), format!("{}={pool}", label::POOL), label::SLOT.to_owned()]
+    }
 }
 
 /// Why Ringway could not find its scope.

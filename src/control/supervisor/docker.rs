@@ -14,7 +14,6 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -23,14 +22,12 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::handover::{Handed, Resting};
 use super::plan::{Action, Why};
-use super::process::Handed;
-use super::{Adapter, Ending, Progress, Resting, Running, SlotSettings, Slots, Supervisor};
-use crate::backend::Replica;
+use super::{Adapter, Ending, Progress, Running, SlotSettings, Slots, Supervisor};
 use crate::control::Event;
 use crate::control::docker::container::Container;
 use crate::control::docker::engine::Engine;
-use crate::control::docker::label;
 use crate::control::docker::scope::{self, Scope, ScopeSettings};
 use crate::control::docker::watch::{EngineStatus, Seen, Watch};
 use crate::table::TableCell;
@@ -43,6 +40,7 @@ mod work;
 use self::backoff::Backoff;
 use self::create::Maker;
 pub use self::create::{Pull, Spec};
+use self::observe::Known;
 use self::work::{Done, Work};
 
 /// How long Ringway waits for starts and stops in progress when it stops.
@@ -92,11 +90,7 @@ pub async fn supervise(
     let watch = Watch {
         engine: engine.clone(),
         pool: Arc::clone(&pool),
-        labels: vec![
-            format!("{}={}", label::OWNER, scope.owner),
-            format!("{}={}", label::POOL, pool),
-            label::SLOT.to_owned(),
-        ],
+        labels: scope.labels(&pool),
         resync: first.resync,
         engine_status: Arc::clone(&engine_status),
         poke: Arc::clone(&poke),
@@ -152,18 +146,6 @@ struct Containers {
     doubles: HashSet<Arc<str>>,
     double_backoff: Backoff<Arc<str>>,
     has_seen: bool,
-}
-
-/// A running container.
-struct Known {
-    id: Arc<str>,
-    replica: Replica,
-    /// Digest of the settings that it was created from.
-    spec: String,
-    /// As last reported to the publisher.
-    address: Option<SocketAddr>,
-    /// As last reported to the publisher.
-    is_bad: bool,
 }
 
 /// An observation of the adapter.
@@ -264,8 +246,4 @@ impl Adapter for Containers {
         tracing::info!(pool = %slots.pool(), owner = self.scope.owner, replicas = self.known.len(),
             "containers keep running; the next Ringway of this owner adopts them, `ringway reap --owner` removes them");
     }
-}
-
-fn short(id: &str) -> &str {
-    id.get(..12).unwrap_or(id)
 }

@@ -5,6 +5,7 @@
 //! - this file: the loop, and the [`Adapter`] that starts, stops and observes replicas
 //! - [`plan`]: decides what to do next; pure
 //! - [`slots`]: the slots of a pool, and their events for the publisher
+//! - [`handover`]: what one Ringway hands over to the next during an upgrade
 //! - [`ends`]: records and logs ends of replicas and failed starts
 //! - [`process`]: the adapter for child processes
 //! - [`docker`]: the adapter for containers
@@ -13,6 +14,7 @@
 //! - [`output`]: writes the output of child processes to the log
 
 pub mod docker;
+pub mod handover;
 pub mod launch;
 pub mod plan;
 pub mod process;
@@ -26,42 +28,15 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
+use self::handover::{Handed, Resting};
 use self::plan::{Action, Why};
-use self::process::Handed;
 pub use self::slots::SlotSettings;
 use self::slots::{LOOK, Running, Slots};
 use super::Event;
 use crate::table::TableCell;
-
-/// Asks a supervisor to pause and to hand its replicas over to another process.
-#[derive(Debug)]
-pub struct Handover {
-    /// Receives copies of the replicas' handles, or the error that prevented the copies.
-    pub handed: oneshot::Sender<io::Result<Vec<Handed>>>,
-    /// True: the other process has taken over. Otherwise the supervisor continues.
-    pub decision: oneshot::Receiver<bool>,
-}
-
-/// Signals of upgrades, in which a supervisor must hold back because of another Ringway.
-#[derive(Debug)]
-pub struct Resting {
-    /// True once the older Ringway has no connections to the replicas that this one took over.
-    pub settled: watch::Receiver<bool>,
-    /// Requests of a newer Ringway to take over.
-    pub handovers: mpsc::Receiver<Handover>,
-}
-
-impl Handover {
-    /// Hands over the replicas and waits for the decision. Returns whether the other process has taken over.
-    async fn decide(self, handed: io::Result<Vec<Handed>>, stop: &CancellationToken) -> bool {
-        // The requester may have given up.
-        let _ = self.handed.send(handed);
-        matches!(stop.run_until_cancelled(self.decision).await, Some(Ok(true)))
-    }
-}
 
 /// Number of lines of a replica's output kept for its [`Exit`](crate::backend::Exit).
 const LAST_LINES: usize = 10;

@@ -8,20 +8,19 @@
 //! - [`ports`]: reserves the ports of replicas
 
 use std::collections::HashMap;
-use std::io::{self, PipeReader};
+use std::io;
 use std::net::SocketAddr;
-use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use socket2::Socket;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::handover::{Handed, Resting, Spec};
 use super::plan::Why;
-use super::{Adapter, Ending, Progress, Resting, Running, SlotSettings, Slots, Supervisor};
+use super::{Adapter, Ending, Progress, Running, SlotSettings, Slots, Supervisor};
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::control::provider::slot_number;
@@ -49,36 +48,6 @@ pub struct Settings {
     pub launcher: PathBuf,
     /// Soft limit on open files of replicas; `None`: Ringway's own.
     pub open_files: Option<u64>,
-}
-
-/// What a replica is started from. A replica with a different spec is outdated.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Spec {
-    /// Program and arguments, with the placeholders `{port}` and `{slot}`. The program `ringway` is the launcher.
-    pub command: Vec<String>,
-    /// Additional environment variables, with the same placeholders.
-    pub env: Vec<(String, String)>,
-}
-
-/// A replica as one Ringway hands it over to the next. The sockets are copies.
-#[derive(Debug)]
-pub struct Handed {
-    /// Its pool.
-    pub pool: String,
-    /// Its slot.
-    pub slot: Arc<str>,
-    /// Its process id.
-    pub pid: u32,
-    /// Where it listens.
-    pub address: SocketAddr,
-    /// The spec that it was started from.
-    pub spec: Arc<Spec>,
-    /// Ringway's end of its lifeline.
-    pub lifeline: UnixStream,
-    /// The pipe with its output.
-    pub output: PipeReader,
-    /// The socket that reserves its port.
-    pub port: Socket,
 }
 
 /// Keeps a replica in every slot until `stop`, then stops all of them. The settings may change at run time.

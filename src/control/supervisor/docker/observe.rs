@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::Containers;
 use super::work::{Done, Work};
-use super::{Containers, Known, short};
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::control::docker::container::{Container, State};
@@ -15,6 +15,18 @@ use crate::control::docker::label;
 use crate::control::docker::watch::Seen;
 use crate::control::provider::slot_number;
 use crate::control::supervisor::{LAST_LINES, Slots};
+
+/// A running container.
+pub(super) struct Known {
+    pub(super) id: Arc<str>,
+    pub(super) replica: Replica,
+    /// Digest of the settings that it was created from.
+    pub(super) spec: String,
+    /// As last reported to the publisher.
+    pub(super) address: Option<SocketAddr>,
+    /// As last reported to the publisher.
+    pub(super) is_bad: bool,
+}
 
 impl Containers {
     /// Applies a full list.
@@ -135,7 +147,7 @@ impl Containers {
     fn meet(&mut self, slots: &mut Slots, slot: usize, container: &Container, now: Instant) {
         let (pool, name, network) = (slots.pool(), &slots[slot].name, &self.scope.network);
         let is_outdated = slots.is_settled && container.label(label::SPEC) != self.maker.digest();
-        let id = short(&container.id);
+        let id = container.id.get(..12).unwrap_or(&container.id);
         match (slots[slot].is_starting(), slots[slot].is_first_try()) {
             (false, _) => tracing::info!(%pool, slot = %name, container = id, is_outdated, "replica adopted"),
             (true, true) => tracing::info!(%pool, slot = %name, container = id, "replica started"),
