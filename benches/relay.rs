@@ -31,6 +31,7 @@ fn ringway(backend: SocketAddr, access_log: &str) -> SocketAddr {
         executable: PathBuf::from("ringway"),
         replica_open_files: None,
         docker_host: None,
+        log_lost: None,
     };
     let (told, address) = std::sync::mpsc::channel();
     std::thread::spawn(move || {

@@ -196,6 +196,8 @@ impl Backend {
 pub struct Live {
     /// Connections to this backend that are open or connecting now; only [`BackendPermit`] changes it.
     pub active: AtomicU64,
+    /// Lines of the replica's output that were not logged.
+    pub output_lost: AtomicU64,
     /// Connections established so far.
     pub total: AtomicU64,
     /// Connect attempts so far.

@@ -17,7 +17,8 @@
 //! - [`metrics`]: the name, labels and help text of every metric
 //! - [`config`]: the YAML file and its validation
 //!
-//! Several of these modules use [`http_client`], [`handover`], [`labels`] and [`limits`].
+//! Several of these modules use [`http_client`], [`handover`], [`labels`], [`limits`],
+//! [`lossy_writer`] and [`text`].
 
 pub mod api;
 pub mod app;
@@ -28,10 +29,12 @@ pub mod handover;
 pub mod http_client;
 pub mod labels;
 pub mod limits;
+pub mod lossy_writer;
 pub mod metrics;
 pub mod proxy;
 pub mod ring;
 pub mod table;
+pub mod text;
 
 /// Ringway's version, as shown by `ringway --version`, the status and the metrics.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

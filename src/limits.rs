@@ -2,8 +2,8 @@
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Descriptors reserved for logs, the side port and forwarded requests.
-const RESERVED: u64 = 64;
+/// Descriptors reserved for logs, runtimes, the Docker engine and name lookups.
+const RESERVED: u64 = 40;
 
 /// Maximum connection limit, more than any machine serves; keeps sums small if open files are unlimited.
 const MOST: u64 = 1_000_000;
@@ -34,6 +34,11 @@ pub fn pipes(open_files: u64) -> u64 {
     (open_files / 16).min(1024)
 }
 
+/// Number of connections to the side port under `open_files`. Each may need a second descriptor, for a forwarded request.
+pub fn side_port(open_files: u64) -> u64 {
+    (open_files / 16).clamp(8, 128)
+}
+
 /// Number of connections that fit under `open_files`, with two descriptors each, beside `pipes` pipes and `others`
 /// other descriptors.
 pub fn connections(open_files: u64, pipes: u64, others: u64) -> u64 {
@@ -48,8 +53,9 @@ mod tests {
     fn connections_and_pipes_fit_under_the_limit() {
         for files in [128, 256, 1024, 20_000, 1 << 30] {
             let pipes = pipes(files);
-            let connections = connections(files, pipes, 20);
-            assert!(2 * connections + 2 * pipes + RESERVED + 20 <= files, "{files}");
+            let others = 20 + 2 * side_port(files);
+            let connections = connections(files, pipes, others);
+            assert!(2 * connections + 2 * pipes + RESERVED + others <= files, "{files}");
             assert!(connections >= 14, "{files}");
         }
         assert_eq!(connections(u64::MAX, pipes(u64::MAX), 0), MOST);

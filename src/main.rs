@@ -17,7 +17,7 @@ fn main() -> ExitCode {
         None | Some(Command::Run) if cli::init::is_needed() => {
             return cli::init::run().unwrap_or_else(|failure| tell(&failure));
         }
-        None | Some(Command::Run) => cli::run::run(&arguments.common),
+        None | Some(Command::Run) => return cli::run::run(&arguments.common).unwrap_or_else(|failure| tell(&failure)),
         Some(Command::Check(ref check)) => cli::check(&arguments.common, check),
         Some(Command::Status(ref options)) => cli::status::status(&arguments.common, options),
         Some(Command::Reap(ref options)) => cli::reap::reap(&arguments.common, options),

@@ -66,6 +66,7 @@ metrics! {
     BACKEND_CONNECTIONS: Gauge "backend_connections_active" ["pool", "backend"] "Open connections to a backend";
     BACKEND_CONNECTIONS_TOTAL: Counter "backend_connections_total" ["pool", "backend"] "Connections established to a backend";
     REPLICA_RESTARTS: Counter "replica_restarts_total" ["pool", "backend"] "Replicas started to replace a dead replica";
+    OUTPUT_LOST: Counter "replica_output_lost_lines_total" ["pool", "backend"] "Lines of a replica's output that were not logged because it wrote too many";
     CRASH_LOOP: Gauge "replica_crash_loop" ["pool", "backend"] "1 while a slot is in restart backoff because its replicas keep dying, else 0";
     POOL_HEALTHY: Gauge "pool_backends_healthy" ["pool"] "Healthy backends in the pool";
     PANIC: Gauge "pool_panic" ["pool"] "1 while the pool is in panic mode: too few backends are healthy, so Ringway uses all of them; else 0";
@@ -80,10 +81,11 @@ metrics! {
     RING_DIGEST: Gauge "ring_digest" ["pool"] "Upper 52 bits of the ring digest; instances with equal digests pick the same backend for a key";
     TABLE_GENERATION: Gauge "table_generation" ["pool"] "Tables published since the process started";
     WORKER_CONNECTIONS: Gauge "worker_connections_active" ["worker"] "Open connections of a worker";
-    TASKS: Gauge "tasks" ["runtime"] "Live tasks of a runtime (a worker's number, or the control plane)";
+    TASKS: Gauge "tasks" ["runtime"] "Live tasks of a runtime (a worker's number, or a thread of the control plane: control, checks, api)";
     PIPES: Gauge "splice_pipes" ["worker"] "Splice pipes of a worker, in use or pooled";
     PIPE_SHORTAGES: Counter "splice_pipe_shortages_total" ["worker"] "Times a stream was copied because the pipe pool was exhausted";
     ACCESS_LOG_LOST: Counter "access_log_lost_lines_total" [] "Access log lines that were dropped because the writer fell behind or a write failed";
+    LOG_LOST: Counter "log_lost_lines_total" [] "Log lines that were dropped because standard error was not read in time";
     OPEN_FILES: Gauge "open_files" [] "Open file descriptors";
     OPEN_FILES_LIMIT: Gauge "open_files_limit" [] "Limit of open file descriptors for this process";
     MAX_CONNECTIONS: Gauge "max_connections" [] "Limit of open connections; further connections wait in the backlog";

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::rejection::{BytesRejection, PathRejection, QueryRejection};
+use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State as Extract};
 use axum::http::{Method, StatusCode};
 use axum::middleware::from_fn_with_state;
@@ -22,7 +22,6 @@ use crate::control::provider::{Listed, join_host};
 /// Longest drain that a call may ask for: one day, in seconds, as in the config.
 const LONGEST_DRAIN: f64 = 86_400.0;
 
-type Body = Result<Bytes, BytesRejection>;
 type Answer = Result<Json<Report>, Error>;
 type PoolPath = Result<Path<String>, PathRejection>;
 type BackendPath = Result<Path<(String, String)>, PathRejection>;
@@ -147,9 +146,9 @@ pub(super) fn routes(state: &Arc<State>) -> axum::Router<Arc<State>> {
         .route_layer(from_fn_with_state(Arc::clone(state), guard))
 }
 
-async fn drain(Extract(state): Extract<Arc<State>>, path: BackendPath, body: Body) -> Answer {
+async fn drain(Extract(state): Extract<Arc<State>>, path: BackendPath, body: Bytes) -> Answer {
     let (pool, backend) = backend_of(path)?;
-    let DrainBody { within_seconds } = optional(body)?;
+    let DrainBody { within_seconds } = optional(&body)?;
     let within = within_seconds.map(|seconds| {
         let fits = (0.0..=LONGEST_DRAIN).contains(&seconds);
         fits.then(|| Duration::from_secs_f64(seconds))
@@ -163,15 +162,15 @@ async fn undrain(Extract(state): Extract<Arc<State>>, path: BackendPath) -> Answ
     run(&state, Command::Undrain { pool, backend }).await
 }
 
-async fn weight(Extract(state): Extract<Arc<State>>, path: BackendPath, body: Body) -> Answer {
+async fn weight(Extract(state): Extract<Arc<State>>, path: BackendPath, body: Bytes) -> Answer {
     let (pool, backend) = backend_of(path)?;
-    let WeightBody { weight } = required(body)?;
+    let WeightBody { weight } = required(&body)?;
     run(&state, Command::Weight { pool, backend, weight }).await
 }
 
-async fn add(Extract(state): Extract<Arc<State>>, path: PoolPath, body: Body) -> Answer {
+async fn add(Extract(state): Extract<Arc<State>>, path: PoolPath, body: Bytes) -> Answer {
     let pool = pool_of(path)?;
-    let AddBody { address, id, weight } = required(body)?;
+    let AddBody { address, id, weight } = required(&body)?;
     let backend = Listed::parse(&address, id, weight).map_err(invalid)?;
     run(&state, Command::Add { pool, backend }).await
 }
@@ -181,20 +180,19 @@ async fn remove(Extract(state): Extract<Arc<State>>, path: BackendPath) -> Answe
     run(&state, Command::Remove { pool, backend }).await
 }
 
-async fn scale(Extract(state): Extract<Arc<State>>, path: PoolPath, body: Body) -> Answer {
+async fn scale(Extract(state): Extract<Arc<State>>, path: PoolPath, body: Bytes) -> Answer {
     let pool = pool_of(path)?;
-    let ScaleBody { replicas } = required(body)?;
+    let ScaleBody { replicas } = required(&body)?;
     run(&state, Command::Scale { pool, replicas }).await
 }
 
 async fn reload(
     Extract(state): Extract<Arc<State>>,
     query: Result<Query<ReloadQuery>, QueryRejection>,
-    body: Body,
+    body: Bytes,
 ) -> Answer {
     let Query(ReloadQuery { dry_run }) =
         query.map_err(|rejection| invalid(format!("{}: takes ?dry_run=true", rejection.body_text())))?;
-    let body = bytes(body)?;
     let text = (!body.is_empty()).then(|| String::from_utf8(body.to_vec()));
     let text = text.transpose().map_err(|_| invalid("the config is not UTF-8".to_owned()))?;
     if text.is_some() && !dry_run {
@@ -229,21 +227,12 @@ fn backend_of(path: BackendPath) -> Result<(String, String), Error> {
 }
 
 /// A body that the caller may leave out.
-fn optional<T: DeserializeOwned + Default>(body: Body) -> Result<T, Error> {
-    let body = bytes(body)?;
-    if body.is_empty() { Ok(T::default()) } else { parse(&body) }
+fn optional<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Error> {
+    if body.is_empty() { Ok(T::default()) } else { required(body) }
 }
 
-fn required<T: DeserializeOwned>(body: Body) -> Result<T, Error> {
-    parse(&bytes(body)?)
-}
-
-fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+fn required<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
     serde_json::from_slice(body).map_err(|error| invalid(format!("the body is not what this call takes: {error}")))
-}
-
-fn bytes(body: Body) -> Result<Bytes, Error> {
-    body.map_err(|rejection| Error::of_body(&rejection))
 }
 
 fn invalid(message: String) -> Error {
@@ -272,9 +261,9 @@ mod tests {
         let guard = crate::api::Guard::new(([127, 0, 0, 1], 0).into(), None, Vec::new());
         let settings =
             crate::proxy::Settings { workers: 1, max_connections: 1, max_pipes: 0, buffer: 4096, splice_from: 4096 };
-        let proxy = crate::proxy::Proxy::start(settings).unwrap();
+        let (proxy, _ended) = crate::proxy::Proxy::start(settings).unwrap();
         let exporter = crate::metrics::Exporter::new().unwrap();
-        let state = Arc::new(State::new(exporter, guard, sender, &proxy));
+        let state = Arc::new(State::new(exporter, guard, sender, &proxy, Vec::new()));
         let router: Router = routes(&state).with_state(state);
         let request = Request::builder().method(&call.method).uri(&call.path).header("host", "localhost");
         let request = request.body(HttpBody::from(call.body.clone())).unwrap();

@@ -7,7 +7,7 @@
 //! - [`request`] answers `/api/request`
 //! - [`commands`]: run-time commands as HTTP calls; [`guard`] decides who may send them
 //! - [`scrape`] answers `/metrics`
-//! - [`error`]: errors as JSON
+//! - [`server`]: the HTTP server with its limits; [`error`]: errors as JSON
 
 pub mod commands;
 pub mod status;
@@ -16,6 +16,7 @@ mod error;
 mod guard;
 mod request;
 mod scrape;
+mod server;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,28 +24,27 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, State as Extract};
+use axum::extract::State as Extract;
 use axum::http::{Method, StatusCode, Uri};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 
 use arc_swap::ArcSwap;
+use tokio::runtime::Handle;
 
 use self::error::Error;
 pub use self::guard::Guard;
+pub use self::server::serve;
 use crate::control::command::{CommandSender, Differs};
 use crate::control::docker::watch::EngineStatus;
 use crate::label_enum;
 use crate::labels::Tally;
+use crate::lossy_writer::LostLines;
 use crate::metrics::Exporter;
-use crate::proxy::access_log::LostLines;
 use crate::proxy::socket::TcpOptions;
 use crate::proxy::stats::ListenerStats;
 use crate::proxy::stats::WorkerStats;
 use crate::proxy::{Limit, Proxy, Route, Sources};
-
-/// Longest body of a request to the side port.
-const BODY_LIMIT: usize = 1024 * 1024;
 
 label_enum! {
     /// Result of a reload or an upgrade.
@@ -73,6 +73,10 @@ pub struct State {
     pub reloads: Tally<Outcome>,
     /// Upgrades so far, failed ones included.
     pub upgrades: Tally<Outcome>,
+    /// The runtimes of the control plane, with their names.
+    runtimes: Vec<(&'static str, Handle)>,
+    /// The last answer to a scrape.
+    scrape: scrape::Shared,
     guard: Guard,
     commands: CommandSender,
     view: ArcSwap<View>,
@@ -80,7 +84,13 @@ pub struct State {
 
 impl State {
     /// The state of an app without listeners and pools.
-    pub fn new(exporter: Exporter, guard: Guard, commands: CommandSender, proxy: &Proxy) -> Self {
+    pub fn new(
+        exporter: Exporter,
+        guard: Guard,
+        commands: CommandSender,
+        proxy: &Proxy,
+        runtimes: Vec<(&'static str, Handle)>,
+    ) -> Self {
         Self {
             started: Instant::now(),
             ready: AtomicBool::new(false),
@@ -89,6 +99,8 @@ impl State {
             limit: Arc::clone(proxy.limit()),
             reloads: Tally::default(),
             upgrades: Tally::default(),
+            runtimes,
+            scrape: scrape::Shared::default(),
             guard,
             commands,
             view: ArcSwap::from_pointee(View::default()),
@@ -126,6 +138,8 @@ pub struct View {
     pub tcp: TcpOptions,
     /// Counts lines that the access log dropped.
     pub access_log_lost: Option<LostLines>,
+    /// Counts lines that the log dropped.
+    pub log_lost: Option<LostLines>,
 }
 
 /// A pool's provider as the side port shows it.
@@ -165,7 +179,6 @@ pub fn router(state: Arc<State>) -> Router {
         .route("/readyz", get(ready))
         .fallback(not_found)
         .method_not_allowed_fallback(not_allowed)
-        .layer(DefaultBodyLimit::max(BODY_LIMIT))
         .with_state(state)
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::rejection::{BytesRejection, QueryRejection};
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{ConnectInfo, Query, State as Extract};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
@@ -46,13 +46,12 @@ pub(super) async fn forward(
     ConnectInfo(caller): ConnectInfo<SocketAddr>,
     parameters: Result<Query<Parameters>, QueryRejection>,
     headers: HeaderMap,
-    body: Result<Bytes, BytesRejection>,
+    body: Bytes,
 ) -> Result<Response, Error> {
     let Query(parameters) = parameters.map_err(|rejection| {
         let message = format!("{}: use only the parameters key and pool", rejection.body_text());
         Error::new(StatusCode::BAD_REQUEST, "bad_query", message)
     })?;
-    let body = body.map_err(|rejection| Error::of_body(&rejection))?;
     let state = state.view();
     let pool = find_pool(&state, parameters.pool.as_deref())?;
     let address_key = Key::of(pool.key, caller);

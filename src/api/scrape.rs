@@ -1,25 +1,68 @@
-//! `GET /metrics`: copies all counters of the data plane and the control plane into the exporter and renders them.
+//! `GET /metrics`: copies all counters of the data plane and the control plane into the exporter and renders them, away
+//! from the threads that others wait for.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use axum::extract::State as Extract;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
-use tokio::runtime::Handle;
+use bytes::Bytes;
+use tokio::sync::Mutex;
 
 use super::{ListenerView, State};
 use crate::backend::{Backend, ConnectFailure, Moved, State as BackendState};
 use crate::control::docker::watch::EngineStatus;
 use crate::labels::{Label, Tally};
 use crate::limits;
+use crate::lossy_writer::LostLines;
 use crate::metrics::{self, Exporter, Metric};
 use crate::proxy::Route;
-use crate::proxy::access_log::LostLines;
 use crate::table::Table;
 
+/// The last rendered metrics, which scrapes at about the same time share.
+#[derive(Debug, Default)]
+pub(super) struct Shared(Mutex<Option<Rendered>>);
+
+#[derive(Debug, Clone)]
+struct Rendered {
+    text: Bytes,
+    fresh_until: Instant,
+}
+
+/// How often the time of rendering the text is shared. So scrapers take at most a tenth of one processor, whatever their
+/// number, as long as [`LONGEST`] does not end that.
+const SHARED_FOR: u32 = 9;
+
+/// Longest time for which a text is shared.
+const LONGEST: Duration = Duration::from_secs(1);
+
+impl Shared {
+    /// The last text if it is fresh; else a new one. Only one is rendered at a time, on a thread for blocking work.
+    async fn text(&self, render: impl FnOnce() -> String + Send + 'static) -> Bytes {
+        let mut last = self.0.lock().await;
+        if let Some(last) = last.as_ref().filter(|last| Instant::now() < last.fresh_until) {
+            return last.text.clone();
+        }
+        let rendered = tokio::task::spawn_blocking(move || {
+            let began = Instant::now();
+            let text = Bytes::from(render());
+            let fresh_for = (began.elapsed() * SHARED_FOR).min(LONGEST);
+            Rendered { text, fresh_until: Instant::now() + fresh_for }
+        });
+        // A panic of the renderer is logged; the scraper gets the last text.
+        if let Ok(rendered) = rendered.await {
+            *last = Some(rendered);
+        }
+        last.as_ref().map(|last| last.text.clone()).unwrap_or_default()
+    }
+}
+
 pub(super) async fn metrics(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text(&state))
+    let rendered = Arc::clone(&state);
+    let text = state.scrape.text(move || text(&rendered)).await;
+    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
 }
 
 fn text(state: &State) -> String {
@@ -46,10 +89,12 @@ fn text(state: &State) -> String {
         exporter.set(&metrics::PIPES, &worker, load(&stats.pipes));
         exporter.set(&metrics::PIPE_SHORTAGES, &worker, load(&stats.pipe_shortages));
     }
-    let tasks = Handle::try_current().map_or(0, |runtime| runtime.metrics().num_alive_tasks());
-    exporter.set(&metrics::TASKS, &["control"], tasks as u64);
+    for (name, runtime) in &state.runtimes {
+        exporter.set(&metrics::TASKS, &[name], runtime.metrics().num_alive_tasks() as u64);
+    }
     let lost = view.access_log_lost.as_ref().map_or(0, LostLines::count);
     exporter.set(&metrics::ACCESS_LOG_LOST, &[], lost);
+    exporter.set(&metrics::LOG_LOST, &[], view.log_lost.as_ref().map_or(0, LostLines::count));
     exporter.set(&metrics::OPEN_FILES, &[], limits::open_files_now());
     exporter.set(&metrics::OPEN_FILES_LIMIT, &[], limits::open_files());
     exporter.set(&metrics::MAX_CONNECTIONS, &[], state.limit.size() as u64);
@@ -104,6 +149,7 @@ fn of_backend(exporter: &Exporter, pool: &str, backend: &Backend) {
     exporter.set_fraction(&metrics::ADMISSION, &labels, backend.admission.as_part());
     exporter.set(&metrics::CRASH_LOOP, &labels, is(BackendState::CrashLoop));
     exporter.set(&metrics::REPLICA_RESTARTS, &labels, backend.restarts);
+    exporter.set(&metrics::OUTPUT_LOST, &labels, load(&live.output_lost));
     exporter.set(&metrics::BACKEND_CONNECTIONS, &labels, load(&live.active));
     exporter.set(&metrics::BACKEND_CONNECTIONS_TOTAL, &labels, load(&live.total));
     exporter.set(&metrics::CONNECT_ATTEMPTS, &labels, load(&live.attempts));
@@ -129,4 +175,37 @@ fn tally<L: Label>(exporter: &Exporter, metric: &Metric, labels: &[&str], tally:
 
 fn load(counter: &AtomicU64) -> u64 {
     counter.load(Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn scrapes_at_the_same_time_share_one_text() {
+        static RENDERED: AtomicUsize = AtomicUsize::new(0);
+        let shared = Arc::new(Shared::default());
+        let mut scrapers = tokio::task::JoinSet::new();
+        for _ in 0..16 {
+            let shared = Arc::clone(&shared);
+            scrapers.spawn(async move {
+                shared
+                    .text(|| {
+                        // As with thousands of backends.
+                        std::thread::sleep(Duration::from_millis(200));
+                        RENDERED.fetch_add(1, Ordering::Relaxed).to_string()
+                    })
+                    .await
+            });
+        }
+        let texts = scrapers.join_all().await;
+        assert!(texts.iter().all(|text| text == "0"), "{texts:?}");
+        let again = |last: &Option<Rendered>| last.as_ref().is_some_and(|last| Instant::now() >= last.fresh_until);
+        while !again(&*shared.0.lock().await) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert_eq!(shared.text(|| "new".to_owned()).await, "new");
+    }
 }

@@ -17,7 +17,8 @@ pub(super) fn capacity(config: &Config, workers: usize) -> (usize, usize) {
     // backend needs a check. A replica also needs its port, lifeline and output, and duplicates of them for a handover.
     let sockets = workers * (2 * config.listeners.len() + 3);
     let backends: usize = config.pools.iter().map(|pool| 12 * pool.provider.backends()).sum();
-    let most = fitting(limits::connections(open_files, pipes as u64, (sockets + backends) as u64));
+    let side_port = 2 * limits::side_port(open_files);
+    let most = fitting(limits::connections(open_files, pipes as u64, (sockets + backends) as u64 + side_port));
     let connections =
         config.max_connections.map_or(most, |wanted| at_most("max_connections", wanted, most, open_files));
     (pipes, connections)

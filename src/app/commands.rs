@@ -2,6 +2,8 @@
 
 use std::ops::RangeInclusive;
 
+use tokio_util::sync::CancellationToken;
+
 use super::App;
 use super::changes::Changes;
 use super::provider::listed;
@@ -123,9 +125,9 @@ impl App {
         self.plan_reload(self.file.clone(), changes).await
     }
 
-    /// Moves to another config.
-    pub(super) async fn apply_reload(&mut self, plan: ReloadPlan) -> Report {
-        let report = self.go(plan).await;
+    /// Moves to another config. `hurry` ends the wait for new backends.
+    pub(super) async fn apply_reload(&mut self, plan: ReloadPlan, hurry: CancellationToken) -> Report {
+        let report = self.go(plan, hurry).await;
         log(&report);
         report
     }

@@ -1,7 +1,6 @@
-//! What pools are prepared with, and the tasks that they run as.
+//! What pools are prepared with.
 
 use tokio::sync::watch;
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::Environment;
@@ -19,14 +18,4 @@ pub(super) struct PoolContext<'a> {
     pub(super) stop_replicas: &'a CancellationToken,
     /// True if there is no old Ringway process, or once it has exited.
     pub(super) settled: watch::Receiver<bool>,
-}
-
-/// The tasks of all pools.
-pub(super) struct Tasks {
-    /// Cancelled when all replicas must stop.
-    pub(super) stop_replicas: CancellationToken,
-    /// Tasks that must finish their work before the process exits.
-    pub(super) supervisors: JoinSet<()>,
-    /// Tasks that have nothing to finish and can be dropped at any time.
-    pub(super) others: JoinSet<()>,
 }

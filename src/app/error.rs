@@ -74,12 +74,9 @@ pub enum StartError {
         /// The error that the system reported.
         error: io::Error,
     },
-    /// The worker threads cannot be started.
-    #[error("cannot start the workers: {0}")]
-    Workers(io::Error),
-    /// The control plane's runtime cannot use the socket of the side port.
-    #[error("cannot serve the side port: {0}")]
-    Runtime(io::Error),
+    /// A thread cannot be started.
+    #[error("cannot start the threads: {0}")]
+    Threads(io::Error),
     /// The metrics exporter cannot be created.
     #[error("cannot set up metrics: {0}")]
     Metrics(#[from] BuildError),
@@ -108,6 +105,6 @@ pub enum RunError {
     #[error("a task of the control plane panicked; see the log for the panic message")]
     TaskPanicked,
     /// The server of the side port stopped.
-    #[error("the side port stopped: {0}")]
-    Api(io::Error),
+    #[error("the side port stopped")]
+    SidePort,
 }

@@ -5,6 +5,7 @@
 //!
 //! - this file: the start of the app; [`run`]: serving, commands and shutdown
 //! - [`pools`], [`listeners`]: the parts, and how they start, change and end; [`context`]: what pools start with
+//! - [`tasks`]: the tasks of the control plane; [`threads`]: the threads that they run on
 //! - [`provider`]: where the backends of a pool come from, one file for each kind
 //! - [`access`]: who may change something by the side port; [`readiness`]: when `/readyz` succeeds
 //! - [`settings`]: from the config to the settings of the parts; [`mod@capacity`]: how many connections and pipes fit
@@ -28,6 +29,8 @@ mod reload;
 mod run;
 mod service_manager;
 mod settings;
+mod tasks;
+mod threads;
 mod upgrade;
 
 use std::ffi::OsString;
@@ -37,27 +40,27 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
-use tracing_appender::non_blocking::WorkerGuard;
 
 use self::capacity::capacity;
 use self::changes::Changes;
-use self::context::{PoolContext, Tasks};
+use self::context::PoolContext;
 pub use self::error::{RunError, StartError};
 pub use self::inheritance::{Inheritance, TAKE_OVER};
 use self::listeners::{Bound, Listener};
 use self::pools::Pool;
+use self::tasks::Tasks;
 use crate::api::{self, State, View};
 use crate::config::{self, Config};
 use crate::control::command::{CommandSender, PendingCommand};
 use crate::control::docker::engine::Engine;
 use crate::control::supervisor::process::let_go;
 use crate::handover::Channel;
+use crate::lossy_writer::LostLines;
 use crate::metrics::Exporter;
-use crate::proxy::access_log::AccessLog;
-use crate::proxy::{self, Intercept, Proxy};
+use crate::proxy::access_log::{AccessLog, FlushGuard};
+use crate::proxy::{self, Intercept, Proxy, WorkersEnded};
 
 /// From SIGTERM to SIGKILL for a replica that was taken over and is of no pool.
 const UNWANTED_GRACE: Duration = Duration::from_secs(5);
@@ -80,6 +83,8 @@ pub struct Environment {
     pub docker_host: Option<String>,
     /// The token of the side port, unless the config names a file with it. Calls that change something need it.
     pub token: Option<String>,
+    /// Counts lines that did not reach the log; `None`: nobody counts them.
+    pub log_lost: Option<LostLines>,
 }
 
 /// A started app. Dropping it ends replicas and side port at once; the workers drain while the process lives.
@@ -98,8 +103,7 @@ pub struct App {
     intercept: Intercept,
     access_log: Option<Log>,
     api_address: SocketAddr,
-    api: Option<tokio::net::TcpListener>,
-    /// A copy of the socket, for a successor.
+    /// The socket of the side port.
     api_socket: Option<std::net::TcpListener>,
     /// Listeners that are not open yet, because the predecessor still serves.
     bound: Vec<Bound>,
@@ -112,6 +116,8 @@ pub struct App {
     /// Docker pools that are being removed, by name, with what stops their supervisors.
     retiring: Vec<(String, CancellationToken)>,
     commands: mpsc::Receiver<PendingCommand>,
+    /// Hear of workers that end, and of tasks that panic.
+    trouble: Option<(WorkersEnded, mpsc::UnboundedReceiver<()>)>,
     /// Ends before `ready` becomes false, or it could set `ready` again.
     becoming_ready: Option<AbortOnDropHandle<()>>,
     tasks: Tasks,
@@ -126,7 +132,7 @@ impl std::fmt::Debug for App {
 }
 
 /// The access log, and the guard that flushes its queue when the app ends.
-type Log = (AccessLog, WorkerGuard);
+type Log = (AccessLog, FlushGuard);
 
 impl App {
     /// Binds everything, then starts workers, replicas and checks. The control plane runs on the current
@@ -152,13 +158,13 @@ impl App {
 
         let engine = engine(&config, environment.docker_host.as_deref())?;
         reload::check_sizes(&config)?;
-        let stop_replicas = CancellationToken::new();
+        let (tasks, panics) = Tasks::start().map_err(StartError::Threads)?;
         let context = PoolContext {
             config: &config,
             engine: engine.as_ref(),
             environment: &environment,
             exporter: &exporter,
-            stop_replicas: &stop_replicas,
+            stop_replicas: &tasks.stop_replicas,
             settled: is_settled.clone(),
         };
         let mut prepared = Vec::new();
@@ -171,8 +177,7 @@ impl App {
         }
         let inherited = inheritance.sockets(inheritance::SIDE_PORT, config.api.listen);
         let api_socket = listeners::side_port(&config, inherited)?;
-        let api = api_socket.try_clone().and_then(tokio::net::TcpListener::from_std).map_err(StartError::Runtime)?;
-        let api_address = api.local_addr().unwrap_or(config.api.listen);
+        let api_address = api_socket.local_addr().unwrap_or(config.api.listen);
         let mut bound = Vec::new();
         for (n, listener) in config.listeners.iter().enumerate() {
             let inherited = inheritance.sockets(&listener.name, listener.listen);
@@ -183,17 +188,16 @@ impl App {
 
         let (buffer, splice_from) = (config.relay.buffer_kib * 1024, config.relay.splice_from_kib * 1024);
         let proxy = proxy::Settings { workers, max_connections, max_pipes, buffer, splice_from };
-        let proxy = Proxy::start(proxy).map_err(StartError::Workers)?;
+        let (proxy, workers_ended) = Proxy::start(proxy).map_err(StartError::Threads)?;
         let (intercept, intercepted) = api::status::intercept();
         let (sender, commands) = CommandSender::new();
-        let state = Arc::new(State::new(exporter, guard, sender, &proxy));
-        let mut tasks = Tasks { stop_replicas, supervisors: JoinSet::new(), others: JoinSet::new() };
-        let pools: Vec<_> = prepared.into_iter().map(|pool| pool.start(&mut tasks)).collect();
+        let state = Arc::new(State::new(exporter, guard, sender, &proxy, tasks.runtimes()));
+        let pools: Vec<_> = prepared.into_iter().map(|pool| pool.start(&tasks)).collect();
         for replica in std::mem::take(&mut inheritance.replicas) {
-            tasks.others.spawn(let_go(replica, is_settled.clone(), UNWANTED_GRACE));
+            tasks.spawn(let_go(replica, is_settled.clone(), UNWANTED_GRACE));
         }
-        tasks.others.spawn(api::status::answer(Arc::clone(&state), intercepted));
-        tasks.others.spawn(upkeep(Arc::clone(&state)));
+        tasks.spawn_side_port(api::status::answer(Arc::clone(&state), intercepted));
+        tasks.spawn_side_port(upkeep(Arc::clone(&state)));
         let guard = tasks.stop_replicas.clone().drop_guard();
         let mut app = Self {
             environment,
@@ -209,11 +213,11 @@ impl App {
             intercept,
             access_log,
             api_address,
-            api: Some(api),
             api_socket: Some(api_socket),
             bound,
             inheritance,
             commands,
+            trouble: Some((workers_ended, panics)),
             tasks,
             retiring: Vec::new(),
             settled: Some(settled),
@@ -267,6 +271,7 @@ impl App {
             differs: self.pools.iter().map(differs).collect(),
             tcp: self.config.tcp,
             access_log_lost: self.access_log.as_ref().map(|(log, _)| log.lost()),
+            log_lost: self.environment.log_lost.clone(),
         });
     }
 }

@@ -3,6 +3,7 @@
 //! The fallible steps run first and change nothing. The steps after them cannot fail.
 
 use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,9 +11,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::changes::OfPool;
-use super::context::{PoolContext, Tasks};
+use super::context::PoolContext;
 use super::provider::{self, Addresses, Source, Start, change};
 use super::settings::{publishing, route};
+use super::tasks::Tasks;
 use super::{Environment, StartError};
 use crate::api::ProviderView;
 use crate::backend::Failing;
@@ -112,20 +114,22 @@ pub(super) async fn prepare(
 
 impl Prepared {
     /// Starts the tasks of the pool.
-    pub(super) fn start(mut self, tasks: &mut Tasks) -> Pool {
+    pub(super) fn start(mut self, tasks: &Tasks) -> Pool {
         let (table, events) = (self.pool.route.table.clone(), &self.pool.events);
-        let mut spawn = |task: std::pin::Pin<Box<dyn Future<Output = ()> + Send>>| {
-            let over = self.pool.over.clone();
-            tasks.others.spawn(async move {
+        let over = self.pool.over.clone();
+        let until_over = |task: Pin<Box<dyn Future<Output = ()> + Send>>| {
+            let over = over.clone();
+            async move {
                 let _ = over.run_until_cancelled(task).await;
-            });
+            }
         };
         if let Some(queue) = self.pool.queue.take() {
-            spawn(Box::pin(self.publisher.run(queue)));
+            tasks.spawn(until_over(Box::pin(self.publisher.run(queue))));
         }
-        spawn(Box::pin(health::check_all(table.clone(), self.pool.health.subscribe(), events.clone())));
+        let checks = health::check_all(table.clone(), self.pool.health.subscribe(), events.clone());
+        tasks.spawn_check(until_over(Box::pin(checks)));
         let settings = self.pool.ejection.subscribe();
-        spawn(Box::pin(ejection::eject(table.clone(), settings, self.reports, events.clone())));
+        tasks.spawn(until_over(Box::pin(ejection::eject(table.clone(), settings, self.reports, events.clone()))));
         let (events, stop, over) = (events.clone(), self.pool.stop.clone(), self.pool.over.clone());
         (self.start)(Start { table, events, stop, over, tasks });
         self.pool
@@ -192,8 +196,8 @@ impl Pool {
     }
 
     /// Drains every backend, stops the replicas, and then ends the tasks of the pool.
-    pub(super) fn retire(self, tasks: &mut Tasks) {
-        tasks.others.spawn(async move {
+    pub(super) fn retire(self, tasks: &Tasks) {
+        tasks.spawn(async move {
             let drain = self.config.drain;
             self.source.retire();
             let mut changes = self.route.table.watch();

@@ -4,6 +4,8 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
 use super::changes::Changes;
 use super::context::PoolContext;
 use super::listeners::{self, Bound, Listener};
@@ -110,8 +112,9 @@ impl App {
         Ok(ReloadPlan { file, changes, config, pools, listeners, log, report })
     }
 
-    /// Applies a prepared reload. Open connections keep the settings that they started with.
-    pub(super) async fn go(&mut self, plan: ReloadPlan) -> Report {
+    /// Applies a prepared reload. Open connections keep the settings that they started with. `hurry` ends the wait for
+    /// new backends.
+    pub(super) async fn go(&mut self, plan: ReloadPlan, hurry: CancellationToken) -> Report {
         let before = self.changes.clone();
         let ReloadPlan { file, changes, config, pools, listeners, log, report } = plan;
         let (_, max_connections) = capacity(&config, self.state.workers.len());
@@ -138,7 +141,7 @@ impl App {
                     for (_, stop) in self.retiring.extract_if(.., |(name, _)| *name == pool.name) {
                         stop.cancel();
                     }
-                    let started = prepared.start(&mut self.tasks);
+                    let started = prepared.start(&self.tasks);
                     fresh.push(started.route.table.clone());
                     started
                 }
@@ -149,13 +152,13 @@ impl App {
         }
 
         // Listeners switch to new pools only once those have a healthy backend. Until then the old pools serve.
-        let _ = tokio::time::timeout(FRESH, async {
+        let all_healthy = async {
             for table in fresh {
                 let mut changes = table.watch();
                 while !table.load().any_healthy() && changes.changed().await.is_ok() {}
             }
-        })
-        .await;
+        };
+        let _ = hurry.run_until_cancelled(tokio::time::timeout(FRESH, all_healthy)).await;
 
         let mut open: Vec<Listener> = std::mem::take(&mut self.listeners);
         for (listener, bound) in std::iter::zip(&config.listeners, listeners) {
@@ -185,7 +188,7 @@ impl App {
             if pool.has_containers() {
                 self.retiring.push((pool.config().name.clone(), pool.stop()));
             }
-            pool.retire(&mut self.tasks);
+            pool.retire(&self.tasks);
         }
         (self.file, self.changes, self.config) = (file, changes, config);
         self.show();

@@ -1,22 +1,21 @@
 //! The life of a started app: serves, runs commands, and shuts down in order.
 
-use std::future::IntoFuture as _;
-use std::io;
-use std::net::SocketAddr;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
-use tokio::task::JoinSet;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 
 use super::commands::Planned;
+use super::reload::ReloadPlan;
 use super::service_manager::notify;
 use super::{App, RunError};
 use crate::api;
 use crate::control::command::{Command, CommandError, Report};
+use crate::limits;
+use crate::proxy::WorkersEnded;
 
 /// How long open calls to the side port may go on after a successor has taken over.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
@@ -36,8 +35,7 @@ impl App {
     /// # Errors
     /// When a part of Ringway ends unexpectedly.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
-        let routes = api::router(Arc::clone(&self.state)).into_make_service_with_connect_info::<SocketAddr>();
-        let mut shutdown = std::pin::pin!(shutdown);
+        let mut shutdown = pin!(shutdown);
         if self.inheritance.takes_over() {
             tokio::select! {
                 () = &mut shutdown => return Ok(()),
@@ -54,12 +52,23 @@ impl App {
             tracing::info!("took over from the old process");
         }
         notify("READY=1");
-        let Some(api) = self.api.take() else { return Ok(()) };
-        // A task of its own, so that it answers while a command runs.
-        let api_over = CancellationToken::new();
-        let api = axum::serve(api, routes).with_graceful_shutdown(api_over.clone().cancelled_owned());
-        let mut api = AbortOnDropHandle::new(tokio::spawn(api.into_future()));
-        let outcome = self.serve(shutdown, &mut api, &api_over).await;
+        let (Some((workers, panics)), Some(listener)) = (self.trouble.take(), self.side_port_socket()) else {
+            return Err(RunError::SidePort);
+        };
+        // The side port answers on its own thread while a command runs.
+        let (side_port_over, side_port_ended) = (CancellationToken::new(), CancellationToken::new());
+        let (router, over, ended) =
+            (api::router(Arc::clone(&self.state)), side_port_over.clone(), side_port_ended.clone().drop_guard());
+        let most = usize::try_from(limits::side_port(limits::open_files())).unwrap_or(usize::MAX);
+        self.tasks.spawn_side_port(async move {
+            match tokio::net::TcpListener::from_std(listener) {
+                Ok(listener) => api::serve(listener, router, most, over).await,
+                Err(error) => tracing::error!(%error, "cannot serve the side port"),
+            }
+            drop(ended);
+        });
+        let mut trouble = Trouble { workers, panics, side_port: side_port_ended.clone() };
+        let outcome = self.serve(shutdown, &mut trouble, &side_port_over).await;
         self.becoming_ready = None;
         self.state.ready.store(false, Ordering::Relaxed);
         match outcome {
@@ -78,58 +87,65 @@ impl App {
         self.listeners.clear();
         self.proxy.stop();
         // The side port shows meanwhile how the connections drain.
-        while self.proxy.worker_ended().await.is_some() {}
+        while trouble.workers.next().await.is_some() {}
         // The predecessor may still have connections to the replicas, until its drain ends.
         let _ = self.is_settled.wait_for(|&settled| settled).await;
         self.tasks.stop_replicas.cancel();
-        while self.tasks.supervisors.join_next().await.is_some() {}
-        if api_over.is_cancelled() {
+        self.tasks.finish().await;
+        if side_port_over.is_cancelled() {
             // The answer to the upgrade command may not be sent yet.
-            let _ = tokio::time::timeout(LAST_ANSWERS, &mut api).await;
+            let _ = tokio::time::timeout(LAST_ANSWERS, side_port_ended.cancelled()).await;
         }
         outcome.map(drop)
     }
 
-    /// Runs commands until `shutdown`, or until a part of Ringway ends.
+    /// The socket of the side port; the original stays for a successor.
+    fn side_port_socket(&self) -> Option<std::net::TcpListener> {
+        self.api_socket.as_ref()?.try_clone().ok()
+    }
+
+    /// Runs commands until `shutdown`, or until a part of Ringway ends. It notices both at every step.
     async fn serve(
         &mut self,
-        mut shutdown: std::pin::Pin<&mut impl Future<Output = ()>>,
-        api: &mut AbortOnDropHandle<io::Result<()>>,
-        api_over: &CancellationToken,
+        mut shutdown: Pin<&mut impl Future<Output = ()>>,
+        trouble: &mut Trouble,
+        side_port_over: &CancellationToken,
     ) -> Result<RunOutcome, RunError> {
         loop {
             let (command, outcome) = tokio::select! {
                 () = &mut shutdown => return Ok(RunOutcome::Stopped),
-                ended = &mut *api => {
-                    let error = ended.unwrap_or_else(|_panicked| Err(io::ErrorKind::Other.into()));
-                    return Err(RunError::Api(error.err().unwrap_or_else(|| io::ErrorKind::Other.into())));
-                }
-                ended = self.proxy.worker_ended() => return Err(RunError::WorkerEnded(ended.unwrap_or_default())),
-                // Without this task the table would become stale: exit, so that the service manager restarts Ringway.
-                () = panicked(&mut self.tasks.others) => return Err(RunError::TaskPanicked),
-                () = panicked(&mut self.tasks.supervisors) => return Err(RunError::TaskPanicked),
+                error = trouble.next() => return Err(error),
                 Some(pending) = self.commands.recv() => pending,
             };
-            // Planning may take long (Ringway resolves names) and has no effect. Applying does not wait for anybody.
+            // Planning may take long (Ringway resolves names) and has no effect.
             let planned = tokio::select! {
                 () = &mut shutdown => return Ok(RunOutcome::Stopped),
+                error = trouble.next() => return Err(error),
                 planned = self.plan(command.clone()) => planned,
             };
             let result = match planned {
                 Err(error) => Err(error),
                 Ok(Planned::Report(report)) => Ok(report),
-                Ok(Planned::Reload(plan)) => Ok(self.apply_reload(*plan).await),
+                Ok(Planned::Reload(plan)) => {
+                    let (report, ended) = self.reload(*plan, &mut shutdown, trouble).await;
+                    if let Some(ended) = ended {
+                        self.answer(&command, Ok(report), outcome);
+                        return ended;
+                    }
+                    Ok(report)
+                }
                 Ok(Planned::Notify { pool, event, changes, summary }) => {
                     Ok(self.apply_event(&pool, event, changes, summary).await)
                 }
                 Ok(Planned::HandOver) => {
                     let successor = tokio::select! {
                         () = &mut shutdown => return Ok(RunOutcome::Stopped),
+                        error = trouble.next() => return Err(error),
                         successor = self.hand_over() => successor,
                     };
                     if let Ok(pid) = successor {
                         // The side port closes before the answer: a caller that asks again reaches the successor.
-                        api_over.cancel();
+                        side_port_over.cancel();
                         tokio::task::yield_now().await;
                         let changes = vec![format!("process {pid} has taken over")];
                         self.answer(&command, Ok(Report { changes, ..Report::default() }), outcome);
@@ -140,6 +156,24 @@ impl App {
             };
             self.answer(&command, result, outcome);
         }
+    }
+
+    /// Completes a reload. Also returns what ended the app meanwhile: then Ringway does not wait for new backends.
+    async fn reload(
+        &mut self,
+        plan: ReloadPlan,
+        shutdown: &mut Pin<&mut impl Future<Output = ()>>,
+        trouble: &mut Trouble,
+    ) -> (Report, Option<Result<RunOutcome, RunError>>) {
+        let hurry = CancellationToken::new();
+        let mut reload = pin!(self.apply_reload(plan, hurry.clone()));
+        let ended = tokio::select! {
+            report = &mut reload => return (report, None),
+            () = shutdown => Ok(RunOutcome::Stopped),
+            error = trouble.next() => Err(error),
+        };
+        hurry.cancel();
+        (reload.await, Some(ended))
     }
 
     /// Answers the sender of a command, and counts and logs the outcome.
@@ -164,12 +198,21 @@ impl App {
     }
 }
 
-/// Returns when one of the tasks panics.
-async fn panicked(tasks: &mut JoinSet<()>) {
-    while let Some(ended) = tasks.join_next().await {
-        if ended.is_err() {
-            return;
+/// Parts of Ringway without which it cannot serve. The service manager restarts Ringway if one of them ends.
+struct Trouble {
+    workers: WorkersEnded,
+    /// Hears of tasks that panic. Without them the table would become stale.
+    panics: mpsc::UnboundedReceiver<()>,
+    /// Cancelled when the server of the side port ends.
+    side_port: CancellationToken,
+}
+
+impl Trouble {
+    async fn next(&mut self) -> RunError {
+        tokio::select! {
+            ended = self.workers.next() => RunError::WorkerEnded(ended.unwrap_or_default()),
+            Some(()) = self.panics.recv() => RunError::TaskPanicked,
+            () = self.side_port.cancelled() => RunError::SidePort,
         }
     }
-    std::future::pending::<()>().await;
 }

@@ -7,6 +7,7 @@
 //! - [`commands`]: run-time commands for a running Ringway
 //! - [`reap`]: removes containers that Ringway created
 //! - [`healthcheck`], [`init`]: the health check and process 1 of Ringway's own container
+//! - [`logging`]: the log on standard error
 //! - [`side_port`]: HTTP client of the side port
 
 pub(crate) mod commands;
@@ -16,6 +17,7 @@ pub(crate) mod reap;
 pub(crate) mod run;
 pub(crate) mod status;
 
+mod logging;
 mod side_port;
 
 use std::io::Write as _;
@@ -128,37 +130,6 @@ impl Common {
         let file = self.config.clone().or_else(|| Path::new(CONFIG_FILE).exists().then(|| CONFIG_FILE.into()));
         let source = file.map_or(Source::BuiltIn, Source::File);
         Ok((source.load()?, source))
-    }
-
-    fn start_logging(&self) -> Result<(), Failure> {
-        use std::io::IsTerminal as _;
-        use tracing_subscriber::EnvFilter;
-
-        let fault = |error: &dyn std::fmt::Display| Failure::Log { filter: self.log.clone(), error: error.to_string() };
-        // `EnvFilter` takes a bare word that is not a level for a module, and would log nothing at all.
-        let levels = ["error", "warn", "info", "debug", "trace", "off"];
-        if let Some(word) = self
-            .log
-            .split(',')
-            .find(|word| !word.contains(['=', ':', '[']) && !levels.contains(&word.to_ascii_lowercase().as_str()))
-        {
-            return Err(fault(&format_args!("{word:?} is not a level: use one of {}", levels.join(", "))));
-        }
-        let filter = EnvFilter::try_new(&self.log).map_err(|error| fault(&error))?;
-        // bollard logs whole requests, with the environment of replicas in them.
-        let quiet = "bollard=info".parse().ok().filter(|_| !self.log.contains("bollard"));
-        let filter = quiet.into_iter().fold(filter, EnvFilter::add_directive);
-        let builder = tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_writer(std::io::stderr)
-            // Otherwise it panics when nobody reads standard error, and ends the task that logged.
-            .log_internal_errors(false)
-            .with_ansi(std::io::stderr().is_terminal());
-        match self.log_format {
-            LogFormat::Text => builder.with_target(false).init(),
-            LogFormat::Json => builder.json().init(),
-        }
-        Ok(())
     }
 }
 

@@ -9,6 +9,7 @@ use ringway::control::docker::reap;
 use ringway::control::docker::scope::{self, ScopeSettings};
 use tokio::signal::unix::{SignalKind, signal};
 
+use super::logging::Log;
 use super::{Common, Failure, docker_host, runtime};
 
 /// Time between SIGTERM and SIGKILL if the config has no pool of containers.
@@ -27,7 +28,7 @@ pub(crate) struct Options {
 
 pub(crate) fn reap(common: &Common, options: &Options) -> Result<(), Failure> {
     let (config, origin) = common.config()?;
-    common.start_logging()?;
+    let _log = Log::start(common)?;
     let grace = config.pools.iter().filter_map(|pool| match &pool.provider {
         Provider::Containers(containers) => Some(containers.stop_grace),
         _ => None,

@@ -1,24 +1,36 @@
 //! `ringway run`: the main job, from the config to the exit code.
 
 use std::ffi::OsString;
-use std::io::Write as _;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use ringway::api::status::Status;
 use ringway::app::{App, Environment, Inheritance, TAKE_OVER};
-use ringway::config::{Config, Provider};
+use ringway::config::{Config, Provider, Source};
 use ringway::control::command::{Command, CommandSender};
 use ringway::limits;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use super::logging::{Log, report_lost};
 use super::{Common, Failure, LogFormat, docker_host, runtime, side_port};
 
-pub(crate) fn run(common: &Common) -> Result<(), Failure> {
+pub(crate) fn run(common: &Common) -> Result<ExitCode, Failure> {
     let (config, source) = common.config()?;
-    common.start_logging()?;
+    let log = Log::start(common)?;
+    Ok(serve(common, config, &source, &log).map_or_else(
+        |failure| {
+            // Not directly to standard error: nobody may be reading it.
+            log.print(format!("ringway: {failure}\n"));
+            failure.exit_code()
+        },
+        |()| ExitCode::SUCCESS,
+    ))
+}
+
+fn serve(common: &Common, config: Config, source: &Source, log: &Log) -> Result<(), Failure> {
     let (before, _) = limits::raise_open_files();
     let executable = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("/proc/self/exe"));
     let environment = Environment {
@@ -28,6 +40,7 @@ pub(crate) fn run(common: &Common) -> Result<(), Failure> {
         replica_open_files: Some(before),
         docker_host: docker_host(),
         token: std::env::var(side_port::TOKEN).ok(),
+        log_lost: Some(log.lost()),
     };
     let is_demo = is_demo(&config);
     let runtime = runtime()?;
@@ -42,10 +55,10 @@ pub(crate) fn run(common: &Common) -> Result<(), Failure> {
             app = App::start(config, environment, inheritance) => app?,
             () = stop.cancelled() => return Ok(()),
         };
+        tokio::spawn(report_lost(log.lost()));
         tokio::spawn(forward(pending, app.state().commands().clone()));
         if common.log_format == LogFormat::Text && !common.take_over {
-            // Standard error may be closed.
-            let _ = std::io::stderr().write_all(banner(&app, &source.to_string(), is_demo).as_bytes());
+            log.print(banner(&app, &source.to_string(), is_demo));
         }
         tokio::select! {
             ended = app.run(stop.cancelled_owned()) => ended.map_err(|error| Failure::Other(error.into()))?,

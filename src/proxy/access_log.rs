@@ -1,16 +1,16 @@
 //! The access log: one line per connection. Writing a line never blocks a worker.
 
-use std::io::{self, Write as _};
+use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use arc_swap::ArcSwap;
 use serde::Serialize;
-use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 
 use crate::label_enum;
+use crate::lossy_writer::{LossyWriter, LostLines, Sink, append};
 
 label_enum! {
     /// The format of a log line.
@@ -26,110 +26,82 @@ label_enum! {
 const QUEUED_LINES: usize = 16_384;
 
 /// The access log. Clones share one writer.
-#[derive(Clone)]
-pub struct AccessLog {
-    is_json: Arc<AtomicBool>,
-    file: Arc<Mutex<File>>,
-    writer: NonBlocking,
-    lost: LostLines,
-}
-
-type File = Box<dyn io::Write + Send>;
-
-/// Counts lines that did not reach the log.
 #[derive(Debug, Clone)]
-pub struct LostLines {
-    queue_full: ErrorCounter,
-    not_written: Arc<AtomicU64>,
+pub struct AccessLog(Arc<ArcSwap<Output>>);
+
+#[derive(Debug)]
+struct Output {
+    path: PathBuf,
+    is_json: bool,
+    writer: Arc<LossyWriter>,
 }
 
-impl LostLines {
-    /// Lines lost because the writer's queue was full or a write to the file failed.
-    pub fn count(&self) -> u64 {
-        self.queue_full.dropped_lines() as u64 + self.not_written.load(Ordering::Relaxed)
-    }
-}
+/// Dropping it writes the queued lines, for at most one second.
+#[derive(Debug)]
+pub struct FlushGuard(AccessLog);
 
-/// Writes to the file on the writer's own thread. Every failed line is counted; only the first is logged.
-struct Sink {
-    file: Arc<Mutex<File>>,
-    not_written: Arc<AtomicU64>,
-}
-
-impl io::Write for Sink {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        if let Err(error) = lock(&self.file).write_all(line) {
-            let before = self.not_written.fetch_add(1, Ordering::Relaxed);
-            if before == 0 {
-                tracing::error!(%error, "cannot write to the access log; lost lines are counted");
-            }
-        }
-        Ok(line.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        // A failed write has already been counted. Lines lost by a flush cannot be counted.
-        let _ = lock(&self.file).flush();
-        Ok(())
-    }
-}
-
-impl std::fmt::Debug for AccessLog {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("AccessLog")
+impl Drop for FlushGuard {
+    fn drop(&mut self) {
+        self.0.0.load().writer.finish();
     }
 }
 
 impl AccessLog {
-    /// Opens the log at `path`: `stdout`, `stderr`, or a file, to which lines are appended. Dropping the guard writes
-    /// the queued lines.
+    /// Opens the log at `path`: `stdout`, `stderr`, or a file, to which lines are appended.
     ///
     /// # Errors
     /// When the file cannot be opened for appending.
-    pub fn open(path: &Path, format: Format) -> io::Result<(Self, WorkerGuard)> {
-        let file = Arc::new(Mutex::new(open(path)?));
-        let not_written = Arc::new(AtomicU64::new(0));
-        let sink = Sink { file: Arc::clone(&file), not_written: Arc::clone(&not_written) };
-        let (writer, guard) =
-            NonBlockingBuilder::default().buffered_lines_limit(QUEUED_LINES).thread_name("access-log").finish(sink);
-        let lost = LostLines { queue_full: writer.error_counter(), not_written };
-        let is_json = Arc::new(AtomicBool::new(format == Format::Json));
-        Ok((Self { is_json, file, writer, lost }, guard))
+    pub fn open(path: &Path, format: Format) -> io::Result<(Self, FlushGuard)> {
+        let output = Output::start(path, format, LostLines::default())?;
+        let log = Self(Arc::new(ArcSwap::from_pointee(output)));
+        Ok((log.clone(), FlushGuard(log)))
     }
 
-    /// Reopens the log after a rotation or a change of its path or format. No line is lost.
+    /// Reopens the log after a rotation or a change of its path or format. Every queued line is still written. Does not
+    /// wait for the writer, which may be blocked by its reader.
     ///
     /// # Errors
     /// When the file cannot be opened for appending. The log then continues in the old file.
     pub fn reopen(&self, path: &Path, format: Format) -> io::Result<()> {
-        let file = open(path)?;
-        *lock(&self.file) = file;
-        self.is_json.store(format == Format::Json, Ordering::Relaxed);
+        let current = self.0.load_full();
+        let output = if current.path == path {
+            let has_queued = current.writer.replace(open(path)?);
+            if !has_queued {
+                tracing::warn!(path = %path.display(), "the access log was not reopened: its reader has stopped reading");
+            }
+            Output { path: path.to_owned(), is_json: format == Format::Json, writer: Arc::clone(&current.writer) }
+        } else {
+            // A new writer: the old one may never finish its queue.
+            Output::start(path, format, current.writer.lost().clone())?
+        };
+        self.0.store(Arc::new(output));
         Ok(())
     }
 
     /// The counter of lines that did not reach the log.
     pub fn lost(&self) -> LostLines {
-        self.lost.clone()
+        self.0.load().writer.lost().clone()
     }
 
     pub(super) fn write(&self, line: &Line<'_>) {
-        let text = if self.is_json.load(Ordering::Relaxed) { line.json() } else { line.text() };
-        // Never fails: a line that does not fit into the queue is dropped and counted.
-        let _ = self.writer.clone().write_all(text.as_bytes());
+        let output = self.0.load();
+        output.writer.write(if output.is_json { line.json() } else { line.text() }.into_bytes());
     }
 }
 
-fn open(path: &Path) -> io::Result<File> {
+impl Output {
+    fn start(path: &Path, format: Format, lost: LostLines) -> io::Result<Self> {
+        let writer = Arc::new(LossyWriter::start("access-log", QUEUED_LINES, open(path)?, lost)?);
+        Ok(Self { path: path.to_owned(), is_json: format == Format::Json, writer })
+    }
+}
+
+fn open(path: &Path) -> io::Result<Sink> {
     Ok(match path.to_str() {
         Some("stdout") => Box::new(io::stdout()),
         Some("stderr") => Box::new(io::stderr()),
-        _ => Box::new(std::fs::OpenOptions::new().create(true).append(true).open(path)?),
+        _ => Box::new(append(path)?),
     })
-}
-
-fn lock(file: &Mutex<File>) -> MutexGuard<'_, File> {
-    file.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The details of an ended connection.

@@ -123,8 +123,25 @@ pub struct Proxy {
     limit: Arc<Limit>,
     workers: Vec<WorkerHandle>,
     next_listener: u64,
+}
+
+/// Hears of workers that end. A worker that ends before [`Proxy::stop`] has failed.
+#[derive(Debug)]
+pub struct WorkersEnded {
     ended: mpsc::UnboundedReceiver<usize>,
     running: usize,
+}
+
+impl WorkersEnded {
+    /// Waits for the next worker to end and returns its index; `None` once all have ended.
+    pub async fn next(&mut self) -> Option<usize> {
+        if self.running == 0 {
+            return None;
+        }
+        let ended = self.ended.recv().await;
+        self.running -= 1;
+        ended
+    }
 }
 
 #[derive(Debug)]
@@ -135,7 +152,7 @@ struct WorkerHandle {
 
 impl WorkerHandle {
     fn tell(&self, command: WorkerCommand) {
-        // A worker that has ended is reported by `worker_ended`.
+        // A worker that has ended is reported by `WorkersEnded`.
         let _ = self.commands.send(command);
     }
 }
@@ -145,7 +162,7 @@ impl Proxy {
     ///
     /// # Errors
     /// When a thread cannot be started.
-    pub fn start(settings: Settings) -> io::Result<Self> {
+    pub fn start(settings: Settings) -> io::Result<(Self, WorkersEnded)> {
         let workers = settings.workers.max(1);
         let (ended_sender, ended) = mpsc::unbounded_channel();
         let mut proxy = Self {
@@ -153,8 +170,6 @@ impl Proxy {
             limit: Arc::new(Limit::new(Some(settings.max_connections))),
             workers: Vec::new(),
             next_listener: 0,
-            ended,
-            running: workers,
         };
         for index in 0..workers {
             let (sender, commands) = mpsc::unbounded_channel();
@@ -173,7 +188,7 @@ impl Proxy {
             // On an error, `proxy` is dropped, which stops the workers that have started.
             std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || worker::run(setup))?;
         }
-        Ok(proxy)
+        Ok((proxy, WorkersEnded { ended, running: workers }))
     }
 
     /// Starts accepting on `sockets`. Worker `n` takes the sockets `n`, `n + workers` and so on.
@@ -209,17 +224,6 @@ impl Proxy {
     /// Stops accepting. Open connections may finish until their pool's `drain` time has passed.
     pub fn stop(&self) {
         self.stop.cancel();
-    }
-
-    /// Waits for the next worker to end and returns its index; `None` once all have ended. A worker that ends before
-    /// [`Proxy::stop`] has failed.
-    pub async fn worker_ended(&mut self) -> Option<usize> {
-        if self.running == 0 {
-            return None;
-        }
-        let ended = self.ended.recv().await;
-        self.running -= 1;
-        ended
     }
 }
 

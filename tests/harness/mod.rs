@@ -162,6 +162,7 @@ pub(crate) fn environment() -> Environment {
         executable: PathBuf::from(env!("CARGO_BIN_EXE_ringway")),
         replica_open_files: None,
         docker_host: None,
+        log_lost: None,
     }
 }
 

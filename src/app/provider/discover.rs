@@ -34,7 +34,7 @@ pub(super) fn prepare(
         start: Box::new(move |start| {
             let over = start.over;
             let following = follow(settings, engine, start.events, status);
-            start.tasks.others.spawn(async move {
+            start.tasks.spawn(async move {
                 let _ = over.run_until_cancelled(following).await;
             });
         }),

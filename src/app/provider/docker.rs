@@ -36,7 +36,7 @@ pub(super) fn prepare(
         engine_status: Some(engine_status),
         start: Box::new(move |start| {
             let supervisor = supervise(settings, engine, start.table, start.events, status, resting, start.stop);
-            start.tasks.supervisors.spawn(supervisor);
+            start.tasks.supervise(supervisor);
         }),
     })
 }

@@ -40,7 +40,7 @@ pub(super) fn prepare(
         engine_status: None,
         start: Box::new(move |start| {
             let supervisor = supervise(settings, ports, taken_over, resting, start.table, start.events, start.stop);
-            start.tasks.supervisors.spawn(supervisor);
+            start.tasks.supervise(supervisor);
         }),
     })
 }

@@ -11,7 +11,8 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::app::changes::OfPool;
-use crate::app::context::{PoolContext, Tasks};
+use crate::app::context::PoolContext;
+use crate::app::tasks::Tasks;
 use crate::app::{Environment, StartError};
 use crate::config::{self, Config};
 use crate::control::docker::engine::Engine;
@@ -86,7 +87,7 @@ pub(in crate::app) struct Start<'a> {
     pub(in crate::app) stop: CancellationToken,
     /// Cancelled when all tasks of the pool must stop.
     pub(in crate::app) over: CancellationToken,
-    pub(in crate::app) tasks: &'a mut Tasks,
+    pub(in crate::app) tasks: &'a Tasks,
 }
 
 /// Sends settings if they differ from the current ones.

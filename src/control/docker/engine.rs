@@ -17,6 +17,8 @@ use futures_util::stream::{BoxStream, StreamExt as _};
 
 use super::container::Container;
 
+use crate::text::printable;
+
 /// The engine's address unless `DOCKER_HOST` is set.
 const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
 
@@ -226,7 +228,7 @@ impl Engine {
             while let Some(line) = output.next().await {
                 let bytes = line?.into_bytes();
                 let line = String::from_utf8_lossy(&bytes[..bytes.len().min(LONGEST_LINE)]);
-                lines.push(line.trim_end().to_owned());
+                lines.push(printable(line.trim_end()));
             }
             Ok(lines)
         };

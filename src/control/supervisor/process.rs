@@ -239,7 +239,8 @@ impl Processes {
         slots[slot].running(false, now);
         let (replica, stop) = (Replica::Process { pid }, CancellationToken::new());
         let grace = self.settings.stop_grace;
-        self.waiting.spawn(wait_for_exit(slot, Arc::clone(&name), waiter, stop.clone(), grace));
+        let table = slots.table().clone();
+        self.waiting.spawn(wait_for_exit(slot, Arc::clone(&name), waiter, table, stop.clone(), grace));
         self.children.insert(slot, ChildProcess { pid, replica: replica.clone(), spec, held, stop });
         slots.send(Event::Started { id: name, address, replica: Some(replica) }).await;
     }

@@ -58,6 +58,11 @@ impl Slots {
         &self.settings.pool
     }
 
+    /// The pool's table.
+    pub(super) fn table(&self) -> &TableCell {
+        &self.table
+    }
+
     pub(super) fn len(&self) -> usize {
         self.list.len()
     }

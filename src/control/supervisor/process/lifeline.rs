@@ -3,6 +3,7 @@
 use std::io::{self, PipeReader};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -14,6 +15,7 @@ use super::Handed;
 use crate::backend::Exit;
 use crate::control::supervisor::output::{Tail, log_lines};
 use crate::control::supervisor::shim;
+use crate::table::TableCell;
 
 /// How long Ringway waits for the remaining output of a replica that has ended.
 const LAST_WORDS: Duration = Duration::from_millis(200);
@@ -75,11 +77,12 @@ pub(super) async fn wait_for_exit(
     slot: usize,
     name: Arc<str>,
     held: Held,
+    table: TableCell,
     stop: CancellationToken,
     grace: Duration,
 ) -> (usize, Exit) {
     let tail = Tail::default();
-    let output = log_output(&name, &tail, held.output);
+    let output = log_output(&name, &tail, held.output, table);
     let (reason, code) = match lines_of(held.lifeline) {
         Ok(lifeline) => tend(lifeline, &stop, grace).await,
         Err(error) => (error.to_string(), None),
@@ -128,8 +131,14 @@ pub async fn let_go(handed: Handed, mut settled: watch::Receiver<bool>, grace: D
     tend(lifeline, &stop, grace).await;
 }
 
-/// Logs the replica's output.
-fn log_output(slot: &Arc<str>, tail: &Tail, output: PipeReader) -> io::Result<JoinHandle<()>> {
+/// Logs the replica's output, and counts the lines that are not logged for its backend.
+fn log_output(slot: &Arc<str>, tail: &Tail, output: PipeReader, table: TableCell) -> io::Result<JoinHandle<()>> {
     let output = tokio::net::unix::pipe::Receiver::from_owned_fd(output.into())?;
-    Ok(tokio::spawn(log_lines(Arc::clone(slot), tail.clone(), output)))
+    let count = move |slot: &str, lines| {
+        let table = table.load();
+        if let Some(backend) = table.backends().iter().find(|backend| *backend.id == *slot) {
+            backend.live.output_lost.fetch_add(lines, Ordering::Relaxed);
+        }
+    };
+    Ok(tokio::spawn(log_lines(Arc::clone(slot), tail.clone(), output, count)))
 }
