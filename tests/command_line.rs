@@ -82,7 +82,7 @@ fn bad_arguments_and_bad_configs_are_exit_code_2() {
     }
     let (code, stderr) = run_config("listeners: []\nworkers: many\n");
     assert_eq!(code, Some(2));
-    for fault in ["3 faults", "workers: \"many\" is neither auto", "listeners: is empty", "pools: missing"] {
+    for fault in ["3 errors", "workers: \"many\" is neither auto", "listeners: is empty", "pools: missing"] {
         assert!(stderr.contains(fault), "{stderr:?} lacks {fault:?}");
     }
     for filter in ["ringway=loud", "debgu"] {

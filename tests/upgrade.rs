@@ -238,7 +238,7 @@ async fn listening_sockets_come_from_the_service_manager() {
     drop(second);
     let mut text = String::new();
     std::io::Read::read_to_string(&mut log, &mut text).unwrap();
-    assert!(text.contains("LISTEN_FDS passed a socket with an address that no listener has"));
+    assert!(text.contains("a socket from LISTEN_FDS matches no listener's address"));
     assert!(text.contains(&stray.local_addr().unwrap().to_string()), "{text}");
 }
 

@@ -91,13 +91,13 @@ async fn answer(server: &Server, request: Request<Incoming>) -> Answer {
         }
     };
     if method != allowed && !(method == Method::HEAD && allowed == Method::GET) {
-        let message = format!("{path} takes {allowed}");
+        let allow = if allowed == Method::GET { "GET, HEAD" } else { "POST" };
+        let message = format!("{path} supports only {allow}");
         let mut refusal = reply(
             server,
             StatusCode::METHOD_NOT_ALLOWED,
             &json!({"error": {"code": "method_not_allowed", "message": message}}),
         );
-        let allow = if allowed == Method::GET { "GET, HEAD" } else { "POST" };
         refusal.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
         return refusal;
     }

@@ -163,7 +163,7 @@ impl Balancer {
             client.close();
             if began.elapsed() > PATIENCE || balancer.child.try_wait()?.is_some() {
                 let said = std::fs::read_to_string(balancer.files.path().join("log")).unwrap_or_default();
-                bail!("{} does not serve; its output:\n{}", kind.name(), said.trim());
+                bail!("{} did not answer in time or exited; its output:\n{}", kind.name(), said.trim());
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         }

@@ -91,7 +91,8 @@ impl Bench {
         let highest = places.balancer_cpu.max(places.load_cpu);
         anyhow::ensure!(
             places.balancer_cpu != places.load_cpu && highest < processors,
-            "the bench needs two processors and this machine has {processors}: choose them with --balancer-cpu and --load-cpu"
+            "the bench needs two different processors (this machine has {processors}): choose them with \
+             --balancer-cpu and --load-cpu"
         );
         pin(&[places.load_cpu]).with_context(|| format!("cannot run on processor {}", places.load_cpu))?;
         let mut bench = Self { servers: Vec::new(), balancer_cpu: places.balancer_cpu, load_cpu: places.load_cpu };
@@ -192,7 +193,12 @@ pub(crate) async fn put(load: &Load) -> anyhow::Result<(Record, Duration)> {
     if let Some((failure, count)) = record.failures.iter().next() {
         anyhow::bail!("{:?} on {}: failed {count} times: {failure}", load.work, load.target);
     }
-    anyhow::ensure!(record.answered() > 0 || record.bytes() > 0, "{:?} on {}: no answer came", load.work, load.target);
+    anyhow::ensure!(
+        record.answered() > 0 || record.bytes() > 0,
+        "{:?} on {}: no response received",
+        load.work,
+        load.target
+    );
     Ok((record, took))
 }
 

@@ -148,7 +148,7 @@ impl Client {
                 while !piece.is_empty() {
                     let same = piece.len().min(CHUNK - at);
                     if piece[..same] != pattern[at..at + same] {
-                        return Err(std::io::Error::other("other bytes came back"));
+                        return Err(std::io::Error::other("the response differs from the request"));
                     }
                     (piece, at) = (&piece[same..], 0);
                 }
@@ -187,7 +187,7 @@ impl Client {
         }
         let same = self.buffer[..ECHO] == self.request[..];
         self.buffer.advance(ECHO);
-        if same { Ok(()) } else { Err("other bytes came back".to_owned()) }
+        if same { Ok(()) } else { Err("the response differs from the request".to_owned()) }
     }
 
     /// Reads the head of an answer.
@@ -195,7 +195,7 @@ impl Client {
         loop {
             let mut fields = [httparse::EMPTY_HEADER; 32];
             let mut answer = httparse::Response::new(&mut fields);
-            let parsed = answer.parse(&self.buffer).map_err(|error| format!("no HTTP answer: {error}"))?;
+            let parsed = answer.parse(&self.buffer).map_err(|error| format!("invalid HTTP response: {error}"))?;
             if let httparse::Status::Complete(end) = parsed {
                 let field = |name: &str| {
                     let field = answer.headers.iter().find(|field| field.name.eq_ignore_ascii_case(name))?;
@@ -212,7 +212,7 @@ impl Client {
                 return Ok(Head { status, length });
             }
             if self.buffer.len() > LONGEST_HEAD {
-                return Err("an endless head of an answer".to_owned());
+                return Err("response head is too long".to_owned());
             }
             self.fill().await?;
         }

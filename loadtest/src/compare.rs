@@ -116,14 +116,14 @@ impl Measure {
     /// The label in tables, plots and JSON.
     fn label(self) -> &'static str {
         match self {
-            Self::RequestCpu => "CPU us a request",
-            Self::ConnectionCpu => "CPU us a connection",
-            Self::BulkCpu => "CPU s a GB, 1 stream",
-            Self::StreamsCpu => "CPU s a GB, 32 streams",
+            Self::RequestCpu => "CPU µs per request",
+            Self::ConnectionCpu => "CPU µs per connection",
+            Self::BulkCpu => "CPU s per GB, 1 stream",
+            Self::StreamsCpu => "CPU s per GB, 32 streams",
             Self::P50 => "p50 ms",
             Self::P99 => "p99 ms",
-            Self::RequestRate => "requests a second",
-            Self::IdleMemory => "bytes an idle connection",
+            Self::RequestRate => "requests per second",
+            Self::IdleMemory => "bytes per idle connection",
             Self::ProgramSize => "program MB",
             Self::StartUp => "start-up ms",
         }
@@ -328,8 +328,9 @@ fn show(options: &Options, contestants: &[Contestant], machine: String, rate: Op
     let is_peer = |one: &&Contestant| one.kind.is_some() && ringway.is_some_and(|ringway| ringway.name != one.name);
     let peers: Vec<_> = contestants.iter().filter(is_peer).collect();
     if let (Some(ringway), false) = (ringway, peers.is_empty()) {
-        let mut ratios =
-            Table::new(std::iter::once("Ringway to".to_owned()).chain(peers.iter().map(|peer| peer.name.clone())));
+        let mut ratios = Table::new(
+            std::iter::once("Ringway / other balancer".to_owned()).chain(peers.iter().map(|peer| peer.name.clone())),
+        );
         for measure in Measure::COMPARED.into_iter().filter(|measure| !ringway.figures(*measure).is_empty()) {
             let ratio = |peer: &&Contestant| {
                 let (one, other) = (ringway.spread(measure)?, peer.spread(measure)?);
@@ -362,7 +363,7 @@ fn show(options: &Options, contestants: &[Contestant], machine: String, rate: Op
             })
             .collect(),
     };
-    let latency = rate.map_or(String::new(), |rate| format!("; latency at {rate:.0} requests a second"));
+    let latency = rate.map_or(String::new(), |rate| format!("; latency at {rate:.0} requests per second"));
     eprintln!("{}; {} rounds of {} s{latency}", findings.machine, options.rounds, options.seconds);
-    options.output.show("Balancers beside each other", &findings, &tables, &plots)
+    options.output.show("Comparison of balancers", &findings, &tables, &plots)
 }

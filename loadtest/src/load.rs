@@ -162,7 +162,7 @@ async fn client<C: Collect>(number: usize, load: Arc<Load>, run: Run<C>) {
         round += 1;
         // Without an answer from the target, the load ends here and counts the remaining requests as failed.
         if run.began.elapsed() > load.duration + load.timeout {
-            let server = Err("not begun in time".to_owned());
+            let server = Err("not started in time".to_owned());
             run.collector().add(Outcome { start: due, took: run.began.elapsed().saturating_sub(due), server });
             continue;
         }
@@ -183,7 +183,7 @@ async fn client<C: Collect>(number: usize, load: Arc<Load>, run: Run<C>) {
                 match tokio::time::timeout(left, transfer).await {
                     Ok(is_answer) => is_answer,
                     Err(_) if !moved.load(Ordering::Relaxed) && left >= load.timeout => {
-                        let server = Err("nothing moved in time".to_owned());
+                        let server = Err("timed out: no data transferred".to_owned());
                         return run.collector().add(Outcome { start: due, took: left, server });
                     }
                     Err(_) => return,

@@ -14,13 +14,13 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Put one load on a target
+    /// Run one load against a target
     Run(run::Options),
     /// Compare several balancers on the same work
     Compare(compare::Options),
     /// Measure the effect of single settings of Ringway
     Tune(tune::Options),
-    /// Measure the throughput with more and more servers
+    /// Measure throughput with an increasing number of servers
     Scale(scale::Options),
     /// Run a long mixed load with reloads, upgrades and kills, and measure whether memory or descriptors grow
     Soak(soak::Options),

@@ -30,7 +30,7 @@ pub async fn check(load: &Load, allow_remote: bool) -> anyhow::Result<()> {
         bail!("--sources uses addresses in 127.0.0.0/8, and {target} is not in it: leave it out");
     }
     if load.duration > LONGEST {
-        bail!("--seconds: a run lasts a week at most");
+        bail!("--seconds: the maximum is one week");
     }
     open_files(load.connections as u64)?;
     ports(load)?;

@@ -49,7 +49,8 @@ pub struct Options {
     /// Number of concurrent clients
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     pub connections: u32,
-    /// Requests, connections or transfers per second in an open loop. Their time starts when they are due [default: a closed loop]
+    /// Send this many requests, connections or transfers per second (open loop); latency is measured from the scheduled
+    /// time [default: closed loop]
     #[arg(long, value_name = "PER_SECOND", value_parser = rate)]
     pub rate: Option<f64>,
     /// Protocol of the clients
@@ -186,7 +187,7 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         let html = html(&result, &record, &samples);
         std::fs::write(path, html).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    anyhow::ensure!(record.answered() > 0 || record.bytes() > 0, "no answer came");
+    anyhow::ensure!(record.answered() > 0 || record.bytes() > 0, "no response received");
     Ok(())
 }
 
@@ -266,13 +267,13 @@ fn figures(result: &Findings) -> Table {
     let (summary, ms) = (&result.summary, &result.summary.milliseconds);
     let mut table = Table::new([format!("{} on {}", result.scenario, result.target), String::new()]);
     if let Some(offered) = result.offered {
-        table.row(["offered a second".to_owned(), figure(offered)]);
+        table.row(["offered per second".to_owned(), figure(offered)]);
     }
     table.row(["answers".to_owned(), (summary.requests - summary.failed).to_string()]);
-    table.row(["answers a second".to_owned(), figure(summary.per_second)]);
+    table.row(["answers per second".to_owned(), figure(summary.per_second)]);
     table.row(["failed".to_owned(), summary.failed.to_string()]);
     if summary.bytes_per_second > 0.0 {
-        table.row(["MiB a second".to_owned(), figure(summary.bytes_per_second / f64::from(1 << 20))]);
+        table.row(["MiB per second".to_owned(), figure(summary.bytes_per_second / f64::from(1 << 20))]);
     }
     for (name, value) in
         [("mean", ms.mean), ("p50", ms.p50), ("p90", ms.p90), ("p99", ms.p99), ("p99.9", ms.p999), ("longest", ms.max)]
@@ -285,7 +286,7 @@ fn figures(result: &Findings) -> Table {
     if let Some(watched) = result.watched {
         table.row(["CPU of the target, s".to_owned(), format!("{:.2}", watched.cpu_seconds)]);
         table.row(["CPU of the target, share of a core".to_owned(), format!("{:.0} %", watched.cpu_share * 100.0)]);
-        table.row(["CPU of the target, us an answer".to_owned(), figure(watched.cpu_microseconds_per_answer)]);
+        table.row(["CPU of the target, µs per answer".to_owned(), figure(watched.cpu_microseconds_per_answer)]);
         table.row(["memory of the target, MiB".to_owned(), figure(watched.resident as f64 / f64::from(1 << 20))]);
     }
     table
@@ -320,7 +321,7 @@ fn html(result: &Findings, record: &Record, samples: &[Sample]) -> String {
             &[over_time("p50", &at(50.0)), over_time("p99", &at(99.0))],
         ));
         plots.push(plot::lines(
-            "answers and failures a second",
+            "answers and failures per second",
             "second of the run",
             &[
                 over_time("answers", &|second| second.latency.len() as f64),
@@ -330,7 +331,7 @@ fn html(result: &Findings, record: &Record, samples: &[Sample]) -> String {
     }
     if record.bytes() > 0 {
         plots.push(plot::lines(
-            "MiB a second",
+            "MiB per second",
             "second of the run",
             &[over_time("MiB", &|second| second.bytes as f64 / f64::from(1 << 20))],
         ));

@@ -116,12 +116,12 @@ pub async fn scale(options: &Options) -> anyhow::Result<()> {
 fn show(options: &Options, findings: &Findings) -> anyhow::Result<()> {
     let mut table = Table::new([
         "servers",
-        "capacity a second",
-        "answers a second",
+        "capacity per second",
+        "answers per second",
         "efficiency",
         "p50 ms",
         "p99 ms",
-        "busiest to average",
+        "busiest / average",
     ]);
     for step in &findings.steps {
         table.row([
@@ -141,11 +141,11 @@ fn show(options: &Options, findings: &Findings) -> anyhow::Result<()> {
         [line("answers", |step| step.answers_per_second), line("capacity", |step| step.capacity_per_second)];
     let times = [line("p50", |step| step.p50_ms), line("p99", |step| step.p99_ms)];
     let plots = [
-        plot::lines("answers a second", "servers", &throughput)?,
+        plot::lines("answers per second", "servers", &throughput)?,
         plot::lines("time of an answer in ms", "servers", &times)?,
     ];
     eprintln!(
-        "{}; a server takes {} ms for a request and works on {} at a time; {} clients a server",
+        "{}; a server takes {} ms for a request and works on {} at a time; {} clients per server",
         findings.machine, options.delay_ms, options.concurrency, options.clients
     );
     options.output.show("More servers", findings, &[table], &plots)

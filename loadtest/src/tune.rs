@@ -125,8 +125,8 @@ fn variants() -> Vec<Variant> {
         plain("checks off", REQUESTS, "", "health_check: { kind: none }"),
         plain("access log to /dev/null", CONNECTIONS, "access_log: { path: /dev/null }", ""),
         plain("keepalive: off", CONNECTIONS, "tcp: { keepalive: off }", ""),
-        with(plain("metrics scraped 10 times a second", REQUESTS, "", ""), Beside::Scrapes),
-        with(plain("8,000 idle connections beside", REQUESTS, "", ""), Beside::Idle),
+        with(plain("metrics scraped 10 times per second", REQUESTS, "", ""), Beside::Scrapes),
+        with(plain("with 8,000 idle connections", REQUESTS, "", ""), Beside::Idle),
         with(plain("1,000 backends instead of 3", CONNECTIONS, "", ""), Beside::ManyBackends),
         with(
             plain("1,000 backends, checks off", CONNECTIONS, "", "health_check: { kind: none }"),
@@ -222,10 +222,10 @@ fn findings(variants: &[Variant]) -> Vec<Finding> {
     for variant in variants {
         for (task, pairs) in std::iter::zip(variant.tasks, &variant.figures) {
             let (work, unit) = match task {
-                Task::Requests | Task::Rate(_) => ("requests", "CPU us each"),
-                Task::Connections => ("connections", "CPU us each"),
-                Task::Bulk(1) => ("bulk, 1 stream", "CPU s a GB"),
-                Task::Bulk(_) => ("bulk, 32 streams", "CPU s a GB"),
+                Task::Requests | Task::Rate(_) => ("requests", "CPU µs per request"),
+                Task::Connections => ("connections", "CPU µs per connection"),
+                Task::Bulk(1) => ("bulk, 1 stream", "CPU s per GB"),
+                Task::Bulk(_) => ("bulk, 32 streams", "CPU s per GB"),
             };
             let own: Vec<_> = pairs.iter().map(|pair| pair.variant).collect();
             let ratios: Vec<_> = pairs.iter().map(|pair| pair.variant / pair.baseline).collect();
@@ -247,7 +247,8 @@ fn show(options: &Options, findings: &Findings) -> anyhow::Result<()> {
         .iter()
         .map(|finding| Range { name: format!("{}, {}", finding.variant, finding.work), spread: finding.ratio })
         .collect();
-    let plots: Vec<_> = plot::ranges("CPU time, ratio to the baseline beside it", 1.0, &ranges).into_iter().collect();
+    let plots: Vec<_> =
+        plot::ranges("CPU time, ratio to the adjacent baseline run", 1.0, &ranges).into_iter().collect();
     eprintln!("{}; {} rounds of {} s", findings.machine, findings.rounds, findings.seconds);
     options.output.show("Settings of Ringway", findings, &[table], &plots)
 }

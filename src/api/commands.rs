@@ -191,8 +191,8 @@ async fn reload(
     query: Result<Query<ReloadQuery>, QueryRejection>,
     body: Bytes,
 ) -> Answer {
-    let Query(ReloadQuery { dry_run }) =
-        query.map_err(|rejection| invalid(format!("{}: takes ?dry_run=true", rejection.body_text())))?;
+    let Query(ReloadQuery { dry_run }) = query
+        .map_err(|rejection| invalid(format!("{}: the only query parameter is dry_run=true", rejection.body_text())))?;
     let text = (!body.is_empty()).then(|| String::from_utf8(body.to_vec()));
     let text = text.transpose().map_err(|_| invalid("the config is not UTF-8".to_owned()))?;
     if text.is_some() && !dry_run {
@@ -232,7 +232,7 @@ fn optional<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Error> {
 }
 
 fn required<T: DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
-    serde_json::from_slice(body).map_err(|error| invalid(format!("the body is not what this call takes: {error}")))
+    serde_json::from_slice(body).map_err(|error| invalid(format!("invalid request body: {error}")))
 }
 
 fn invalid(message: String) -> Error {

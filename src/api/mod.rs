@@ -192,11 +192,11 @@ async fn ready(Extract(state): Extract<Arc<State>>) -> Response {
 
 async fn not_found(uri: Uri) -> Error {
     let known = "/api/request, /api/status, /api/reload, /api/upgrade, /api/pools/POOL/…, /metrics, /healthz, /readyz";
-    Error::new(StatusCode::NOT_FOUND, "not_found", format!("there is no {}; there are {known}", uri.path()))
+    Error::new(StatusCode::NOT_FOUND, "not_found", format!("unknown path {}; known paths: {known}", uri.path()))
 }
 
 /// The router adds the header `allow`.
 async fn not_allowed(method: Method, uri: Uri) -> Error {
-    let message = format!("{} does not take {method}; see the header allow", uri.path());
+    let message = format!("{} does not support {method}; the `allow` header lists the supported methods", uri.path());
     Error::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
 }

@@ -11,7 +11,8 @@ pub(super) fn guard(api: &config::Api, token: Option<&str>) -> Result<api::Guard
             .map_err(|error| StartError::Token { path: path.clone(), problem: error.to_string() })?;
         let token = text.trim().to_owned();
         let is_token = !token.is_empty() && token.chars().all(|c| c.is_ascii_graphic());
-        let problem = "it holds no token: write one line of printable characters without spaces".to_owned();
+        let problem =
+            "the file does not contain a valid token: write one line of printable characters without spaces".to_owned();
         if is_token { Ok(token) } else { Err(StartError::Token { path: path.clone(), problem }) }
     });
     let from_file = from_file.transpose()?;

@@ -167,7 +167,8 @@ impl Inheritance {
     pub(super) fn close_leftovers(&mut self) {
         for left in self.sockets.drain(..).filter(|left| left.name.is_none()) {
             tracing::warn!(address = %left.listen,
-                "LISTEN_FDS passed a socket with an address that no listener has: add a listener, or remove the address from the socket unit");
+                "a socket from LISTEN_FDS matches no listener's address: add a listener, or remove the address from the \
+                 socket unit");
         }
     }
 
@@ -198,7 +199,7 @@ impl Inheritance {
     pub(super) fn tell_ready(&mut self, settled: watch::Sender<bool>) {
         let Some(channel) = self.predecessor.take() else { return };
         if let Err(error) = channel.send(READY, &[]) {
-            tracing::warn!(%error, "the old process exited before it learned that this process serves");
+            tracing::warn!(%error, "the old process exited before this process could report that it is ready");
         }
         // The old process sends nothing more; the channel closes when it exits. That can take long, so a separate
         // thread waits for it.

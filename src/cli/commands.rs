@@ -179,7 +179,7 @@ async fn wait_for(common: &Common, port: &Port, backend: &Backend) -> Result<(),
     loop {
         let status = side_port::status(common, port).await?;
         let Some(member) = find(&status, backend) else {
-            return print(&format!("{backend} is gone after {:.1} s\n", began.elapsed().as_secs_f64()));
+            return print(&format!("{backend} left the pool after {:.1} s\n", began.elapsed().as_secs_f64()));
         };
         let left = member.connections.active;
         let Some(drain) = &member.drain else {

@@ -110,7 +110,7 @@ fn list(origin: &str, faults: &[Fault]) -> String {
     use std::fmt::Write as _;
 
     let count = faults.len();
-    let mut text = format!("{origin}: {count} {}", if count == 1 { "fault" } else { "faults" });
+    let mut text = format!("{origin}: {count} {}", if count == 1 { "error" } else { "errors" });
     for fault in faults {
         // Writing to a String cannot fail.
         let _ = write!(text, "\n  {fault}");

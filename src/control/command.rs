@@ -117,7 +117,7 @@ pub struct Moved {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum CommandError {
     /// No pool has this name.
-    #[error("there is no pool {pool:?}; there are: {}", known.join(", "))]
+    #[error("pool {pool:?} does not exist; existing pools: {}", known.join(", "))]
     UnknownPool {
         /// As given.
         pool: String,
@@ -135,7 +135,7 @@ pub enum CommandError {
         known: Vec<String>,
     },
     /// The static pool has a backend with this id already.
-    #[error("pool {pool} has a backend {backend:?} already")]
+    #[error("pool {pool} already has a backend {backend:?}")]
     BackendExists {
         /// The pool.
         pool: String,

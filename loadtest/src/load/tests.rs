@@ -112,7 +112,7 @@ async fn requests_to_a_silent_target_count_as_failed_without_a_wait_for_each() {
     let began = Instant::now();
     let failures = report(&due).await.failures();
     assert_eq!(failures.values().sum::<usize>(), 200, "{failures:?}");
-    assert!(failures["not begun in time"] > 150 && began.elapsed() < Duration::from_secs(30), "{failures:?}");
+    assert!(failures["not started in time"] > 150 && began.elapsed() < Duration::from_secs(30), "{failures:?}");
 }
 
 #[tokio::test]
@@ -145,7 +145,7 @@ async fn failures_are_counted_by_cause() {
     .await;
     for work in [Work::Requests, Work::Bulk(Direction::Both, 10_000)] {
         let failures = report(&load(liar, work)).await.failures();
-        assert!(failures.contains_key("other bytes came back"), "{work:?}: {failures:?}");
+        assert!(failures.contains_key("the response differs from the request"), "{work:?}: {failures:?}");
     }
     let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let failures = report(&load(nobody, Work::Connections)).await.failures();

@@ -35,7 +35,7 @@ impl Listed {
             .ok_or_else(|| format!("address: {address:?} is not host:port, like 10.0.0.5:6379 or [::1]:6379"))?;
         let id = id.unwrap_or_else(|| address.to_owned());
         if id.is_empty() {
-            return Err("id: is empty: give a name, or leave it out for the address".to_owned());
+            return Err("id is empty: set a name, or omit it to use the address as the id".to_owned());
         }
         Ok(Self { id: id.into(), host, port, weight })
     }

@@ -34,7 +34,7 @@ impl Ends {
             (_, false) => tracing::warn!(%pool, slot = %name, how, again_in_ms, "replica ended"),
             (false, true) => {
                 let last_line = exit.output.last().map_or("", String::as_str);
-                tracing::error!(%pool, slot = %name, how, again_in_ms, last_line, "replica keeps ending: crash loop");
+                tracing::error!(%pool, slot = %name, how, again_in_ms, last_line, "replica keeps exiting (crash loop)");
             }
             (true, true) => tracing::debug!(%pool, slot = %name, how, again_in_ms, "replica ended again"),
         }

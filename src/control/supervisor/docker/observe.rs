@@ -70,7 +70,7 @@ impl Containers {
         let is_held = self.double_backoff.until(&double.id, Instant::now()).is_some();
         if !is_held && self.doubles.insert(Arc::clone(&double.id)) {
             tracing::warn!(pool = %slots.pool(), slot = double.label(label::SLOT), container = %double.name,
-                "removing a container that fills no slot");
+                "removing a duplicate or misnamed container");
             let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
             self.work.spawn(async move {
                 let removed = engine.end(&double.id, grace).await;

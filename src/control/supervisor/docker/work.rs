@@ -88,7 +88,7 @@ impl Containers {
             self.doubles.remove(&id);
             if let Err(error) = result {
                 let count = self.double_backoff.fail(id, now);
-                log_failure(slots, slot, count, "could not remove a container that fills no slot", &error);
+                log_failure(slots, slot, count, "could not remove a duplicate or misnamed container", &error);
             }
             return;
         }
