@@ -187,7 +187,11 @@ impl Admission {
 impl Backend {
     /// `ok`, or a short description of the failure; `None` before the first result.
     pub fn last_check(&self) -> Option<&str> {
-        if self.reported_bad { Some("unhealthy (container health check)") } else { self.health.last.as_deref() }
+        if self.reported_bad {
+            Some("unhealthy or paused, according to the engine")
+        } else {
+            self.health.last.as_deref()
+        }
     }
 }
 

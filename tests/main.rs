@@ -23,4 +23,5 @@ mod reload;
 mod replicas;
 mod serving;
 mod side_port;
+mod stalls;
 mod upgrade;

@@ -34,7 +34,7 @@ use tokio::runtime::Handle;
 
 use self::error::Error;
 pub use self::guard::Guard;
-pub use self::server::serve;
+pub use self::server::{Limits, serve};
 use crate::control::command::{CommandSender, Differs};
 use crate::control::docker::watch::EngineStatus;
 use crate::label_enum;

@@ -31,8 +31,11 @@ struct Rendered {
     fresh_until: Instant,
 }
 
-/// How often the time of rendering the text is shared. So scrapers take at most a tenth of one processor, whatever their
-/// number, as long as [`LONGEST`] does not end that.
+/// A text that took at least this long is shared. Quicker ones are always new.
+const COSTLY: Duration = Duration::from_millis(5);
+
+/// A costly text is shared for this many times the time that it took, so that scrapers take a tenth of one processor,
+/// whatever their number.
 const SHARED_FOR: u32 = 9;
 
 /// Longest time for which a text is shared.
@@ -48,7 +51,8 @@ impl Shared {
         let rendered = tokio::task::spawn_blocking(move || {
             let began = Instant::now();
             let text = Bytes::from(render());
-            let fresh_for = (began.elapsed() * SHARED_FOR).min(LONGEST);
+            let took = began.elapsed();
+            let fresh_for = if took < COSTLY { Duration::ZERO } else { (took * SHARED_FOR).min(LONGEST) };
             Rendered { text, fresh_until: Instant::now() + fresh_for }
         });
         // A panic of the renderer is logged; the scraper gets the last text.

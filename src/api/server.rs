@@ -25,33 +25,46 @@ use tokio_util::task::TaskTracker;
 
 use super::error::Error;
 
-/// Longest time between two requests of a connection, and for the head of a request. Longer than the interval of most
-/// scrapers, which can then keep their connection.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(20);
-
-/// Longest time for the body of a request.
-const BODY_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// Longest body of a request.
 const BODY_LIMIT: usize = 1024 * 1024;
 
-/// How long a client may accept none of an answer.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+/// The limits of the server.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Maximum open connections; at least 1.
+    pub connections: usize,
+    /// Longest time between two requests of a connection, and for the head of a request.
+    pub head: Duration,
+    /// Longest time for the body of a request.
+    pub body: Duration,
+    /// How long a client may accept none of an answer.
+    pub write: Duration,
+    /// Age at which a connection takes no further request. The times above start again with each byte or request.
+    pub age: Duration,
+}
 
-/// Age at which a connection takes no further request. The timeouts above start again with each byte or request.
-const LONGEST: Duration = Duration::from_secs(600);
+impl Limits {
+    /// The usual times, with at most this number of open connections. `head` is longer than the interval of most
+    /// scrapers, which can then keep their connection.
+    pub fn new(connections: usize) -> Self {
+        let seconds = Duration::from_secs;
+        Self { connections, head: seconds(20), body: seconds(10), write: seconds(20), age: seconds(600) }
+    }
+}
 
 /// How long the last request of a connection may go on.
 const LAST_REQUEST: Duration = Duration::from_secs(120);
 
+/// Time until another connection makes room, if all were at work.
+const AGAIN: Duration = Duration::from_millis(50);
+
 /// Pause after an accept that failed: no signal announces free descriptors.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Serves `router` on `listener` until `stop`, with at most `most` open connections. Then it closes the listener and
-/// waits for the open requests.
-pub async fn serve(listener: TcpListener, router: Router, most: usize, stop: CancellationToken) {
-    let router = router.layer(from_fn(receive));
-    let (places, connections) = (Arc::new(Semaphore::new(most.max(1))), Connections::default());
+/// Serves `router` on `listener` within the limits until `stop`, then closes the listener and waits for the open requests.
+pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: CancellationToken) {
+    let router = router.layer(from_fn(move |request, next| receive(limits.body, request, next)));
+    let (places, connections) = (Arc::new(Semaphore::new(limits.connections.max(1))), Connections::default());
     let open = TaskTracker::new();
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         let (stream, peer) = match accepted {
@@ -65,7 +78,7 @@ pub async fn serve(listener: TcpListener, router: Router, most: usize, stop: Can
         let Some(permit) = stop.run_until_cancelled(place(&places, &connections)).await else { break };
         let connection = connections.open(permit);
         let router = router.clone().layer(Extension(ConnectInfo(peer))).layer(Extension(Arc::clone(&connection)));
-        open.spawn(serve_connection(stream, router, connection, stop.clone()));
+        open.spawn(serve_connection(stream, router, limits, connection, stop.clone()));
     }
     drop(listener);
     open.close();
@@ -78,26 +91,30 @@ async fn place(places: &Arc<Semaphore>, connections: &Connections) -> OwnedSemap
         if let Ok(permit) = Arc::clone(places).try_acquire_owned() {
             return permit;
         }
-        let has_evicted = connections.evict_idlest();
-        // Every connection may be at work, and one may become idle meanwhile.
-        let wait = if has_evicted { HEAD_TIMEOUT } else { PAUSE };
-        if let Ok(Ok(permit)) = tokio::time::timeout(wait, Arc::clone(places).acquire_owned()).await {
+        connections.evict_idlest();
+        if let Ok(Ok(permit)) = tokio::time::timeout(AGAIN, Arc::clone(places).acquire_owned()).await {
             return permit;
         }
     }
 }
 
-async fn serve_connection(stream: TcpStream, router: Router, connection: Arc<Connection>, stop: CancellationToken) {
+async fn serve_connection(
+    stream: TcpStream,
+    router: Router,
+    limits: Limits,
+    connection: Arc<Connection>,
+    stop: CancellationToken,
+) {
     // Also ends a connection whose peer acknowledges nothing, or has closed its window (tcp(7)).
-    let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(WRITE_TIMEOUT));
+    let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(limits.write));
     let mut builder = hyper::server::conn::http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+    builder.timer(TokioTimer::new()).header_read_timeout(limits.head);
     let mut serving = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
     tokio::select! {
         _ = serving.as_mut() => return,
         () = connection.evicted.cancelled() => return,
         () = stop.cancelled() => {}
-        () = tokio::time::sleep(LONGEST) => {}
+        () = tokio::time::sleep(limits.age) => {}
     }
     serving.as_mut().graceful_shutdown();
     let _ = tokio::time::timeout(LAST_REQUEST, poll_fn(|cx| serving.as_mut().poll(cx))).await;
@@ -143,16 +160,14 @@ impl Connections {
         Arc::new(Connection { number, state, evicted, all: self.clone(), _place: place })
     }
 
-    /// Ends the connection that has been idle for longest. Returns whether there is one.
-    fn evict_idlest(&self) -> bool {
+    /// Ends the connection that has been idle for longest, if there is one.
+    fn evict_idlest(&self) {
         let all = lock(&self.0);
         let idle = all.connections.values().filter(|one| !one.evicted.is_cancelled());
         let idle = idle.filter_map(|one| Some(((*lock(&one.idle_since))?, one)));
-        let idlest = idle.min_by_key(|(since, _)| *since);
-        if let Some((_, state)) = idlest {
+        if let Some((_, state)) = idle.min_by_key(|(since, _)| *since) {
             state.evicted.cancel();
         }
-        idlest.is_some()
     }
 }
 
@@ -183,9 +198,9 @@ impl Drop for AtWork<'_> {
 }
 
 /// Middleware: receives the whole body within its limits, then runs the handler.
-async fn receive(request: Request, next: Next) -> Response {
+async fn receive(timeout: Duration, request: Request, next: Next) -> Response {
     let (mut head, body) = request.into_parts();
-    let body = match tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, BODY_LIMIT).collect()).await {
+    let body = match tokio::time::timeout(timeout, Limited::new(body, BODY_LIMIT).collect()).await {
         Ok(Ok(body)) => body.to_bytes(),
         Ok(Err(error)) if error.is::<LengthLimitError>() => {
             let message = "the request body is larger than 1 MiB: send a smaller one";
@@ -193,11 +208,90 @@ async fn receive(request: Request, next: Next) -> Response {
         }
         Ok(Err(error)) => return Error::new(StatusCode::BAD_REQUEST, "bad_body", error.to_string()).into_response(),
         Err(_elapsed) => {
-            let message = format!("the request body did not arrive within {} s", BODY_TIMEOUT.as_secs());
+            let message = format!("the request body did not arrive within {timeout:?}");
             return Error::new(StatusCode::REQUEST_TIMEOUT, "body_timeout", message).into_response();
         }
     };
     let connection = head.extensions.remove::<Arc<Connection>>();
     let _at_work = connection.as_ref().map(|connection| AtWork::begin(&connection.state));
     next.run(Request::from_parts(head, body.into())).await
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::routing::{get, post};
+    use bytes::Bytes;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio_util::sync::DropGuard;
+
+    use super::*;
+
+    const SHORT: Duration = Duration::from_millis(100);
+
+    async fn start(limits: Limits) -> (std::net::SocketAddr, DropGuard) {
+        let router = Router::new()
+            .route("/fast", get(|| async { "fast" }))
+            .route("/slow", get(|| async { tokio::time::sleep(Duration::from_secs(2)).await }))
+            .route("/body", post(|body: Bytes| async move { body.len().to_string() }));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, stop) = (listener.local_addr().unwrap(), CancellationToken::new());
+        tokio::spawn(serve(listener, router, limits, stop.clone()));
+        (address, stop.drop_guard())
+    }
+
+    async fn send(address: std::net::SocketAddr, text: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(text.as_bytes()).await.unwrap();
+        stream
+    }
+
+    /// What the server still sends until it closes the connection.
+    async fn rest(mut stream: TcpStream) -> String {
+        let mut rest = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut rest)).await;
+        // A reset is an end too.
+        let _ = read.expect("the server keeps the connection open");
+        String::from_utf8(rest).unwrap()
+    }
+
+    const FAST: &str = "GET /fast HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+
+    #[tokio::test]
+    async fn half_a_head_and_an_idle_connection_are_closed() {
+        let (address, _stop) = start(Limits { head: SHORT, ..Limits::new(8) }).await;
+        assert_eq!(rest(send(address, "GET /fast HTT").await).await, "");
+        assert_eq!(rest(send(address, "").await).await, "");
+        let kept = rest(send(address, "GET /fast HTTP/1.1\r\nhost: x\r\n\r\n").await).await;
+        assert!(kept.ends_with("fast"), "{kept}");
+    }
+
+    #[tokio::test]
+    async fn half_a_body_is_answered_with_408() {
+        let (address, _stop) = start(Limits { body: SHORT, ..Limits::new(8) }).await;
+        let answer =
+            rest(send(address, "POST /body HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\nhalf").await).await;
+        assert!(answer.starts_with("HTTP/1.1 408") && answer.contains("body_timeout"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn an_old_connection_takes_no_further_request() {
+        let (address, _stop) = start(Limits { age: SHORT, ..Limits::new(8) }).await;
+        assert_eq!(rest(send(address, "").await).await, "");
+        let answer = rest(send(address, "GET /slow HTTP/1.1\r\nhost: x\r\n\r\n").await).await;
+        assert!(answer.starts_with("HTTP/1.1 200"), "the open request is finished: {answer}");
+    }
+
+    #[tokio::test]
+    async fn idle_connections_make_room_and_busy_ones_do_not() {
+        let (address, _stop) = start(Limits::new(3)).await;
+        let busy = send(address, "GET /slow HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
+        let mut idle = Vec::new();
+        for _ in 0..20 {
+            idle.push(send(address, "GET /fast").await);
+        }
+        for _ in 0..10 {
+            assert!(rest(send(address, FAST).await).await.ends_with("fast"));
+        }
+        assert!(rest(busy).await.starts_with("HTTP/1.1 200"));
+    }
 }

@@ -1,6 +1,7 @@
 //! The effect of commands: [`App::plan`] checks one and prepares what it needs, the other functions carry it out.
 
 use std::ops::RangeInclusive;
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
@@ -18,6 +19,9 @@ const WEIGHTS: RangeInclusive<u32> = 1..=1000;
 
 /// Allowed numbers of replicas of a pool.
 const REPLICAS: RangeInclusive<u32> = 1..=1000;
+
+/// Longest time to read the config file.
+const READ: Duration = Duration::from_secs(10);
 
 /// A command that passed every check and has no effect yet.
 pub(super) enum Planned {
@@ -113,7 +117,7 @@ impl App {
                 changes.of(&pool).replicas = Some(replicas);
             }
             Command::Reload { text, is_dry_run } => {
-                let file = self.read(text.as_deref()).map_err(|error| CommandError::BadConfig(error.to_string()))?;
+                let file = self.read(text).await?;
                 changes = changes.kept(&self.file, &file);
                 if is_dry_run {
                     return Ok(Planned::Report(self.target(&file, &changes).1));
@@ -149,10 +153,22 @@ impl App {
         Ok(Planned::Reload(Box::new(plan.map_err(|error| CommandError::CannotPrepare(error.to_string()))?)))
     }
 
-    fn read(&self, text: Option<&str>) -> Result<Config, config::Error> {
-        match text {
-            Some(text) => Config::parse(text, "the config given"),
-            None => self.environment.source.load(),
+    /// The config that a reload moves to. Does not block this thread: the file may be a FIFO that nobody writes, or on a
+    /// server that is away.
+    async fn read(&self, text: Option<String>) -> Result<Config, CommandError> {
+        let bad = |error: config::Error| CommandError::BadConfig(error.to_string());
+        if let Some(text) = text {
+            return Config::parse(&text, "the config given").map_err(bad);
+        }
+        let source = self.environment.source.clone();
+        let read = tokio::task::spawn_blocking(move || source.load());
+        match tokio::time::timeout(READ, read).await {
+            Ok(Ok(config)) => config.map_err(bad),
+            Ok(Err(panicked)) => Err(CommandError::BadConfig(panicked.to_string())),
+            Err(_elapsed) => Err(CommandError::BadConfig(format!(
+                "the config file was not read within {} s: check that it is a regular file and that its file system answers",
+                READ.as_secs()
+            ))),
         }
     }
 

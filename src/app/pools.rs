@@ -126,7 +126,8 @@ impl Prepared {
         if let Some(queue) = self.pool.queue.take() {
             tasks.spawn(until_over(Box::pin(self.publisher.run(queue))));
         }
-        let checks = health::check_all(table.clone(), self.pool.health.subscribe(), events.clone());
+        let checks =
+            health::check_all(table.clone(), self.pool.health.subscribe(), events.clone(), tasks.not_done.clone());
         tasks.spawn_check(until_over(Box::pin(checks)));
         let settings = self.pool.ejection.subscribe();
         tasks.spawn(until_over(Box::pin(ejection::eject(table.clone(), settings, self.reports, events.clone()))));

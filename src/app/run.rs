@@ -60,9 +60,10 @@ impl App {
         let (router, over, ended) =
             (api::router(Arc::clone(&self.state)), side_port_over.clone(), side_port_ended.clone().drop_guard());
         let most = usize::try_from(limits::side_port(limits::open_files())).unwrap_or(usize::MAX);
+        let limits = api::Limits::new(most);
         self.tasks.spawn_side_port(async move {
             match tokio::net::TcpListener::from_std(listener) {
-                Ok(listener) => api::serve(listener, router, most, over).await,
+                Ok(listener) => api::serve(listener, router, limits, over).await,
                 Err(error) => tracing::error!(%error, "cannot serve the side port"),
             }
             drop(ended);

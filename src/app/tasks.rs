@@ -8,6 +8,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use super::threads::Thread;
+use crate::control::health::NotDone;
 
 /// The tasks of the control plane. Dropping it ends those that have nothing to finish.
 pub(super) struct Tasks {
@@ -15,6 +16,8 @@ pub(super) struct Tasks {
     pub(super) stop_replicas: CancellationToken,
     /// Tasks that must finish their work before the process exits.
     supervisors: TaskTracker,
+    /// Counts the health checks that Ringway could not make.
+    pub(super) not_done: NotDone,
     /// Where health checks run.
     checks: Thread,
     /// Where the side port runs.
@@ -35,6 +38,7 @@ impl Tasks {
         let tasks = Self {
             stop_replicas: CancellationToken::new(),
             supervisors: TaskTracker::new(),
+            not_done: NotDone::default(),
             checks: Thread::start("checks")?,
             side_port: Thread::start("side-port")?,
             _end: over.clone().drop_guard(),

@@ -102,6 +102,6 @@ async fn the_health_that_the_engine_reports_counts() {
     let provider = format!("docker: {{ discover: {{ label: {label}, port: 9000 }} }}");
     let ringway = Ringway::start(&crate::harness::config(&provider, "", CHECK)).await;
     eventually("the engine's verdict", || ringway.states() == [State::Unhealthy]).await;
-    assert_eq!(ringway.backend(0).last_check(), Some("unhealthy (container health check)"));
+    assert_eq!(ringway.backend(0).last_check(), Some("unhealthy or paused, according to the engine"));
     assert_eq!(ringway.backend(0).health.last.as_deref(), Some("ok"), "the check of Ringway fails");
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::NamedTempFile;
@@ -19,6 +19,7 @@ pub(crate) struct Program {
     successors: Vec<Pid>,
     log: Arc<Mutex<String>>,
     closed: Arc<AtomicBool>,
+    stalled: Arc<AtomicBool>,
     config: NamedTempFile,
 }
 
@@ -30,22 +31,39 @@ impl Program {
 
     /// As [`Program::start`], with further environment variables.
     pub(crate) async fn start_with(yaml: &str, environment: &[(&str, &str)]) -> Self {
+        Self::launch(Command::new(env!("CARGO_BIN_EXE_ringway")), yaml, environment, Stdio::null()).await
+    }
+
+    /// As [`Program::start`], with this standard output.
+    pub(crate) async fn start_writing(yaml: &str, stdout: Stdio) -> Self {
+        Self::launch(Command::new(env!("CARGO_BIN_EXE_ringway")), yaml, &[], stdout).await
+    }
+
+    /// As [`Program::start`], with at most this number of open files.
+    pub(crate) async fn start_limited(yaml: &str, open_files: u32) -> Self {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &format!("ulimit -n {open_files}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_ringway")]);
+        Self::launch(shell, yaml, &[], Stdio::null()).await
+    }
+
+    async fn launch(mut command: Command, yaml: &str, environment: &[(&str, &str)], stdout: Stdio) -> Self {
         // The clients of the tests need descriptors too.
         ringway::limits::raise_open_files();
         let config = file(yaml);
-        let child = Command::new(env!("CARGO_BIN_EXE_ringway"))
+        let child = command
             .arg("--config")
             .arg(config.path())
             .envs(environment.iter().copied())
             .stderr(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(stdout)
             .spawn();
         let mut child = Killed(child.unwrap());
         let log = Arc::new(Mutex::new(String::new()));
         let stderr = BufReader::new(child.0.stderr.take().unwrap());
         let sink = Arc::clone(&log);
         let closed = Arc::new(AtomicBool::new(false));
-        let close = Arc::clone(&closed);
+        let stalled = Arc::new(AtomicBool::new(false));
+        let (close, stall) = (Arc::clone(&closed), Arc::clone(&stalled));
         std::thread::spawn(move || {
             for line in stderr.lines().map_while(Result::ok) {
                 if close.load(Ordering::Relaxed) {
@@ -54,9 +72,13 @@ impl Program {
                 let mut log = sink.lock().unwrap();
                 log.push_str(&line);
                 log.push('\n');
+                drop(log);
+                while stall.load(Ordering::Relaxed) {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
             }
         });
-        let mut program = Self { child, successors: Vec::new(), log, closed, config };
+        let mut program = Self { child, successors: Vec::new(), log, closed, stalled, config };
         eventually("the banner", || {
             assert!(program.child.0.try_wait().unwrap().is_none(), "ringway ended:\n{}", program.log());
             program.log().contains(" status --api ")
@@ -68,6 +90,13 @@ impl Program {
     /// Replaces the content of the config file.
     pub(crate) fn write_config(&self, yaml: &str) {
         std::fs::write(self.config.path(), yaml).unwrap();
+    }
+
+    /// Puts a FIFO that nobody writes in the place of the config file.
+    pub(crate) fn replace_config_by_fifo(&self) {
+        std::fs::remove_file(self.config.path()).unwrap();
+        let made = Command::new("mkfifo").arg(self.config.path()).status().unwrap();
+        assert!(made.success());
     }
 
     pub(crate) fn pid(&self) -> Pid {
@@ -96,6 +125,11 @@ impl Program {
     /// Stops reading the log. The reading end closes at the next line.
     pub(crate) fn close_log(&self) {
         self.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Stops reading the log, or goes on reading it.
+    pub(crate) fn stall_log(&self, stall: bool) {
+        self.stalled.store(stall, Ordering::Relaxed);
     }
 
     /// The address of the first listener, from the banner.
@@ -215,7 +249,7 @@ pub(crate) fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
             let _ = child.kill();
             panic!("ringway {arguments:?} does not end");
         }
-        std::thread::sleep(std::time::Duration::from_millis(5));
+        std::thread::sleep(Duration::from_millis(5));
     };
     let (mut stdout, mut stderr) = (String::new(), String::new());
     child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();

@@ -17,7 +17,8 @@ pub struct Container {
     pub labels: HashMap<String, String>,
     /// The container's state.
     pub state: State,
-    /// The result of the image's own health check; `None` without one, or before its first verdict.
+    /// The result of the image's own health check; `None` without one, or before its first verdict. A paused container
+    /// is not healthy.
     pub healthy: Option<bool>,
     /// The container's address on each network.
     pub addresses: HashMap<String, IpAddr>,
@@ -52,13 +53,14 @@ impl From<ContainerSummary> for Container {
             Some(ContainerSummaryStateEnum::EXITED | ContainerSummaryStateEnum::DEAD) => State::Dead,
             _ => State::Running,
         };
+        let is_paused = summary.state == Some(ContainerSummaryStateEnum::PAUSED);
         let networks = summary.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
         Self {
             id: summary.id.unwrap_or_default().into(),
             name: name.trim_start_matches('/').into(),
             labels: summary.labels.unwrap_or_default(),
             state,
-            healthy: health(&summary.status.unwrap_or_default()),
+            healthy: if is_paused { Some(false) } else { health(&summary.status.unwrap_or_default()) },
             addresses: networks
                 .into_iter()
                 .filter_map(|(network, endpoint)| Some((network, address(&endpoint)?)))

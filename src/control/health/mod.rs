@@ -4,9 +4,12 @@
 //!
 //! - this file: starts the tasks and times the checks
 //! - [`rise_fall`]: turns a series of results into a verdict; pure
-//! - [`mod@check`]: one check
+//! - [`mod@check`]: one check; [`mod@http`]: the HTTP check
+//! - [`not_done`]: logs checks that Ringway could not make
 
 mod check;
+mod http;
+mod not_done;
 mod rise_fall;
 
 use std::collections::HashMap;
@@ -20,10 +23,10 @@ use tokio_util::task::AbortOnDropHandle;
 
 use self::check::Outcome;
 pub use self::check::{Check, Expect, Http, Kind};
+pub use self::not_done::NotDone;
 use self::rise_fall::RiseFall;
 use super::Event;
 use crate::backend::{Backend, Live, State};
-use crate::labels::Label as _;
 use crate::table::TableCell;
 
 /// Interval between checks of a backend without a verdict, which should serve as soon as it can.
@@ -51,7 +54,12 @@ pub struct Settings {
 }
 
 /// Checks the backends of `table` until the task is dropped. New settings restart the checks of all backends.
-pub async fn check_all(table: TableCell, mut settings: watch::Receiver<Option<Settings>>, events: mpsc::Sender<Event>) {
+pub async fn check_all(
+    table: TableCell,
+    mut settings: watch::Receiver<Option<Settings>>,
+    events: mpsc::Sender<Event>,
+    not_done: NotDone,
+) {
     let mut checks: HashMap<Arc<str>, (u64, AbortOnDropHandle<()>)> = HashMap::new();
     let mut changes = table.watch();
     loop {
@@ -64,7 +72,12 @@ pub async fn check_all(table: TableCell, mut settings: watch::Receiver<Option<Se
         for backend in now.backends() {
             let address = backend.address.filter(|_| !checks.contains_key(&backend.id));
             if let (Some(address), Some(settings)) = (address, &current) {
-                let task = tokio::spawn(check(Subject::of(backend, address), settings.clone(), events.clone()));
+                let task = tokio::spawn(check(
+                    Subject::of(backend, address),
+                    settings.clone(),
+                    events.clone(),
+                    not_done.clone(),
+                ));
                 checks.insert(Arc::clone(&backend.id), (backend.incarnation, AbortOnDropHandle::new(task)));
             }
         }
@@ -106,7 +119,7 @@ impl Subject {
     }
 }
 
-async fn check(subject: Subject, settings: Settings, events: mpsc::Sender<Event>) {
+async fn check(subject: Subject, settings: Settings, events: mpsc::Sender<Event>, not_done: NotDone) {
     let mut rise_fall = RiseFall::new(settings.rise, settings.fall, subject.verdict);
     let began = Instant::now();
     let mut reported = None;
@@ -115,7 +128,7 @@ async fn check(subject: Subject, settings: Settings, events: mpsc::Sender<Event>
             Outcome::Passed => (true, "ok".into()),
             Outcome::Failed(reason) => (false, reason),
             Outcome::NotDone(why) => {
-                tracing::warn!(backend = %subject.id, why = why.as_str(), "could not check the backend");
+                not_done.note(why, Instant::now());
                 tokio::time::sleep(settings.interval).await;
                 continue;
             }
