@@ -42,6 +42,16 @@ fn an_error_of_the_system_is_one_line_and_exit_code_1() {
     fails(&no_log, 1, &["access_log.path: cannot write /no/such/folder/log"]);
 }
 
+#[test]
+fn check_warns_of_a_name_that_nobody_knows() {
+    let yaml = config("static: [{ address: \"127.0.0.1:80\" }, { address: \"no-such-host.invalid:80\" }]", "", "");
+    let file = file(&yaml);
+    let (code, stdout, stderr) = run(&["check", "--config", file.path().to_str().unwrap()]);
+    assert_eq!(code, Some(0), "{stderr}");
+    assert!(stdout.contains("no-such-host.invalid"));
+    assert!(stderr.contains("warning: pools[0].provider.static[1].address: cannot resolve"), "{stderr}");
+}
+
 /// The test drops root, because root may bind every port.
 #[test]
 fn a_port_without_permission_is_an_error_and_exit_code_1() {

@@ -19,6 +19,7 @@ mod engine;
 mod failover;
 mod house;
 mod limits;
+mod names;
 mod reload;
 mod replicas;
 mod serving;

@@ -14,6 +14,8 @@ pub(super) struct PoolContext<'a> {
     pub(super) engine: Option<&'a Engine>,
     pub(super) environment: &'a Environment,
     pub(super) exporter: &'a Exporter,
+    /// Ringway starts; otherwise a reload adds the pool.
+    pub(super) is_start: bool,
     /// Cancelled when all replicas must stop.
     pub(super) stop_replicas: &'a CancellationToken,
     /// True if there is no old Ringway process, or once it has exited.

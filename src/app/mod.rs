@@ -39,6 +39,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
@@ -50,6 +51,7 @@ pub use self::error::{RunError, StartError};
 pub use self::inheritance::{Inheritance, TAKE_OVER};
 use self::listeners::{Bound, Listener};
 use self::pools::Pool;
+pub use self::provider::unknown_names;
 use self::tasks::Tasks;
 use crate::api::{self, State, View};
 use crate::config::{self, Config};
@@ -164,17 +166,19 @@ impl App {
             engine: engine.as_ref(),
             environment: &environment,
             exporter: &exporter,
+            is_start: true,
             stop_replicas: &tasks.stop_replicas,
             settled: is_settled.clone(),
         };
-        let mut prepared = Vec::new();
-        for (n, pool) in config.pools.iter().enumerate() {
+        let prepared = config.pools.iter().enumerate().map(|(n, pool)| {
             // `let_go` below stops the replicas of a pool that does not supervise processes any more.
             let replicas =
                 if provider::takes_over(&pool.provider) { inheritance.replicas(&pool.name) } else { Vec::new() };
-            let (key_path, changes) = (format!("pools[{n}]"), changes.get(&pool.name));
-            prepared.push(pools::prepare(&key_path, pool, &changes, replicas, &context).await?);
-        }
+            let (key_path, changes, context) = (format!("pools[{n}]"), changes.get(&pool.name), &context);
+            async move { pools::prepare(&key_path, pool, &changes, replicas, context).await }
+        });
+        // Side by side: each may wait for a name server.
+        let prepared = try_join_all(prepared.collect::<Vec<_>>()).await?;
         let inherited = inheritance.sockets(inheritance::SIDE_PORT, config.api.listen);
         let api_socket = listeners::side_port(&config, inherited)?;
         let api_address = api_socket.local_addr().unwrap_or(config.api.listen);

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use tokio_util::sync::CancellationToken;
 
 use super::changes::Changes;
@@ -77,20 +78,25 @@ impl App {
             engine: engine.as_ref(),
             environment: &self.environment,
             exporter: &self.state.exporter,
+            is_start: false,
             stop_replicas: &self.tasks.stop_replicas,
             settled: self.is_settled.clone(),
         };
         check_sizes(&config)?;
-        let mut pools = Vec::new();
-        for (n, pool) in config.pools.iter().enumerate() {
-            let (key_path, changes) = (format!("pools[{n}]"), changes.get(&pool.name));
+        let pools = config.pools.iter().enumerate().map(|(n, pool)| {
+            let (key_path, changes, context) = (format!("pools[{n}]"), changes.get(&pool.name), &context);
             let known = self.pools.iter().find(|known| known.config().name == pool.name && known.can_become(pool));
-            pools.push(if let Some(known) = known {
-                PoolPlan::Update(Box::new(known.prepare_update(&key_path, pool, changes).await?))
-            } else {
-                PoolPlan::New(Box::new(pools::prepare(&key_path, pool, &changes, Vec::new(), &context).await?))
-            });
-        }
+            async move {
+                let plan = if let Some(known) = known {
+                    PoolPlan::Update(Box::new(known.prepare_update(&key_path, pool, changes).await?))
+                } else {
+                    PoolPlan::New(Box::new(pools::prepare(&key_path, pool, &changes, Vec::new(), context).await?))
+                };
+                Ok::<_, StartError>(plan)
+            }
+        });
+        // Side by side: each may wait for a name server.
+        let pools = try_join_all(pools.collect::<Vec<_>>()).await?;
         let mut listeners = Vec::new();
         for (n, listener) in config.listeners.iter().enumerate() {
             let is_open = self.listeners.iter().any(|open| open.can_become(listener));

@@ -25,7 +25,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ringway::app::StartError;
+use ringway::app::{StartError, unknown_names};
 use ringway::config::{self, BUILT_IN, Config, Source};
 use ringway::control::supervisor::launch::{self, Launch};
 use ringway::control::supervisor::shim::{self, Shim};
@@ -142,6 +142,10 @@ pub(crate) fn check(common: &Common, check: &Check) -> Result<(), Failure> {
         };
         let report = runtime()?.block_on(commands::diff(common, &check.port, text))?;
         return print(&commands::in_words(&report, "no difference\n"));
+    }
+    for error in runtime()?.block_on(unknown_names(&config)) {
+        // Nobody may be reading it.
+        let _ = writeln!(std::io::stderr(), "ringway: warning: {error}");
     }
     print(&format!("# {origin}, with every default filled in\n{}", config.to_yaml()))
 }

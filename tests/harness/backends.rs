@@ -29,10 +29,19 @@ impl Server {
 
     /// The demo backend.
     pub(crate) async fn echo(name: &str) -> Self {
+        Self::echo_on("127.0.0.1:0", name).await
+    }
+
+    /// The demo backend at this address.
+    pub(crate) async fn echo_at(address: &str) -> Self {
+        Self::echo_on(address, "echo").await
+    }
+
+    async fn echo_on(address: &str, name: &str) -> Self {
         use clap::Parser as _;
 
         let options = echo_server::Options::parse_from(["echo-server", "--name", name, "--grace-ms", "0"]);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind(address).await.unwrap();
         let address = listener.local_addr().unwrap();
         let task = tokio::spawn(echo_server::run(listener, options, std::future::pending()));
         Self { address, task }

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -43,6 +44,14 @@ impl Program {
     pub(crate) async fn start_limited(yaml: &str, open_files: u32) -> Self {
         let mut shell = Command::new("sh");
         shell.args(["-c", &format!("ulimit -n {open_files}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_ringway")]);
+        Self::launch(shell, yaml, &[], Stdio::null()).await
+    }
+
+    /// As [`Program::start`], with these files as `/etc/hosts` and `/etc/resolv.conf`. Only root can do this.
+    pub(crate) async fn start_with_names(yaml: &str, hosts: &Path, resolver: &Path) -> Self {
+        let mut shell = Command::new("unshare");
+        let script = r#"mount --bind "$0" /etc/hosts && mount --bind "$1" /etc/resolv.conf && shift && exec "$@""#;
+        shell.args(["--mount", "sh", "-c", script]).arg(hosts).arg(resolver).arg(env!("CARGO_BIN_EXE_ringway"));
         Self::launch(shell, yaml, &[], Stdio::null()).await
     }
 

@@ -1,53 +1,101 @@
 //! The provider `static`: backends that the config lists.
 
 use std::collections::HashSet;
+use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::source::{Addresses, Boxed, Prepared, Source, Update};
+use tokio::sync::watch;
+
+use super::source::{Boxed, Prepared, Source, Update};
 use crate::app::StartError;
-use crate::config::{self, StaticBackend};
+use crate::app::context::PoolContext;
+use crate::config::{self, Config, StaticBackend};
 use crate::control::Event;
-use crate::control::provider::{Listed, resolve};
+use crate::control::provider::Listed;
+use crate::control::provider::names::{Addresses, Name, SharedAddresses, follow, resolve_all};
 
-/// The resolved address of each backend.
+/// The addresses of the backends, and where the task that repeats look-ups finds their names.
 #[derive(Debug)]
-struct Fixed(Addresses);
+struct Fixed {
+    addresses: SharedAddresses,
+    names: watch::Sender<Vec<Name>>,
+}
 
-pub(super) async fn prepare(key_path: &str, backends: &[StaticBackend]) -> Result<Prepared, StartError> {
-    let addresses = resolve_all(key_path, backends).await?;
+pub(super) async fn prepare(
+    key_path: &str,
+    pool: &config::Pool,
+    backends: &[StaticBackend],
+    context: &PoolContext<'_>,
+) -> Result<Prepared, StartError> {
+    // A machine may start before its name server. A reload has a person who can mend the name.
+    let may_miss = |found: usize| context.is_start && found > 0;
+    let addresses = resolve(key_path, backends, may_miss, |_| None).await?;
     let mut known = Vec::new();
     for backend in backends {
         let id: Arc<str> = backend.id.as_str().into();
         known.push(Event::Joined { id: Arc::clone(&id), weight: backend.weight });
         known.extend(addresses.get(&id).map(|&address| Event::Started { id, address, replica: None }));
     }
-    Ok(Prepared { source: Box::new(Fixed(addresses)), known, engine_status: None, start: Box::new(|_| {}) })
+    let addresses = Arc::new(Mutex::new(addresses));
+    let (sender, names) = watch::channel(names(backends));
+    let (pool, shared): (Arc<str>, _) = (pool.name.as_str().into(), Arc::clone(&addresses));
+    Ok(Prepared {
+        source: Box::new(Fixed { addresses, names: sender }),
+        known,
+        engine_status: None,
+        start: Box::new(move |start| {
+            let over = start.over;
+            let following = follow(pool, names, shared, start.table, start.events);
+            start.tasks.spawn(async move {
+                let _ = over.run_until_cancelled(following).await;
+            });
+        }),
+    })
 }
 
 impl Source for Fixed {
     fn prepare_update<'a>(
         &'a self,
         key_path: &'a str,
-        _old: &'a config::Pool,
+        old: &'a config::Pool,
         new: &'a config::Pool,
     ) -> Boxed<'a, Result<Addresses, StartError>> {
-        Box::pin(resolve_all(key_path, new.provider.static_backends().unwrap_or_default()))
+        Box::pin(async {
+            let (old, new) = (old.provider.static_backends(), new.provider.static_backends());
+            let (old, new) = (old.unwrap_or_default(), new.unwrap_or_default());
+            // A name that did not change keeps its address while the name server is away.
+            let kept = |backend: &StaticBackend| {
+                let same =
+                    |old: &&StaticBackend| old.id == backend.id && old.host == backend.host && old.port == backend.port;
+                let addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+                old.iter().find(same).map(|old| addresses.get(&*old.id).copied())
+            };
+            resolve(key_path, new, |_| false, kept).await
+        })
     }
 
     fn update(&mut self, update: &Update<'_>) -> Vec<Event> {
         let backends = update.pool.provider.static_backends().unwrap_or_default();
-        let events = changed_backends(&self.0, &update.addresses, backends, update.pool.drain);
-        self.0.clone_from(&update.addresses);
+        let mut addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = self.names.send_replace(names(backends));
+        let events = changed_backends(&before, &addresses, &update.addresses, backends, update.pool.drain);
+        addresses.clone_from(&update.addresses);
         events
     }
 }
 
 /// The events that bring the publisher from the old to the new backends.
-fn changed_backends(known: &Addresses, found: &Addresses, backends: &[StaticBackend], drain: Duration) -> Vec<Event> {
+fn changed_backends(
+    before: &[Name],
+    known: &Addresses,
+    found: &Addresses,
+    backends: &[StaticBackend],
+    drain: Duration,
+) -> Vec<Event> {
     let stays: HashSet<&str> = backends.iter().map(|backend| backend.id.as_str()).collect();
-    let gone = known.keys().filter(|id| !stays.contains(&***id));
+    let gone = before.iter().map(|name| &name.id).filter(|id| !stays.contains(&***id));
     let mut events: Vec<_> = gone.map(|id| Event::Leaving { id: Arc::clone(id), within: drain }).collect();
     for backend in backends {
         let id: Arc<str> = backend.id.as_str().into();
@@ -60,17 +108,61 @@ fn changed_backends(known: &Addresses, found: &Addresses, backends: &[StaticBack
     events
 }
 
-async fn resolve_all(key_path: &str, backends: &[StaticBackend]) -> Result<Addresses, StartError> {
+fn names(backends: &[StaticBackend]) -> Vec<Name> {
+    let name = |backend: &StaticBackend| Name {
+        id: backend.id.as_str().into(),
+        host: backend.host.clone(),
+        port: backend.port,
+    };
+    backends.iter().map(name).collect()
+}
+
+/// The addresses of the backends. A name without one is an error, unless `kept` knows the backend or, by the number of
+/// names that have one, `may_miss` allows it. Ringway looks such a name up again later.
+async fn resolve(
+    key_path: &str,
+    backends: &[StaticBackend],
+    may_miss: impl Fn(usize) -> bool,
+    kept: impl Fn(&StaticBackend) -> Option<Option<SocketAddr>>,
+) -> Result<Addresses, StartError> {
+    let results = resolve_all(&names(backends)).await;
+    let resolved = results.iter().filter(|result| result.is_ok()).count();
     let mut found = Addresses::new();
-    for (n, backend) in backends.iter().enumerate() {
-        let address = resolve(&backend.host, backend.port).await.map_err(|error| StartError::Resolve {
-            key_path: format!("{key_path}.provider.static[{n}].address"),
-            host: backend.host.clone(),
-            error,
-        })?;
-        found.insert(backend.id.as_str().into(), address);
+    for (n, (backend, result)) in std::iter::zip(backends, results).enumerate() {
+        let address = match (result, kept(backend)) {
+            (Ok(address), _) => Some(address),
+            (Err(_), Some(kept)) => kept,
+            (Err(error), None) => {
+                let error = unresolved(key_path, n, backend, error);
+                if !may_miss(resolved) {
+                    return Err(error);
+                }
+                tracing::warn!("{error}; the backend is starting until Ringway can resolve its name");
+                None
+            }
+        };
+        found.extend(address.map(|address| (backend.id.as_str().into(), address)));
     }
     Ok(found)
+}
+
+/// The names of static backends that cannot be resolved now, each as the error that names its key path.
+pub async fn unknown_names(config: &Config) -> Vec<StartError> {
+    let mut unknown = Vec::new();
+    for (n, pool) in config.pools.iter().enumerate() {
+        let backends = pool.provider.static_backends().unwrap_or_default();
+        let results = resolve_all(&names(backends)).await;
+        for (m, (backend, result)) in std::iter::zip(backends, results).enumerate() {
+            let error = |error| unresolved(&format!("pools[{n}]"), m, backend, error);
+            unknown.extend(result.err().map(error));
+        }
+    }
+    unknown
+}
+
+fn unresolved(key_path: &str, n: usize, backend: &StaticBackend, error: io::Error) -> StartError {
+    let key_path = format!("{key_path}.provider.static[{n}].address");
+    StartError::Resolve { key_path, host: backend.host.clone(), error }
 }
 
 /// Converts a backend that a command adds into the form of the config.

@@ -14,11 +14,13 @@ use std::io;
 use tokio::sync::oneshot;
 
 pub(super) use self::fixed::listed;
-pub(super) use self::source::{Addresses, Prepared, Source, Start, Update, change};
+pub use self::fixed::unknown_names;
+pub(super) use self::source::{Prepared, Source, Start, Update, change};
 use super::StartError;
 use super::changes::OfPool;
 use super::context::PoolContext;
 use crate::config::{self, Provider};
+pub(super) use crate::control::provider::names::Addresses;
 use crate::control::supervisor::handover::{Handed, Handover};
 
 /// Prepares the provider of a pool. Key paths in errors start with `key_path`.
@@ -30,7 +32,7 @@ pub(super) async fn prepare(
     context: &PoolContext<'_>,
 ) -> Result<Prepared, StartError> {
     match &pool.provider {
-        Provider::Static(backends) => fixed::prepare(key_path, backends).await,
+        Provider::Static(backends) => fixed::prepare(key_path, pool, backends, context).await,
         Provider::Process(process) => process::prepare(key_path, pool, process, changes, taken_over, context),
         Provider::Containers(containers) => docker::prepare(pool, containers, changes, context),
         Provider::Discover(settings) => discover::prepare(pool, settings, context),

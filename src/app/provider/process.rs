@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
-use super::source::{Addresses, Boxed, Prepared, Source, Update, change, resting, slot_settings, slots_joined};
+use super::source::{Boxed, Prepared, Source, Update, change, resting, slot_settings, slots_joined};
 use crate::app::changes::OfPool;
 use crate::app::context::PoolContext;
 use crate::app::{Environment, StartError};
 use crate::config::{self, Provider};
 use crate::control::Event;
+use crate::control::provider::names::Addresses;
 use crate::control::supervisor::handover::{Handed, Handover, Spec};
 use crate::control::supervisor::process::{Ports, Settings, is_runnable, supervise};
 

@@ -1,8 +1,6 @@
 //! The interface of providers, and what several kinds of them share.
 
-use std::collections::BTreeMap;
 use std::fmt::Debug;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,6 +16,7 @@ use crate::config::{self, Config};
 use crate::control::docker::engine::Engine;
 use crate::control::docker::scope::ScopeSettings;
 use crate::control::docker::watch::EngineStatus;
+use crate::control::provider::names::Addresses;
 use crate::control::supervisor::SlotSettings;
 use crate::control::supervisor::handover::{Handover, Resting};
 use crate::control::{self, Event};
@@ -25,9 +24,6 @@ use crate::table::TableCell;
 
 /// A boxed future, for methods of a trait object.
 pub(super) type Boxed<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
-
-/// The resolved addresses of listed backends, by id.
-pub(in crate::app) type Addresses = BTreeMap<Arc<str>, SocketAddr>;
 
 /// The provider of a running pool.
 pub(in crate::app) trait Source: Debug + Send + Sync {

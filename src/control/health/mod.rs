@@ -94,6 +94,11 @@ pub async fn check_all(
     }
 }
 
+/// Whether a server accepts connections at this address, found out without a trace in its logs.
+pub(super) async fn accepts(address: SocketAddr, timeout: Duration) -> bool {
+    matches!(Check { kind: Kind::Tcp, port: None }.run(address, timeout).await, Outcome::Passed)
+}
+
 /// A replica under check.
 struct Subject {
     id: Arc<str>,

@@ -4,12 +4,13 @@
 //! # Layout
 //!
 //! - this file: backends and slots that follow from the config
+//! - [`names`]: looks up the host names of listed backends
 //! - [`discover`]: containers that Ringway does not run itself
 
 pub mod discover;
+pub mod names;
 
-use std::io;
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::Ipv6Addr;
 use std::sync::Arc;
 
 /// A backend that is listed in the config or by a command.
@@ -56,16 +57,6 @@ impl Listed {
 /// Joins host and port as `host:port`, with an IPv6 address in brackets.
 pub fn join_host(host: &str, port: u16) -> String {
     if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
-}
-
-/// The provider `static`: resolves the address of a listed backend. Of several addresses Ringway takes the first, IPv4
-/// before IPv6, so that instances on one network agree.
-///
-/// # Errors
-/// When the name cannot be resolved.
-pub async fn resolve(host: &str, port: u16) -> io::Result<SocketAddr> {
-    let found = tokio::net::lookup_host((host, port)).await?;
-    found.min_by_key(SocketAddr::is_ipv6).ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
 /// The providers `process` and `docker`: the slots of a pool, `echo-1`, `echo-2` and so on.

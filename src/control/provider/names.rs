@@ -1,0 +1,152 @@
+//! The provider `static`: looks up the host names of listed backends.
+//!
+//! Ringway looks a name up when it starts and when it reloads. While a backend has no address, or fails its checks,
+//! Ringway repeats the look-up: the name may have another address now, or another of its addresses may answer.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
+
+use crate::backend::State;
+use crate::control::{Event, health};
+use crate::table::{Table, TableCell};
+
+/// Longest time for all look-ups of a start or a reload, which run side by side.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Look-ups that run at the same time. Each takes a thread of the resolver.
+const AT_ONCE: usize = 32;
+
+/// How long an address may take to accept a connection, if a name has several.
+const ACCEPTS: Duration = Duration::from_secs(1);
+
+/// Wait before the first repeated look-up; doubles each time.
+const FIRST: Duration = Duration::from_secs(1);
+
+/// Longest wait between two look-ups.
+const LONGEST: Duration = Duration::from_secs(30);
+
+/// The address of each listed backend that has one.
+pub type Addresses = BTreeMap<Arc<str>, SocketAddr>;
+
+/// The addresses, shared with [`follow`].
+pub type SharedAddresses = Arc<Mutex<Addresses>>;
+
+/// Where a listed backend is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Name {
+    /// The backend.
+    pub id: Arc<str>,
+    /// IP address or host name.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+}
+
+impl Name {
+    fn ip(&self) -> Option<IpAddr> {
+        self.host.parse().ok()
+    }
+}
+
+/// Looks up all names side by side. The results are in the order of the names.
+pub async fn resolve_all(names: &[Name]) -> Vec<io::Result<SocketAddr>> {
+    let at_once = Arc::new(Semaphore::new(AT_ONCE));
+    let mut lookups = JoinSet::new();
+    let mut found: Vec<io::Result<SocketAddr>> = Vec::with_capacity(names.len());
+    for (n, name) in names.iter().enumerate() {
+        found.push(match name.ip() {
+            Some(ip) => Ok(SocketAddr::new(ip, name.port)),
+            None => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", PATIENCE.as_secs()))),
+        });
+        if name.ip().is_none() {
+            let (at_once, host, port) = (Arc::clone(&at_once), name.host.clone(), name.port);
+            lookups.spawn(async move {
+                let _permit = at_once.acquire().await;
+                (n, resolve(&host, port).await)
+            });
+        }
+    }
+    let _ = tokio::time::timeout(PATIENCE, async {
+        while let Some(Ok((n, result))) = lookups.join_next().await {
+            found[n] = result;
+        }
+    })
+    .await;
+    found
+}
+
+/// The first address of a name that accepts a connection; if none does, the first. IPv4 comes before IPv6, so that
+/// instances on one network agree.
+async fn resolve(host: &str, port: u16) -> io::Result<SocketAddr> {
+    let mut addresses: Vec<SocketAddr> = tokio::net::lookup_host((host, port)).await?.collect();
+    addresses.sort_by_key(SocketAddr::is_ipv6);
+    addresses.dedup();
+    let first = *addresses.first().ok_or(io::ErrorKind::NotFound)?;
+    if addresses.len() == 1 {
+        return Ok(first);
+    }
+    let mut tries: Vec<_> = addresses.iter().map(|&address| tokio::spawn(health::accepts(address, ACCEPTS))).collect();
+    for (address, accepts) in std::iter::zip(&addresses, &mut tries) {
+        if accepts.await.unwrap_or_default() {
+            return Ok(*address);
+        }
+    }
+    Ok(first)
+}
+
+/// Repeats the look-ups of backends that need one, until the pool ends.
+pub async fn follow(
+    pool: Arc<str>,
+    mut names: watch::Receiver<Vec<Name>>,
+    addresses: SharedAddresses,
+    table: TableCell,
+    events: mpsc::Sender<Event>,
+) {
+    let mut changes = table.watch();
+    let mut wait = FIRST;
+    loop {
+        let due = due(&names.borrow_and_update(), &table.load());
+        if due.is_empty() {
+            wait = FIRST;
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() { return },
+                changed = names.changed() => if changed.is_err() { return },
+            }
+            continue;
+        }
+        tokio::time::sleep(wait).await;
+        wait = (wait * 2).min(LONGEST);
+        for (name, found) in std::iter::zip(&due, resolve_all(&due).await) {
+            let Ok(address) = found else { continue };
+            // A reload may have given the backend another name meanwhile.
+            let is_current = names.borrow().contains(name);
+            let set = || addresses.lock().unwrap_or_else(PoisonError::into_inner).insert(Arc::clone(&name.id), address);
+            if !is_current || set() == Some(address) {
+                continue;
+            }
+            tracing::info!(%pool, backend = %name.id, host = name.host, %address, "the backend has a new address");
+            let event = Event::Started { id: Arc::clone(&name.id), address, replica: None };
+            if events.send(event).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// The names whose backend has no address or fails its checks.
+fn due(names: &[Name], table: &Table) -> Vec<Name> {
+    if names.iter().all(|name| name.ip().is_some()) {
+        return Vec::new();
+    }
+    let down = |name: &&Name| {
+        let backend = table.backends().iter().find(|backend| backend.id == name.id);
+        backend.is_some_and(|backend| matches!(backend.state, State::Starting | State::Unhealthy))
+    };
+    names.iter().filter(|name| name.ip().is_none()).filter(down).cloned().collect()
+}
