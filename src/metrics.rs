@@ -91,6 +91,7 @@ metrics! {
     MAX_CONNECTIONS: Gauge "max_connections" [] "Limit of open connections; further connections wait in the backlog";
     RELOADS: Counter "config_reloads_total" ["result"] "Config reloads, by result (ok, failed)";
     UPGRADES: Counter "upgrades_total" ["result"] "Binary upgrades attempted, by result (ok, failed)";
+    API_REJECTED: Counter "api_rejected_total" ["reason"] "Calls to the side port that were rejected, by reason";
     READY: Gauge "ready" [] "1 once every pool has had a healthy backend; 0 before that and during shutdown";
     UPTIME: Gauge "uptime_seconds" [] "Time since the process started";
     BUILD_INFO: Gauge "build_info" ["version"] "Always 1; the label carries the version of this binary";

@@ -2,11 +2,15 @@
 
 use std::collections::BTreeSet;
 
+use rustix::process::Signal;
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
 
 use crate::harness::backends::{Refusing, Server};
-use crate::harness::{Ringway, get, http, static_config};
+use crate::harness::program::{Program, run};
+use crate::harness::{
+    Ringway, THREE_REPLICAS, config, eventually, get, http, http_with, metric_in, require_tool, skip, static_config,
+};
 
 #[tokio::test]
 async fn a_key_goes_to_its_backend_on_the_ring() {
@@ -125,5 +129,95 @@ async fn the_status_has_a_value_in_every_documented_field() {
     for pointer in ["/uptime_seconds", "/pools/0/backends/0/health/since_seconds"] {
         let seconds = status.pointer(pointer).and_then(serde_json::Value::as_f64);
         assert!(seconds.is_some_and(|seconds| seconds >= 0.0), "{pointer} in {status}");
+    }
+}
+
+/// A web page can make a browser call this port under a name that it chooses (DNS rebinding).
+#[tokio::test]
+async fn calls_under_api_must_name_this_host() {
+    let server = Server::echo("a").await;
+    let ringway = Ringway::start(&static_config(&[server.address], "")).await.all_healthy().await;
+    let call = async |method, path, host| {
+        http_with(ringway.api(), method, path, &[("host", host)], b"").await.status().as_u16()
+    };
+    for (method, path) in [("GET", "/api/status"), ("POST", "/api/request"), ("POST", "/api/reload")] {
+        assert_eq!(call(method, path, "evil.example").await, 421, "{path}");
+        assert_ne!(call(method, path, "localhost").await, 421, "{path}");
+    }
+    // Scrapers and load balancers call these by any name.
+    for path in ["/metrics", "/healthz", "/readyz"] {
+        assert_ne!(call("GET", path, "ringway.example").await, 421, "{path}");
+    }
+    assert_eq!(ringway.metric("ringway_api_rejected_total", &["foreign_host"]).await, 3.0);
+}
+
+#[tokio::test]
+async fn requests_reach_the_servers_with_the_token_only_unless_the_config_allows_them() {
+    let server = Server::echo("a").await;
+    let yaml = static_config(&[server.address], "");
+    let public = yaml.replacen("api: { listen", "api: { public_request: true, listen", 1);
+    for (yaml, anonymous) in [(&yaml, 401), (&public, 200)] {
+        let program = Program::start_with(yaml, &[("RINGWAY_TOKEN", "secret")]).await.ready().await;
+        let host = program.api().to_string();
+        let call = async |headers: &[(&str, &str)]| {
+            let headers = [&[("host", host.as_str())], headers].concat();
+            http_with(program.api(), "POST", "/api/request", &headers, b"x").await.status().as_u16()
+        };
+        assert_eq!(call(&[]).await, anonymous);
+        assert_eq!(call(&[("authorization", "Bearer secret")]).await, 200);
+        assert_eq!(call(&[("origin", "http://evil.example")]).await, 403);
+    }
+}
+
+#[tokio::test]
+async fn the_log_names_the_caller_of_a_command_and_of_a_rejected_one() {
+    let server = Server::echo("a").await;
+    let yaml = static_config(&[server.address], "");
+    let program = Program::start_with(&yaml, &[("RINGWAY_TOKEN", "secret")]).await.ready().await;
+    let host = program.api().to_string();
+    for token in ["Bearer wrong", "Bearer guess", "Bearer secret"] {
+        let headers = [("host", host.as_str()), ("authorization", token)];
+        http_with(program.api(), "POST", "/api/reload", &headers, b"").await;
+    }
+    program.signal(Signal::HUP);
+    eventually("a reload by a signal", || program.log().contains("command done: reload caller=a signal")).await;
+    let log = program.log();
+    assert!(log.contains("command done: reload caller=127.0.0.1:"), "{log}");
+    // The second one is only counted.
+    let rejected: Vec<_> = log.lines().filter(|line| line.contains("rejected a call")).collect();
+    assert!(rejected.len() == 1 && rejected[0].contains("why=\"unauthorized\""), "{log}");
+    let text = get(program.api(), "/metrics").await.1;
+    assert_eq!(metric_in(&text, "ringway_api_rejected_total", &["unauthorized"]), 2.0);
+    let (_, _, stderr) = run(&["reload", "--api", &host]);
+    assert!(stderr.contains("wrong or missing token: use --token-file or RINGWAY_TOKEN"), "{stderr}");
+}
+
+/// A replica runs as the same user as Ringway.
+#[tokio::test]
+async fn a_process_of_the_same_user_cannot_read_the_token() {
+    if !rustix::process::geteuid().is_root() || !require_tool("setpriv") {
+        return skip("the test needs root, to run Ringway as another user");
+    }
+    let user = ["--reuid", "65534", "--regid", "65534", "--clear-groups", "--inh-caps=-all"];
+    let yaml = config(THREE_REPLICAS, "", "");
+    let program = Program::start_as(&user, &yaml, &[("RINGWAY_TOKEN", "secret")]).await.ready().await;
+    let environ = format!("/proc/{}/environ", program.pid().as_raw_nonzero());
+    let read = std::process::Command::new("setpriv").args(user).arg("cat").arg(&environ).output().unwrap();
+    assert!(!read.status.success(), "{}", String::from_utf8_lossy(&read.stdout));
+    let replica = format!("/proc/{}/environ", program.replicas().await[0].as_raw_nonzero());
+    assert!(!std::fs::read_to_string(replica).unwrap().contains("secret"));
+    // Ringway itself still counts its descriptors there.
+    let text = get(program.api(), "/metrics").await.1;
+    assert!(metric_in(&text, "ringway_open_files", &[]) > 5.0);
+}
+
+#[tokio::test]
+async fn the_id_of_a_backend_is_one_word() {
+    let server = Server::echo("a").await;
+    let ringway = Ringway::start(&static_config(&[server.address], "")).await;
+    for id in ["", "two words", "line\nbreak", "tab\t", "\u{7f}"] {
+        let body = json!({ "address": "127.0.0.1:1", "id": id }).to_string();
+        let answer = http(ringway.api(), "POST", "/api/pools/echo/backends", body.as_bytes()).await;
+        assert_eq!(answer.status(), 400, "{id:?}");
     }
 }

@@ -1,11 +1,12 @@
 //! The HTTP form of commands, both ways: the handlers that parse calls, and [`HttpCall`], which a client sends.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
-use axum::extract::{Path, Query, State as Extract};
+use axum::extract::{ConnectInfo, Path, Query, State as Extract};
 use axum::http::{Method, StatusCode};
 use axum::middleware::from_fn_with_state;
 use axum::routing::{delete, post};
@@ -15,14 +16,15 @@ use serde::{Deserialize, Serialize};
 
 use super::State;
 use super::error::Error;
-use super::guard::guard;
-use crate::control::command::{Command, ErrorKind, Report};
+use super::guard::changes;
+use crate::control::command::{Caller, Command, ErrorKind, Report};
 use crate::control::provider::{Listed, join_host};
 
 /// Longest drain that a call may ask for: one day, in seconds, as in the config.
 const LONGEST_DRAIN: f64 = 86_400.0;
 
 type Answer = Result<Json<Report>, Error>;
+type From = ConnectInfo<SocketAddr>;
 type PoolPath = Result<Path<String>, PathRejection>;
 type BackendPath = Result<Path<(String, String)>, PathRejection>;
 
@@ -143,10 +145,10 @@ pub(super) fn routes(state: &Arc<State>) -> axum::Router<Arc<State>> {
         .route("/api/pools/{pool}/scale", post(scale))
         .route("/api/reload", post(reload))
         .route("/api/upgrade", post(upgrade))
-        .route_layer(from_fn_with_state(Arc::clone(state), guard))
+        .route_layer(from_fn_with_state(Arc::clone(state), changes))
 }
 
-async fn drain(Extract(state): Extract<Arc<State>>, path: BackendPath, body: Bytes) -> Answer {
+async fn drain(Extract(state): Extract<Arc<State>>, caller: From, path: BackendPath, body: Bytes) -> Answer {
     let (pool, backend) = backend_of(path)?;
     let DrainBody { within_seconds } = optional(&body)?;
     let within = within_seconds.map(|seconds| {
@@ -154,40 +156,41 @@ async fn drain(Extract(state): Extract<Arc<State>>, path: BackendPath, body: Byt
         fits.then(|| Duration::from_secs_f64(seconds))
             .ok_or_else(|| invalid(format!("within_seconds: {seconds} is not between 0 and {LONGEST_DRAIN}")))
     });
-    run(&state, Command::Drain { pool, backend, within: within.transpose()? }).await
+    run(&state, caller, Command::Drain { pool, backend, within: within.transpose()? }).await
 }
 
-async fn undrain(Extract(state): Extract<Arc<State>>, path: BackendPath) -> Answer {
+async fn undrain(Extract(state): Extract<Arc<State>>, caller: From, path: BackendPath) -> Answer {
     let (pool, backend) = backend_of(path)?;
-    run(&state, Command::Undrain { pool, backend }).await
+    run(&state, caller, Command::Undrain { pool, backend }).await
 }
 
-async fn weight(Extract(state): Extract<Arc<State>>, path: BackendPath, body: Bytes) -> Answer {
+async fn weight(Extract(state): Extract<Arc<State>>, caller: From, path: BackendPath, body: Bytes) -> Answer {
     let (pool, backend) = backend_of(path)?;
     let WeightBody { weight } = required(&body)?;
-    run(&state, Command::Weight { pool, backend, weight }).await
+    run(&state, caller, Command::Weight { pool, backend, weight }).await
 }
 
-async fn add(Extract(state): Extract<Arc<State>>, path: PoolPath, body: Bytes) -> Answer {
+async fn add(Extract(state): Extract<Arc<State>>, caller: From, path: PoolPath, body: Bytes) -> Answer {
     let pool = pool_of(path)?;
     let AddBody { address, id, weight } = required(&body)?;
     let backend = Listed::parse(&address, id, weight).map_err(invalid)?;
-    run(&state, Command::Add { pool, backend }).await
+    run(&state, caller, Command::Add { pool, backend }).await
 }
 
-async fn remove(Extract(state): Extract<Arc<State>>, path: BackendPath) -> Answer {
+async fn remove(Extract(state): Extract<Arc<State>>, caller: From, path: BackendPath) -> Answer {
     let (pool, backend) = backend_of(path)?;
-    run(&state, Command::Remove { pool, backend }).await
+    run(&state, caller, Command::Remove { pool, backend }).await
 }
 
-async fn scale(Extract(state): Extract<Arc<State>>, path: PoolPath, body: Bytes) -> Answer {
+async fn scale(Extract(state): Extract<Arc<State>>, caller: From, path: PoolPath, body: Bytes) -> Answer {
     let pool = pool_of(path)?;
     let ScaleBody { replicas } = required(&body)?;
-    run(&state, Command::Scale { pool, replicas }).await
+    run(&state, caller, Command::Scale { pool, replicas }).await
 }
 
 async fn reload(
     Extract(state): Extract<Arc<State>>,
+    caller: From,
     query: Result<Query<ReloadQuery>, QueryRejection>,
     body: Bytes,
 ) -> Answer {
@@ -199,15 +202,15 @@ async fn reload(
         let message = "a reload reads the file that Ringway was started with; a body is only for ?dry_run=true";
         return Err(invalid(message.to_owned()));
     }
-    run(&state, Command::Reload { text, is_dry_run: dry_run }).await
+    run(&state, caller, Command::Reload { text, is_dry_run: dry_run }).await
 }
 
-async fn upgrade(Extract(state): Extract<Arc<State>>) -> Answer {
-    run(&state, Command::Upgrade).await
+async fn upgrade(Extract(state): Extract<Arc<State>>, caller: From) -> Answer {
+    run(&state, caller, Command::Upgrade).await
 }
 
-async fn run(state: &State, command: Command) -> Answer {
-    let report = state.commands.send(command).await.map_err(|error| {
+async fn run(state: &State, ConnectInfo(caller): From, command: Command) -> Answer {
+    let report = state.commands.send(command, Caller::SidePort(caller)).await.map_err(|error| {
         let message = error.to_string();
         match error.kind() {
             ErrorKind::NotFound => Error::new(StatusCode::NOT_FOUND, "not_found", message),
@@ -253,18 +256,19 @@ mod tests {
         let (sender, mut queue) = crate::control::command::CommandSender::new();
         let (parsed, mut commands) = mpsc::unbounded_channel();
         tokio::spawn(async move {
-            while let Some((command, outcome)) = queue.recv().await {
-                let _ = parsed.send(command);
-                let _ = outcome.send(Ok(Report::default()));
+            while let Some(pending) = queue.recv().await {
+                let _ = parsed.send(pending.command);
+                let _ = pending.outcome.send(Ok(Report::default()));
             }
         });
-        let guard = crate::api::Guard::new(([127, 0, 0, 1], 0).into(), None, Vec::new());
+        let guard = crate::api::Guard::new(([127, 0, 0, 1], 0).into(), None, Vec::new(), false);
         let settings =
             crate::proxy::Settings { workers: 1, max_connections: 1, max_pipes: 0, buffer: 4096, splice_from: 4096 };
         let (proxy, _ended) = crate::proxy::Proxy::start(settings).unwrap();
         let exporter = crate::metrics::Exporter::new().unwrap();
         let state = Arc::new(State::new(exporter, guard, sender, &proxy, Vec::new()));
-        let router: Router = routes(&state).with_state(state);
+        let caller = ConnectInfo(SocketAddr::from(([127, 0, 0, 1], 1)));
+        let router: Router = routes(&state).layer(axum::Extension(caller)).with_state(state);
         let request = Request::builder().method(&call.method).uri(&call.path).header("host", "localhost");
         let request = request.body(HttpBody::from(call.body.clone())).unwrap();
         let response = hyper::service::Service::call(&hyper_util::service::TowerToHyperService::new(router), request);

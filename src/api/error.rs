@@ -20,7 +20,6 @@ impl Error {
     }
 
     /// Returns the error code.
-    #[cfg(test)]
     pub(super) fn code(&self) -> &'static str {
         self.code
     }

@@ -5,7 +5,7 @@
 //! - this file: the shared state of the routes, and the routes
 //! - [`status`] answers `/api/status`, on the side port and on listeners with `answer_status`
 //! - [`request`] answers `/api/request`
-//! - [`commands`]: run-time commands as HTTP calls; [`guard`] decides who may send them
+//! - [`commands`]: run-time commands as HTTP calls; [`guard`] decides who may call what
 //! - [`scrape`] answers `/metrics`
 //! - [`server`]: the HTTP server with its limits; [`error`]: errors as JSON
 
@@ -26,6 +26,7 @@ use std::time::Instant;
 use axum::Router;
 use axum::extract::State as Extract;
 use axum::http::{Method, StatusCode, Uri};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 
@@ -170,9 +171,11 @@ pub struct ListenerView {
 
 /// Every route of the side port.
 pub fn router(state: Arc<State>) -> Router {
+    let request = post(request::forward).route_layer(from_fn_with_state(Arc::clone(&state), guard::requests));
+    let status = get(status::status).route_layer(from_fn_with_state(Arc::clone(&state), guard::reads));
     Router::new()
-        .route("/api/request", post(request::forward))
-        .route("/api/status", get(status::status))
+        .route("/api/request", request)
+        .route("/api/status", status)
         .merge(commands::routes(&state))
         .route("/metrics", get(scrape::metrics))
         .route("/healthz", get(|| async { "ok\n" }))

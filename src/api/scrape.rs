@@ -104,6 +104,7 @@ fn text(state: &State) -> String {
     exporter.set(&metrics::MAX_CONNECTIONS, &[], state.limit.size() as u64);
     tally(exporter, &metrics::RELOADS, &[], &state.reloads);
     tally(exporter, &metrics::UPGRADES, &[], &state.upgrades);
+    tally(exporter, &metrics::API_REJECTED, &[], state.guard.rejections());
     exporter.set(&metrics::READY, &[], state.ready.load(Ordering::Relaxed).into());
     exporter.set_fraction(&metrics::UPTIME, &[], state.started.elapsed().as_secs_f64());
     exporter.set(&metrics::BUILD_INFO, &[crate::VERSION], 1);

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use super::{ListenerView, ProviderView, State};
 use crate::backend::{self, Backend};
 use crate::control::command::Differs;
+use crate::control::provider::Listed;
 use crate::labels::Label as _;
 use crate::proxy::{Intercept, Intercepted, Limit, Route};
 use crate::table::Table;
@@ -35,7 +36,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Status {
     pub version: String,
-    pub pid: u32,
+    pub pid: Option<u32>,
     pub uptime_seconds: f64,
     pub ready: bool,
     pub listeners: Vec<Listener>,
@@ -46,7 +47,7 @@ pub struct Status {
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Listener {
     pub name: String,
-    pub address: String,
+    pub address: Option<String>,
     pub pool: String,
     pub connections: Connections,
     pub max_connections: Option<u64>,
@@ -177,12 +178,22 @@ impl Status {
         find(name).or_else(|| find(behind?))
     }
 
-    /// Removes the output of replicas, which clients of a listener must not see.
+    /// Keeps what clients of a listener may see: names, states, counts and shares. Removes addresses, process ids,
+    /// containers, and texts of servers, replicas and the engine.
     fn for_strangers(mut self) -> Self {
-        for exit in
-            self.pools.iter_mut().flat_map(|pool| &mut pool.backends).filter_map(|member| member.last_exit.as_mut())
-        {
-            exit.output.clear();
+        self.pid = None;
+        for listener in &mut self.listeners {
+            listener.address = None;
+        }
+        for pool in &mut self.pools {
+            pool.provider.engine = None;
+            for (n, member) in pool.backends.iter_mut().enumerate() {
+                (member.address, member.replica, member.last_exit, member.health.last) = (None, None, None, None);
+                // Without an id in the config, the address is the id.
+                if Listed::host_and_port(&member.id).is_some() {
+                    member.id = format!("backend-{}", n + 1);
+                }
+            }
         }
         self
     }
@@ -193,7 +204,7 @@ impl Status {
         let pools = std::iter::zip(&view.pools, std::iter::zip(&view.providers, &view.differs));
         Self {
             version: crate::VERSION.to_owned(),
-            pid: std::process::id(),
+            pid: Some(std::process::id()),
             uptime_seconds: state.started.elapsed().as_secs_f64(),
             ready: state.ready.load(Ordering::Relaxed),
             listeners: view.listeners.iter().map(Listener::of).collect(),
@@ -210,7 +221,7 @@ impl Listener {
         };
         Self {
             name: listener.name.to_string(),
-            address: listener.address.to_string(),
+            address: Some(listener.address.to_string()),
             pool: listener.pool.to_string(),
             connections,
             max_connections: Some(listener.limit.size() as u64).filter(|&most| most < Limit::UNLIMITED),
@@ -340,8 +351,11 @@ pub async fn answer(state: Arc<State>, mut taken: mpsc::Receiver<Intercepted>) {
 async fn answer_one(state: &State, connection: Intercepted) -> Result<(), hyper::Error> {
     let _permit = connection.permit;
     let Ok(stream) = TcpStream::from_std(connection.stream) else { return Ok(()) };
+    let is_local = stream.peer_addr().is_ok_and(|peer| peer.ip().to_canonical().is_loopback());
     let service = service_fn(|_request| async {
-        let body = serde_json::to_vec(&Status::of(state).for_strangers()).unwrap_or_default();
+        let status = Status::of(state);
+        let status = if is_local { status } else { status.for_strangers() };
+        let body = serde_json::to_vec(&status).unwrap_or_default();
         let mut response = Response::new(Full::new(Bytes::from(body)));
         response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         Ok::<_, Infallible>(response)
@@ -352,4 +366,46 @@ async fn answer_one(state: &State, connection: Intercepted) -> Result<(), hyper:
         .timer(TokioTimer::new())
         .serve_connection(TokioIo::new(stream), service)
         .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strangers_see_states_and_counts_but_no_addresses_processes_or_texts() {
+        let status: Status = serde_json::from_value(serde_json::json!({
+            "version": "1", "pid": 4711, "uptime_seconds": 1.0, "ready": true,
+            "listeners": [{
+                "name": "web", "address": "10.9.9.9:8000", "pool": "echo", "max_connections": 7,
+                "connections": { "active": 1, "total": 2 },
+            }],
+            "pools": [{
+                "name": "echo", "key": "source", "table_generation": 1, "panic": false, "drain_seconds": 1.0,
+                "provider": { "kind": "docker", "engine": {
+                    "host": "unix:///secret.sock", "reachable": false, "synced_seconds_ago": 1.0, "error": "secret error",
+                } },
+                "ring": { "digest": "0", "points": 1, "virtual_nodes": 1, "probes": 1, "seed": 0 },
+                "differs": [],
+                "backends": [{
+                    "id": "10.9.9.8:80", "address": "10.9.9.8:80", "state": "unhealthy", "weight": 3, "share": 0.5,
+                    "replica": { "container": "secretid", "name": "secretname" }, "restarts": 5,
+                    "last_exit": { "reason": "secret reason", "code": 1, "seconds_ago": 1.0, "output": ["secret line"] },
+                    "connections": { "active": 1, "total": 2, "failed": 3 },
+                    "bytes": { "from_client": 1, "to_client": 2 },
+                    "health": { "last": "unexpected answer \"secret\"", "since_seconds": 1.0 },
+                    "admission": 1.0, "drain": null, "ejections": 0,
+                }],
+            }],
+        }))
+        .unwrap();
+        let shown = serde_json::to_value(status.for_strangers()).unwrap();
+        let text = shown.to_string();
+        for hidden in ["secret", "4711", "10.9.9"] {
+            assert!(!text.contains(hidden), "{hidden} in {text}");
+        }
+        let backend = &shown["pools"][0]["backends"][0];
+        assert_eq!((&backend["id"], &backend["state"]), (&"backend-1".into(), &"unhealthy".into()));
+        assert_eq!((&backend["share"], &backend["connections"]["total"]), (&0.5.into(), &2.into()));
+    }
 }

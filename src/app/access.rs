@@ -17,7 +17,7 @@ pub(super) fn guard(api: &config::Api, token: Option<&str>) -> Result<api::Guard
     });
     let from_file = from_file.transpose()?;
     let token = from_file.as_deref().or(token.filter(|token| !token.is_empty()));
-    let guard = api::Guard::new(api.listen, token, api.allowed_hosts.clone());
+    let guard = api::Guard::new(api.listen, token, api.allowed_hosts.clone(), api.public_request);
     if guard.is_read_only() {
         tracing::warn!(listen = %api.listen, "the side port is read-only: it is not on loopback and has no token");
     }

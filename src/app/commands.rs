@@ -49,7 +49,8 @@ impl App {
                 changes.of(&pool).drained.insert(backend.clone());
                 let event = Event::DrainRequested { id: backend.as_str().into(), within: Some(within) };
                 let summary = format!(
-                    "{pool}/{backend}: no new connections; Ringway resets connections that are open after {within:?}"
+                    "{pool}/{backend}: no new connections; Ringway resets connections that are open after {}",
+                    humantime::format_duration(within)
                 );
                 return Ok(Planned::Notify { pool, event, changes, summary });
             }

@@ -1,7 +1,7 @@
 //! Reload: moves the app from the running config to another one. Ringway first prepares the whole change, then applies
 //! it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use futures_util::future::try_join_all;
@@ -54,12 +54,24 @@ impl App {
         let mut needs_restart = keep_fixed(&mut config, &self.config);
         let shown: Vec<Difference> = differences(&self.config, &config);
         needs_restart.sort();
+        let of_slots = config.pools.iter().flat_map(|pool| self.slot_weights(pool, changes));
         let report = Report {
-            changes: shown.iter().map(ToString::to_string).collect(),
+            changes: shown.iter().map(ToString::to_string).chain(of_slots).collect(),
             moved: self.moved(&config, changes),
             needs_restart,
         };
         (config, report)
+    }
+
+    /// The changes of the weights of a pool's slots, which no config holds.
+    fn slot_weights(&self, pool: &config::Pool, changes: &Changes) -> Vec<String> {
+        let (was, is) = (self.changes.get(&pool.name).weights, changes.get(&pool.name).weights);
+        let is_supervised = pool.provider.replicas().is_some();
+        let ids: BTreeSet<_> = was.keys().chain(is.keys()).filter(|_| is_supervised).collect();
+        let weight = |weights: &BTreeMap<String, u32>, id: &String| weights.get(id).copied().unwrap_or(1);
+        let pairs = ids.into_iter().map(|id| (id, weight(&was, id), weight(&is, id)));
+        let changed = pairs.filter(|(_, was, is)| was != is);
+        changed.map(|(id, was, is)| format!("pools[{}].slots[{id}].weight: {was} -> {is}", pool.name)).collect()
     }
 
     /// Prepares a reload to `file` with `changes`.
@@ -219,7 +231,8 @@ impl App {
             };
             let share = (0..SAMPLED).filter(moves).count() as f64 / f64::from(SAMPLED);
             // Four digits are precise enough for a person.
-            Some(Moved { pool: pool.name.clone(), share: (share * 1e4).round() / 1e4 })
+            let share = (share * 1e4).round() / 1e4;
+            (share > 0.0).then(|| Moved { pool: pool.name.clone(), share })
         });
         moved.collect()
     }

@@ -13,7 +13,7 @@ use super::reload::ReloadPlan;
 use super::service_manager::notify;
 use super::{App, RunError};
 use crate::api;
-use crate::control::command::{Command, CommandError, Report};
+use crate::control::command::{Caller, Command, CommandError, PendingCommand, Report};
 use crate::limits;
 use crate::proxy::WorkersEnded;
 
@@ -113,7 +113,7 @@ impl App {
         side_port_over: &CancellationToken,
     ) -> Result<RunOutcome, RunError> {
         loop {
-            let (command, outcome) = tokio::select! {
+            let PendingCommand { command, caller, outcome } = tokio::select! {
                 () = &mut shutdown => return Ok(RunOutcome::Stopped),
                 error = trouble.next() => return Err(error),
                 Some(pending) = self.commands.recv() => pending,
@@ -130,7 +130,7 @@ impl App {
                 Ok(Planned::Reload(plan)) => {
                     let (report, ended) = self.reload(*plan, &mut shutdown, trouble).await;
                     if let Some(ended) = ended {
-                        self.answer(&command, Ok(report), outcome);
+                        self.answer(&command, caller, Ok(report), outcome);
                         return ended;
                     }
                     Ok(report)
@@ -149,13 +149,13 @@ impl App {
                         side_port_over.cancel();
                         tokio::task::yield_now().await;
                         let changes = vec![format!("process {pid} has taken over")];
-                        self.answer(&command, Ok(Report { changes, ..Report::default() }), outcome);
+                        self.answer(&command, caller, Ok(Report { changes, ..Report::default() }), outcome);
                         return Ok(RunOutcome::Succeeded);
                     }
                     successor.map(|_pid| Report::default())
                 }
             };
-            self.answer(&command, result, outcome);
+            self.answer(&command, caller, result, outcome);
         }
     }
 
@@ -181,12 +181,13 @@ impl App {
     fn answer(
         &self,
         command: &Command,
+        caller: Caller,
         result: Result<Report, CommandError>,
         outcome: oneshot::Sender<Result<Report, CommandError>>,
     ) {
         match &result {
-            Ok(_) => tracing::info!("command done: {command}"),
-            Err(error) => tracing::warn!("command rejected: {command}: {error}"),
+            Ok(_) => tracing::info!(%caller, "command done: {command}"),
+            Err(error) => tracing::warn!(%caller, "command rejected: {command}: {error}"),
         }
         let label = if result.is_ok() { api::Outcome::Ok } else { api::Outcome::Failed };
         match command {

@@ -11,7 +11,8 @@ pub(crate) fn healthcheck() -> Result<(), Failure> {
     let line = String::from_utf8_lossy(&line);
     let words: Vec<&str> = line.trim_end_matches('\0').split('\0').collect();
     let arguments = role(&words).with_context(|| {
-        format!("process 1 is not Ringway but {:?}: healthcheck is for Ringway's containers", words.first())
+        let program = words.first().unwrap_or(&"another program");
+        format!("process 1 is not Ringway but {program}: healthcheck is for Ringway's containers")
     })?;
     let (address, path) = match arguments.command {
         None | Some(Command::Run) => (arguments.common.config()?.0.api.listen, "/readyz"),

@@ -6,6 +6,9 @@
 //! After an upgrade Ringway announces its successor with `MAINPID=`, as it does to systemd. The container then ends when
 //! that process ends.
 
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::process::{ExitCode, ExitStatus};
@@ -13,7 +16,10 @@ use std::process::{ExitCode, ExitStatus};
 use anyhow::Context as _;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_passcred;
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
+use tokio::io::Interest;
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::task::JoinHandle;
@@ -67,10 +73,15 @@ async fn supervise() -> anyhow::Result<i32> {
         tokio::select! {
             // Read the announcement of a successor before the end of the process that sent it.
             biased;
-            received = messages.recv(&mut message) => {
-                let text = String::from_utf8_lossy(&message[..received.unwrap_or_default()]).into_owned();
-                if let Some(pid) = main_pid(&text) {
-                    main = Main::watched(pid);
+            ready = messages.readable() => {
+                ready.context("cannot listen for successors")?;
+                let received = messages.try_io(Interest::READABLE, || Ok(receive(&messages, &mut message)?));
+                // Every process in the network namespace can send to this socket. Only Ringway names its successor.
+                if let Ok((length, sender)) = received
+                    && sender.is_some() && sender == pid
+                    && let Some(successor) = main_pid(&String::from_utf8_lossy(&message[..length]))
+                {
+                    main = Main::watched(successor);
                 }
             }
             ended = child.wait(), if !has_successor => {
@@ -126,7 +137,20 @@ fn message_socket() -> std::io::Result<(tokio::net::UnixDatagram, String)> {
     let name = format!("ringway-init-{:016x}", RandomState::new().hash_one(std::process::id()));
     let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name)?)?;
     socket.set_nonblocking(true)?;
+    set_socket_passcred(&socket, true)?;
     Ok((tokio::net::UnixDatagram::from_std(socket)?, format!("@{name}")))
+}
+
+/// Receives a message. Returns its length and the sender's process id, from the kernel (`SCM_CREDENTIALS`, unix(7)).
+fn receive(socket: impl AsFd, message: &mut [u8]) -> Result<(usize, Option<Pid>), Errno> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let received = recvmsg(socket, &mut [IoSliceMut::new(message)], &mut control, RecvFlags::DONTWAIT)?;
+    let sender = control.drain().find_map(|part| match part {
+        RecvAncillaryMessage::ScmCredentials(sender) => Some(sender.pid),
+        _ => None,
+    });
+    Ok((received.bytes, sender))
 }
 
 fn main_pid(message: &str) -> Option<Pid> {
@@ -161,5 +185,18 @@ mod tests {
         for other in ["READY=1", "MAINPID=", "MAINPID=x", "XMAINPID=3", ""] {
             assert_eq!(main_pid(other), None, "{other}");
         }
+    }
+
+    #[test]
+    fn a_message_comes_with_the_process_id_of_its_sender() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let _entered = runtime.enter();
+        let (socket, address) = message_socket().unwrap();
+        let name = address.strip_prefix('@').unwrap();
+        let sender = UnixDatagram::unbound().unwrap();
+        sender.send_to_addr(b"MAINPID=17", &SocketAddr::from_abstract_name(name).unwrap()).unwrap();
+        let mut message = [0; 64];
+        let own = Pid::from_raw(i32::try_from(std::process::id()).unwrap());
+        assert_eq!(receive(&socket, &mut message), Ok((10, own)));
     }
 }

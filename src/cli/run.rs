@@ -8,8 +8,9 @@ use std::time::Duration;
 use ringway::api::status::Status;
 use ringway::app::{App, Environment, Inheritance, TAKE_OVER};
 use ringway::config::{Config, Provider, Source};
-use ringway::control::command::{Command, CommandSender};
+use ringway::control::command::{Caller, Command, CommandSender};
 use ringway::limits;
+use rustix::process::DumpableBehavior;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -42,6 +43,10 @@ fn serve(common: &Common, config: Config, source: &Source, log: &Log) -> Result<
         token: std::env::var(side_port::TOKEN).ok(),
         log_lost: Some(log.lost()),
     };
+    if environment.token.is_some() || config.api.token_file.is_some() {
+        // Processes of the same user cannot read the environment and the memory of this one then (prctl(2)).
+        let _ = rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    }
     let is_demo = is_demo(&config);
     let runtime = runtime()?;
     let outcome = runtime.block_on(async {
@@ -85,7 +90,7 @@ fn successor_arguments() -> Vec<OsString> {
 async fn forward(mut pending: mpsc::Receiver<Command>, app: CommandSender) {
     while let Some(command) = pending.recv().await {
         // The app logs the outcome.
-        let _ = app.send(command).await;
+        let _ = app.send(command, Caller::Signal).await;
     }
 }
 
@@ -147,7 +152,7 @@ fn banner(app: &App, origin: &str, is_demo: bool) -> String {
     for listener in &status.listeners {
         let pool = status.pools.iter().find(|pool| pool.name == listener.pool);
         let (backends, key) = pool.map_or((0, ""), |pool| (pool.backends.len(), pool.key.as_str()));
-        let (address, name, pool) = (&listener.address, &listener.name, &listener.pool);
+        let (address, name, pool) = (listener.address.as_deref().unwrap_or_default(), &listener.name, &listener.pool);
         let _ = writeln!(text, "  {address:<21} {name}: pool {pool}, {backends} backends, key {key}");
     }
     let _ = writeln!(text, "  {:<21} side port: /api/request /api/status /metrics /healthz /readyz\n", api.to_string());

@@ -10,7 +10,7 @@ use clap::Args;
 use http_body_util::Full;
 use hyper::header::{AUTHORIZATION, CONNECTION, HOST};
 use hyper::http::request::Builder;
-use hyper::{Request, Response};
+use hyper::{Request, Response, StatusCode};
 use ringway::api::commands::HttpCall;
 use ringway::api::status::Status;
 use ringway::control::command::{Command, Report};
@@ -81,6 +81,7 @@ pub(super) async fn run(common: &Common, port: &Port, command: &Command) -> anyh
     if answer.status().is_success() {
         return serde_json::from_slice(answer.body()).context("the side port's answer is not a report");
     }
+    anyhow::ensure!(answer.status() != StatusCode::UNAUTHORIZED, "wrong or missing token: use --token-file or {TOKEN}");
     let error: serde_json::Value = serde_json::from_slice(answer.body()).unwrap_or_default();
     let message = error["error"]["message"].as_str().unwrap_or_default();
     anyhow::bail!("refused ({}): {message}", answer.status().as_u16())

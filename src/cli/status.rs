@@ -61,7 +61,10 @@ fn table(status: &Status) -> String {
     for listener in &status.listeners {
         let Connections { active, total } = listener.connections;
         let (name, address, pool) = (&listener.name, &listener.address, &listener.pool);
-        lines.push(format!("{name} on {address}, pool {pool}: {active} connections, {total} in total"));
+        lines.push(format!(
+            "{name} on {}, pool {pool}: {active} connections, {total} in total",
+            address.as_deref().unwrap_or("-")
+        ));
     }
     for pool in &status.pools {
         if let Some(error) = pool.provider.engine.as_ref().and_then(|engine| engine.error.as_ref()) {

@@ -175,6 +175,8 @@ pub struct Api {
     pub token_file: Option<PathBuf>,
     /// Host names that such calls may use in the `host` header, in addition to IP addresses and `localhost`.
     pub allowed_hosts: Vec<String>,
+    /// Whether everyone who reaches the side port may call `/api/request`.
+    pub public_request: bool,
 }
 
 /// Settings of a graceful shutdown.

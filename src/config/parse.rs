@@ -121,8 +121,9 @@ fn api(mut section: Section<'_>) -> Api {
         let hosts = item.list();
         hosts.iter().filter_map(host).collect()
     });
+    let public_request = section.truth("public_request", false);
     section.finish();
-    Api { listen, token_file, allowed_hosts }
+    Api { listen, token_file, allowed_hosts, public_request }
 }
 
 /// Parses a host name as it appears in the `host` header, without the port.

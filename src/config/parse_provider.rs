@@ -56,8 +56,8 @@ fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
         section.finish();
         let Some((host, port)) = address else { continue };
         let id = id.unwrap_or_else(|| join_host(&host, port));
-        if id.is_empty() {
-            item.fault("id is empty: set a name, or remove id to use the address as the id");
+        if let Some(problem) = Listed::id_fault(&id) {
+            item.fault(format_args!("id {problem}"));
         }
         if let Some(first) = seen.insert(id.clone(), path) {
             item.fault(format_args!("id {id:?} is already the id of {first}: give each backend its own id"));

@@ -4,6 +4,7 @@
 //! arguments in `cli/commands.rs`.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
@@ -234,8 +235,34 @@ impl CommandError {
     }
 }
 
-/// A command, and where its outcome goes.
-pub type PendingCommand = (Command, oneshot::Sender<Result<Report, CommandError>>);
+/// Who sent a command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Caller {
+    /// A process on this host, with a signal.
+    Signal,
+    /// A client of the side port.
+    SidePort(SocketAddr),
+}
+
+impl fmt::Display for Caller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Signal => f.write_str("a signal"),
+            Self::SidePort(address) => write!(f, "{address}"),
+        }
+    }
+}
+
+/// A command that waits for its turn.
+#[derive(Debug)]
+pub struct PendingCommand {
+    /// What to do.
+    pub command: Command,
+    /// Who asked for it.
+    pub caller: Caller,
+    /// Where the outcome goes.
+    pub outcome: oneshot::Sender<Result<Report, CommandError>>,
+}
 
 /// Sends commands to the app. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -252,9 +279,9 @@ impl CommandSender {
     ///
     /// # Errors
     /// When the app rejects it.
-    pub async fn send(&self, command: Command) -> Result<Report, CommandError> {
+    pub async fn send(&self, command: Command, caller: Caller) -> Result<Report, CommandError> {
         let (sender, outcome) = oneshot::channel();
-        self.0.send((command, sender)).await.map_err(|_| CommandError::Stopping)?;
+        self.0.send(PendingCommand { command, caller, outcome: sender }).await.map_err(|_| CommandError::Stopping)?;
         outcome.await.map_err(|_| CommandError::Stopping)?
     }
 }

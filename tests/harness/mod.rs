@@ -15,7 +15,7 @@ use ringway::api::{State, View};
 use ringway::app::{App, Environment, Inheritance};
 use ringway::backend::{Backend, State as BackendState};
 use ringway::config::{Config, Source};
-use ringway::control::command::{Command, CommandError, Report};
+use ringway::control::command::{Caller, Command, CommandError, Report};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
@@ -84,7 +84,7 @@ impl Ringway {
 
     /// Sends a command, as the side port does.
     pub(crate) async fn send(&self, command: Command) -> Result<Report, CommandError> {
-        soon("the command", self.state.commands().send(command)).await
+        soon("the command", self.state.commands().send(command, Caller::Signal)).await
     }
 
     /// Reloads the app with this config.

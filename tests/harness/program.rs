@@ -22,6 +22,8 @@ pub(crate) struct Program {
     closed: Arc<AtomicBool>,
     stalled: Arc<AtomicBool>,
     config: NamedTempFile,
+    /// The folder of a copy of the binary, removed with this.
+    binary: Option<tempfile::TempDir>,
 }
 
 impl Program {
@@ -47,6 +49,22 @@ impl Program {
         Self::launch(shell, yaml, &[], Stdio::null()).await
     }
 
+    /// As [`Program::start_with`], by `setpriv` with these arguments. Only root can do this.
+    pub(crate) async fn start_as(user: &[&str], yaml: &str, environment: &[(&str, &str)]) -> Self {
+        // The other user may not enter the folder of the built binary.
+        let folder = tempfile::tempdir().unwrap();
+        let binary = folder.path().join("ringway");
+        std::fs::copy(env!("CARGO_BIN_EXE_ringway"), &binary).unwrap();
+        for path in [folder.path(), &binary] {
+            std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        }
+        let mut command = Command::new("setpriv");
+        command.args(user).arg(&binary);
+        let mut program = Self::launch(command, yaml, environment, Stdio::null()).await;
+        program.binary = Some(folder);
+        program
+    }
+
     /// As [`Program::start`], with these files as `/etc/hosts` and `/etc/resolv.conf`. Only root can do this.
     pub(crate) async fn start_with_names(yaml: &str, hosts: &Path, resolver: &Path) -> Self {
         let mut shell = Command::new("unshare");
@@ -59,6 +77,8 @@ impl Program {
         // The clients of the tests need descriptors too.
         ringway::limits::raise_open_files();
         let config = file(yaml);
+        // The program may run as another user.
+        std::fs::set_permissions(config.path(), std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
         let child = command
             .arg("--config")
             .arg(config.path())
@@ -87,7 +107,7 @@ impl Program {
                 }
             }
         });
-        let mut program = Self { child, successors: Vec::new(), log, closed, stalled, config };
+        let mut program = Self { child, successors: Vec::new(), log, closed, stalled, config, binary: None };
         eventually("the banner", || {
             assert!(program.child.0.try_wait().unwrap().is_none(), "ringway ended:\n{}", program.log());
             program.log().contains(" status --api ")

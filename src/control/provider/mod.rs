@@ -35,10 +35,21 @@ impl Listed {
         let (host, port) = Self::host_and_port(address)
             .ok_or_else(|| format!("address: {address:?} is not host:port, like 10.0.0.5:6379 or [::1]:6379"))?;
         let id = id.unwrap_or_else(|| address.to_owned());
-        if id.is_empty() {
-            return Err("id is empty: set a name, or omit it to use the address as the id".to_owned());
+        if let Some(problem) = Self::id_fault(&id) {
+            return Err(format!("id {problem}"));
         }
         Ok(Self { id: id.into(), host, port, weight })
+    }
+
+    /// What is wrong with an id, if anything. An id is a word in log lines and tables.
+    pub fn id_fault(id: &str) -> Option<&'static str> {
+        let is_word = |c: char| !c.is_whitespace() && !c.is_control();
+        match id.len() {
+            0 => Some("is empty: set a name, or omit it to use the address as the id"),
+            _ if !id.chars().all(is_word) => Some("contains a space or a control character: write one word"),
+            254.. => Some("is longer than 253 bytes"),
+            _ => None,
+        }
     }
 
     /// Splits `host:port`; an IPv6 address is in brackets. Returns `None` if the text is invalid.
