@@ -72,6 +72,12 @@ impl Table {
         self.is_panic
     }
 
+    /// Whether the backend is still there, is still the same incarnation, and does not drain.
+    pub fn still_takes(&self, id: &str, incarnation: u64) -> bool {
+        let backend = self.backends.iter().find(|backend| *backend.id == *id);
+        backend.is_some_and(|backend| backend.incarnation == incarnation && backend.state != State::Draining)
+    }
+
     /// The backends that may get the connection of `key`, in the order to try them.
     ///
     /// Unhealthy backends are skipped. If too few backends are healthy, all backends with an address are tried, except

@@ -10,7 +10,9 @@ use tokio::net::TcpStream;
 
 use crate::harness::backends::Server;
 use crate::harness::program::{Killed, Program};
-use crate::harness::{eventually, eventually_async, get, metric_in, require_tool, skip, soon, static_config};
+use crate::harness::{
+    Random, eventually, eventually_async, get, http, metric_in, require_tool, seed, skip, soon, static_config,
+};
 
 /// Counts the system calls of a process until [`Trace::end`].
 struct Trace {
@@ -81,7 +83,7 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
     if !require_tool("strace") {
         return;
     }
-    let server = Server::echo("a").await;
+    let server = Server::echo_at(&format!("127.0.0.1:{}", low_port())).await;
     let yaml = static_config(&[server.address], "health_check: { kind: none }");
     let program = Program::start(&yaml.replace("workers: 2", "workers: 1")).await;
     let mut stream = TcpStream::connect(program.web()).await.unwrap();
@@ -124,8 +126,9 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
         (&["accept4"][..], 2.1),
         (&["socket"], 1.05),
         (&["connect"], 1.05),
-        // The client's linger and the backend's TCP_NODELAY, and four for keepalive if the timeout task saw it.
-        (&["setsockopt"], 2.05 + 4.0 * met / CONNECTIONS as f64),
+        // Only four for keepalive, if the timeout task saw the connection.
+        (&["setsockopt"], 0.05 + 4.0 * met / CONNECTIONS as f64),
+        (&["getsockopt", "getsockname", "getpeername"], 0.05),
         (&["shutdown"], 1.05),
         // The request, the answer and two ends. Some reads find an empty socket.
         (&["recvfrom"], 5.2),
@@ -136,6 +139,65 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
         let each = each(&calls, names, CONNECTIONS);
         assert!(each <= most, "{each} {names:?} a connection: {calls:?}");
     }
+}
+
+/// A free port that the system does not choose for clients.
+fn low_port() -> u16 {
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
+    let first: u16 = range.split_whitespace().next().unwrap().parse().unwrap();
+    let mut random = Random(seed());
+    loop {
+        let port = 1024 + u16::try_from(random.below(usize::from(first - 1024))).unwrap();
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
+#[tokio::test]
+async fn half_closed_connections_cost_no_system_calls_and_a_short_timeout_costs_only_while_it_is_used() {
+    const CONNECTIONS: usize = 100;
+    if !require_tool("strace") {
+        return;
+    }
+    // It neither reads nor answers, and so keeps half-closed connections open.
+    let server = Server::start(|stream| async move {
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        drop(stream);
+    })
+    .await;
+    let yaml = static_config(&[server.address], "health_check: { kind: none }").replace("workers: 2", "workers: 1");
+    let short = yaml.replace("drain: 100ms", "drain: 100ms\n    timeouts: { half_closed: 100ms }");
+    let program = Program::start(&short).await;
+    // The worker's clock runs a hundred times per second for this one.
+    let first = TcpStream::connect(program.web()).await.unwrap();
+    program.write_config(&yaml);
+    assert_eq!(http(program.api(), "POST", "/api/reload", b"").await.status(), 200);
+    drop(first);
+    let mut streams = Vec::new();
+    for _ in 0..CONNECTIONS {
+        let mut stream = TcpStream::connect(program.web()).await.unwrap();
+        stream.shutdown().await.unwrap();
+        streams.push(stream);
+    }
+    eventually_async("only the half-closed ones", async || {
+        let text = get(program.api(), "/metrics").await.1;
+        metric_in(&text, "ringway_connections_active", &[]) == CONNECTIONS as f64
+    })
+    .await;
+    let Some(trace) = Trace::begin(program.pid()).await else {
+        skip("strace is not permitted to trace");
+        return;
+    };
+    let began = Instant::now();
+    // The time in which the calls are counted.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    let calls = trace.end().await;
+    let seconds = began.elapsed().as_secs_f64();
+    println!("{seconds} s: {calls:?}");
+    assert!(each(&calls, &["getpeername", "getsockopt"], 1) < 1.0, "{calls:?}");
+    let waits = each(&calls, &["epoll_wait", "epoll_pwait", "epoll_pwait2"], 1) / seconds;
+    assert!(waits < 40.0, "{waits} waits per second: {calls:?}");
 }
 
 /// Whether an established connection to `port` has this kernel timer. Timer 2 is keepalive.

@@ -88,8 +88,7 @@ fn find_pool<'a>(state: &'a View, wanted: Option<&str>) -> Result<&'a Route, Err
 
 /// Connects to the first backend in ring order that accepts, as the data plane does.
 async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<(Arc<str>, TcpStream, BackendPermit), Error> {
-    let table = pool.table.load();
-    let connected = proxy::connect(pool.pick(&table, key), pool, tcp).await.map_err(|reason| {
+    let connected = proxy::connect(pool, || pool.table.load(), key, tcp).await.map_err(|reason| {
         let (status, what) = match reason {
             RefusalReason::NoBackend => (StatusCode::BAD_GATEWAY, "has no backend that accepts new connections"),
             RefusalReason::BackendsFull => {
@@ -105,7 +104,7 @@ async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<(Arc<str>
         };
         Error::new(status, reason.as_str(), format!("pool {} {what}", pool.pool))
     })?;
-    Ok((Arc::clone(&connected.backend.id), connected.stream, connected.permit))
+    Ok((connected.backend, connected.stream, connected.permit))
 }
 
 fn bad_gateway(backend: &str, error: &dyn std::error::Error) -> Error {

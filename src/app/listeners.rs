@@ -9,7 +9,7 @@ use crate::api::ListenerView;
 use crate::config::{self, Config};
 use crate::metrics::{self, Exporter};
 use crate::proxy::access_log::AccessLog;
-use crate::proxy::socket::{self, TcpOptions, Unserved};
+use crate::proxy::socket::{self, TcpOptions};
 use crate::proxy::{Intercept, Limit, ListenerId, Proxy, Route, Serving, SourceLimits, Sources};
 
 /// Length of the kernel's accept queue for the side port.
@@ -52,9 +52,9 @@ pub(super) fn bind(
 ) -> Result<Bound, StartError> {
     let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address: listener.listen, error };
     let sockets = if inherited.is_empty() {
-        listen(key_path, listener.listen, workers, listener.backlog, &config.tcp, Unserved::Reset)?
+        listen(key_path, listener.listen, workers, listener.backlog, &config.tcp)?
     } else {
-        socket::adopt(inherited, workers, listener.backlog.into(), &config.tcp, Unserved::Reset).map_err(failed)?
+        socket::adopt(inherited, workers, listener.backlog.into(), &config.tcp).map_err(failed)?
     };
     let address = sockets[0].local_addr().unwrap_or(listener.listen);
     let copies = sockets.iter().map(TcpListener::try_clone).collect::<io::Result<_>>().map_err(failed)?;
@@ -67,9 +67,8 @@ fn listen(
     count: usize,
     backlog: u16,
     tcp: &TcpOptions,
-    unserved: Unserved,
 ) -> Result<Vec<TcpListener>, StartError> {
-    let sockets = socket::listen(address, count, backlog.into(), tcp, unserved);
+    let sockets = socket::listen(address, count, backlog.into(), tcp);
     sockets.map_err(|error| StartError::Listen { key_path: key_path.to_owned(), address, error })
 }
 
@@ -78,9 +77,9 @@ pub(super) fn side_port(config: &Config, inherited: Vec<TcpListener>) -> Result<
     let (key_path, address) = ("api.listen", config.api.listen);
     let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address, error };
     let sockets = if inherited.is_empty() {
-        listen(key_path, address, 1, API_BACKLOG, &config.tcp, Unserved::End)?
+        listen(key_path, address, 1, API_BACKLOG, &config.tcp)?
     } else {
-        socket::adopt(inherited, 1, API_BACKLOG.into(), &config.tcp, Unserved::End).map_err(failed)?
+        socket::adopt(inherited, 1, API_BACKLOG.into(), &config.tcp).map_err(failed)?
     };
     sockets.into_iter().next().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))
 }

@@ -12,7 +12,7 @@ use super::context::{KeepaliveState, Progress, Traffic, WorkerListener};
 use super::key::{Key, KeyKind};
 use super::limit::ConnectionPermit;
 use super::stats::{EndReason, RefusalReason};
-use crate::backend::{Backend, BackendPermit};
+use crate::backend::BackendPermit;
 use crate::labels::Label as _;
 
 /// The final result of a connection.
@@ -83,8 +83,8 @@ impl Account {
     }
 
     /// Counts the connection for its backend and registers it with the timeout task.
-    pub(super) fn serve(&mut self, backend: &Backend, address: SocketAddr, permit: BackendPermit) -> Rc<Progress> {
-        backend.live.total.fetch_add(1, Ordering::Relaxed);
+    pub(super) fn serve(&mut self, id: Arc<str>, address: SocketAddr, permit: BackendPermit) -> Rc<Progress> {
+        permit.live().total.fetch_add(1, Ordering::Relaxed);
         let now = self.listener.worker.clock.get();
         let progress = Rc::new(Progress {
             listener: Rc::clone(&self.listener),
@@ -96,18 +96,14 @@ impl Account {
             half_closed: Cell::new(false),
             blocked: Cell::new(false),
             keepalive: Cell::new(KeepaliveState::NotYet),
+            give_up_pipes: Cell::new(false),
             inspect: Cell::new(false),
             verdict: Cell::new(None),
             waker: RefCell::new(None),
         });
         let slot = self.listener.worker.open.borrow_mut().insert(Rc::clone(&progress));
-        self.served = Some(Served {
-            id: Arc::clone(&backend.id),
-            address,
-            connected_after: self.opened.elapsed(),
-            slot,
-            progress: Rc::clone(&progress),
-        });
+        self.served =
+            Some(Served { id, address, connected_after: self.opened.elapsed(), slot, progress: Rc::clone(&progress) });
         progress
     }
 

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::account::Outcome;
 use super::limit::ConnectionPermit;
-use super::socket::end_cleanly;
+use super::socket::NotServed;
 use super::stats::EndReason;
 use super::{Intercept, Intercepted, Serving};
 
@@ -29,11 +29,11 @@ const LONGEST: usize = 64;
 /// # Errors
 /// When it does not continue: its source is over a limit, Ringway answered it, or the client reset it.
 pub(super) async fn admit(
-    client: TcpStream,
+    client: NotServed,
     peer: SocketAddr,
     permit: &mut Option<ConnectionPermit>,
     serving: &Serving,
-) -> Result<TcpStream, Outcome> {
+) -> Result<NotServed, Outcome> {
     if let (Some(sources), Some(permit)) = (&serving.sources, permit.as_mut()) {
         permit.source = sources.admit(peer.ip(), std::time::Instant::now())?;
     }
@@ -45,12 +45,12 @@ pub(super) async fn admit(
 
 /// Returns the connection, or hands it and its permit over if its first bytes match.
 async fn inspect(
-    client: TcpStream,
+    client: NotServed,
     permit: &mut Option<ConnectionPermit>,
     intercept: &Intercept,
-) -> Result<TcpStream, EndReason> {
+) -> Result<NotServed, EndReason> {
     let wanted = Instant::now() + FIRST_BYTES;
-    match tokio::time::timeout_at(wanted, begins_with(&client, intercept.first_bytes)).await {
+    match tokio::time::timeout_at(wanted, begins_with(client.stream(), intercept.first_bytes)).await {
         Ok(Ok(true)) => {}
         // The bytes differ, or none arrived in time.
         Ok(Ok(false)) | Err(_) => return Ok(client),
@@ -58,8 +58,7 @@ async fn inspect(
         Ok(Err(_)) => return Err(EndReason::ClientReset),
     }
     let Ok(slot) = intercept.taker.try_reserve() else { return Ok(client) };
-    end_cleanly(&client);
-    if let (Ok(stream), Some(permit)) = (client.into_std(), permit.take()) {
+    if let (Ok(stream), Some(permit)) = (client.serve().into_std(), permit.take()) {
         slot.send(Intercepted { stream, permit });
     }
     Err(EndReason::Answered)

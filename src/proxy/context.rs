@@ -8,6 +8,7 @@ use std::task::Waker;
 use std::time::Duration;
 
 use slab::Slab;
+use tokio::sync::Notify;
 
 use super::Serving;
 use super::pipe::PipePool;
@@ -27,8 +28,12 @@ pub(super) struct Worker {
     pub(super) open: RefCell<Slab<Rc<Progress>>>,
     /// Time from the worker's start to the last tick of the timeout task: coarse, and cheap to read.
     pub(super) clock: Cell<Duration>,
-    /// Interval of the timeout task, derived from the shortest timeout of any listener.
+    /// Interval that the timeouts of the current listeners need.
     pub(super) tick: Cell<Duration>,
+    /// Tells the timeout task of a new interval.
+    pub(super) new_tick: Notify,
+    /// Pipes whose bytes were moved to memory.
+    pub(super) moved_out: Cell<usize>,
     /// Reads of at least this many bytes count towards splicing; `None`: splicing is off.
     pub(super) splice_from: Option<usize>,
 }
@@ -39,6 +44,8 @@ pub(super) struct WorkerListener {
     pub(super) serving: Serving,
     pub(super) worker: Rc<Worker>,
     pub(super) table: RefCell<TableReader>,
+    /// Interval of the timeout task that the timeouts of the route need.
+    pub(super) tick: Duration,
 }
 
 impl WorkerListener {
@@ -101,6 +108,8 @@ pub(super) struct Progress {
     pub(super) blocked: Cell<bool>,
     /// Whether TCP keepalive is on towards the backend.
     pub(super) keepalive: Cell<KeepaliveState>,
+    /// Set by the timeout task: the relay moves the bytes of its pipes to memory.
+    pub(super) give_up_pipes: Cell<bool>,
     /// Set by the timeout task: the relay checks whether a side has broken.
     pub(super) inspect: Cell<bool>,
     /// Set by the timeout task: the relay ends the connection for this reason.

@@ -25,7 +25,10 @@ const LARGE_READS: u8 = 4;
 const SMALL_READS: u8 = 4;
 
 /// Bytes that one direction moves before the worker's other tasks run.
-const TURN: usize = 1024 * 1024;
+const TURN: usize = 256 * 1024;
+
+/// Maximum pipes of a worker whose bytes are in memory: 64 MiB. Beyond that, pipes stay where they are.
+const MOST_MOVED_OUT: usize = 256;
 
 /// The state of one direction.
 #[derive(Debug, Default)]
@@ -35,6 +38,9 @@ pub(super) struct Direction {
     run: u8,
     held: Held,
     ended: bool,
+    /// Whether the sink has `TCP_NODELAY`. It matters from the second write: only a small write that follows another
+    /// unacknowledged small one waits (Minshall's version of the Nagle algorithm, as in Linux).
+    is_nodelay: bool,
     /// The source has broken: the sink must not see a clean end of stream.
     pub(super) last_words: bool,
 }
@@ -55,6 +61,8 @@ enum Held {
     Nothing,
     Bytes(BytesMut),
     Piped(Pipe),
+    /// The bytes of a pipe that was given up.
+    MovedOut(BytesMut),
 }
 
 /// The socket that failed, and its error.
@@ -65,6 +73,11 @@ pub(super) enum Broken {
 }
 
 impl Direction {
+    /// A direction to a sink that has inherited `TCP_NODELAY`.
+    pub(super) fn to_accepted() -> Self {
+        Self { is_nodelay: true, ..Self::default() }
+    }
+
     /// Whether the source has ended and the end was passed on to the sink.
     pub(super) fn has_ended(&self) -> bool {
         self.ended
@@ -126,7 +139,22 @@ impl Direction {
         match std::mem::take(&mut self.held) {
             Held::Nothing => {}
             Held::Bytes(bytes) => worker.write_backlog.borrow_mut().give(bytes),
+            Held::MovedOut(_) => worker.moved_out.set(worker.moved_out.get() - 1),
             Held::Piped(pipe) => worker.pipes.borrow_mut().give(pipe),
+        }
+    }
+
+    /// Moves the bytes of a held pipe to memory, so that others can use the pipe.
+    pub(super) fn give_up_pipe(&mut self, worker: &Worker) {
+        if worker.moved_out.get() == MOST_MOVED_OUT {
+            return;
+        }
+        if let Held::Piped(pipe) = &mut self.held
+            && let Ok(bytes) = pipe.read_all()
+        {
+            self.release(worker);
+            worker.moved_out.set(worker.moved_out.get() + 1);
+            (self.held, self.path, self.run) = (Held::MovedOut(bytes), Path::Copy, 0);
         }
     }
 
@@ -140,7 +168,7 @@ impl Direction {
     ) -> Poll<io::Result<()>> {
         match &mut self.held {
             Held::Nothing => return Poll::Ready(Ok(())),
-            Held::Bytes(bytes) => {
+            Held::Bytes(bytes) | Held::MovedOut(bytes) => {
                 while bytes.has_remaining() {
                     let written = ready!(Pin::new(&mut *sink).poll_write(cx, bytes))?;
                     bytes.advance(written);
@@ -180,6 +208,11 @@ impl Direction {
         let bytes = buffer.filled();
         if bytes.is_empty() {
             return Poll::Ready(Ok(Read::End));
+        }
+        if !self.is_nodelay && traffic.total() > 0 {
+            self.is_nodelay = true;
+            // Fails only on a socket that is already closed.
+            let _ = sink.set_nodelay(true);
         }
         let written = match Pin::new(sink).poll_write(cx, bytes) {
             Poll::Ready(Ok(written)) => written,

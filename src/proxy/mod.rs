@@ -6,7 +6,8 @@
 //! # Layout
 //!
 //! - [`mod@session`]: the path of one connection, one line per stage
-//! - [`accept`], [`admit`], [`key`], [`pick`], [`mod@connect`], [`relay`], [`account`]: the stages
+//! - [`accept`], [`admit`], [`key`], [`mod@connect`] (which picks), [`relay`], [`account`]: the stages
+//! - [`mod@route`]: what a listener decides for a connection; [`mod@dial`]: one attempt to connect
 //! - [`direction`], [`pipe`], [`write_backlog`]: one half of a relay, and the pipes and buffers that it uses
 //! - [`worker`], [`timeouts`]: a worker's thread, and its timeout task with a coarse clock
 //! - [`context`], [`stats`]: state shared by the connections of one worker, and counters shared by all workers
@@ -24,11 +25,12 @@ mod account;
 mod admit;
 mod connect;
 mod context;
+mod dial;
 mod direction;
 mod limit;
-mod pick;
 mod pipe;
 mod relay;
+mod route;
 mod session;
 mod source_limits;
 mod timeouts;
@@ -46,7 +48,7 @@ use tokio_util::sync::CancellationToken;
 use self::access_log::AccessLog;
 pub use self::connect::{Connected, connect};
 pub use self::limit::{ConnectionPermit, Limit};
-pub use self::pick::{Reports, Route};
+pub use self::route::{Reports, Route};
 use self::socket::TcpOptions;
 pub use self::source_limits::{SourceLimits, Sources};
 use self::stats::{ListenerStats, WorkerStats};

@@ -10,12 +10,17 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+use bytes::BytesMut;
+use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 
 use super::stats::WorkerStats;
 
 /// Pipe size requested from the kernel. If the kernel refuses, its default of 64 KiB is used.
 const PIPE_BYTES: usize = 256 * 1024;
+
+/// A pipe with less room than this is not worth its system calls. The kernel gives a user without privileges pipes of
+/// one or two pages beyond its quota (`fs.pipe-user-pages-soft`).
+const LEAST_BYTES: usize = 64 * 1024;
 
 /// Maximum bytes per splice call: more than a pipe holds, and far below the size that the kernel rejects.
 const SPLICE_BYTES: usize = 1024 * 1024;
@@ -29,11 +34,28 @@ pub(super) struct Pipe {
 }
 
 impl Pipe {
+    /// A new pipe, unless the kernel makes it smaller than [`LEAST_BYTES`].
     fn new() -> io::Result<Self> {
         let (reader, writer) = pipe_with(PipeFlags::NONBLOCK | PipeFlags::CLOEXEC)?;
-        // The kernel refuses beyond the user's quota of pipe pages. The pipe then keeps its default size.
-        let _ = fcntl_setpipe_size(&writer, PIPE_BYTES);
+        // The kernel refuses beyond the user's quota of pipe pages. The pipe then keeps the size that it has.
+        if fcntl_setpipe_size(&writer, PIPE_BYTES).is_err() && fcntl_getpipe_size(&writer)? < LEAST_BYTES {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        }
         Ok(Self { reader, writer, held: 0 })
+    }
+
+    /// Moves all bytes of the pipe to memory, and leaves the pipe empty.
+    pub(super) fn read_all(&mut self) -> io::Result<BytesMut> {
+        let mut bytes = BytesMut::zeroed(self.held);
+        while self.held > 0 {
+            let at = bytes.len() - self.held;
+            let read = rustix::io::read(&self.reader, &mut bytes[at..])?;
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            self.held -= read;
+        }
+        Ok(bytes)
     }
 
     /// Number of bytes in the pipe.
@@ -71,29 +93,45 @@ pub(super) struct PipePool {
     idle: Vec<Pipe>,
     most: usize,
     lent: usize,
+    /// The kernel has refused a pipe since the last tick of the timeout task.
+    is_refused: bool,
+    /// A direction found no pipe since the last tick.
+    is_short: bool,
     stats: Arc<WorkerStats>,
 }
 
 impl PipePool {
     /// Creates a pool of at most `most` pipes.
     pub(super) fn new(most: usize, stats: Arc<WorkerStats>) -> Self {
-        Self { idle: Vec::new(), most, lent: 0, stats }
+        Self { idle: Vec::new(), most, lent: 0, is_refused: false, is_short: false, stats }
     }
 
     /// An empty pipe; `None` when the pool is exhausted or the kernel refuses a new pipe.
     pub(super) fn take(&mut self) -> Option<Pipe> {
         let pipe = match self.idle.pop() {
             Some(pipe) => Some(pipe),
-            None if self.lent < self.most => Pipe::new().ok(),
+            // A refused pipe costs system calls, so the next try comes later.
+            None if self.lent < self.most && !self.is_refused => {
+                let pipe = Pipe::new().ok();
+                self.is_refused = pipe.is_none();
+                pipe
+            }
             None => None,
         };
         if pipe.is_some() {
             self.lent += 1;
         } else {
+            self.is_short = true;
             self.stats.pipe_shortages.fetch_add(1, Ordering::Relaxed);
         }
         self.count();
         pipe
+    }
+
+    /// Starts the next tick. Returns whether a direction found no pipe in this one.
+    pub(super) fn tick(&mut self) -> bool {
+        self.is_refused = false;
+        std::mem::take(&mut self.is_short)
     }
 
     /// Takes a pipe back. A pipe that still holds bytes is closed.
@@ -145,5 +183,20 @@ mod tests {
         pool.give(one);
         assert!(pool.take().is_some());
         drop(two);
+    }
+
+    #[test]
+    fn a_full_pipe_can_be_given_up_without_losing_a_byte() {
+        let mut pool = PipePool::new(1, Arc::default());
+        let (mut near, far) = UnixStream::pair().unwrap();
+        near.write_all(&vec![7; 100_000]).unwrap();
+        let mut pipe = pool.take().unwrap();
+        let filled = pipe.fill(&far).unwrap();
+        assert!(pool.take().is_none() && pool.tick() && !pool.tick());
+        let bytes = pipe.read_all().unwrap();
+        assert_eq!((bytes.len(), pipe.held()), (filled, 0));
+        assert!(bytes.iter().all(|&byte| byte == 7));
+        pool.give(pipe);
+        assert!(pool.take().is_some(), "the pipe is not reused");
     }
 }

@@ -8,11 +8,12 @@ use std::task::{Context, Poll, ready};
 
 use rustix::io::Errno;
 use socket2::SockRef;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use super::context::{KeepaliveState, Progress};
 use super::direction::{Broken, Direction};
-use super::socket::{end_cleanly, reset_on_close};
+use super::socket::reset_on_close;
 use super::stats::EndReason;
 
 /// Relays until both sides have ended, one side breaks, or the timeout task ends the connection. The output is the
@@ -44,8 +45,7 @@ enum Side {
 
 impl Relay {
     pub(super) fn new(client: TcpStream, backend: TcpStream, progress: Rc<Progress>) -> Self {
-        end_cleanly(&client);
-        let (up, down) = (Direction::default(), Direction::default());
+        let (up, down) = (Direction::default(), Direction::to_accepted());
         Self { client, backend, up, down, breaking: None, end: EndReason::Dropped, progress }
     }
 
@@ -53,6 +53,10 @@ impl Relay {
         let progress = Rc::clone(&self.progress);
         if let Some(verdict) = progress.verdict.get() {
             return Poll::Ready(verdict);
+        }
+        if progress.give_up_pipes.take() {
+            self.up.give_up_pipe(&progress.listener.worker);
+            self.down.give_up_pipe(&progress.listener.worker);
         }
         if progress.inspect.take()
             && let Some(end) = self.inspect()
@@ -90,6 +94,8 @@ impl Relay {
     /// that waits for its sink.
     fn inspect(&self) -> Option<EndReason> {
         let of = |side, stream: &TcpStream| {
+            // Without an error event nothing has broken. The check of the event takes no system call.
+            stream.try_io(Interest::ERROR, || Ok(())).ok()?;
             // A socket with a peer is alive: its error is temporary, and TCP recovers. A socket without a peer may have
             // ended cleanly on both sides while it still holds unread bytes.
             stream.peer_addr().err()?;

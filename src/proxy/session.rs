@@ -9,6 +9,8 @@ use super::admit::admit;
 use super::connect::connect;
 use super::key::Key;
 use super::relay::Relay;
+use super::socket::NotServed;
+use super::stats::EndReason;
 
 /// Serves one accepted connection.
 ///
@@ -36,11 +38,14 @@ async fn reach_backend(client: TcpStream, account: &mut Account) -> Result<Relay
     let listener = Rc::clone(&account.listener);
     let (serving, peer) = (&listener.serving, account.client);
 
-    let client = admit(client, peer, &mut account.permit, serving).await?;
+    let client = admit(NotServed::new(client), peer, &mut account.permit, serving).await?;
     let key = Key::of(serving.route.key, peer);
-    let table = listener.table();
-    let candidates = serving.route.pick(&table, key.as_bytes());
-    let backend = connect(candidates, &serving.route, &serving.tcp).await?;
+    let connect = connect(&serving.route, || listener.table(), key.as_bytes(), &serving.tcp);
+    let backend = tokio::select! {
+        biased;
+        backend = connect => backend?,
+        () = client.is_reset() => return Err(EndReason::ClientReset.into()),
+    };
     let progress = account.serve(backend.backend, backend.address, backend.permit);
-    Ok(Relay::new(client, backend.stream, progress))
+    Ok(Relay::new(client.serve(), backend.stream, progress))
 }

@@ -5,9 +5,11 @@ use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 
-/// TCP options of both sides of a connection. `TCP_NODELAY` is always on, because the relay writes all bytes at once.
+/// TCP options of both sides of a connection. `TCP_NODELAY` is on from the second write at the latest, because the relay
+/// writes all bytes at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TcpOptions {
     /// TCP keepalive; `None` leaves it off.
@@ -31,14 +33,15 @@ pub struct Keepalive {
 impl TcpOptions {
     /// Sets all options on a socket. Accepted sockets inherit those of their listening socket.
     fn apply(&self, socket: &SockRef<'_>) -> io::Result<()> {
+        socket.set_tcp_nodelay(true)?;
         self.apply_first(socket)?;
         self.enable_keepalive(socket)
     }
 
-    /// Sets the options that apply from the first byte. Keepalive matters only for longer connections.
-    /// [`Self::enable_keepalive`] turns it on later, and short connections save its four system calls.
+    /// Sets the options that apply from the first byte. Keepalive matters only for longer connections:
+    /// [`Self::enable_keepalive`] turns it on later, and short connections save its four system calls. The relay sets
+    /// `TCP_NODELAY` before its second write.
     pub(crate) fn apply_first(&self, socket: &SockRef<'_>) -> io::Result<()> {
-        socket.set_tcp_nodelay(true)?;
         if !self.user_timeout.is_zero() {
             socket.set_tcp_user_timeout(Some(self.user_timeout))?;
         }
@@ -58,13 +61,42 @@ impl TcpOptions {
     }
 }
 
-/// How an accepted connection closes if [`end_cleanly`] was not yet called on it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unserved {
-    /// Closes with RST, like a port without a listener, so no client takes it for a clean end.
-    Reset,
-    /// Closes with FIN.
-    End,
+/// A client's connection that is not served yet. Dropping it, even in a panic or at the end of the runtime, resets it, so
+/// no client takes it for a clean end.
+pub(super) struct NotServed(Option<TcpStream>);
+
+impl NotServed {
+    pub(super) fn new(client: TcpStream) -> Self {
+        Self(Some(client))
+    }
+
+    pub(super) fn stream(&self) -> &TcpStream {
+        // Only `serve` takes the stream, and it consumes `self`.
+        self.0.as_ref().unwrap_or_else(|| unreachable!("the stream was taken"))
+    }
+
+    /// The stream, which from now on ends as its new owner ends it.
+    pub(super) fn serve(mut self) -> TcpStream {
+        self.0.take().unwrap_or_else(|| unreachable!("the stream was taken"))
+    }
+
+    /// Waits until the client resets the connection or is lost. The end of its stream is not enough: it may wait for an
+    /// answer.
+    pub(super) async fn is_reset(&self) {
+        let stream = self.stream();
+        // A socket with a peer is alive: its error is temporary.
+        if stream.ready(Interest::ERROR).await.is_ok() && stream.peer_addr().is_ok() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+impl Drop for NotServed {
+    fn drop(&mut self) {
+        if let Some(stream) = &self.0 {
+            reset_on_close(stream);
+        }
+    }
 }
 
 /// Binds `address` once per worker (`count` sockets), and keeps other processes from binding it.
@@ -75,21 +107,15 @@ pub enum Unserved {
 ///
 /// # Errors
 /// The system's error from `bind` or `listen`.
-pub fn listen(
-    address: SocketAddr,
-    count: usize,
-    backlog: i32,
-    options: &TcpOptions,
-    unserved: Unserved,
-) -> io::Result<Vec<TcpListener>> {
-    let first = unbound(address, options, unserved)?;
+pub fn listen(address: SocketAddr, count: usize, backlog: i32, options: &TcpOptions) -> io::Result<Vec<TcpListener>> {
+    let first = unbound(address, options)?;
     first.bind(&address.into())?;
     first.listen(backlog)?;
     first.set_reuse_port(true)?;
     let address = first.local_addr()?;
     let mut sockets = vec![first.into()];
     for _ in 1..count {
-        let sibling = unbound(address.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?, options, unserved)?;
+        let sibling = unbound(address.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?, options)?;
         sibling.set_reuse_port(true)?;
         sibling.bind(&address)?;
         sibling.listen(backlog)?;
@@ -109,13 +135,13 @@ pub fn adopt(
     count: usize,
     backlog: i32,
     options: &TcpOptions,
-    unserved: Unserved,
 ) -> io::Result<Vec<TcpListener>> {
     for socket in &sockets {
         socket.set_nonblocking(true)?;
         let socket = SockRef::from(socket);
         reset(&socket, options)?;
-        socket.set_linger((unserved == Unserved::Reset).then_some(Duration::ZERO))?;
+        // An older Ringway has set it.
+        socket.set_linger(None)?;
         socket.listen(backlog)?;
     }
     let own = sockets.len().max(1);
@@ -125,7 +151,7 @@ pub fn adopt(
     Ok(sockets)
 }
 
-fn unbound(address: SocketAddr, options: &TcpOptions, unserved: Unserved) -> io::Result<Socket> {
+fn unbound(address: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
     // Connections of a previous run may still be in TIME_WAIT.
@@ -135,10 +161,6 @@ fn unbound(address: SocketAddr, options: &TcpOptions, unserved: Unserved) -> io:
         socket.set_only_v6(true)?;
     }
     options.apply(&SockRef::from(&socket))?;
-    if unserved == Unserved::Reset {
-        // Accepted sockets inherit this, including connections that the kernel completes before Ringway accepts them.
-        socket.set_linger(Some(Duration::ZERO))?;
-    }
     Ok(socket)
 }
 
@@ -165,14 +187,6 @@ fn reset(socket: &SockRef<'_>, options: &TcpOptions) -> io::Result<()> {
     options.apply(socket)
 }
 
-/// Makes closing the socket send the queued bytes and then FIN. Before this call, a client's socket closes with RST
-/// ([`Unserved::Reset`]). So a connection that is not served yet never appears to end cleanly, even after a panic or
-/// the end of the runtime.
-pub(super) fn end_cleanly(stream: &TcpStream) {
-    // Fails only on a socket that is already closed.
-    let _ = SockRef::from(stream).set_linger(None);
-}
-
 /// Makes closing the socket discard the queued bytes and send RST.
 pub(super) fn reset_on_close(stream: &TcpStream) {
     // Fails only on a socket that is already closed.
@@ -194,21 +208,20 @@ mod tests {
 
     #[test]
     fn workers_share_a_port_and_other_sockets_cannot_bind_it() {
-        let sockets = listen(any_port(), 3, 16, &OPTIONS, Unserved::Reset).unwrap();
+        let sockets = listen(any_port(), 3, 16, &OPTIONS).unwrap();
         let address = sockets[0].local_addr().unwrap();
         assert!(sockets.iter().all(|socket| socket.local_addr().unwrap() == address));
-        let error = listen(address, 1, 16, &OPTIONS, Unserved::Reset).unwrap_err();
+        let error = listen(address, 1, 16, &OPTIONS).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         drop(sockets);
-        listen(address, 2, 16, &OPTIONS, Unserved::Reset).unwrap();
+        listen(address, 2, 16, &OPTIONS).unwrap();
     }
 
     #[test]
     fn only_one_of_several_concurrent_binds_succeeds() {
-        let address = listen(any_port(), 1, 16, &OPTIONS, Unserved::Reset).unwrap()[0].local_addr().unwrap();
+        let address = listen(any_port(), 1, 16, &OPTIONS).unwrap()[0].local_addr().unwrap();
         let results: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> =
-                (0..8).map(|_| scope.spawn(|| listen(address, 2, 16, &OPTIONS, Unserved::Reset))).collect();
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| listen(address, 2, 16, &OPTIONS))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
@@ -216,7 +229,7 @@ mod tests {
 
     #[test]
     fn accepted_sockets_inherit_the_options() {
-        let sockets = listen(any_port(), 1, 16, &OPTIONS, Unserved::Reset).unwrap();
+        let sockets = listen(any_port(), 1, 16, &OPTIONS).unwrap();
         sockets[0].set_nonblocking(false).unwrap();
         let _client = std::net::TcpStream::connect(sockets[0].local_addr().unwrap()).unwrap();
         let (accepted, _) = sockets[0].accept().unwrap();

@@ -26,14 +26,24 @@ pub(super) fn tick(route: &Route) -> Duration {
         .clamp(Duration::from_millis(10), SLOWEST)
 }
 
-/// Runs the timeout task every `worker.tick` until the worker ends.
+/// Interval of inspections: how long a half-closed or blocked connection may go on after a side has broken.
+const INSPECTION: Duration = Duration::from_secs(1);
+
+/// How long a side may accept no bytes before the connection gives up a pipe that others need.
+const PIPE_HELD: Duration = Duration::from_secs(1);
+
+/// Runs the timeout task as often as the timeouts of the listeners and of the open connections need, until the worker
+/// ends.
 pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
     let mut last = Instant::now();
     let mut stopped = None;
+    let mut inspected = Duration::ZERO;
+    let mut of_open = SLOWEST;
     loop {
-        let tick = worker.tick.get();
+        let tick = worker.tick.get().min(of_open);
         tokio::select! {
             () = tokio::time::sleep(if stopped.is_some() { tick.min(STOPPING) } else { tick }) => {}
+            () = worker.new_tick.notified() => {}
             () = stop.cancelled(), if stopped.is_none() => {}
         }
         // While the whole worker is suspended (a paused or overloaded machine), connections cannot be active. So at
@@ -45,18 +55,28 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
         if stop.is_cancelled() && stopped.is_none() {
             stopped = Some(last);
         }
+        let is_short_of_pipes = worker.pipes.borrow_mut().tick();
+        let inspects = now.saturating_sub(inspected) >= INSPECTION;
+        if inspects {
+            inspected = now;
+        }
+        of_open = SLOWEST;
         for (_, progress) in worker.open.borrow().iter() {
             progress.report();
-            let verdict = verdict(progress, now, tick, stopped);
+            of_open = of_open.min(progress.listener.tick);
+            let silent = silence(progress, now, tick);
+            let verdict = verdict(progress, now, silent, stopped);
             // A connection in this state does not notice by itself that a side has broken.
-            let inspect = progress.blocked.get() || progress.half_closed.get();
+            let inspect = inspects && (progress.blocked.get() || progress.half_closed.get());
+            let give_up_pipes = is_short_of_pipes && progress.blocked.get() && silent >= PIPE_HELD;
             progress.verdict.set(verdict);
             progress.inspect.set(inspect);
+            progress.give_up_pipes.set(give_up_pipes);
             let needs_keepalive = progress.keepalive.get() == KeepaliveState::NotYet;
             if needs_keepalive {
                 progress.keepalive.set(KeepaliveState::Due);
             }
-            if (verdict.is_some() || inspect || needs_keepalive)
+            if (verdict.is_some() || inspect || give_up_pipes || needs_keepalive)
                 && let Some(waker) = progress.waker.take()
             {
                 waker.wake();
@@ -65,11 +85,14 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
     }
 }
 
-/// Activity gets the time of the previous tick, which can be two ticks ago. So a timeout subtracts two ticks: a
-/// connection can live a little longer than configured, but never shorter.
-fn verdict(progress: &Progress, now: Duration, tick: Duration, stopped: Option<Instant>) -> Option<EndReason> {
+/// The time without activity. Activity gets the time of the previous tick, which can be two ticks ago. So two ticks are
+/// subtracted: a connection can live a little longer than configured, but never shorter.
+fn silence(progress: &Progress, now: Duration, tick: Duration) -> Duration {
+    now.saturating_sub(progress.last_active.get()).saturating_sub(2 * tick)
+}
+
+fn verdict(progress: &Progress, now: Duration, silent: Duration, stopped: Option<Instant>) -> Option<EndReason> {
     let route = &progress.listener.serving.route;
-    let silent = now.saturating_sub(progress.last_active.get()).saturating_sub(2 * tick);
     if progress.half_closed.get() && silent >= route.half_closed {
         return Some(EndReason::HalfClosedTimeout);
     }

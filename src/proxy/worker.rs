@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, LocalOptions};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
@@ -23,6 +23,10 @@ use super::{ListenerId, Serving, timeouts};
 
 /// Extra time after the last drain deadline for connections that are still connecting.
 const LEAVE: Duration = Duration::from_secs(1);
+
+/// Tasks that run before the worker looks for new events. With few, a short request beside bulk streams waits for fewer
+/// turns of theirs. Each look costs a system call.
+const TASKS_PER_POLL: u32 = 16;
 
 /// Everything that a worker's thread needs, moved to it at its start.
 pub(super) struct Setup {
@@ -52,7 +56,11 @@ pub(super) fn run(setup: Setup) {
     let (index, ended) = (setup.index, setup.ended.clone());
     // The guard also works when the thread panics: the app must learn that the worker has ended.
     let _tell = TellAtEnd { index, ended };
-    let runtime = Builder::new_current_thread().enable_io().enable_time().build_local(LocalOptions::default());
+    let runtime = Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .event_interval(TASKS_PER_POLL)
+        .build_local(LocalOptions::default());
     match runtime {
         Ok(runtime) => runtime.block_on(serve(setup)),
         Err(error) => tracing::error!(worker = index, %error, "cannot start the worker's runtime"),
@@ -80,6 +88,8 @@ async fn serve(mut setup: Setup) {
         open: RefCell::default(),
         clock: Cell::default(),
         tick: Cell::new(timeouts::SLOWEST),
+        new_tick: Notify::new(),
+        moved_out: Cell::new(0),
         splice_from: (setup.max_pipes > 0).then_some(setup.splice_from),
     });
     let mut listeners = Listeners {
@@ -106,6 +116,7 @@ async fn serve(mut setup: Setup) {
             Some(WorkerCommand::Update(id, serving)) => listeners.update(id, serving),
             Some(WorkerCommand::Close(id)) => {
                 listeners.acceptors.retain(|(other, ..)| *other != id);
+                listeners.set_tick();
                 Ok(())
             }
             None => break,
@@ -150,6 +161,7 @@ impl Listeners {
         let close = stop.child_token();
         let guard = close.clone().drop_guard();
         self.acceptors.push((id, Rc::clone(&acceptor), guard));
+        self.set_tick();
         Ok(accept(acceptor, Arc::clone(&self.limit), self.sessions.clone(), close))
     }
 
@@ -159,14 +171,22 @@ impl Listeners {
             reconfigure(&acceptor.socket, &listener.serving.tcp, listener.serving.backlog)?;
             acceptor.listener.replace(Rc::clone(&listener));
         }
+        self.set_tick();
         Ok(())
     }
 
     fn listener(&self, serving: Serving) -> Rc<WorkerListener> {
         let tick = timeouts::tick(&serving.route);
-        self.worker.tick.set(self.worker.tick.get().min(tick));
         let (table, worker) = (RefCell::new(serving.route.table.reader()), Rc::clone(&self.worker));
-        Rc::new(WorkerListener { serving, worker, table })
+        Rc::new(WorkerListener { serving, worker, table, tick })
+    }
+
+    /// Sets the interval that the shortest timeout of the listeners needs.
+    fn set_tick(&self) {
+        let ticks = self.acceptors.iter().map(|(_, acceptor, _)| acceptor.listener.borrow().tick);
+        self.worker.tick.set(ticks.min().unwrap_or(timeouts::SLOWEST));
+        // Otherwise the clock would lag by the old interval, and a short timeout would fire too early.
+        self.worker.new_tick.notify_one();
     }
 
     /// The longest drain time of all open connections, and of all acceptors, for connections that are still connecting.

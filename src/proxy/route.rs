@@ -1,8 +1,6 @@
-//! Stage pick: the route of a connection, and the backends that the ring offers for its key.
+//! The route of a connection: its pool, with the settings that apply to the connection.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ::metrics::Histogram;
@@ -10,8 +8,8 @@ use tokio::sync::mpsc;
 
 use super::key::KeyKind;
 use super::stats::PoolStats;
-use crate::backend::{Backend, Failing};
-use crate::table::{Table, TableCell};
+use crate::backend::Failing;
+use crate::table::TableCell;
 
 /// How a listener's connections are balanced over a pool.
 #[derive(Debug, Clone)]
@@ -42,20 +40,6 @@ pub struct Route {
     pub failing: Option<Reports>,
     /// The pool's counters.
     pub stats: Arc<PoolStats>,
-}
-
-impl Route {
-    /// Stage pick: returns the backends to try for `key`, in order.
-    pub fn pick<'t>(
-        &self,
-        table: &'t Table,
-        key: &'t [u8],
-    ) -> impl Iterator<Item = (&'t Backend, SocketAddr)> + use<'t> {
-        if table.is_panic() {
-            self.stats.picked_in_panic.fetch_add(1, Ordering::Relaxed);
-        }
-        table.candidates(key)
-    }
 }
 
 /// How Ringway reports backends whose connects keep failing.
