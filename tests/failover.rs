@@ -11,6 +11,7 @@ use crate::harness::{
     Ringway, THREE_REPLICAS, config, eventually, eventually_async, get, http, metric_in, soon, static_config,
 };
 use ringway::backend::State;
+use ringway::control::command::Command;
 
 /// The states of all backends in the order of the table.
 fn states(ringway: &Ringway) -> Vec<State> {
@@ -344,4 +345,27 @@ async fn during_the_shutdown_delay_ringway_is_not_ready_and_still_accepts() {
     assert_eq!(back, "late");
     assert_eq!(program.ended().await.code(), Some(0));
     assert!(began.elapsed() >= Duration::from_secs(1));
+}
+
+/// A connection that waits for a connect timeout outlives changes of its pool.
+#[tokio::test]
+async fn a_connection_does_not_reach_a_backend_that_left_while_it_was_connecting() {
+    let (silent, leaving, good) = (Silent::new(), Server::echo("b1").await, Server::echo("b2").await);
+    let yaml = static_config(
+        &[silent.address, leaving.address, good.address],
+        "health_check: { kind: none }\nejection: off\nconnect: { timeout: 1s, attempts: 3 }\ndrain: 1s",
+    );
+    let ringway = Ringway::start(&yaml).await.ready().await;
+    let backends = ringway.state().pools[0].table.load().backends().to_vec();
+    let active = |n: usize| backends[n].live.active.load(std::sync::atomic::Ordering::Relaxed);
+    let clients = loadtest::open(ringway.web(), 60).await.unwrap();
+    eventually("connections wait for the silent backend", || active(0) + active(1) + active(2) == 60).await;
+    assert!(active(0) > 10, "{} wait", active(0));
+    let at_leaving = active(1);
+    ringway.send(Command::Remove { pool: "echo".to_owned(), backend: "b1".to_owned() }).await.unwrap();
+    eventually("no connection waits", || active(0) == 0).await;
+    assert!(active(1) <= at_leaving, "connections have reached a backend that has left");
+    // The drain of the others ends too.
+    eventually("the backend has left", || ringway.states().len() == 2 && active(1) == 0).await;
+    drop(clients);
 }

@@ -1,14 +1,17 @@
 //! Limits of descriptors, memory, connections and ports.
 
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ringway::backend::State;
+use ringway::proxy::stats::{EndReason, RefusalReason};
 use rustix::process::{Resource, Rlimit, prlimit};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::harness::backends::Server;
+use crate::harness::backends::{Server, Silent};
 use crate::harness::program::Program;
-use crate::harness::{Ringway, config, echoes, eventually_async, get, metric_in, soon, static_config};
+use crate::harness::{Ringway, config, echoes, eventually, eventually_async, get, metric_in, soon, static_config};
 
 async fn metric(program: &Program, name: &str) -> f64 {
     metric_in(&get(program.api(), "/metrics").await.1, name, &[])
@@ -223,4 +226,69 @@ async fn without_ephemeral_ports_ringway_blames_no_backend_and_recovers() {
 /// A config with one static backend. `listener` and `pool` are further lines of the listener and the pool.
 fn config_with(server: &Server, listener: &str, pool: &str) -> String {
     config(&format!("static: [{{ address: \"{}\", id: b0 }}]", server.address), listener, pool)
+}
+
+/// The backend's address answers no handshake.
+#[tokio::test]
+async fn clients_that_have_gone_hold_no_permits_while_ringway_connects_for_them() {
+    let silent = Silent::new();
+    let listener = "max_connections: 20";
+    let provider = format!("static: [{{ address: \"{}\", id: b0 }}]", silent.address);
+    let pool = "health_check: { kind: none }\nconnect: { timeout: 1m, attempts: 1 }";
+    let ringway = Ringway::start(&config(&provider, listener, pool)).await;
+    let stats = ringway.state().listeners[0].stats.clone();
+    let active = || stats.active.load(Ordering::Relaxed);
+    let clients = loadtest::open(ringway.web(), 20).await.unwrap();
+    eventually("all wait", || active() == 20).await;
+    // The end of its stream is no reason to give a client up.
+    let mut patient = TcpStream::connect(ringway.web()).await.unwrap();
+    patient.shutdown().await.unwrap();
+    for client in &clients {
+        client.set_zero_linger().unwrap();
+    }
+    drop(clients);
+    eventually("only the patient one waits", || active() == 1 && stats.ended.of(EndReason::ClientReset) == 20).await;
+    assert_eq!(stats.refused.of(RefusalReason::ConnectFailed), 0);
+}
+
+/// A client that reads nothing blocks its stream, with a pipe full of bytes.
+#[tokio::test]
+async fn slow_readers_do_not_keep_the_pipes_from_others() {
+    const BULK: usize = 64 << 20;
+    let server = Server::start(|mut stream| async move {
+        let block = vec![b'x'; 256 * 1024];
+        for _ in 0..BULK / block.len() {
+            if stream.write_all(&block).await.is_err() {
+                return;
+            }
+        }
+    })
+    .await;
+    let yaml = static_config(&[server.address], "health_check: { kind: none }").replace("workers: 2", "workers: 1");
+    let ringway = Ringway::start(&format!("relay: {{ max_pipes: 2 }}\n{yaml}")).await.ready().await;
+    let bytes = async |path: &str| ringway.metric("ringway_bytes_total", &["to_client", path]).await;
+    let mut idle = Vec::new();
+    for _ in 0..8 {
+        idle.push(TcpStream::connect(ringway.web()).await.unwrap());
+    }
+    eventually_async("spliced bytes of the slow readers", async || bytes("spliced").await > 1e6).await;
+    eventually_async("an honest stream is spliced", async || {
+        let before = (bytes("spliced").await, bytes("copied").await);
+        let mut client = TcpStream::connect(ringway.web()).await.unwrap();
+        let mut sink = vec![0; 256 * 1024];
+        let mut read = 0;
+        while read < BULK {
+            read += soon("bytes", client.read(&mut sink)).await.unwrap();
+        }
+        drop(client);
+        let after = (bytes("spliced").await, bytes("copied").await);
+        after.0 - before.0 > 0.9 * BULK as f64 && after.1 - before.1 < 0.1 * BULK as f64
+    })
+    .await;
+    // The slow readers have lost nothing.
+    for mut client in idle {
+        let mut read = Vec::new();
+        soon("the rest", client.read_to_end(&mut read)).await.unwrap();
+        assert!(read.len() == BULK && read.iter().all(|&byte| byte == b'x'), "{} bytes", read.len());
+    }
 }
