@@ -16,8 +16,15 @@ use rustix::net::{
 /// Maximum number of descriptors in one message. The kernel limit is 253.
 pub const MOST_DESCRIPTORS: usize = 200;
 
-/// Maximum length of a message text in bytes. A socket buffer of the default size holds this much.
+/// Maximum length of a packet in bytes. A socket buffer of the default size holds this much.
 const LONGEST: usize = 128 * 1024;
+
+/// The first byte of a packet that is a part of a message, with more to come.
+const MORE: u8 = 1;
+
+/// The first byte of the last packet of a message with several. A message with one has no such byte, as in versions
+/// before 0.2: no text begins with either byte.
+const LAST: u8 = 2;
 
 /// One end of the channel between an old process and its successor.
 #[derive(Debug)]
@@ -65,20 +72,33 @@ impl Channel {
         Ok(set_socket_timeout(&self.0, Timeout::Send, timeout)?)
     }
 
-    /// Sends a message.
+    /// Sends a message, in several packets if it is long. The first one carries the descriptors.
     ///
     /// # Errors
-    /// Returns an error if the message is too long or the other end is closed.
+    /// Returns an error if there are too many descriptors or the other end is closed.
     pub fn send(&self, text: &str, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
-        if text.len() > LONGEST || descriptors.len() > MOST_DESCRIPTORS {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the handover message is too long"));
+        if descriptors.len() > MOST_DESCRIPTORS {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the handover message has too many descriptors"));
         }
+        if text.len() <= LONGEST {
+            return self.send_packet(text.as_bytes(), descriptors);
+        }
+        let parts = text.len().div_ceil(LONGEST - 1);
+        for (n, part) in text.as_bytes().chunks(LONGEST - 1).enumerate() {
+            let begin = if n + 1 < parts { MORE } else { LAST };
+            let packet: Vec<u8> = std::iter::once(begin).chain(part.iter().copied()).collect();
+            self.send_packet(&packet, if n == 0 { descriptors } else { &[] })?;
+        }
+        Ok(())
+    }
+
+    fn send_packet(&self, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         if !descriptors.is_empty() {
             control.push(SendAncillaryMessage::ScmRights(descriptors));
         }
-        sendmsg(&self.0, &[IoSlice::new(text.as_bytes())], &mut control, SendFlags::NOSIGNAL)?;
+        sendmsg(&self.0, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
         Ok(())
     }
 
@@ -87,6 +107,28 @@ impl Channel {
     /// # Errors
     /// Returns an error if the timeout expires or if the message is truncated or not UTF-8.
     pub fn receive(&self) -> io::Result<Option<Message>> {
+        let (mut text, mut descriptors) = (Vec::new(), Vec::new());
+        loop {
+            let Some((packet, more)) = self.receive_packet()? else { return Ok(None) };
+            descriptors.extend(more);
+            match packet.first() {
+                Some(&MORE) => text.extend_from_slice(&packet[1..]),
+                Some(&LAST) => {
+                    text.extend_from_slice(&packet[1..]);
+                    break;
+                }
+                _ => {
+                    text = packet;
+                    break;
+                }
+            }
+        }
+        let text = String::from_utf8(text).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+        Ok(Some(Message { text, descriptors }))
+    }
+
+    /// The bytes and the descriptors of the next packet.
+    fn receive_packet(&self) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
         let mut bytes = vec![0; LONGEST];
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -108,8 +150,7 @@ impl Channel {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the handover message is truncated"));
         }
         bytes.truncate(received.bytes);
-        let text = String::from_utf8(bytes).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
-        Ok(Some(Message { text, descriptors }))
+        Ok(Some((bytes, descriptors)))
     }
 }
 
@@ -139,9 +180,25 @@ mod tests {
     }
 
     #[test]
-    fn an_oversized_message_fails_and_a_receive_times_out() {
+    fn a_long_message_arrives_whole_with_its_descriptors() {
         let (old, new) = Channel::pair().unwrap();
-        assert!(old.send(&"x".repeat(LONGEST + 1), &[]).is_err());
+        let text: String =
+            (0..100_000_u32).map(|n| char::from(b'a' + (n % 26) as u8)).chain("é".repeat(200_000).chars()).collect();
+        let (_reader, writer) = io::pipe().unwrap();
+        let sent = text.clone();
+        let sender = std::thread::spawn(move || {
+            old.send(&sent, &[writer.as_fd()]).unwrap();
+            old.send("next", &[]).unwrap();
+        });
+        let message = new.receive().unwrap().unwrap();
+        assert!(message.text == text && message.descriptors.len() == 1);
+        assert_eq!(new.receive().unwrap().unwrap().text, "next");
+        sender.join().unwrap();
+    }
+
+    #[test]
+    fn a_receive_times_out_and_a_send_to_nobody_fails() {
+        let (old, new) = Channel::pair().unwrap();
         new.set_timeout(Duration::from_millis(10)).unwrap();
         assert!(new.receive().is_err());
         drop(new);

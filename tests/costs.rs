@@ -114,7 +114,10 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
     for _ in 0..CONNECTIONS {
         ping(&mut TcpStream::connect(program.web()).await.unwrap()).await;
     }
+    // Each look at the metrics is a connection too.
+    let mut looks = 0.0;
     eventually_async("all have ended", async || {
+        looks += 1.0;
         metric_in(&get(program.api(), "/metrics").await.1, "ringway_connections_active", &[]) == 1.0
     })
     .await;
@@ -137,6 +140,7 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
         (&["close"], 2.1),
     ] {
         let each = each(&calls, names, CONNECTIONS);
+        let most = most + 4.0 * looks / CONNECTIONS as f64;
         assert!(each <= most, "{each} {names:?} a connection: {calls:?}");
     }
 }

@@ -292,3 +292,53 @@ async fn slow_readers_do_not_keep_the_pipes_from_others() {
         assert!(read.len() == BULK && read.iter().all(|&byte| byte == b'x'), "{} bytes", read.len());
     }
 }
+
+#[tokio::test]
+async fn a_reload_keeps_the_counts_of_source_addresses() {
+    let server = Server::echo("a").await;
+    let yaml = |limit: &str| {
+        let provider = format!("static: [{{ address: \"{}\", id: b0 }}]", server.address);
+        config(&provider, &format!("per_source: {{ max_connections: {limit} }}"), "health_check: { kind: none }")
+    };
+    let ringway = Ringway::start(&yaml("2")).await.ready().await;
+    // The reset of a refused connection may come during the connect.
+    let connect = async || {
+        let mut stream = TcpStream::connect(ringway.web()).await.ok()?;
+        soon("an answer", echoes(&mut stream)).await.then_some(stream)
+    };
+    let _open = (connect().await.unwrap(), connect().await.unwrap());
+    assert!(connect().await.is_none());
+    ringway.reload(&yaml("3")).await.unwrap();
+    let third = connect().await.unwrap();
+    assert!(connect().await.is_none(), "the first two are forgotten");
+    ringway.reload(&yaml("off")).await.unwrap();
+    let _not_counted = connect().await.unwrap();
+    ringway.reload(&yaml("3")).await.unwrap();
+    assert!(connect().await.is_none(), "the first three are forgotten");
+    drop(third);
+    eventually_async("room for another one", async || connect().await.is_some()).await;
+}
+
+#[tokio::test]
+async fn a_renamed_listener_keeps_its_connections_in_its_counters() {
+    let server = Server::echo("a").await;
+    let yaml = static_config(&[server.address], "health_check: { kind: none }").replacen(
+        "listen: 127.0.0.1:0\n",
+        &format!("listen: 127.0.0.1:{}\n", free_port()),
+        1,
+    );
+    let ringway = Ringway::start(&yaml).await.ready().await;
+    let open = loadtest::open(ringway.web(), 5).await.unwrap();
+    let active = || ringway.state().listeners[0].stats.active.load(Ordering::Relaxed);
+    eventually("open", || active() == 5).await;
+    ringway.reload(&yaml.replacen("name: web", "name: renamed", 1)).await.unwrap();
+    assert_eq!((&*ringway.state().listeners[0].name, active()), ("renamed", 5));
+    drop(open);
+    eventually("ended", || active() == 0).await;
+    assert_eq!(ringway.state().listeners[0].stats.ended.total(), 5);
+}
+
+/// A port that was free a moment ago.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}

@@ -113,6 +113,22 @@ async fn the_children_of_a_dead_replica_end_with_it() {
     eventually("nothing left", || !processes_with(&word).iter().any(|&pid| is_alive(pid))).await;
 }
 
+/// A daemon leaves the process group and the session of the replica that has started it.
+#[tokio::test]
+async fn descendants_in_another_session_end_with_their_replica() {
+    let word = format!("{}.4321", std::process::id() + 200_000);
+    let script = format!("setsid sh -c \\\"setsid sleep {word} & sleep {word}\\\" & exec sleep {word} {{port}}");
+    let provider = format!("process: {{ replicas: 1, command: [sh, -c, \"{script}\"] }}");
+    let ringway = Ringway::start(&config(&provider, "", "health_check: { kind: none }")).await.all_healthy().await;
+    eventually("the descendants", || processes_with(&word).len() == 3).await;
+    let before = processes_with(&word);
+    kill_process(pid_of(&ringway, 0).unwrap(), Signal::KILL).unwrap();
+    eventually("their end", || !before.iter().any(|&pid| is_alive(pid))).await;
+    eventually("the next ones", || processes_with(&word).len() == 3).await;
+    drop(ringway);
+    eventually("nothing left", || !processes_with(&word).iter().any(|&pid| is_alive(pid))).await;
+}
+
 #[tokio::test]
 async fn replicas_get_their_slot_port_environment_and_range() {
     // A range of ports that were free a moment ago.

@@ -4,6 +4,8 @@
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use command_fds::{CommandFdExt as _, FdMapping};
@@ -301,4 +303,120 @@ async fn the_command_line_sends_commands_to_a_running_ringway() {
     program.follow().await;
     let (code, _, err) = run(&["reload", "--api", "127.0.0.1:1"]);
     assert!(code == Some(1) && err.contains("cannot reach the side port at 127.0.0.1:1"), "{err}");
+}
+
+/// These backends are more than one message holds.
+#[tokio::test]
+async fn an_upgrade_hands_over_any_number_of_changes_and_any_environment() {
+    let server = Server::echo("a").await;
+    let long = "x".repeat(245);
+    let backend = |n: usize| format!("{{ address: \"{}\", id: {long}-{n} }}", server.address);
+    let backends: Vec<_> = (0..600).map(backend).collect();
+    let provider = format!("static: [{}]", backends.join(", "));
+    let pool = "health_check: { kind: none }\nring: { virtual_nodes: 1 }";
+    let mut program = Program::start(&config(&provider, "", pool)).await;
+    for n in 0..600 {
+        let path = format!("/api/pools/echo/backends/{long}-{n}/drain");
+        assert_eq!(http(program.api(), "POST", &path, b"").await.status(), 200);
+    }
+    program.upgrade().await;
+    let status = program.status().await;
+    assert_eq!(status["pools"][0]["differs"].as_array().unwrap().len(), 600);
+    drop(program);
+    let large = "x".repeat(100_000);
+    let env = format!("env: {{ ONE: \"{large}\", TWO: \"{large}\" }}, command: [ringway");
+    let yaml = replicas_config().replacen("command: [ringway", &env, 1);
+    let mut program = Program::start(&yaml).await.ready().await;
+    let replicas = program.replicas().await;
+    program.upgrade().await;
+    assert_eq!(program.replicas().await, replicas);
+}
+
+#[tokio::test]
+async fn a_failed_upgrade_tells_the_errors_of_the_config() {
+    let program = Program::start(&replicas_config()).await.ready().await;
+    let log = "access_log: { path: /no/such/folder/x }\n".to_owned() + &replicas_config();
+    for (yaml, why) in
+        [("listeners: nonsense", "listeners: \"nonsense\" is not a list"), (&log, "access_log.path: cannot write")]
+    {
+        program.write_config(yaml);
+        let answer = http(program.api(), "POST", "/api/upgrade", b"").await;
+        let text = String::from_utf8_lossy(answer.body()).replace("\\\"", "\"");
+        assert!(answer.status() == 409 && text.contains(why), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn replicas_outlive_a_successor_that_dies_while_the_old_process_has_connections() {
+    let mut program = Program::start(&replicas_config()).await.ready().await;
+    let replicas = program.replicas().await;
+    let mut open = TcpStream::connect(program.web()).await.unwrap();
+    assert!(echoes(&mut open).await);
+    let successor = program.upgrade().await;
+    kill_process(successor, Signal::KILL).unwrap();
+    eventually("the successor's end", || !is_alive(successor)).await;
+    // A shim that noticed would kill its replica within this time.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(replicas.iter().all(|&pid| is_alive(pid)));
+    assert!(soon("an echo", echoes(&mut open)).await);
+    drop(open);
+    assert_eq!(program.ended().await.code(), Some(0));
+    eventually("the end of the replicas", || !replicas.iter().any(|&pid| is_alive(pid))).await;
+}
+
+/// Makes connections one after the other until it is dropped, and counts those that failed.
+struct Knocking {
+    failed: Arc<AtomicUsize>,
+    made: Arc<AtomicUsize>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Knocking {
+    fn at(address: std::net::SocketAddr) -> Self {
+        let (failed, made) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (fails, counts) = (Arc::clone(&failed), Arc::clone(&made));
+        let task = tokio::spawn(async move {
+            loop {
+                let is_served = match TcpStream::connect(address).await {
+                    Ok(mut stream) => echoes(&mut stream).await,
+                    Err(_) => false,
+                };
+                counts.fetch_add(1, Ordering::Relaxed);
+                fails.fetch_add(usize::from(!is_served), Ordering::Relaxed);
+            }
+        });
+        Self { failed, made, task }
+    }
+}
+
+impl Drop for Knocking {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+#[tokio::test]
+async fn a_listener_moves_between_loopback_and_all_addresses_by_reload_and_by_upgrade() {
+    let server = Server::echo("a").await;
+    let yaml = static_config(&[server.address], "health_check: { kind: none }\ndrain: 100ms");
+    let mut program = Program::start(&yaml).await.ready().await;
+    let web = program.web();
+    let on = |ip: &str| yaml.replacen("listen: 127.0.0.1:0\n", &format!("listen: {ip}:{}\n", web.port()), 1);
+    program.write_config(&on("127.0.0.1"));
+    program.upgrade().await;
+    let knocking = Knocking::at(web);
+    for path in ["/api/reload", "/api/upgrade"] {
+        for ip in ["0.0.0.0", "127.0.0.1", "0.0.0.0", "127.0.0.1"] {
+            program.write_config(&on(ip));
+            let answer = http(program.api(), "POST", path, b"").await;
+            assert_eq!(answer.status(), 200, "{path} {ip}: {}", String::from_utf8_lossy(answer.body()));
+            program.follow().await;
+            let before = knocking.made.load(Ordering::Relaxed);
+            eventually("further connections", || knocking.made.load(Ordering::Relaxed) > before + 5).await;
+            let listen = program.status().await["listeners"][0]["address"].as_str().unwrap().to_owned();
+            assert_eq!(listen, format!("{ip}:{}", web.port()));
+        }
+    }
+    let (failed, made) = (knocking.failed.load(Ordering::Relaxed), knocking.made.load(Ordering::Relaxed));
+    assert_eq!(failed, 0, "of {made} connections");
 }

@@ -142,13 +142,39 @@ impl Bench {
         tree: Option<Tree>,
         duration: Duration,
     ) -> anyhow::Result<Cost> {
+        let load = Self::load(task, target, duration);
+        let before = tree.map(Tree::cpu).unwrap_or_default();
+        let (record, took) = put(&load).await?;
+        let cpu = tree.map(Tree::cpu).unwrap_or_default().saturating_sub(before);
+        Ok(Cost { cpu, took, record })
+    }
+
+    /// Puts requests on 4 connections on the target, beside downloads on 32 connections. Measures the requests. They run
+    /// on a thread of their own, so they do not wait for the clients of the downloads.
+    pub(crate) async fn beside(&self, target: SocketAddr, duration: Duration) -> anyhow::Result<Record> {
+        let (requests, bulk) = (
+            Load { connections: 4, ..Self::load(Task::Requests, target, duration) },
+            Self::load(Task::Bulk(32), target, duration),
+        );
+        let (sender, measured) = tokio::sync::oneshot::channel();
+        std::thread::Builder::new().name("requests".to_owned()).spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            let measured = runtime.map_err(anyhow::Error::from).and_then(|runtime| runtime.block_on(put(&requests)));
+            // The caller may have failed meanwhile.
+            let _ = sender.send(measured);
+        })?;
+        put(&bulk).await?;
+        Ok(measured.await.context("the requests ended early")??.0)
+    }
+
+    fn load(task: Task, target: SocketAddr, duration: Duration) -> Load {
         let (work, connections, pace) = match task {
             Task::Requests => (Work::Requests, 64, Pace::Closed),
             Task::Connections => (Work::Connections, 32, Pace::Closed),
             Task::Bulk(streams) => (Work::Bulk(Direction::Down, TRANSFER), streams, Pace::Closed),
             Task::Rate(rate) => (Work::Requests, 64, Pace::Open(rate)),
         };
-        let load = Load {
+        Load {
             target,
             sources: SOURCES,
             work,
@@ -159,11 +185,7 @@ impl Bench {
             duration,
             timeout: Duration::from_secs(10),
             precise: true,
-        };
-        let before = tree.map(Tree::cpu).unwrap_or_default();
-        let (record, took) = put(&load).await?;
-        let cpu = tree.map(Tree::cpu).unwrap_or_default().saturating_sub(before);
-        Ok(Cost { cpu, took, record })
+        }
     }
 
     /// Opens connections through the target, and returns when the servers have accepted all of them.

@@ -56,14 +56,16 @@ pub enum Work {
     Streams,
     /// Requests at half the rate of the slowest balancer. Needs `requests`
     Latency,
+    /// Requests on 4 connections, beside downloads on 32 connections
+    Beside,
     /// Start-up time, program size and memory of idle connections
     Footprint,
 }
 
 impl Work {
     /// All kinds of work.
-    pub const ALL: [Self; 6] =
-        [Self::Requests, Self::Connections, Self::Bulk, Self::Streams, Self::Latency, Self::Footprint];
+    pub const ALL: [Self; 7] =
+        [Self::Requests, Self::Connections, Self::Bulk, Self::Streams, Self::Latency, Self::Beside, Self::Footprint];
 }
 
 impl Options {
@@ -82,6 +84,8 @@ enum Measure {
     StreamsCpu,
     P50,
     P99,
+    BesideP50,
+    BesideP99,
     RequestRate,
     IdleMemory,
     ProgramSize,
@@ -89,13 +93,15 @@ enum Measure {
 }
 
 impl Measure {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 12] = [
         Self::RequestCpu,
         Self::ConnectionCpu,
         Self::BulkCpu,
         Self::StreamsCpu,
         Self::P50,
         Self::P99,
+        Self::BesideP50,
+        Self::BesideP99,
         Self::RequestRate,
         Self::IdleMemory,
         Self::ProgramSize,
@@ -103,13 +109,15 @@ impl Measure {
     ];
 
     /// The measures in which less is better and a ratio is meaningful.
-    const COMPARED: [Self; 7] = [
+    const COMPARED: [Self; 9] = [
         Self::RequestCpu,
         Self::ConnectionCpu,
         Self::BulkCpu,
         Self::StreamsCpu,
         Self::P50,
         Self::P99,
+        Self::BesideP50,
+        Self::BesideP99,
         Self::IdleMemory,
     ];
 
@@ -122,6 +130,8 @@ impl Measure {
             Self::StreamsCpu => "CPU s per GB, 32 streams",
             Self::P50 => "p50 ms",
             Self::P99 => "p99 ms",
+            Self::BesideP50 => "p50 ms beside 32 streams",
+            Self::BesideP99 => "p99 ms beside 32 streams",
             Self::RequestRate => "requests per second",
             Self::IdleMemory => "bytes per idle connection",
             Self::ProgramSize => "program MB",
@@ -224,6 +234,16 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
             bar.inc(1);
             contestants[turn].record(Measure::P50, cost.record.percentile(50.0));
             contestants[turn].record(Measure::P99, cost.record.percentile(99.0));
+        }
+    }
+    for round in 0..options.rounds_of(Work::Beside) {
+        for turn in turns(round, contestants.len()) {
+            bar.set_message(format!("{}: requests beside streams", contestants[turn].name));
+            let (target, _) = place(&bench, running[turn].as_ref());
+            let record = bench.beside(target, duration).await?;
+            bar.inc(1);
+            contestants[turn].record(Measure::BesideP50, record.percentile(50.0));
+            contestants[turn].record(Measure::BesideP99, record.percentile(99.0));
         }
     }
     drop(running);

@@ -2,11 +2,12 @@
 //! the old process sends it.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv6Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use socket2::SockRef;
 use tokio::sync::watch;
 
 use super::changes::Changes;
@@ -31,6 +32,18 @@ pub(super) const SIDE_PORT: &str = "";
 
 /// The message that reports that the successor serves.
 pub(super) const READY: &str = "ready";
+
+/// Begins the message that reports why the successor does not serve.
+pub(super) const FAILED: &str = "failed ";
+
+/// Tells the old process why this one, its successor, does not start.
+pub fn report_failure(why: &str) {
+    if let Ok(channel) = Channel::from_stdin() {
+        let _ = channel.set_timeout(MESSAGE_TIMEOUT);
+        // The old process may have given up.
+        let _ = channel.send(&format!("{FAILED}{why}"), &[]);
+    }
+}
 
 /// A handover message from the old process to the successor.
 #[derive(Debug, Serialize, Deserialize)]
@@ -80,6 +93,14 @@ struct Inherited {
     sockets: Vec<TcpListener>,
 }
 
+impl Inherited {
+    /// Whether the sockets are from systemd and accept IPv4 clients too.
+    fn is_dual_stack(&self) -> bool {
+        let is_dual = |socket: &TcpListener| SockRef::from(socket).only_v6().is_ok_and(|only_v6| !only_v6);
+        self.name.is_none() && self.sockets.iter().all(is_dual)
+    }
+}
+
 impl Inheritance {
     /// Takes the sockets that the systemd protocol (`LISTEN_FDS`) passes. With `takes_over`, also receives everything
     /// that the old Ringway process hands over on standard input.
@@ -90,7 +111,14 @@ impl Inheritance {
         let mut inheritance = if takes_over { Self::receive()? } else { Self::default() };
         let mut passed = listenfd::ListenFd::from_env();
         for n in 0..passed.len() {
-            if let Some(socket) = passed.take_tcp_listener(n)? {
+            let is_no_listener = |error| {
+                let what = format!(
+                    "descriptor {n} of LISTEN_FDS is not a listening TCP socket ({error}): use ListenStream= in \
+                     the socket unit"
+                );
+                io::Error::new(io::ErrorKind::InvalidInput, what)
+            };
+            if let Some(socket) = passed.take_tcp_listener(n).map_err(is_no_listener)? {
                 let listen = socket.local_addr()?;
                 inheritance.sockets.push(Inherited { name: None, listen, sockets: vec![socket] });
             }
@@ -142,11 +170,19 @@ impl Inheritance {
         self.predecessor.is_some()
     }
 
+    /// The addresses of inherited sockets that no listener has taken yet.
+    pub(super) fn addresses(&self) -> Vec<SocketAddr> {
+        self.sockets.iter().filter_map(|one| one.sockets.first()?.local_addr().ok()).collect()
+    }
+
     /// Takes the inherited sockets of a listener. Ringway matches by name and address, else by the address alone if its
     /// port is not 0.
     pub(super) fn sockets(&mut self, name: &str, listen: SocketAddr) -> Vec<TcpListener> {
         let is_same = |one: &Inherited| one.listen == listen && one.name.as_deref() == Some(name);
-        let is_alike = |one: &Inherited| one.listen == listen && listen.port() != 0;
+        // systemd's `ListenStream=8000` is a socket for both families.
+        let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, listen.port()));
+        let is_any = |one: &Inherited| listen.ip().is_unspecified() && one.listen == any && one.is_dual_stack();
+        let is_alike = |one: &Inherited| listen.port() != 0 && (one.listen == listen || is_any(one));
         let of_name = self.sockets.iter().any(is_same);
         let (taken, left) = std::mem::take(&mut self.sockets)
             .into_iter()

@@ -9,7 +9,7 @@ use crate::api::ListenerView;
 use crate::config::{self, Config};
 use crate::metrics::{self, Exporter};
 use crate::proxy::access_log::AccessLog;
-use crate::proxy::socket::{self, TcpOptions};
+use crate::proxy::socket::{self, Beside, TcpOptions, overlap};
 use crate::proxy::{Intercept, Limit, ListenerId, Proxy, Route, Serving, SourceLimits, Sources};
 
 /// Length of the kernel's accept queue for the side port.
@@ -40,19 +40,25 @@ pub(super) struct Listener {
     address: SocketAddr,
     copies: Vec<TcpListener>,
     serving: Serving,
+    /// The counts of source addresses; kept while a reload turns their limits off.
+    sources: Option<Arc<Sources>>,
 }
 
-/// Binds an address with one socket per worker, or adopts the inherited sockets if there are any.
+/// Binds an address with one socket per worker, or adopts the inherited sockets if there are any. `own` are addresses on
+/// which this process listens, or its predecessor: the new one may overlap with them.
 pub(super) fn bind(
     key_path: &str,
     listener: &config::Listener,
     config: &Config,
     workers: usize,
     inherited: Vec<TcpListener>,
+    own: &[SocketAddr],
 ) -> Result<Bound, StartError> {
     let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address: listener.listen, error };
     let sockets = if inherited.is_empty() {
-        listen(key_path, listener.listen, workers, listener.backlog, &config.tcp)?
+        let is_own = own.iter().any(|&own| overlap(own, listener.listen));
+        let beside = if is_own { Beside::OwnSockets } else { Beside::Nobody };
+        listen(key_path, listener.listen, workers, listener.backlog, &config.tcp, beside)?
     } else {
         socket::adopt(inherited, workers, listener.backlog.into(), &config.tcp).map_err(failed)?
     };
@@ -67,8 +73,9 @@ fn listen(
     count: usize,
     backlog: u16,
     tcp: &TcpOptions,
+    beside: Beside,
 ) -> Result<Vec<TcpListener>, StartError> {
-    let sockets = socket::listen(address, count, backlog.into(), tcp);
+    let sockets = socket::listen(address, count, backlog.into(), tcp, beside);
     sockets.map_err(|error| StartError::Listen { key_path: key_path.to_owned(), address, error })
 }
 
@@ -77,7 +84,7 @@ pub(super) fn side_port(config: &Config, inherited: Vec<TcpListener>) -> Result<
     let (key_path, address) = ("api.listen", config.api.listen);
     let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address, error };
     let sockets = if inherited.is_empty() {
-        listen(key_path, address, 1, API_BACKLOG, &config.tcp)?
+        listen(key_path, address, 1, API_BACKLOG, &config.tcp, Beside::Nobody)?
     } else {
         socket::adopt(inherited, 1, API_BACKLOG.into(), &config.tcp).map_err(failed)?
     };
@@ -95,7 +102,8 @@ impl Bound {
     ) -> Listener {
         let serving = serving(listener, route, context, None);
         let id = proxy.open(self.sockets, &serving);
-        Listener { id, config: listener.clone(), address: self.address, copies: self.copies, serving }
+        let sources = serving.sources.clone();
+        Listener { id, config: listener.clone(), address: self.address, copies: self.copies, serving, sources }
     }
 }
 
@@ -113,7 +121,8 @@ impl Listener {
         context: &ListenerContext<'_>,
         proxy: &Proxy,
     ) {
-        self.serving = serving(new, route, context, Some(&self.serving));
+        self.serving = serving(new, route, context, Some((&self.serving, self.sources.as_ref())));
+        self.sources = self.serving.sources.clone().or(self.sources.take());
         self.config = new.clone();
         proxy.update(self.id, &self.serving);
     }
@@ -122,6 +131,11 @@ impl Listener {
     pub(super) fn close(self, proxy: &Proxy) {
         tracing::info!(listener = %self.config.name, address = %self.address, "listener closed");
         proxy.close(self.id);
+    }
+
+    /// The bound address.
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// Returns the config and the duplicated sockets of the listener.
@@ -147,8 +161,9 @@ fn serving(
     listener: &config::Listener,
     route: &Route,
     context: &ListenerContext<'_>,
-    before: Option<&Serving>,
+    before: Option<(&Serving, Option<&Arc<Sources>>)>,
 ) -> Serving {
+    let (before, known) = before.unzip();
     let limit = before.map_or_else(
         || Arc::new(Limit::new(listener.max_connections)),
         |before| {
@@ -156,17 +171,21 @@ fn serving(
             Arc::clone(&before.limit)
         },
     );
-    let wanted = source_limits(listener.per_source);
-    let known = before.and_then(|before| before.sources.clone());
-    let known = known.filter(|sources| Some(sources.limits()) == wanted);
-    // Metrics identify a listener by its name, so a renamed listener starts with new counters.
+    let sources = source_limits(listener.per_source).map(|limits| match known.flatten() {
+        Some(known) => {
+            known.set_limits(limits);
+            Arc::clone(known)
+        }
+        None => Arc::new(Sources::new(limits)),
+    });
+    // A histogram has its listener's name, so a renamed listener starts with a new one.
     let same = before.filter(|before| *before.name == listener.name);
     Serving {
         name: listener.name.as_str().into(),
         route: route.clone(),
-        stats: same.map_or_else(Arc::default, |same| Arc::clone(&same.stats)),
+        stats: before.map_or_else(Arc::default, |before| Arc::clone(&before.stats)),
         limit,
-        sources: known.or_else(|| wanted.map(|limits| Arc::new(Sources::new(limits)))),
+        sources,
         intercept: listener.answer_status.then(|| context.intercept.clone()),
         tcp: context.config.tcp,
         backlog: listener.backlog,

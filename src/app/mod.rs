@@ -48,7 +48,7 @@ use self::capacity::capacity;
 use self::changes::Changes;
 use self::context::PoolContext;
 pub use self::error::{RunError, StartError};
-pub use self::inheritance::{Inheritance, TAKE_OVER};
+pub use self::inheritance::{Inheritance, TAKE_OVER, report_failure};
 use self::listeners::{Bound, Listener};
 use self::pools::Pool;
 pub use self::provider::unknown_names;
@@ -57,6 +57,7 @@ use crate::api::{self, State, View};
 use crate::config::{self, Config};
 use crate::control::command::{CommandSender, PendingCommand};
 use crate::control::docker::engine::Engine;
+use crate::control::supervisor::handover::Handed;
 use crate::control::supervisor::process::let_go;
 use crate::handover::Channel;
 use crate::lossy_writer::LostLines;
@@ -115,6 +116,9 @@ pub struct App {
     is_settled: watch::Receiver<bool>,
     /// Stays open until this process exits; the successor sees it close.
     successor: Option<Channel>,
+    /// Copies of the handles of the replicas that were handed over. The replicas live as long as one process has them, so
+    /// they outlive a successor that fails.
+    handed_over: Vec<Handed>,
     /// Docker pools that are being removed, by name, with what stops their supervisors.
     retiring: Vec<(String, CancellationToken)>,
     commands: mpsc::Receiver<PendingCommand>,
@@ -185,7 +189,9 @@ impl App {
         let mut bound = Vec::new();
         for (n, listener) in config.listeners.iter().enumerate() {
             let inherited = inheritance.sockets(&listener.name, listener.listen);
-            bound.push(listeners::bind(&format!("listeners[{n}].listen"), listener, &config, workers, inherited)?);
+            let key_path = format!("listeners[{n}].listen");
+            let own = inheritance.addresses();
+            bound.push(listeners::bind(&key_path, listener, &config, workers, inherited, &own)?);
         }
         inheritance.close_leftovers();
         let access_log = config.access_log.as_ref().map(open_log).transpose()?;
@@ -227,6 +233,7 @@ impl App {
             settled: Some(settled),
             is_settled,
             successor: None,
+            handed_over: Vec::new(),
             _stop_replicas: guard,
         };
         if !app.inheritance.takes_over() {

@@ -1,4 +1,7 @@
-//! Readiness: sets `ready` once every pool has had a healthy backend.
+//! Readiness: sets `ready` once every pool has had a healthy backend, and every backend its first verdict.
+//!
+//! Without the second condition, the keys of a backend that is checked a little later would go to another one, and come
+//! back. Envoy calls this warming.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -6,11 +9,15 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::api::State;
+use crate::backend::{Backend, State as BackendState};
 
 /// Longest time until this task notices the pools of a reload.
 const NEW_VIEW: Duration = Duration::from_millis(500);
 
-/// Sets `ready` once every pool has had a healthy backend. A reload may change the set of pools meanwhile.
+/// Longest wait for the first verdicts, once every pool has had a healthy backend.
+const WARMING: Duration = Duration::from_secs(5);
+
+/// Sets `ready` when the conditions are met. A reload may change the set of pools meanwhile.
 pub(super) async fn become_ready(state: Arc<State>) {
     let mut have_had_one = HashSet::new();
     loop {
@@ -29,7 +36,19 @@ pub(super) async fn become_ready(state: Arc<State>) {
         }
         let _ = tokio::time::timeout(NEW_VIEW, changes.join_next()).await;
     }
+    let all_judged = async {
+        for pool in &state.view().pools {
+            let mut changes = pool.table.watch();
+            while pool.table.load().backends().iter().any(is_undecided) && changes.changed().await.is_ok() {}
+        }
+    };
+    let _ = tokio::time::timeout(WARMING, all_judged).await;
     if !state.ready.swap(true, Ordering::Relaxed) {
         tracing::info!(after = ?state.started.elapsed(), "ready");
     }
+}
+
+/// A backend without an address waits for its name or its replica, which can take long.
+fn is_undecided(backend: &Backend) -> bool {
+    backend.state == BackendState::Starting && backend.address.is_some()
 }

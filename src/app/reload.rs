@@ -109,11 +109,12 @@ impl App {
         });
         // Side by side: each may wait for a name server.
         let pools = try_join_all(pools.collect::<Vec<_>>()).await?;
+        let own: Vec<_> = self.listeners.iter().map(Listener::address).collect();
         let mut listeners = Vec::new();
         for (n, listener) in config.listeners.iter().enumerate() {
             let is_open = self.listeners.iter().any(|open| open.can_become(listener));
             let key_path = format!("listeners[{n}].listen");
-            let bind = || listeners::bind(&key_path, listener, &config, self.state.workers.len(), Vec::new());
+            let bind = || listeners::bind(&key_path, listener, &config, self.state.workers.len(), Vec::new(), &own);
             listeners.push(if is_open { None } else { Some(bind()?) });
         }
         let log = match (&config.access_log, &self.access_log) {

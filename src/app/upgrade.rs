@@ -14,7 +14,7 @@ use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
 
 use super::App;
-use super::inheritance::{MESSAGE_TIMEOUT, Message, READY, SIDE_PORT};
+use super::inheritance::{FAILED, MESSAGE_TIMEOUT, Message, READY, SIDE_PORT};
 use super::service_manager::notify;
 use crate::control::command::CommandError;
 use crate::control::supervisor::handover::Handed;
@@ -56,11 +56,12 @@ impl App {
                 replicas.extend(pool.hand_over(decision).await?);
                 decisions.push(decide);
             }
-            self.messages(&replicas)
+            let messages = self.messages(&replicas)?;
+            io::Result::Ok((messages, replicas))
         });
-        let messages = collected.await.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()));
-        let messages = messages.map_err(|error| failed("cannot hand over", &error))?;
-        let exchange = tokio::task::spawn_blocking(move || exchange_messages(channel, messages));
+        let collected = collected.await.unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()));
+        let (messages, replicas) = collected.map_err(|error| failed("cannot hand over", &error))?;
+        let exchange = tokio::task::spawn_blocking(move || exchange_messages(channel, &messages));
         let outcome = tokio::time::timeout(PATIENCE, exchange).await;
         let ready = match outcome {
             Err(_elapsed) => Err(format!("it was not ready within {} s", PATIENCE.as_secs())),
@@ -77,7 +78,7 @@ impl App {
                 )));
             }
         };
-        self.successor = Some(channel);
+        (self.successor, self.handed_over) = (Some(channel), replicas);
         for decide in decisions {
             // A supervisor that has ended has no replicas to release.
             let _ = decide.send(true);
@@ -163,14 +164,20 @@ impl Drop for Successor {
 
 /// Sends all handover messages and waits until the successor serves. The returned channel must stay open: its close
 /// tells the successor that this process has exited.
-fn exchange_messages(channel: Channel, messages: Vec<(String, Vec<OwnedFd>)>) -> io::Result<Channel> {
+fn exchange_messages(channel: Channel, messages: &[(String, Vec<OwnedFd>)]) -> io::Result<Channel> {
     channel.set_timeout(MESSAGE_TIMEOUT)?;
-    for (text, descriptors) in messages {
-        channel.send(&text, &descriptors.iter().map(AsFd::as_fd).collect::<Vec<_>>())?;
-    }
+    let sent = messages.iter().try_for_each(|(text, descriptors)| {
+        channel.send(text, &descriptors.iter().map(AsFd::as_fd).collect::<Vec<_>>())
+    });
     channel.set_timeout(PATIENCE + MESSAGE_TIMEOUT)?;
-    match channel.receive()? {
-        Some(message) if message.text == READY => Ok(channel),
-        _ => Err(io::Error::other("it exited before it was ready")),
+    let mut received = channel.receive();
+    // If the successor has not read every message, the first read reports that, and the next one its answer.
+    if received.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionReset) {
+        received = channel.receive();
+    }
+    match received.ok().flatten().map(|message| message.text) {
+        Some(text) if text == READY => Ok(channel),
+        Some(text) if text.starts_with(FAILED) => Err(io::Error::other(text[FAILED.len()..].to_owned())),
+        _ => Err(sent.err().unwrap_or_else(|| io::Error::other("it exited before it was ready"))),
     }
 }

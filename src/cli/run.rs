@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use ringway::api::status::Status;
-use ringway::app::{App, Environment, Inheritance, TAKE_OVER};
+use ringway::app::{App, Environment, Inheritance, TAKE_OVER, report_failure};
 use ringway::config::{Config, Provider, Source};
 use ringway::control::command::{Caller, Command, CommandSender};
 use ringway::limits;
@@ -19,12 +19,19 @@ use super::logging::{Log, report_lost};
 use super::{Common, Failure, LogFormat, docker_host, runtime, side_port};
 
 pub(crate) fn run(common: &Common) -> Result<ExitCode, Failure> {
-    let (config, source) = common.config()?;
+    let read = common.config();
+    if let (Err(error), true) = (&read, common.take_over) {
+        report_failure(&error.to_string());
+    }
+    let (config, source) = read?;
     let log = Log::start(common)?;
     Ok(serve(common, config, &source, &log).map_or_else(
         |failure| {
             // Not directly to standard error: nobody may be reading it.
             log.print(format!("ringway: {failure}\n"));
+            if common.take_over {
+                report_failure(&failure.to_string());
+            }
             failure.exit_code()
         },
         |()| ExitCode::SUCCESS,

@@ -1,8 +1,8 @@
 //! Parses every key outside of pools: ranges, defaults and constraints between keys. No later code validates the
 //! config again.
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -47,6 +47,7 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     duplicate_names(&faults, "pools", pools.iter().map(|pool| pool.name.as_str()));
     clashing_addresses(&faults, &listeners, &api);
     clashing_ports(&faults, &pools, &listeners, &api);
+    loops(&faults, &pools, &listeners);
 
     let faults = faults.into_vec();
     if faults.is_empty() {
@@ -244,6 +245,49 @@ fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Listener], api: 
         }
         taken.push((path, first, last));
     }
+}
+
+/// Reports static backends that lead back to the listener that they serve, directly or through other pools. Each
+/// connection, and each health check, would cause another one without end.
+fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
+    // For each pool: its backends that are listeners, with their places in the config and the pools behind them.
+    let next: Vec<Vec<(usize, usize)>> = pools
+        .iter()
+        .map(|pool| {
+            let backends = pool.provider.static_backends().unwrap_or_default().iter().enumerate();
+            let behind = backends.filter_map(|(n, backend)| {
+                let listener =
+                    listeners.iter().find(|listener| is_here(&backend.host, backend.port, listener.listen))?;
+                Some((n, pools.iter().position(|pool| pool.name == listener.pool)?))
+            });
+            behind.collect()
+        })
+        .collect();
+    for (n, ways) in next.iter().enumerate() {
+        for &(backend, behind) in ways {
+            let (mut seen, mut open) = (HashSet::new(), vec![behind]);
+            while let Some(pool) = open.pop() {
+                if seen.insert(pool) {
+                    open.extend(next[pool].iter().map(|(_, behind)| behind));
+                }
+            }
+            if seen.contains(&n) {
+                faults.add(
+                    &format!("pools[{n}].provider.static[{backend}].address"),
+                    "is a listener of this config that leads back to this pool: connections would go round without end",
+                );
+            }
+        }
+    }
+}
+
+/// Whether a backend's address is that of a listener on this host.
+fn is_here(host: &str, port: u16, listen: SocketAddr) -> bool {
+    let ip = if host.eq_ignore_ascii_case("localhost") { Some(Ipv4Addr::LOCALHOST.into()) } else { host.parse().ok() };
+    let is_same = |ip: IpAddr| {
+        ip == listen.ip() || listen.ip().is_unspecified() && ip.is_loopback() && ip.is_ipv4() == listen.is_ipv4()
+    };
+    port == listen.port() && ip.is_some_and(is_same)
 }
 
 /// Reports listen addresses that clash: one socket would receive connections that are meant for the other.

@@ -99,6 +99,23 @@ impl Drop for NotServed {
     }
 }
 
+/// Which sockets may have an address that overlaps with the one to bind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Beside {
+    /// None: an overlap is an error.
+    Nobody,
+    /// Sockets of this process: a listener moves from 127.0.0.1 to 0.0.0.0, or back. The kernel gives new connections to
+    /// the socket with the more specific address while both listen.
+    OwnSockets,
+}
+
+/// Whether two addresses overlap, so that one of them cannot be bound after the other.
+pub fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
+    let is_any = one.ip().is_unspecified() || other.ip().is_unspecified();
+    let is_same_ip = one.ip() == other.ip() || is_any && one.is_ipv4() == other.is_ipv4();
+    one.port() != 0 && one.port() == other.port() && is_same_ip
+}
+
 /// Binds `address` once per worker (`count` sockets), and keeps other processes from binding it.
 ///
 /// With `SO_REUSEPORT`, a second process of the same user could bind the same address without an error and take half
@@ -107,8 +124,17 @@ impl Drop for NotServed {
 ///
 /// # Errors
 /// The system's error from `bind` or `listen`.
-pub fn listen(address: SocketAddr, count: usize, backlog: i32, options: &TcpOptions) -> io::Result<Vec<TcpListener>> {
+pub fn listen(
+    address: SocketAddr,
+    count: usize,
+    backlog: i32,
+    options: &TcpOptions,
+    beside: Beside,
+) -> io::Result<Vec<TcpListener>> {
     let first = unbound(address, options)?;
+    if beside == Beside::OwnSockets {
+        first.set_reuse_port(true)?;
+    }
     first.bind(&address.into())?;
     first.listen(backlog)?;
     first.set_reuse_port(true)?;
@@ -208,20 +234,21 @@ mod tests {
 
     #[test]
     fn workers_share_a_port_and_other_sockets_cannot_bind_it() {
-        let sockets = listen(any_port(), 3, 16, &OPTIONS).unwrap();
+        let sockets = listen(any_port(), 3, 16, &OPTIONS, Beside::Nobody).unwrap();
         let address = sockets[0].local_addr().unwrap();
         assert!(sockets.iter().all(|socket| socket.local_addr().unwrap() == address));
-        let error = listen(address, 1, 16, &OPTIONS).unwrap_err();
+        let error = listen(address, 1, 16, &OPTIONS, Beside::Nobody).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         drop(sockets);
-        listen(address, 2, 16, &OPTIONS).unwrap();
+        listen(address, 2, 16, &OPTIONS, Beside::Nobody).unwrap();
     }
 
     #[test]
     fn only_one_of_several_concurrent_binds_succeeds() {
-        let address = listen(any_port(), 1, 16, &OPTIONS).unwrap()[0].local_addr().unwrap();
+        let address = listen(any_port(), 1, 16, &OPTIONS, Beside::Nobody).unwrap()[0].local_addr().unwrap();
         let results: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..8).map(|_| scope.spawn(|| listen(address, 2, 16, &OPTIONS))).collect();
+            let threads: Vec<_> =
+                (0..8).map(|_| scope.spawn(|| listen(address, 2, 16, &OPTIONS, Beside::Nobody))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
@@ -229,7 +256,7 @@ mod tests {
 
     #[test]
     fn accepted_sockets_inherit_the_options() {
-        let sockets = listen(any_port(), 1, 16, &OPTIONS).unwrap();
+        let sockets = listen(any_port(), 1, 16, &OPTIONS, Beside::Nobody).unwrap();
         sockets[0].set_nonblocking(false).unwrap();
         let _client = std::net::TcpStream::connect(sockets[0].local_addr().unwrap()).unwrap();
         let (accepted, _) = sockets[0].accept().unwrap();
@@ -237,5 +264,28 @@ mod tests {
         assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());
         assert_eq!(accepted.tcp_keepalive_time().unwrap(), Duration::from_secs(77));
         assert_eq!(accepted.tcp_user_timeout().unwrap(), Some(Duration::from_secs(99)));
+    }
+
+    #[test]
+    fn addresses_overlap_if_one_port_has_the_same_or_any_address_of_one_family() {
+        let overlap = |one: &str, other: &str| overlap(one.parse().unwrap(), other.parse().unwrap());
+        assert!(overlap("127.0.0.1:80", "0.0.0.0:80") && overlap("0.0.0.0:80", "127.0.0.1:80"));
+        assert!(overlap("127.0.0.1:80", "127.0.0.1:80") && overlap("[::1]:80", "[::]:80"));
+        assert!(!overlap("127.0.0.1:80", "127.0.0.2:80") && !overlap("127.0.0.1:80", "0.0.0.0:81"));
+        assert!(!overlap("127.0.0.1:80", "[::]:80") && !overlap("127.0.0.1:0", "0.0.0.0:0"));
+    }
+
+    #[test]
+    fn own_sockets_may_overlap_and_others_may_not() {
+        let loopback = listen(any_port(), 2, 16, &OPTIONS, Beside::Nobody).unwrap();
+        let port = loopback[0].local_addr().unwrap().port();
+        let any = SocketAddr::from(([0, 0, 0, 0], port));
+        assert!(listen(any, 2, 16, &OPTIONS, Beside::Nobody).is_err());
+        let both = listen(any, 2, 16, &OPTIONS, Beside::OwnSockets).unwrap();
+        drop(loopback);
+        let back = SocketAddr::from(([127, 0, 0, 1], port));
+        assert!(listen(back, 2, 16, &OPTIONS, Beside::Nobody).is_err());
+        listen(back, 2, 16, &OPTIONS, Beside::OwnSockets).unwrap();
+        drop(both);
     }
 }

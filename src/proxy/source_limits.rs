@@ -10,6 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
+
 use super::stats::RefusalReason;
 
 /// Number of shards. Each has its own lock, so workers seldom wait for each other.
@@ -30,7 +32,7 @@ pub struct SourceLimits {
 /// The sources of a listener, shared by all workers.
 #[derive(Debug)]
 pub struct Sources {
-    limits: SourceLimits,
+    limits: ArcSwap<SourceLimits>,
     shards: Box<[Mutex<HashMap<u64, Source>>]>,
     untracked: AtomicU64,
 }
@@ -53,12 +55,18 @@ pub(super) struct SourcePermit {
 impl Sources {
     /// Creates an empty table of sources.
     pub fn new(limits: SourceLimits) -> Self {
-        Self { limits, shards: (0..SHARDS).map(|_| Mutex::default()).collect(), untracked: AtomicU64::new(0) }
+        Self {
+            limits: ArcSwap::from_pointee(limits),
+            shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
+            untracked: AtomicU64::new(0),
+        }
     }
 
-    /// The limits that apply to each source.
-    pub fn limits(&self) -> SourceLimits {
-        self.limits
+    /// Changes the limits. The open connections of each source still count.
+    pub fn set_limits(&self, limits: SourceLimits) {
+        if **self.limits.load() != limits {
+            self.limits.store(Arc::new(limits));
+        }
     }
 
     /// Connections admitted without tracking because the table was full.
@@ -69,6 +77,7 @@ impl Sources {
     /// Admits a connection, or refuses it if its source exceeds a limit; `Ok(None)`: admitted, but not tracked.
     pub(super) fn admit(self: &Arc<Self>, source: IpAddr, now: Instant) -> Result<Option<SourcePermit>, RefusalReason> {
         let source = source_of(source);
+        let limits = **self.limits.load();
         let mut shard = self.shard(source);
         if shard.len() >= MOST_IN_SHARD && !shard.contains_key(&source) {
             shard.retain(|_, other| other.connections > 0 || other.full_at > now);
@@ -78,10 +87,10 @@ impl Sources {
             }
         }
         let entry = shard.entry(source).or_insert(Source { connections: 0, full_at: now });
-        if entry.connections >= self.limits.max_connections {
+        if entry.connections >= limits.max_connections {
             return Err(RefusalReason::SourceConnections);
         }
-        if let Some((rate, burst)) = self.limits.rate {
+        if let Some((rate, burst)) = limits.rate {
             let each = Duration::from_secs(1) / rate.max(1);
             let full_at = entry.full_at.max(now) + each;
             if full_at > now + each * burst.max(1) {
@@ -105,7 +114,7 @@ impl Drop for SourcePermit {
         if let Some(source) = shard.get_mut(&self.source) {
             source.connections -= 1;
             // Without a rate limit there is no bucket to remember.
-            if source.connections == 0 && self.sources.limits.rate.is_none() {
+            if source.connections == 0 && self.sources.limits.load().rate.is_none() {
                 shard.remove(&self.source);
             }
         }

@@ -16,7 +16,11 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
+use rustix::io::Errno;
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitOptions, kill_process, kill_process_group, pidfd_open, set_child_subreaper,
+    wait as wait_for_child,
+};
 
 /// Arguments of `ringway shim`.
 #[derive(Debug, Clone, clap::Args)]
@@ -40,6 +44,9 @@ pub(super) const KILL: u8 = b'K';
 /// When the replica cannot be started, or the system cannot wait for its end.
 pub fn run(shim: &Shim) -> io::Result<()> {
     let mut lifeline = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    // Orphans of the replica become children of this process, even if they have left its group and its session
+    // (prctl(2), PR_SET_CHILD_SUBREAPER).
+    set_child_subreaper(Pid::from_raw(1))?;
     let launcher = std::env::current_exe().ok().filter(|path| path.exists());
     let launcher = launcher.as_deref().unwrap_or(Path::new("/proc/self/exe"));
     let mut command = Command::new(launcher);
@@ -60,6 +67,7 @@ pub fn run(shim: &Shim) -> io::Result<()> {
     // successor.
     signal(pid, Signal::KILL);
     let status = child.wait()?;
+    kill_orphans();
     let code = status.code().map_or_else(String::new, |code| code.to_string());
     let _ = writeln!(lifeline, "exit {code} {status}");
     ended
@@ -72,7 +80,7 @@ fn wait(child: &mut Child, pid: Pid, lifeline: &mut UnixStream) -> io::Result<()
         let ready = {
             let mut fds = [PollFd::new(&ended, PollFlags::IN), PollFd::new(&*lifeline, PollFlags::IN)];
             match poll(&mut fds, None) {
-                Err(rustix::io::Errno::INTR) => continue,
+                Err(Errno::INTR) => continue,
                 other => other?,
             };
             fds.map(|fd| !fd.revents().is_empty())
@@ -87,6 +95,35 @@ fn wait(child: &mut Child, pid: Pid, lifeline: &mut UnixStream) -> io::Result<()
             _ => return Ok(()),
         }
     }
+}
+
+/// Kills the processes that the replica has left behind, until there are none. Those of a killed process become children
+/// of this one in turn.
+fn kill_orphans() {
+    let own = std::process::id().to_string();
+    loop {
+        for child in children_of(&own) {
+            // Fails only if it has just ended by itself.
+            let _ = kill_process(child, Signal::KILL);
+        }
+        // An error means that no child is left.
+        match wait_for_child(WaitOptions::empty()) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// The processes with this parent.
+fn children_of(parent: &str) -> Vec<Pid> {
+    let Ok(processes) = std::fs::read_dir("/proc") else { return Vec::new() };
+    let pids = processes.filter_map(|entry| Pid::from_raw(entry.ok()?.file_name().to_str()?.parse().ok()?));
+    let is_child = |pid: &Pid| {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
+        // The name, in parentheses, can contain anything. The state and the parent follow it (proc_pid_stat(5)).
+        stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1)) == Some(parent)
+    };
+    pids.filter(is_child).collect()
 }
 
 /// Signals the replica's whole process group, which includes the children of a shell.
