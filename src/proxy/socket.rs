@@ -277,15 +277,15 @@ mod tests {
 
     #[test]
     fn own_sockets_may_overlap_and_others_may_not() {
-        let loopback = listen(any_port(), 2, 16, &OPTIONS, Beside::Nobody).unwrap();
-        let port = loopback[0].local_addr().unwrap().port();
-        let any = SocketAddr::from(([0, 0, 0, 0], port));
-        assert!(listen(any, 2, 16, &OPTIONS, Beside::Nobody).is_err());
-        let both = listen(any, 2, 16, &OPTIONS, Beside::OwnSockets).unwrap();
+        // The system chooses a port that no other socket has on any address.
+        let any = listen(SocketAddr::from(([0, 0, 0, 0], 0)), 2, 16, &OPTIONS, Beside::Nobody).unwrap();
+        let on_any = any[0].local_addr().unwrap();
+        let on_loopback = SocketAddr::from(([127, 0, 0, 1], on_any.port()));
+        assert!(listen(on_loopback, 2, 16, &OPTIONS, Beside::Nobody).is_err());
+        let loopback = listen(on_loopback, 2, 16, &OPTIONS, Beside::OwnSockets).unwrap();
+        drop(any);
+        assert!(listen(on_any, 2, 16, &OPTIONS, Beside::Nobody).is_err());
+        listen(on_any, 2, 16, &OPTIONS, Beside::OwnSockets).unwrap();
         drop(loopback);
-        let back = SocketAddr::from(([127, 0, 0, 1], port));
-        assert!(listen(back, 2, 16, &OPTIONS, Beside::Nobody).is_err());
-        listen(back, 2, 16, &OPTIONS, Beside::OwnSockets).unwrap();
-        drop(both);
     }
 }
