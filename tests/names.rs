@@ -61,7 +61,12 @@ async fn a_dead_address_of_a_name_does_not_hide_another_one() {
     drop(here);
     let _there = Server::echo_at(&format!("127.0.0.2:{port}")).await;
     becomes(&program, ["healthy", "unhealthy"]).await;
-    assert_eq!(program.status().await["pools"][0]["backends"][0]["address"], format!("127.0.0.2:{port}"));
+    let there = format!("127.0.0.2:{port}");
+    eventually_async("the other address", async || {
+        program.status().await["pools"][0]["backends"][0]["address"] == there
+    })
+    .await;
+    becomes(&program, ["healthy", "unhealthy"]).await;
 }
 
 #[tokio::test]

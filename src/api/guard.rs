@@ -74,6 +74,11 @@ impl Guard {
         self.token.is_none() && !self.is_loopback
     }
 
+    /// Whether the `host` header names this host.
+    pub(super) fn names_this_host(&self, headers: &HeaderMap) -> bool {
+        self.is_ours(text(headers, HOST).unwrap_or_default())
+    }
+
     /// The rule for all calls under `/api`.
     fn check_host(&self, headers: &HeaderMap) -> Result<(), Error> {
         let host = text(headers, HOST).unwrap_or_default();

@@ -23,7 +23,7 @@ use crate::table::Table;
 
 /// The last rendered metrics, which scrapes at about the same time share.
 #[derive(Debug, Default)]
-pub(super) struct Shared(Mutex<Option<Rendered>>);
+pub(super) struct Shared(Arc<Mutex<Option<Rendered>>>);
 
 #[derive(Debug, Clone)]
 struct Rendered {
@@ -44,7 +44,7 @@ const LONGEST: Duration = Duration::from_secs(1);
 impl Shared {
     /// The last text if it is fresh; else a new one. Only one is rendered at a time, on a thread for blocking work.
     async fn text(&self, render: impl FnOnce() -> String + Send + 'static) -> Bytes {
-        let mut last = self.0.lock().await;
+        let mut last = Arc::clone(&self.0).lock_owned().await;
         if let Some(last) = last.as_ref().filter(|last| Instant::now() < last.fresh_until) {
             return last.text.clone();
         }
@@ -53,13 +53,12 @@ impl Shared {
             let text = Bytes::from(render());
             let took = began.elapsed();
             let fresh_for = if took < COSTLY { Duration::ZERO } else { (took * SHARED_FOR).min(LONGEST) };
-            Rendered { text, fresh_until: Instant::now() + fresh_for }
+            // The lock ends here, even if the scraper has gone: no second text is rendered at the same time.
+            *last = Some(Rendered { text: text.clone(), fresh_until: Instant::now() + fresh_for });
+            text
         });
-        // A panic of the renderer is logged; the scraper gets the last text.
-        if let Ok(rendered) = rendered.await {
-            *last = Some(rendered);
-        }
-        last.as_ref().map(|last| last.text.clone()).unwrap_or_default()
+        // A panic of the renderer is logged.
+        rendered.await.unwrap_or_default()
     }
 }
 

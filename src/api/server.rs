@@ -182,16 +182,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Marks a connection as at work.
-struct AtWork<'a>(&'a State);
+struct AtWork(Arc<State>);
 
-impl<'a> AtWork<'a> {
-    fn begin(state: &'a State) -> Self {
+impl AtWork {
+    fn begin(state: &Arc<State>) -> Self {
         *lock(&state.idle_since) = None;
-        Self(state)
+        Self(Arc::clone(state))
     }
 }
 
-impl Drop for AtWork<'_> {
+impl Drop for AtWork {
     fn drop(&mut self) {
         *lock(&self.0.idle_since) = Some(Instant::now());
     }

@@ -352,7 +352,9 @@ async fn answer_one(state: &State, connection: Intercepted) -> Result<(), hyper:
     let _permit = connection.permit;
     let Ok(stream) = TcpStream::from_std(connection.stream) else { return Ok(()) };
     let is_local = stream.peer_addr().is_ok_and(|peer| peer.ip().to_canonical().is_loopback());
-    let service = service_fn(|_request| async {
+    let service = service_fn(|request: hyper::Request<hyper::body::Incoming>| async move {
+        // A web page can make a browser on this host ask under a name of its own (DNS rebinding).
+        let is_local = is_local && state.guard.names_this_host(request.headers());
         let status = Status::of(state);
         let status = if is_local { status } else { status.for_strangers() };
         let body = serde_json::to_vec(&status).unwrap_or_default();

@@ -65,8 +65,12 @@ impl AccessLog {
     pub fn reopen(&self, path: &Path, format: Format) -> io::Result<()> {
         let current = self.0.load_full();
         let output = if current.path == path {
-            let has_queued = current.writer.replace(open(path)?);
-            if !has_queued {
+            let is_queued = current.writer.replace(open(path)?);
+            if !is_queued && path.is_file() {
+                // A new writer for a file that is slow. One for each reload that finds a FIFO stalled would be too many.
+                return self.set(Output::start(path, format, current.writer.lost().clone())?);
+            }
+            if !is_queued {
                 tracing::warn!(path = %path.display(), "the access log was not reopened: its reader has stopped reading");
             }
             Output { path: path.to_owned(), is_json: format == Format::Json, writer: Arc::clone(&current.writer) }
@@ -74,6 +78,11 @@ impl AccessLog {
             // A new writer: the old one may never finish its queue.
             Output::start(path, format, current.writer.lost().clone())?
         };
+        self.set(output)
+    }
+
+    #[expect(clippy::unnecessary_wraps, reason = "ends `reopen`")]
+    fn set(&self, output: Output) -> io::Result<()> {
         self.0.store(Arc::new(output));
         Ok(())
     }

@@ -77,8 +77,9 @@ pub async fn connect(
                 Err(ConnectFailure::NoDescriptors) => return Err(RefusalReason::NoDescriptors),
                 Err(_) => refusal = RefusalReason::ConnectFailed,
             }
+            // A newer table offers it again.
+            tried.push((Arc::clone(&backend.id), backend.incarnation));
             if is_stale {
-                tried.push((Arc::clone(&backend.id), backend.incarnation));
                 newer = Some(now);
                 break;
             }

@@ -18,6 +18,8 @@ use super::stats::EndReason;
 /// the relay and the account, each once. The earlier stages are boxed and freed when they end. This is not an
 /// `async fn`, which would also store its arguments.
 pub(super) fn serve_connection(client: TcpStream, mut account: Account) -> impl Future<Output = ()> {
+    // Not in the future: it may be dropped before its first poll.
+    let client = NotServed::new(client);
     let connecting = Box::pin(async move {
         let relay = reach_backend(client, &mut account).await;
         (relay, account)
@@ -34,11 +36,11 @@ pub(super) fn serve_connection(client: TcpStream, mut account: Account) -> impl 
 }
 
 /// Runs the stages up to the connection to a backend.
-async fn reach_backend(client: TcpStream, account: &mut Account) -> Result<Relay, Outcome> {
+async fn reach_backend(client: NotServed, account: &mut Account) -> Result<Relay, Outcome> {
     let listener = Rc::clone(&account.listener);
     let (serving, peer) = (&listener.serving, account.client);
 
-    let client = admit(NotServed::new(client), peer, &mut account.permit, serving).await?;
+    let client = admit(client, peer, &mut account.permit, serving).await?;
     let key = Key::of(serving.route.key, peer);
     let connect = connect(&serving.route, || listener.table(), key.as_bytes(), &serving.tcp);
     let backend = tokio::select! {

@@ -14,12 +14,13 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitOptions, kill_process, kill_process_group, pidfd_open, set_child_subreaper,
-    wait as wait_for_child,
+    wait as wait_for_child, waitpid,
 };
 
 /// Arguments of `ringway shim`.
@@ -37,6 +38,12 @@ pub struct Shim {
 pub(super) const TERM: u8 = b'T';
 /// Ringway sends this byte over the lifeline to kill the replica with SIGKILL.
 pub(super) const KILL: u8 = b'K';
+
+/// Time between two looks for orphans that have ended.
+const REAP: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+
+/// How long the shim waits for the orphans that it has killed. It cannot kill those of another user.
+const KILLED: Duration = Duration::from_secs(2);
 
 /// Runs a replica as its shim until the replica has ended. Standard input is the lifeline.
 ///
@@ -79,7 +86,7 @@ fn wait(child: &mut Child, pid: Pid, lifeline: &mut UnixStream) -> io::Result<()
     loop {
         let ready = {
             let mut fds = [PollFd::new(&ended, PollFlags::IN), PollFd::new(&*lifeline, PollFlags::IN)];
-            match poll(&mut fds, None) {
+            match poll(&mut fds, Some(&REAP)) {
                 Err(Errno::INTR) => continue,
                 other => other?,
             };
@@ -87,6 +94,10 @@ fn wait(child: &mut Child, pid: Pid, lifeline: &mut UnixStream) -> io::Result<()
         };
         if ready[0] || child.try_wait()?.is_some() {
             return Ok(());
+        }
+        reap_orphans(pid);
+        if !ready[1] {
+            continue;
         }
         let mut word = [0; 1];
         match lifeline.read(&mut word) {
@@ -97,18 +108,27 @@ fn wait(child: &mut Child, pid: Pid, lifeline: &mut UnixStream) -> io::Result<()
     }
 }
 
-/// Kills the processes that the replica has left behind, until there are none. Those of a killed process become children
-/// of this one in turn.
+/// Reaps the orphans that have ended while the replica runs. The replica itself is left to its waiter.
+fn reap_orphans(replica: Pid) {
+    for child in children_of(&std::process::id().to_string()).into_iter().filter(|&child| child != replica) {
+        // Has no effect on a running process.
+        let _ = waitpid(Some(child), WaitOptions::NOHANG);
+    }
+}
+
+/// Kills the processes that the replica has left behind. Those of a killed process become children of this one in turn.
 fn kill_orphans() {
     let own = std::process::id().to_string();
-    loop {
+    let deadline = Instant::now() + KILLED;
+    while Instant::now() < deadline {
         for child in children_of(&own) {
-            // Fails only if it has just ended by itself.
+            // Fails only if it has just ended by itself, or is another user's.
             let _ = kill_process(child, Signal::KILL);
         }
-        // An error means that no child is left.
-        match wait_for_child(WaitOptions::empty()) {
-            Ok(_) | Err(Errno::INTR) => {}
+        match wait_for_child(WaitOptions::NOHANG) {
+            Ok(Some(_)) | Err(Errno::INTR) => {}
+            Ok(None) => std::thread::sleep(Duration::from_millis(5)),
+            // No child is left.
             Err(_) => return,
         }
     }
@@ -116,6 +136,10 @@ fn kill_orphans() {
 
 /// The processes with this parent.
 fn children_of(parent: &str) -> Vec<Pid> {
+    // The kernel keeps this list if it was built so (CONFIG_PROC_CHILDREN). This process has one thread.
+    if let Ok(list) = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")) {
+        return list.split_whitespace().filter_map(|pid| Pid::from_raw(pid.parse().ok()?)).collect();
+    }
     let Ok(processes) = std::fs::read_dir("/proc") else { return Vec::new() };
     let pids = processes.filter_map(|entry| Pid::from_raw(entry.ok()?.file_name().to_str()?.parse().ok()?));
     let is_child = |pid: &Pid| {
