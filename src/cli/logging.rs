@@ -70,11 +70,9 @@ pub(super) async fn report_lost(lost: LostLines) {
         let now = lost.count();
         if now > reported {
             tracing::warn!(lines = now - reported, "log lines were lost because standard error was not read in time");
-            tokio::time::sleep(LOOK).await;
-            // If more than this line was lost, there is more to report. If only this line was, nobody reads the log.
-            let after = lost.count();
-            if after <= now + 1 {
-                reported = after;
+            // Otherwise this line was lost too.
+            if lost.count() == now {
+                reported = now;
             }
         }
     }
