@@ -179,7 +179,7 @@ impl Status {
     }
 
     /// Keeps what clients of a listener may see: names, states, counts and shares. Removes addresses, process ids,
-    /// containers, and texts of servers, replicas and the engine.
+    /// containers, run-time changes, and texts of servers, replicas and the engine.
     fn for_strangers(mut self) -> Self {
         self.pid = None;
         for listener in &mut self.listeners {
@@ -187,6 +187,7 @@ impl Status {
         }
         for pool in &mut self.pools {
             pool.provider.engine = None;
+            pool.differs.clear();
             for (n, member) in pool.backends.iter_mut().enumerate() {
                 (member.address, member.replica, member.last_exit, member.health.last) = (None, None, None, None);
                 // Without an id in the config, the address is the id.
@@ -388,7 +389,7 @@ mod tests {
                     "host": "unix:///secret.sock", "reachable": false, "synced_seconds_ago": 1.0, "error": "secret error",
                 } },
                 "ring": { "digest": "0", "points": 1, "virtual_nodes": 1, "probes": 1, "seed": 0 },
-                "differs": [],
+                "differs": [{ "what": "drain", "backend": "10.9.9.8:80", "config": null, "now": null }],
                 "backends": [{
                     "id": "10.9.9.8:80", "address": "10.9.9.8:80", "state": "unhealthy", "weight": 3, "share": 0.5,
                     "replica": { "container": "secretid", "name": "secretname" }, "restarts": 5,

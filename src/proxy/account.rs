@@ -91,6 +91,7 @@ impl Account {
             permit,
             from_client: Traffic::default(),
             to_client: Traffic::default(),
+            is_active: Cell::new(true),
             last_active: Cell::new(now),
             expires: expiry(self.listener.serving.route.max_age, self.client, now),
             half_closed: Cell::new(false),

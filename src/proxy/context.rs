@@ -98,7 +98,9 @@ pub(super) struct Progress {
     pub(super) permit: BackendPermit,
     pub(super) from_client: Traffic,
     pub(super) to_client: Traffic,
-    /// The worker's clock when bytes last moved or a stream last ended.
+    /// Set by the relay when bytes move or a stream ends, until the next tick.
+    pub(super) is_active: Cell<bool>,
+    /// The worker's clock at the tick that last found the connection active.
     pub(super) last_active: Cell<Duration>,
     /// When the connection reaches its maximum age, by the worker's clock.
     pub(super) expires: Option<Duration>,

@@ -144,18 +144,18 @@ impl Direction {
         }
     }
 
-    /// Moves the bytes of a held pipe to memory, so that others can use the pipe.
-    pub(super) fn give_up_pipe(&mut self, worker: &Worker) {
+    /// Moves the bytes of a held pipe to memory, so that others can use the pipe. After an error, the stream has a gap.
+    pub(super) fn give_up_pipe(&mut self, worker: &Worker) -> io::Result<()> {
         if worker.moved_out.get() == MOST_MOVED_OUT {
-            return;
+            return Ok(());
         }
-        if let Held::Piped(pipe) = &mut self.held
-            && let Ok(bytes) = pipe.read_all()
-        {
+        if let Held::Piped(pipe) = &mut self.held {
+            let bytes = pipe.read_all()?;
             self.release(worker);
             worker.moved_out.set(worker.moved_out.get() + 1);
             (self.held, self.path, self.run) = (Held::MovedOut(bytes), Path::Copy, 0);
         }
+        Ok(())
     }
 
     /// Writes the held bytes to the sink.

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use bytes::BytesMut;
+use rustix::io::retry_on_intr;
 use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_getpipe_size, fcntl_setpipe_size, pipe_with, splice};
 
 use super::stats::WorkerStats;
@@ -44,12 +45,12 @@ impl Pipe {
         Ok(Self { reader, writer, held: 0 })
     }
 
-    /// Moves all bytes of the pipe to memory, and leaves the pipe empty.
+    /// Moves all bytes of the pipe to memory, and leaves the pipe empty. After an error, bytes are missing.
     pub(super) fn read_all(&mut self) -> io::Result<BytesMut> {
         let mut bytes = BytesMut::zeroed(self.held);
         while self.held > 0 {
             let at = bytes.len() - self.held;
-            let read = rustix::io::read(&self.reader, &mut bytes[at..])?;
+            let read = retry_on_intr(|| rustix::io::read(&self.reader, &mut bytes[at..]))?;
             if read == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }

@@ -55,8 +55,10 @@ impl Relay {
             return Poll::Ready(verdict);
         }
         if progress.give_up_pipes.take() {
-            self.up.give_up_pipe(&progress.listener.worker);
-            self.down.give_up_pipe(&progress.listener.worker);
+            let worker = &progress.listener.worker;
+            if self.up.give_up_pipe(worker).and_then(|()| self.down.give_up_pipe(worker)).is_err() {
+                return Poll::Ready(EndReason::LocalError);
+            }
         }
         if progress.inspect.take()
             && let Some(end) = self.inspect()
@@ -71,7 +73,7 @@ impl Relay {
         let before = self.activity();
         let polled = self.poll_directions(cx);
         if self.activity() != before {
-            progress.last_active.set(progress.listener.worker.clock.get());
+            progress.is_active.set(true);
         }
         progress.half_closed.set(self.up.has_ended() != self.down.has_ended());
         progress.blocked.set(self.up.is_holding() || self.down.is_holding());

@@ -64,7 +64,11 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
         for (_, progress) in worker.open.borrow().iter() {
             progress.report();
             of_open = of_open.min(progress.listener.tick);
-            let silent = silence(progress, now, tick);
+            if progress.is_active.take() {
+                progress.last_active.set(now);
+            }
+            // Since the tick that found it active: a connection can live one tick longer than configured, never shorter.
+            let silent = now.saturating_sub(progress.last_active.get());
             let verdict = verdict(progress, now, silent, stopped);
             // A connection in this state does not notice by itself that a side has broken.
             let inspect = inspects && (progress.blocked.get() || progress.half_closed.get());
@@ -83,12 +87,6 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
             }
         }
     }
-}
-
-/// The time without activity. Activity gets the time of the previous tick, which can be two ticks ago. So two ticks are
-/// subtracted: a connection can live a little longer than configured, but never shorter.
-fn silence(progress: &Progress, now: Duration, tick: Duration) -> Duration {
-    now.saturating_sub(progress.last_active.get()).saturating_sub(2 * tick)
 }
 
 fn verdict(progress: &Progress, now: Duration, silent: Duration, stopped: Option<Instant>) -> Option<EndReason> {

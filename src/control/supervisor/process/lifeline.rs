@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::watch;
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::Handed;
 use crate::backend::Exit;
@@ -90,7 +90,6 @@ pub(super) async fn wait_for_exit(
     // The pipe stays open until the last process that holds it has ended.
     if let Ok(mut output) = output {
         let _ = tokio::time::timeout(LAST_WORDS, &mut output).await;
-        output.abort();
     }
     (slot, Exit { reason, code, output: tail.lines(), at: Instant::now() })
 }
@@ -132,7 +131,8 @@ pub async fn let_go(handed: Handed, mut settled: watch::Receiver<bool>, grace: D
 }
 
 /// Logs the replica's output, and counts the lines that are not logged for its backend.
-fn log_output(slot: &Arc<str>, tail: &Tail, output: PipeReader, table: TableCell) -> io::Result<JoinHandle<()>> {
+/// Dropping the handle ends it: after a handover, only the successor reads.
+fn log_output(slot: &Arc<str>, tail: &Tail, output: PipeReader, table: TableCell) -> io::Result<AbortOnDropHandle<()>> {
     let output = tokio::net::unix::pipe::Receiver::from_owned_fd(output.into())?;
     let count = move |slot: &str, lines| {
         let table = table.load();
@@ -140,5 +140,5 @@ fn log_output(slot: &Arc<str>, tail: &Tail, output: PipeReader, table: TableCell
             backend.live.output_lost.fetch_add(lines, Ordering::Relaxed);
         }
     };
-    Ok(tokio::spawn(log_lines(Arc::clone(slot), tail.clone(), output, count)))
+    Ok(AbortOnDropHandle::new(tokio::spawn(log_lines(Arc::clone(slot), tail.clone(), output, count))))
 }
