@@ -4,12 +4,15 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use rustix::io::Errno;
 
+pub use self::port_search::PortSearch;
 use crate::label_enum;
 use crate::labels::{Label as _, Tally};
+
+mod port_search;
 
 label_enum! {
     /// Whether a backend may get connections, and if not, why.
@@ -226,44 +229,6 @@ pub struct Live {
     pub checks_failed: AtomicU64,
 }
 
-/// Notices when the kernel needs long to find a free source port towards a backend.
-#[derive(Debug, Default)]
-pub struct PortSearch {
-    /// Slow connect calls in a row.
-    slow: AtomicU32,
-    /// Connects left for which Ringway chooses the port.
-    own_choices: AtomicU32,
-}
-
-impl PortSearch {
-    /// A connect call that takes this long has searched. Otherwise it takes some 50 us, with the handshake on loopback.
-    const SLOW: Duration = Duration::from_micros(500);
-
-    /// Slow calls in a row that are no coincidence: a thread can also lose the processor during a call.
-    const IN_A_ROW: u32 = 3;
-
-    /// Connects until the kernel is asked again.
-    const OWN_CHOICES: u32 = 1000;
-
-    /// Records the time of a connect call for which the kernel chose the port.
-    pub fn took(&self, time: Duration) {
-        if time >= Self::SLOW {
-            if self.slow.fetch_add(1, Ordering::Relaxed) + 1 >= Self::IN_A_ROW {
-                self.own_choices.store(Self::OWN_CHOICES, Ordering::Relaxed);
-            }
-        } else if self.slow.load(Ordering::Relaxed) > 0 {
-            self.slow.store(0, Ordering::Relaxed);
-        }
-    }
-
-    /// Whether Ringway chooses the port of this connect.
-    pub fn is_crowded(&self) -> bool {
-        // Store only while it is crowded: all workers share this cache line.
-        self.own_choices.load(Ordering::Relaxed) > 0
-            && self.own_choices.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
-    }
-}
-
 /// Bytes moved in one direction, by path.
 #[derive(Debug, Default)]
 pub struct Moved {
@@ -372,21 +337,6 @@ mod tests {
         drop(permits);
         assert!(BackendPermit::take(&live, 1).is_some());
         assert_eq!(live.active.load(Ordering::Relaxed), 0);
-    }
-
-    #[test]
-    fn ports_are_chosen_after_slow_searches_in_a_row_and_for_a_while() {
-        let search = PortSearch::default();
-        let (slow, quick) = (PortSearch::SLOW, PortSearch::SLOW / 2);
-        for time in [slow, slow, quick, slow, slow] {
-            search.took(time);
-        }
-        assert!(!search.is_crowded());
-        search.took(slow);
-        assert_eq!((0..2000).filter(|_| search.is_crowded()).count(), 1000);
-        // One slow search shows that the kernel still needs long.
-        search.took(slow);
-        assert!(search.is_crowded());
     }
 
     #[test]

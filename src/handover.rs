@@ -22,8 +22,8 @@ const LONGEST: usize = 128 * 1024;
 /// The first byte of a packet that is a part of a message, with more to come.
 const MORE: u8 = 1;
 
-/// The first byte of the last packet of a message with several. A message with one has no such byte, as in versions
-/// before 0.2: no text begins with either byte.
+/// The first byte of the last packet of a message with several. A message with one packet has no such byte: no text
+/// begins with either of them.
 const LAST: u8 = 2;
 
 /// One end of the channel between an old process and its successor.

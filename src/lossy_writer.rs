@@ -41,9 +41,8 @@ impl LostLines {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Counts a lost line. Returns the number of lines lost before.
-    fn add(&self) -> u64 {
-        self.0.fetch_add(1, Ordering::Relaxed)
+    fn add(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -192,8 +192,9 @@ async fn sigusr2_upgrades_and_sigterm_stops_the_new_process_with_its_replicas() 
     program.signal(Signal::USR2);
     eventually_async("another process answers", async || program.status().await["pid"] != old.as_raw_nonzero().get())
         .await;
-    let new = program.follow().await;
+    // Until it has ended, the old process may answer too.
     assert_eq!(program.ended().await.code(), Some(0));
+    let new = program.follow().await;
     let replicas = program.replicas().await;
     kill_process(new, Signal::TERM).unwrap();
     eventually("it ends", || !is_alive(new)).await;
@@ -237,7 +238,8 @@ async fn listening_sockets_come_from_the_service_manager() {
     let mut second = start();
     assert!(soon("an echo", echoes(&mut queued)).await);
     let mut log = second.0.stderr.take().unwrap();
-    drop(second);
+    // A killed process would lose its last lines.
+    kill_process(Pid::from_child(&second.0), Signal::TERM).unwrap();
     let mut text = String::new();
     std::io::Read::read_to_string(&mut log, &mut text).unwrap();
     assert!(text.contains("a socket from LISTEN_FDS matches no listener's address"));
@@ -282,8 +284,8 @@ async fn the_command_line_sends_commands_to_a_running_ringway() {
         arguments.extend(["--api", &api]);
         run(&arguments)
     };
-    let (code, out, _) = command(&["drain", "echo/echo-1", "--wait"]);
-    assert_eq!(code, Some(0));
+    let (code, out, err) = command(&["drain", "echo/echo-1", "--wait"]);
+    assert_eq!(code, Some(0), "{err}");
     assert!(out.contains("echo/echo-1: no new connections") && out.contains("0 connections left"), "{out}");
     let (code, out, _) = command(&["scale", "web", "4"]);
     assert!(code == Some(0) && out.contains("pools[echo].provider.process.replicas: 3 -> 4"), "{out}");

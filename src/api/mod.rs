@@ -3,13 +3,14 @@
 //! # Layout
 //!
 //! - this file: the shared state of the routes, and the routes
-//! - [`status`] answers `/api/status`, on the side port and on listeners with `answer_status`
+//! - [`status`] answers `/api/status` on the side port; [`on_listener`] on listeners with `answer_status`
 //! - [`request`] answers `/api/request`
 //! - [`commands`]: run-time commands as HTTP calls; [`guard`] decides who may call what
 //! - [`scrape`] answers `/metrics`
 //! - [`server`]: the HTTP server with its limits; [`error`]: errors as JSON
 
 pub mod commands;
+pub mod on_listener;
 pub mod status;
 
 mod error;

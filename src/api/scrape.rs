@@ -6,11 +6,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::extract::State as Extract;
+use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::IntoResponse;
 use bytes::Bytes;
 use tokio::sync::Mutex;
+use tokio::task::JoinError;
 
+use super::error::Error;
 use super::{ListenerView, State};
 use crate::backend::{Backend, ConnectFailure, Moved, State as BackendState};
 use crate::control::docker::watch::EngineStatus;
@@ -43,10 +46,10 @@ const LONGEST: Duration = Duration::from_secs(1);
 
 impl Shared {
     /// The last text if it is fresh; else a new one. Only one is rendered at a time, on a thread for blocking work.
-    async fn text(&self, render: impl FnOnce() -> String + Send + 'static) -> Bytes {
+    async fn text(&self, render: impl FnOnce() -> String + Send + 'static) -> Result<Bytes, JoinError> {
         let mut last = Arc::clone(&self.0).lock_owned().await;
         if let Some(last) = last.as_ref().filter(|last| Instant::now() < last.fresh_until) {
-            return last.text.clone();
+            return Ok(last.text.clone());
         }
         let rendered = tokio::task::spawn_blocking(move || {
             let began = Instant::now();
@@ -57,15 +60,16 @@ impl Shared {
             *last = Some(Rendered { text: text.clone(), fresh_until: Instant::now() + fresh_for });
             text
         });
-        // A panic of the renderer is logged.
-        rendered.await.unwrap_or_default()
+        rendered.await
     }
 }
 
-pub(super) async fn metrics(Extract(state): Extract<Arc<State>>) -> impl IntoResponse {
+pub(super) async fn metrics(Extract(state): Extract<Arc<State>>) -> Result<impl IntoResponse, Error> {
     let rendered = Arc::clone(&state);
-    let text = state.scrape.text(move || text(&rendered)).await;
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text)
+    let text = state.scrape.text(move || text(&rendered)).await.map_err(|_panicked| {
+        Error::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", "cannot render the metrics; see the log")
+    })?;
+    Ok(([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text))
 }
 
 fn text(state: &State) -> String {
@@ -202,6 +206,7 @@ mod tests {
                         RENDERED.fetch_add(1, Ordering::Relaxed).to_string()
                     })
                     .await
+                    .unwrap()
             });
         }
         let texts = scrapers.join_all().await;
@@ -210,6 +215,6 @@ mod tests {
         while !again(&*shared.0.lock().await) {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
-        assert_eq!(shared.text(|| "new".to_owned()).await, "new");
+        assert_eq!(shared.text(|| "new".to_owned()).await.unwrap(), "new");
     }
 }

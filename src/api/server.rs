@@ -1,7 +1,7 @@
 //! The server of the side port: HTTP/1.1 with a limit on connections and a time limit on each step.
 //!
-//! Nobody may hold what others need. A client has a limited time to send the head of a request, then its body, then to
-//! read the answer. When all places are taken, the connection that has been idle for longest makes room for a new one.
+//! A client has a limited time to send the head of a request, then its body, then to read the answer. When all permits
+//! are taken, the connection that has been idle for longest makes room for a new one.
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
@@ -55,44 +55,53 @@ impl Limits {
 /// How long the last request of a connection may go on.
 const LAST_REQUEST: Duration = Duration::from_secs(120);
 
+/// How long a request may be on its way when the server stops.
+const ON_ITS_WAY: Duration = Duration::from_secs(1);
+
 /// Time until another connection makes room, if all were at work.
 const AGAIN: Duration = Duration::from_millis(50);
 
 /// Pause after an accept that failed: no signal announces free descriptors.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Serves `router` on `listener` within the limits until `stop`, then closes the listener and waits for the open requests.
-pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: CancellationToken) {
+/// Serves `router` on `listener` within the limits until `stop`, then closes the listener. Returns the connections that
+/// are still open; each ends after its last answer.
+pub async fn serve(listener: TcpListener, router: Router, limits: Limits, stop: CancellationToken) -> TaskTracker {
     let router = router.layer(from_fn(move |request, next| receive(limits.body, request, next)));
-    let (places, connections) = (Arc::new(Semaphore::new(limits.connections.max(1))), Connections::default());
+    let (permits, connections) = (Arc::new(Semaphore::new(limits.connections.max(1))), Connections::default());
     let open = TaskTracker::new();
-    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+    loop {
+        let accepted = tokio::select! {
+            // First, because the successor answers the connections that wait now.
+            biased;
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+        };
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::debug!(%error, "cannot accept on the side port");
+                tracing::warn!(%error, "cannot accept a connection on the side port");
                 tokio::time::sleep(PAUSE).await;
                 continue;
             }
         };
-        let Some(permit) = stop.run_until_cancelled(place(&places, &connections)).await else { break };
+        let Some(permit) = stop.run_until_cancelled(permit(&permits, &connections)).await else { break };
         let connection = connections.open(permit);
         let router = router.clone().layer(Extension(ConnectInfo(peer))).layer(Extension(Arc::clone(&connection)));
         open.spawn(serve_connection(stream, router, limits, connection, stop.clone()));
     }
-    drop(listener);
     open.close();
-    open.wait().await;
+    open
 }
 
-/// Waits for a place. If there is none, ends the connection that has been idle for longest.
-async fn place(places: &Arc<Semaphore>, connections: &Connections) -> OwnedSemaphorePermit {
+/// Takes a permit. If all are taken, ends the connection that has been idle for longest.
+async fn permit(permits: &Arc<Semaphore>, connections: &Connections) -> OwnedSemaphorePermit {
     loop {
-        if let Ok(permit) = Arc::clone(places).try_acquire_owned() {
+        if let Ok(permit) = Arc::clone(permits).try_acquire_owned() {
             return permit;
         }
         connections.evict_idlest();
-        if let Ok(Ok(permit)) = tokio::time::timeout(AGAIN, Arc::clone(places).acquire_owned()).await {
+        if let Ok(Ok(permit)) = tokio::time::timeout(AGAIN, Arc::clone(permits).acquire_owned()).await {
             return permit;
         }
     }
@@ -107,14 +116,31 @@ async fn serve_connection(
 ) {
     // Also ends a connection whose peer acknowledges nothing, or has closed its window (tcp(7)).
     let _ = SockRef::from(&stream).set_tcp_user_timeout(Some(limits.write));
+    let over = async || {
+        tokio::select! {
+            () = stop.cancelled() => {}
+            () = tokio::time::sleep(limits.age) => {}
+        }
+    };
+    // When told to stop, hyper closes a connection of which it has read nothing. The request may be on its way.
+    let mut first = [0];
+    let is_begun = tokio::select! {
+        begun = tokio::time::timeout(limits.head, stream.peek(&mut first)) => matches!(begun, Ok(Ok(1))),
+        () = connection.state.evicted.cancelled() => false,
+        () = async { over().await; tokio::time::sleep(ON_ITS_WAY).await } => false,
+    };
+    if !is_begun {
+        return;
+    }
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder.timer(TokioTimer::new()).header_read_timeout(limits.head);
     let mut serving = pin!(builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router)));
     tokio::select! {
+        // First, so hyper reads before it can be told to stop.
+        biased;
         _ = serving.as_mut() => return,
-        () = connection.evicted.cancelled() => return,
-        () = stop.cancelled() => {}
-        () = tokio::time::sleep(limits.age) => {}
+        () = connection.state.evicted.cancelled() => return,
+        () = over() => {}
     }
     serving.as_mut().graceful_shutdown();
     let _ = tokio::time::timeout(LAST_REQUEST, poll_fn(|cx| serving.as_mut().poll(cx))).await;
@@ -133,31 +159,30 @@ struct Open {
 /// What others see of a connection.
 #[derive(Debug)]
 struct State {
-    /// Since when it has had no complete request; `None` while it has one.
+    /// Since when it has had no request to work on; `None` while it has one. A client that still reads its answer has none.
     idle_since: Mutex<Option<Instant>>,
     evicted: CancellationToken,
 }
 
-/// An open connection. Dropping it gives its place back.
+/// An open connection. Dropping it returns its permit.
 #[derive(Debug)]
 struct Connection {
     number: u64,
     state: Arc<State>,
-    evicted: CancellationToken,
     all: Connections,
-    _place: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Connections {
-    fn open(&self, place: OwnedSemaphorePermit) -> Arc<Connection> {
-        let evicted = CancellationToken::new();
-        let state = Arc::new(State { idle_since: Mutex::new(Some(Instant::now())), evicted: evicted.clone() });
+    fn open(&self, permit: OwnedSemaphorePermit) -> Arc<Connection> {
+        let idle_since = Mutex::new(Some(Instant::now()));
+        let state = Arc::new(State { idle_since, evicted: CancellationToken::new() });
         let mut all = lock(&self.0);
         all.next += 1;
         let number = all.next;
         all.connections.insert(number, Arc::clone(&state));
         drop(all);
-        Arc::new(Connection { number, state, evicted, all: self.clone(), _place: place })
+        Arc::new(Connection { number, state, all: self.clone(), _permit: permit })
     }
 
     /// Ends the connection that has been idle for longest, if there is one.
@@ -255,6 +280,21 @@ mod tests {
     }
 
     const FAST: &str = "GET /fast HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+
+    #[tokio::test]
+    async fn a_request_that_is_on_its_way_at_the_end_is_answered() {
+        let (address, stop) = start(Limits::new(8)).await;
+        let mut early = send(address, "").await;
+        // The server accepts connections in their order.
+        assert!(rest(send(address, FAST).await).await.ends_with("fast"));
+        drop(stop);
+        while TcpStream::connect(address).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        early.write_all(FAST.as_bytes()).await.unwrap();
+        let answer = rest(early).await;
+        assert!(answer.ends_with("fast"), "{answer}");
+    }
 
     #[tokio::test]
     async fn half_a_head_and_an_idle_connection_are_closed() {

@@ -199,14 +199,14 @@ impl App {
         let (buffer, splice_from) = (config.relay.buffer_kib * 1024, config.relay.splice_from_kib * 1024);
         let proxy = proxy::Settings { workers, max_connections, max_pipes, buffer, splice_from };
         let (proxy, workers_ended) = Proxy::start(proxy).map_err(StartError::Threads)?;
-        let (intercept, intercepted) = api::status::intercept();
+        let (intercept, intercepted) = api::on_listener::intercept();
         let (sender, commands) = CommandSender::new();
         let state = Arc::new(State::new(exporter, guard, sender, &proxy, tasks.runtimes()));
         let pools: Vec<_> = prepared.into_iter().map(|pool| pool.start(&tasks)).collect();
         for replica in std::mem::take(&mut inheritance.replicas) {
             tasks.spawn(let_go(replica, is_settled.clone(), UNWANTED_GRACE));
         }
-        tasks.spawn_side_port(api::status::answer(Arc::clone(&state), intercepted));
+        tasks.spawn_side_port(api::on_listener::answer(Arc::clone(&state), intercepted));
         tasks.spawn_side_port(upkeep(Arc::clone(&state)));
         let guard = tasks.stop_replicas.clone().drop_guard();
         let mut app = Self {

@@ -3,7 +3,6 @@
 //! The fallible steps run first and change nothing. The steps after them cannot fail.
 
 use std::io;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +13,7 @@ use super::changes::OfPool;
 use super::context::PoolContext;
 use super::provider::{self, Addresses, Source, Start, change};
 use super::settings::{publishing, route};
-use super::tasks::Tasks;
+use super::tasks::{Tasks, until};
 use super::{Environment, StartError};
 use crate::api::ProviderView;
 use crate::backend::Failing;
@@ -117,21 +116,16 @@ impl Prepared {
     pub(super) fn start(mut self, tasks: &Tasks) -> Pool {
         let (table, events) = (self.pool.route.table.clone(), &self.pool.events);
         let over = self.pool.over.clone();
-        let until_over = |task: Pin<Box<dyn Future<Output = ()> + Send>>| {
-            let over = over.clone();
-            async move {
-                let _ = over.run_until_cancelled(task).await;
-            }
-        };
         if let Some(queue) = self.pool.queue.take() {
-            tasks.spawn(until_over(Box::pin(self.publisher.run(queue))));
+            tasks.spawn(until(over.clone(), self.publisher.run(queue)));
         }
         let checks =
             health::check_all(table.clone(), self.pool.health.subscribe(), events.clone(), tasks.not_done.clone());
-        tasks.spawn_check(until_over(Box::pin(checks)));
+        tasks.spawn_check(until(over.clone(), checks));
         let settings = self.pool.ejection.subscribe();
-        tasks.spawn(until_over(Box::pin(ejection::eject(table.clone(), settings, self.reports, events.clone()))));
-        let (events, stop, over) = (events.clone(), self.pool.stop.clone(), self.pool.over.clone());
+        let ejection = ejection::eject(table.clone(), settings, self.reports, events.clone());
+        tasks.spawn(until(over.clone(), ejection));
+        let (events, stop) = (events.clone(), self.pool.stop.clone());
         (self.start)(Start { table, events, stop, over, tasks });
         self.pool
     }

@@ -56,20 +56,25 @@ impl App {
             return Err(RunError::SidePort);
         };
         // The side port answers on its own thread while a command runs.
-        let (side_port_over, side_port_ended) = (CancellationToken::new(), CancellationToken::new());
-        let (router, over, ended) =
-            (api::router(Arc::clone(&self.state)), side_port_over.clone(), side_port_ended.clone().drop_guard());
+        let side_port = SidePort::default();
+        let (over, closed, ended) =
+            (side_port.over.clone(), side_port.closed.clone().drop_guard(), side_port.ended.clone().drop_guard());
+        let router = api::router(Arc::clone(&self.state));
         let most = usize::try_from(limits::side_port(limits::open_files())).unwrap_or(usize::MAX);
         let limits = api::Limits::new(most);
         self.tasks.spawn_side_port(async move {
             match tokio::net::TcpListener::from_std(listener) {
-                Ok(listener) => api::serve(listener, router, limits, over).await,
+                Ok(listener) => {
+                    let open = api::serve(listener, router, limits, over).await;
+                    drop(closed);
+                    open.wait().await;
+                }
                 Err(error) => tracing::error!(%error, "cannot serve the side port"),
             }
             drop(ended);
         });
-        let mut trouble = Trouble { workers, panics, side_port: side_port_ended.clone() };
-        let outcome = self.serve(shutdown, &mut trouble, &side_port_over).await;
+        let mut trouble = Trouble { workers, panics, side_port: side_port.ended.clone() };
+        let outcome = self.serve(shutdown, &mut trouble, &side_port).await;
         self.becoming_ready = None;
         self.state.ready.store(false, Ordering::Relaxed);
         match outcome {
@@ -93,9 +98,9 @@ impl App {
         let _ = self.is_settled.wait_for(|&settled| settled).await;
         self.tasks.stop_replicas.cancel();
         self.tasks.finish().await;
-        if side_port_over.is_cancelled() {
+        if side_port.over.is_cancelled() {
             // The answer to the upgrade command may not be sent yet.
-            let _ = tokio::time::timeout(LAST_ANSWERS, side_port_ended.cancelled()).await;
+            let _ = tokio::time::timeout(LAST_ANSWERS, side_port.ended.cancelled()).await;
         }
         outcome.map(drop)
     }
@@ -110,7 +115,7 @@ impl App {
         &mut self,
         mut shutdown: Pin<&mut impl Future<Output = ()>>,
         trouble: &mut Trouble,
-        side_port_over: &CancellationToken,
+        side_port: &SidePort,
     ) -> Result<RunOutcome, RunError> {
         loop {
             let PendingCommand { command, caller, outcome } = tokio::select! {
@@ -146,8 +151,8 @@ impl App {
                     };
                     if let Ok(pid) = successor {
                         // The side port closes before the answer: a caller that asks again reaches the successor.
-                        side_port_over.cancel();
-                        tokio::task::yield_now().await;
+                        side_port.over.cancel();
+                        side_port.closed.cancelled().await;
                         let changes = vec![format!("process {pid} has taken over")];
                         self.answer(&command, caller, Ok(Report { changes, ..Report::default() }), outcome);
                         return Ok(RunOutcome::Succeeded);
@@ -198,6 +203,17 @@ impl App {
         // The sender may have gone.
         let _ = outcome.send(result);
     }
+}
+
+/// The end of the side port, step by step.
+#[derive(Default)]
+struct SidePort {
+    /// Cancelled when it is to end.
+    over: CancellationToken,
+    /// Cancelled when it accepts no more connections.
+    closed: CancellationToken,
+    /// Cancelled when its last answer has been sent.
+    ended: CancellationToken,
 }
 
 /// Parts of Ringway without which it cannot serve. The service manager restarts Ringway if one of them ends.

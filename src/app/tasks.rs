@@ -82,10 +82,7 @@ impl Tasks {
     }
 
     fn until_over(&self, task: impl Future<Output = ()> + Send + 'static) -> impl Future<Output = ()> + Send + 'static {
-        let (over, task) = (self.over.clone(), self.watched(task));
-        async move {
-            let _ = over.run_until_cancelled(task).await;
-        }
+        until(self.over.clone(), self.watched(task))
     }
 
     /// Reports a panic of the task: without the task the table would become stale.
@@ -96,6 +93,11 @@ impl Tasks {
             drop(report);
         }
     }
+}
+
+/// The task, which ends when `over` is cancelled.
+pub(super) async fn until(over: CancellationToken, task: impl Future<Output = ()>) {
+    let _ = over.run_until_cancelled(task).await;
 }
 
 struct ReportPanic(mpsc::UnboundedSender<()>);

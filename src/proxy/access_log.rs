@@ -52,7 +52,8 @@ impl AccessLog {
     /// # Errors
     /// When the file cannot be opened for appending.
     pub fn open(path: &Path, format: Format) -> io::Result<(Self, FlushGuard)> {
-        let output = Output::start(path, format, LostLines::default())?;
+        let writer = start(path, LostLines::default())?;
+        let output = Output { path: path.to_owned(), is_json: format == Format::Json, writer };
         let log = Self(Arc::new(ArcSwap::from_pointee(output)));
         Ok((log.clone(), FlushGuard(log)))
     }
@@ -64,26 +65,18 @@ impl AccessLog {
     /// When the file cannot be opened for appending. The log then continues in the old file.
     pub fn reopen(&self, path: &Path, format: Format) -> io::Result<()> {
         let current = self.0.load_full();
-        let output = if current.path == path {
-            let is_queued = current.writer.replace(open(path)?);
-            if !is_queued && path.is_file() {
-                // A new writer for a file that is slow. One for each reload that finds a FIFO stalled would be too many.
-                return self.set(Output::start(path, format, current.writer.lost().clone())?);
-            }
-            if !is_queued {
-                tracing::warn!(path = %path.display(), "the access log was not reopened: its reader has stopped reading");
-            }
-            Output { path: path.to_owned(), is_json: format == Format::Json, writer: Arc::clone(&current.writer) }
+        let is_same = current.path == path;
+        let writer = if is_same && current.writer.replace(open(path)?) {
+            Arc::clone(&current.writer)
+        } else if is_same && !path.is_file() {
+            // One more writer for each reload while a FIFO is stalled would be too many.
+            tracing::warn!(path = %path.display(), "the access log was not reopened: its reader has stopped reading");
+            Arc::clone(&current.writer)
         } else {
-            // A new writer: the old one may never finish its queue.
-            Output::start(path, format, current.writer.lost().clone())?
+            // The old writer may never finish its queue.
+            start(path, current.writer.lost().clone())?
         };
-        self.set(output)
-    }
-
-    #[expect(clippy::unnecessary_wraps, reason = "ends `reopen`")]
-    fn set(&self, output: Output) -> io::Result<()> {
-        self.0.store(Arc::new(output));
+        self.0.store(Arc::new(Output { path: path.to_owned(), is_json: format == Format::Json, writer }));
         Ok(())
     }
 
@@ -98,11 +91,8 @@ impl AccessLog {
     }
 }
 
-impl Output {
-    fn start(path: &Path, format: Format, lost: LostLines) -> io::Result<Self> {
-        let writer = Arc::new(LossyWriter::start("access-log", QUEUED_LINES, open(path)?, lost)?);
-        Ok(Self { path: path.to_owned(), is_json: format == Format::Json, writer })
-    }
+fn start(path: &Path, lost: LostLines) -> io::Result<Arc<LossyWriter>> {
+    Ok(Arc::new(LossyWriter::start("access-log", QUEUED_LINES, open(path)?, lost)?))
 }
 
 fn open(path: &Path) -> io::Result<Sink> {

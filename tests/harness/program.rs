@@ -236,6 +236,9 @@ impl Program {
 
 impl Drop for Program {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("log of ringway {}:\n{}", self.child.0.id(), self.log());
+        }
         for &successor in &self.successors {
             // The process may have exited already.
             let _ = kill_process(successor, Signal::KILL);

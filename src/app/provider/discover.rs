@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::source::{Prepared, Source, Update, scope, watched};
 use crate::app::StartError;
 use crate::app::context::PoolContext;
+use crate::app::tasks::until;
 use crate::config;
 use crate::control::Event;
 use crate::control::provider::discover::{Settings, follow};
@@ -32,11 +33,8 @@ pub(super) fn prepare(
         known: Vec::new(),
         engine_status: Some(engine_status),
         start: Box::new(move |start| {
-            let over = start.over;
             let following = follow(settings, engine, start.events, status);
-            start.tasks.spawn(async move {
-                let _ = over.run_until_cancelled(following).await;
-            });
+            start.tasks.spawn(until(start.over, following));
         }),
     })
 }

@@ -11,6 +11,7 @@ use tokio::sync::watch;
 use super::source::{Boxed, Prepared, Source, Update};
 use crate::app::StartError;
 use crate::app::context::PoolContext;
+use crate::app::tasks::until;
 use crate::config::{self, Config, StaticBackend};
 use crate::control::Event;
 use crate::control::provider::Listed;
@@ -46,11 +47,8 @@ pub(super) async fn prepare(
         known,
         engine_status: None,
         start: Box::new(move |start| {
-            let over = start.over;
             let following = follow(pool, names, shared, start.table, start.events);
-            start.tasks.spawn(async move {
-                let _ = over.run_until_cancelled(following).await;
-            });
+            start.tasks.spawn(until(start.over, following));
         }),
     })
 }
@@ -108,12 +106,11 @@ fn changed_backends(
     events
 }
 
+fn name(backend: &StaticBackend) -> Name {
+    Name { id: backend.id.as_str().into(), host: backend.host.clone(), port: backend.port }
+}
+
 fn names(backends: &[StaticBackend]) -> Vec<Name> {
-    let name = |backend: &StaticBackend| Name {
-        id: backend.id.as_str().into(),
-        host: backend.host.clone(),
-        port: backend.port,
-    };
     backends.iter().map(name).collect()
 }
 
@@ -148,16 +145,14 @@ async fn resolve(
 
 /// The names of static backends that cannot be resolved now, each as the error that names its key path.
 pub async fn unknown_names(config: &Config) -> Vec<StartError> {
-    let mut unknown = Vec::new();
-    for (n, pool) in config.pools.iter().enumerate() {
-        let backends = pool.provider.static_backends().unwrap_or_default();
-        let results = resolve_all(&names(backends)).await;
-        for (m, (backend, result)) in std::iter::zip(backends, results).enumerate() {
-            let error = |error| unresolved(&format!("pools[{n}]"), m, backend, error);
-            unknown.extend(result.err().map(error));
-        }
-    }
-    unknown
+    let listed = config.pools.iter().map(|pool| pool.provider.static_backends().unwrap_or_default());
+    let places = listed.enumerate().flat_map(|(n, backends)| {
+        backends.iter().enumerate().map(move |(m, backend)| (format!("pools[{n}]"), m, backend))
+    });
+    let places: Vec<_> = places.collect();
+    let all: Vec<Name> = places.iter().map(|(.., backend)| name(backend)).collect();
+    let results = std::iter::zip(places, resolve_all(&all).await);
+    results.filter_map(|((path, m, backend), result)| Some(unresolved(&path, m, backend, result.err()?))).collect()
 }
 
 fn unresolved(key_path: &str, n: usize, backend: &StaticBackend, error: io::Error) -> StartError {

@@ -16,7 +16,6 @@ use bollard::query_parameters::{
 use futures_util::stream::{BoxStream, StreamExt as _};
 
 use super::container::Container;
-
 use crate::text::printable;
 
 /// The engine's address unless `DOCKER_HOST` is set.

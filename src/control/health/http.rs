@@ -11,6 +11,9 @@ use super::check::{Http, MOST_READ, contains, part, start_of};
 /// Longest status line in bytes.
 const LONGEST_STATUS_LINE: usize = 4096;
 
+/// Longest head in bytes; further bytes count as the body.
+const LONGEST_HEAD: usize = 64 * 1024;
+
 /// Speaks to the server. The error is a short reason.
 pub(super) async fn speak(http: &Http, mut stream: TcpStream, address: SocketAddr) -> Result<(), Arc<str>> {
     let request = request(http, address);
@@ -18,13 +21,14 @@ pub(super) async fn speak(http: &Http, mut stream: TcpStream, address: SocketAdd
     let written = stream.write_all(request.as_bytes()).await;
     let mut answer = Vec::new();
     let result = loop {
+        let before = answer.len();
         let read = stream.read_buf(&mut answer).await;
         let ended = match &read {
             Ok(0) => Some("the connection was closed".to_owned()),
             Ok(_) => None,
             Err(error) => Some(written.as_ref().err().unwrap_or(error).to_string()),
         };
-        if let Some(result) = judge(http, &answer, ended.as_deref()) {
+        if let Some(result) = judge(http, &answer, before, ended.as_deref()) {
             break result;
         }
     };
@@ -40,8 +44,9 @@ fn request(http: &Http, address: SocketAddr) -> String {
     )
 }
 
-/// The result of a check by the bytes received so far; `None`: more bytes must decide. `ended`: why no more will come.
-fn judge(http: &Http, answer: &[u8], ended: Option<&str>) -> Option<Result<(), Arc<str>>> {
+/// The result of a check by the bytes received so far; `None`: more bytes must decide. The first `before` bytes did not
+/// decide. `ended`: why no more will come.
+fn judge(http: &Http, answer: &[u8], before: usize, ended: Option<&str>) -> Option<Result<(), Arc<str>>> {
     let line_end = answer.iter().take(LONGEST_STATUS_LINE).position(|&byte| byte == b'\n');
     let Some(line_end) = line_end else {
         if answer.len() >= LONGEST_STATUS_LINE || !answer.starts_with(b"HTTP/") && answer.len() >= 5 {
@@ -56,10 +61,13 @@ fn judge(http: &Http, answer: &[u8], ended: Option<&str>) -> Option<Result<(), A
         return Some(Err(format!("status {status}").into()));
     }
     let Some(wanted) = http.body.as_deref().map(str::as_bytes) else { return Some(Ok(())) };
-    let head_end = answer.windows(4).position(|window| window == b"\r\n\r\n").map(|at| at + 4);
-    let (head, body) = answer.split_at(head_end.unwrap_or(answer.len()));
+    let most = &answer[..answer.len().min(LONGEST_HEAD)];
+    let head_end = most.windows(4).position(|window| window == b"\r\n\r\n").map_or(most.len(), |at| at + 4);
+    let (head, body) = answer.split_at(head_end);
     let is_over = ended.is_some() || answer.len() > MOST_READ || is_whole(head, body);
-    if contains(body, wanted) || is_over && contains(&unchunked(body), wanted) {
+    // Only the new bytes, and the end of the old ones where a match may begin.
+    let new = &body[before.saturating_sub(head.len() + wanted.len()).min(body.len())..];
+    if contains(new, wanted) || is_over && contains(&unchunked(body).0, wanted) {
         return Some(Ok(()));
     }
     is_over.then(|| Err("the body lacks the expected text".into()))
@@ -77,24 +85,27 @@ fn is_whole(head: &[u8], body: &[u8]) -> bool {
     let head = String::from_utf8_lossy(head).to_ascii_lowercase();
     let value = |name: &str| head.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
     if value("transfer-encoding").is_some() {
-        return body.ends_with(b"0\r\n\r\n");
+        return body.ends_with(b"0\r\n\r\n") && unchunked(body).1;
     }
     value("content-length").and_then(|length| length.parse::<usize>().ok()).is_some_and(|length| body.len() >= length)
 }
 
-/// The body without the sizes of its chunks (RFC 9112, section 7.1), between which the wanted text may be split. Bytes
-/// that are no chunks end it.
-fn unchunked(mut body: &[u8]) -> Vec<u8> {
+/// The body without the sizes of its chunks (RFC 9112, section 7.1), between which the wanted text may be split, and
+/// whether it has the last chunk. Bytes that are no chunks end it.
+fn unchunked(mut body: &[u8]) -> (Vec<u8>, bool) {
     let mut content = Vec::new();
     while let Some(end) = body.windows(2).position(|window| window == b"\r\n") {
         let size = std::str::from_utf8(&body[..end]).ok().and_then(|line| line.split(';').next());
         let Some(size) = size.and_then(|size| usize::from_str_radix(size.trim(), 16).ok()) else { break };
+        if size == 0 {
+            return (content, true);
+        }
         let chunk = &body[end + 2..];
         content.extend_from_slice(&chunk[..size.min(chunk.len())]);
         let Some(rest) = size.checked_add(2).and_then(|skip| chunk.get(skip..)) else { break };
         body = rest;
     }
-    content
+    (content, false)
 }
 
 #[cfg(test)]
@@ -106,7 +117,7 @@ mod tests {
     }
 
     fn verdict(body: Option<&str>, answer: &str, ended: Option<&str>) -> Option<Result<(), String>> {
-        judge(&http(body), answer.as_bytes(), ended).map(|result| result.map_err(|reason| reason.to_string()))
+        judge(&http(body), answer.as_bytes(), 0, ended).map(|result| result.map_err(|reason| reason.to_string()))
     }
 
     fn failed(reason: &str) -> Result<(), String> {
@@ -146,6 +157,21 @@ mod tests {
         assert_eq!(verdict(Some("down"), &chunked, None), lacks);
     }
 
+    #[test]
+    fn a_text_is_found_wherever_the_reads_divide_it() {
+        let answer = b"HTTP/1.1 200 OK\r\n\r\nall is up and running";
+        for first in 0..answer.len() {
+            let judged = |end: usize, before: usize| judge(&http(Some("is up")), &answer[..end], before, None);
+            assert!(judged(first, 0).is_some() || judged(answer.len(), first).is_some_and(|it| it.is_ok()), "{first}");
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_chunk_in_the_content_is_not_the_end_of_the_body() {
+        let head = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n";
+        assert_eq!(verdict(Some("up"), &format!("{head}9\r\nabc0\r\n\r\n"), None), None);
+    }
+
     proptest::proptest! {
         #![proptest_config(proptest::prelude::ProptestConfig { failure_persistence: None, ..Default::default() })]
 
@@ -153,7 +179,7 @@ mod tests {
         fn no_bytes_break_a_check(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..200)) {
             let mut answer = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n".to_vec();
             answer.extend_from_slice(&bytes);
-            proptest::prop_assert!(judge(&http(Some("wanted")), &answer, Some("closed")).is_some());
+            proptest::prop_assert!(judge(&http(Some("wanted")), &answer, 0, Some("closed")).is_some());
             unchunked(&bytes);
         }
     }
