@@ -166,7 +166,7 @@ pub struct ListenerView {
     pub stats: Arc<ListenerStats>,
     /// Limit on its connections.
     pub limit: Arc<Limit>,
-    /// Limits per source address, if there are any.
+    /// The counts of source addresses, if their limits are on or have been on.
     pub sources: Option<Arc<Sources>>,
 }
 

@@ -151,7 +151,7 @@ impl Listener {
             pool: Arc::clone(&self.serving.route.pool),
             stats: Arc::clone(&self.serving.stats),
             limit: Arc::clone(&self.serving.limit),
-            sources: self.serving.sources.clone(),
+            sources: self.sources.clone(),
         }
     }
 }

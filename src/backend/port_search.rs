@@ -1,7 +1,9 @@
 //! Notices when the kernel needs long to find a free source port towards a backend.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
 
 /// The search of the kernel for source ports towards one backend.
 #[derive(Debug, Default)]
@@ -13,7 +15,7 @@ pub struct PortSearch {
 }
 
 impl PortSearch {
-    /// A connect call that takes this long has searched. Otherwise it takes some 50 us, with the handshake on loopback.
+    /// A connect call that takes this long has searched. Otherwise it takes some 50 µs, with the handshake on loopback.
     const SLOW: Duration = Duration::from_micros(500);
 
     /// Slow calls in a row that are no coincidence: a thread can also lose the processor during a call.
@@ -22,8 +24,23 @@ impl PortSearch {
     /// Connects until the kernel is asked again.
     const OWN_CHOICES: u32 = 1000;
 
-    /// Records the time of a connect call for which the kernel chose the port.
-    pub fn took(&self, time: Duration) {
+    /// Begins to time a connect call for which the kernel chooses the port.
+    ///
+    /// The wall-clock time of a call includes the time in which the thread waited for a processor. Reading the thread's
+    /// own time costs a system call, so only the calls after a slow one are timed by it.
+    pub fn begin(&self) -> Timer {
+        if self.slow.load(Ordering::Relaxed) == 0 { Timer::Wall(Instant::now()) } else { Timer::Thread(thread_time()) }
+    }
+
+    /// Records the end of the connect call.
+    pub fn end(&self, timer: &Timer) {
+        self.took(match timer {
+            Timer::Wall(began) => began.elapsed(),
+            Timer::Thread(began) => thread_time().saturating_sub(*began),
+        });
+    }
+
+    fn took(&self, time: Duration) {
         if time >= Self::SLOW {
             if self.slow.fetch_add(1, Ordering::Relaxed) + 1 >= Self::IN_A_ROW {
                 self.own_choices.store(Self::OWN_CHOICES, Ordering::Relaxed);
@@ -39,6 +56,22 @@ impl PortSearch {
         self.own_choices.load(Ordering::Relaxed) > 0
             && self.own_choices.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
     }
+}
+
+/// When a connect call began.
+#[derive(Debug)]
+pub enum Timer {
+    /// By the monotonic clock.
+    Wall(Instant),
+    /// By the processor time of this thread.
+    Thread(Duration),
+}
+
+/// The processor time that this thread has used.
+fn thread_time() -> Duration {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    // The kernel returns no negative time for this clock.
+    Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
 }
 
 #[cfg(test)]
@@ -58,5 +91,16 @@ mod tests {
         // One slow search shows that the kernel still needs long.
         search.took(slow);
         assert!(search.is_crowded());
+    }
+
+    #[test]
+    fn calls_in_which_the_thread_waited_for_a_processor_are_no_searches() {
+        let search = PortSearch::default();
+        for _ in 0..5 {
+            let timer = search.begin();
+            std::thread::sleep(PortSearch::SLOW * 2);
+            search.end(&timer);
+        }
+        assert!(!search.is_crowded());
     }
 }
