@@ -16,6 +16,7 @@ use crate::backend::State;
 use crate::config::Config;
 use crate::control::supervisor::handover::{Handed, Spec};
 use crate::handover::Channel;
+use crate::proxy::socket::turn_away;
 use crate::table::Table;
 
 /// How long a successor waits for the first check results of the remaining backends.
@@ -49,7 +50,13 @@ pub fn report_failure(why: &str) {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Message {
     /// Listening sockets. Further messages for the same listener can follow.
-    Sockets { name: String, listen: SocketAddr },
+    Sockets {
+        name: String,
+        listen: SocketAddr,
+        /// The service manager has opened them, and keeps them open.
+        #[serde(default)]
+        is_managed: bool,
+    },
     /// A replica, with the descriptors of its lifeline, its output and its port, in that order.
     Replica {
         pool: String,
@@ -90,7 +97,17 @@ struct Inherited {
     name: Option<String>,
     /// Listen address as in the config, where the port can be 0.
     listen: SocketAddr,
+    /// The service manager has opened them, and keeps them open.
+    is_managed: bool,
     sockets: Vec<TcpListener>,
+}
+
+/// The inherited sockets of one listener; empty if there are none.
+#[derive(Debug, Default)]
+pub(super) struct Sockets {
+    pub(super) list: Vec<TcpListener>,
+    /// The service manager has opened them, and keeps them open.
+    pub(super) is_managed: bool,
 }
 
 impl Inherited {
@@ -120,7 +137,7 @@ impl Inheritance {
             };
             if let Some(socket) = passed.take_tcp_listener(n).map_err(is_no_listener)? {
                 let listen = socket.local_addr()?;
-                inheritance.sockets.push(Inherited { name: None, listen, sockets: vec![socket] });
+                inheritance.sockets.push(Inherited { name: None, listen, is_managed: true, sockets: vec![socket] });
             }
         }
         Ok(inheritance)
@@ -134,9 +151,9 @@ impl Inheritance {
             let message = channel.receive()?.ok_or(io::ErrorKind::UnexpectedEof)?;
             let mut descriptors = message.descriptors.into_iter();
             match serde_json::from_str(&message.text).map_err(io::Error::other)? {
-                Message::Sockets { name, listen } => {
+                Message::Sockets { name, listen, is_managed } => {
                     let sockets = descriptors.map(TcpListener::from).collect();
-                    inheritance.sockets.push(Inherited { name: Some(name), listen, sockets });
+                    inheritance.sockets.push(Inherited { name: Some(name), listen, is_managed, sockets });
                 }
                 Message::Replica { pool, slot, pid, address, command, env } => {
                     let mut next = || descriptors.next().ok_or(io::ErrorKind::InvalidData);
@@ -177,7 +194,7 @@ impl Inheritance {
 
     /// Takes the inherited sockets of a listener. Ringway matches by name and address, else by the address alone if its
     /// port is not 0.
-    pub(super) fn sockets(&mut self, name: &str, listen: SocketAddr) -> Vec<TcpListener> {
+    pub(super) fn sockets(&mut self, name: &str, listen: SocketAddr) -> Sockets {
         let is_same = |one: &Inherited| one.listen == listen && one.name.as_deref() == Some(name);
         // systemd's `ListenStream=8000` is a socket for both families.
         let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, listen.port()));
@@ -189,7 +206,8 @@ impl Inheritance {
             .partition(|one| if of_name { is_same(one) } else { is_alike(one) });
         self.sockets = left;
         let taken: Vec<Inherited> = taken;
-        taken.into_iter().flat_map(|one| one.sockets).collect()
+        let is_managed = taken.iter().any(|one| one.is_managed);
+        Sockets { list: taken.into_iter().flat_map(|one| one.sockets).collect(), is_managed }
     }
 
     /// Takes the inherited replicas of a pool.
@@ -199,9 +217,10 @@ impl Inheritance {
         taken
     }
 
-    /// Closes the sockets that no listener has taken. Logs a warning for each socket that came from systemd.
+    /// Closes the sockets from systemd that no listener has taken, with a warning for each. Those of the old process stay
+    /// open until this process serves.
     pub(super) fn close_leftovers(&mut self) {
-        for left in self.sockets.drain(..).filter(|left| left.name.is_none()) {
+        for left in self.sockets.extract_if(.., |left| left.name.is_none()) {
             tracing::warn!(address = %left.listen,
                 "a socket from LISTEN_FDS matches no listener's address: add a listener, or remove the address from the \
                  socket unit");
@@ -234,6 +253,14 @@ impl Inheritance {
     /// Tells the old process that this process serves. Sets `settled` to true once the old process has exited.
     pub(super) fn tell_ready(&mut self, settled: watch::Sender<bool>) {
         let Some(channel) = self.predecessor.take() else { return };
+        // The old process accepts the connections that wait on the sockets of a listener that has moved or is removed.
+        for left in self.sockets.drain(..).filter(|left| !left.is_managed) {
+            for socket in &left.sockets {
+                if let Err(error) = turn_away(socket) {
+                    tracing::debug!(address = %left.listen, %error, "cannot turn clients away from a socket that closes");
+                }
+            }
+        }
         if let Err(error) = channel.send(READY, &[]) {
             tracing::warn!(%error, "the old process exited before this process could report that it is ready");
         }

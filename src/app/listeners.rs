@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
 use super::StartError;
+use super::inheritance::Sockets;
 use crate::api::ListenerView;
 use crate::config::{self, Config};
 use crate::metrics::{self, Exporter};
@@ -29,6 +30,22 @@ pub(super) struct Bound {
     /// Duplicates of the sockets, for a handover to a successor.
     copies: Vec<TcpListener>,
     address: SocketAddr,
+    /// The service manager keeps the sockets open.
+    is_managed: bool,
+}
+
+/// The socket of the side port.
+pub(super) struct SidePort {
+    pub(super) socket: TcpListener,
+    /// The service manager keeps it open.
+    pub(super) is_managed: bool,
+}
+
+impl SidePort {
+    /// The bound address.
+    pub(super) fn address(&self) -> io::Result<SocketAddr> {
+        self.socket.local_addr()
+    }
 }
 
 /// A listener that accepts connections.
@@ -39,6 +56,7 @@ pub(super) struct Listener {
     /// The bound address. It has the real port where the config says port 0.
     address: SocketAddr,
     copies: Vec<TcpListener>,
+    is_managed: bool,
     serving: Serving,
     /// The counts of source addresses; kept while a reload turns their limits off.
     sources: Option<Arc<Sources>>,
@@ -51,10 +69,11 @@ pub(super) fn bind(
     listener: &config::Listener,
     config: &Config,
     workers: usize,
-    inherited: Vec<TcpListener>,
+    inherited: Sockets,
     own: &[SocketAddr],
 ) -> Result<Bound, StartError> {
     let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address: listener.listen, error };
+    let Sockets { list: inherited, is_managed } = inherited;
     let sockets = if inherited.is_empty() {
         let is_own = own.iter().any(|&own| overlap(own, listener.listen));
         let beside = if is_own { Beside::OwnSockets } else { Beside::Nobody };
@@ -64,7 +83,7 @@ pub(super) fn bind(
     };
     let address = sockets[0].local_addr().unwrap_or(listener.listen);
     let copies = sockets.iter().map(TcpListener::try_clone).collect::<io::Result<_>>().map_err(failed)?;
-    Ok(Bound { sockets, copies, address })
+    Ok(Bound { sockets, copies, address, is_managed })
 }
 
 fn listen(
@@ -80,15 +99,17 @@ fn listen(
 }
 
 /// Binds the side port, or adopts the inherited socket if there is one.
-pub(super) fn side_port(config: &Config, inherited: Vec<TcpListener>) -> Result<TcpListener, StartError> {
+pub(super) fn side_port(config: &Config, inherited: Sockets) -> Result<SidePort, StartError> {
     let (key_path, address) = ("api.listen", config.api.listen);
     let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address, error };
+    let Sockets { list: inherited, is_managed } = inherited;
     let sockets = if inherited.is_empty() {
         listen(key_path, address, 1, API_BACKLOG, &config.tcp, Beside::Nobody)?
     } else {
         socket::adopt(inherited, 1, API_BACKLOG.into(), &config.tcp).map_err(failed)?
     };
-    sockets.into_iter().next().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))
+    let socket = sockets.into_iter().next().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
+    Ok(SidePort { socket, is_managed })
 }
 
 impl Bound {
@@ -100,10 +121,11 @@ impl Bound {
         context: &ListenerContext<'_>,
         proxy: &mut Proxy,
     ) -> Listener {
+        let Self { sockets, copies, address, is_managed } = self;
         let serving = serving(listener, route, context, None);
-        let id = proxy.open(self.sockets, &serving);
+        let id = proxy.open(sockets, &serving);
         let sources = serving.sources.clone();
-        Listener { id, config: listener.clone(), address: self.address, copies: self.copies, serving, sources }
+        Listener { id, config: listener.clone(), address, copies, is_managed, serving, sources }
     }
 }
 
@@ -130,6 +152,12 @@ impl Listener {
     /// Stops accepting. Open connections continue.
     pub(super) fn close(self, proxy: &Proxy) {
         tracing::info!(listener = %self.config.name, address = %self.address, "listener closed");
+        // The service manager would go on with sockets that take no client.
+        for socket in self.copies.iter().filter(|_| !self.is_managed) {
+            if let Err(error) = socket::turn_away(socket) {
+                tracing::debug!(address = %self.address, %error, "cannot turn clients away from a socket that closes");
+            }
+        }
         proxy.close(self.id);
     }
 
@@ -138,9 +166,9 @@ impl Listener {
         self.address
     }
 
-    /// Returns the config and the duplicated sockets of the listener.
-    pub(super) fn sockets(&self) -> (&config::Listener, &[TcpListener]) {
-        (&self.config, &self.copies)
+    /// Returns the config and the duplicated sockets of the listener, and whether the service manager keeps them open.
+    pub(super) fn sockets(&self) -> (&config::Listener, &[TcpListener], bool) {
+        (&self.config, &self.copies, self.is_managed)
     }
 
     /// Returns the view of the listener for the side port.

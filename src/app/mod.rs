@@ -107,7 +107,7 @@ pub struct App {
     access_log: Option<Log>,
     api_address: SocketAddr,
     /// The socket of the side port.
-    api_socket: Option<std::net::TcpListener>,
+    api_socket: Option<listeners::SidePort>,
     /// Listeners that are not open yet, because the predecessor still serves.
     bound: Vec<Bound>,
     inheritance: Inheritance,
@@ -185,7 +185,7 @@ impl App {
         let prepared = try_join_all(prepared.collect::<Vec<_>>()).await?;
         let inherited = inheritance.sockets(inheritance::SIDE_PORT, config.api.listen);
         let api_socket = listeners::side_port(&config, inherited)?;
-        let api_address = api_socket.local_addr().unwrap_or(config.api.listen);
+        let api_address = api_socket.address().unwrap_or(config.api.listen);
         let mut bound = Vec::new();
         for (n, listener) in config.listeners.iter().enumerate() {
             let inherited = inheritance.sockets(&listener.name, listener.listen);

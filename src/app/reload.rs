@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::changes::Changes;
 use super::context::PoolContext;
+use super::inheritance::Sockets;
 use super::listeners::{self, Bound, Listener};
 use super::pools::{self, Prepared, Update};
 use super::{App, Log, StartError, capacity, engine, open_log};
@@ -114,7 +115,7 @@ impl App {
         for (n, listener) in config.listeners.iter().enumerate() {
             let is_open = self.listeners.iter().any(|open| open.can_become(listener));
             let key_path = format!("listeners[{n}].listen");
-            let bind = || listeners::bind(&key_path, listener, &config, self.state.workers.len(), Vec::new(), &own);
+            let bind = || listeners::bind(&key_path, listener, &config, self.state.workers.len(), Sockets::default(), &own);
             listeners.push(if is_open { None } else { Some(bind()?) });
         }
         let log = match (&config.access_log, &self.access_log) {

@@ -107,7 +107,7 @@ impl App {
 
     /// The socket of the side port; the original stays for a successor.
     fn side_port_socket(&self) -> Option<std::net::TcpListener> {
-        self.api_socket.as_ref()?.try_clone().ok()
+        self.api_socket.as_ref()?.socket.try_clone().ok()
     }
 
     /// Runs commands until `shutdown`, or until a part of Ringway ends. It notices both at every step.

@@ -92,19 +92,20 @@ impl App {
     fn messages(&self, replicas: &[Handed]) -> io::Result<Vec<(String, Vec<OwnedFd>)>> {
         let mut messages = Vec::new();
         let text = |message: &Message| serde_json::to_string(message).map_err(io::Error::other);
-        let mut sockets = |name: &str, listen: SocketAddr, sockets: &[BorrowedFd<'_>]| -> io::Result<()> {
+        let mut sockets = |name: &str, listen: SocketAddr, sockets: &[BorrowedFd<'_>], is_managed| -> io::Result<()> {
             for some in sockets.chunks(MOST_DESCRIPTORS) {
                 let copies = some.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
-                messages.push((text(&Message::Sockets { name: name.to_owned(), listen })?, copies));
+                messages.push((text(&Message::Sockets { name: name.to_owned(), listen, is_managed })?, copies));
             }
             Ok(())
         };
         for listener in &self.listeners {
-            let (config, open) = listener.sockets();
-            sockets(&config.name, config.listen, &open.iter().map(AsFd::as_fd).collect::<Vec<_>>())?;
+            let (config, open, is_managed) = listener.sockets();
+            sockets(&config.name, config.listen, &open.iter().map(AsFd::as_fd).collect::<Vec<_>>(), is_managed)?;
         }
-        let side_port: Vec<_> = self.api_socket.iter().map(AsFd::as_fd).collect();
-        sockets(SIDE_PORT, self.config.api.listen, &side_port)?;
+        if let Some(side_port) = &self.api_socket {
+            sockets(SIDE_PORT, self.config.api.listen, &[side_port.socket.as_fd()], side_port.is_managed)?;
+        }
         for replica in replicas {
             let message = Message::Replica {
                 pool: replica.pool.clone(),

@@ -4,7 +4,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
-use socket2::{Domain, Protocol, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, TcpKeepalive, Type};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
@@ -177,6 +177,27 @@ pub fn adopt(
     Ok(sockets)
 }
 
+/// Makes a listening socket ignore new clients, while the connections that wait on it can still be accepted. A client tries
+/// again after a second, and reaches the socket that then listens on the address. Without this, a client that connects
+/// between the last accept and the close is reset. A handshake that is half done at the close is still reset.
+///
+/// # Errors
+/// The system's error from `setsockopt`.
+pub fn turn_away(socket: &TcpListener) -> io::Result<()> {
+    // Classic BPF (socket(7), SO_ATTACH_FILTER). The filter of a TCP socket sees a segment from its TCP header on.
+    const LOAD_BYTE: u16 = 0x30;
+    const JUMP_IF_SET: u16 = 0x45;
+    const RETURN: u16 = 0x06;
+    const FLAGS: u32 = 13;
+    const SYN: u32 = 0x02;
+    SockRef::from(socket).attach_filter(&[
+        SockFilter::new(LOAD_BYTE, 0, 0, FLAGS),
+        SockFilter::new(JUMP_IF_SET, 0, 1, SYN),
+        SockFilter::new(RETURN, 0, 0, 0),
+        SockFilter::new(RETURN, 0, 0, u32::MAX),
+    ])
+}
+
 fn unbound(address: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_nonblocking(true)?;
@@ -264,6 +285,20 @@ mod tests {
         assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());
         assert_eq!(accepted.tcp_keepalive_time().unwrap(), Duration::from_secs(77));
         assert_eq!(accepted.tcp_user_timeout().unwrap(), Some(Duration::from_secs(99)));
+    }
+
+    #[test]
+    fn a_socket_that_turns_clients_away_still_has_those_that_wait() {
+        let sockets = listen(any_port(), 1, 16, &OPTIONS, Beside::Nobody).unwrap();
+        let address = sockets[0].local_addr().unwrap();
+        let waiting = std::net::TcpStream::connect(address).unwrap();
+        turn_away(&sockets[0]).unwrap();
+        let late = std::net::TcpStream::connect_timeout(&address, Duration::from_millis(200)).unwrap_err();
+        assert_eq!(late.kind(), io::ErrorKind::TimedOut);
+        sockets[0].set_nonblocking(false).unwrap();
+        assert_eq!(sockets[0].accept().unwrap().1, waiting.local_addr().unwrap());
+        sockets[0].set_nonblocking(true).unwrap();
+        assert_eq!(sockets[0].accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }
 
     #[test]
