@@ -100,7 +100,8 @@ impl Ring {
 
     /// The members in the order to try them for `key`: the owner first, then clockwise, each member once.
     pub fn walk(&self, key: &[u8]) -> Walk<'_> {
-        Walk { ring: self, point: self.nearest(key), left: self.owners.len(), first: None, seen: Vec::new() }
+        let (left, unseen) = (self.owners.len(), self.members);
+        Walk { ring: self, point: self.nearest(key), left, unseen, first: None, seen: Vec::new() }
     }
 
     /// A fingerprint of all points and parameters. Instances with the same digest pick the same members.
@@ -211,6 +212,8 @@ pub struct Walk<'a> {
     point: Option<usize>,
     /// Points not yet visited.
     left: usize,
+    /// Members not yet returned. Without it, a walk would look at the remaining points of members that it has returned.
+    unseen: usize,
     first: Option<usize>,
     /// One bit per member that was returned; allocated when a second member is requested.
     seen: Vec<u64>,
@@ -223,9 +226,13 @@ impl Iterator for Walk<'_> {
         let mut point = self.point?;
         let Some(first) = self.first else {
             let owner = self.ring.owner(point);
-            self.first = Some(owner);
+            (self.first, self.unseen) = (Some(owner), self.unseen - 1);
             return Some(owner);
         };
+        if self.unseen == 0 {
+            self.point = None;
+            return None;
+        }
         if self.seen.is_empty() {
             self.seen = vec![0; self.ring.members.div_ceil(64)];
             self.seen[first / 64] |= 1 << (first % 64);
@@ -237,6 +244,7 @@ impl Iterator for Walk<'_> {
             let (word, bit) = (owner / 64, 1 << (owner % 64));
             if self.seen[word] & bit == 0 {
                 self.seen[word] |= bit;
+                self.unseen -= 1;
                 self.point = Some(point);
                 return Some(owner);
             }

@@ -8,16 +8,18 @@ use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
 use tokio::sync::watch;
 
-use crate::backend::{Admission, Backend, State};
+pub use self::members::Members;
+use crate::backend::{Backend, State};
 use crate::ring::Ring;
+
+mod members;
 
 /// A snapshot of one pool. Owner `i` of the ring is backend `i`.
 #[derive(Debug)]
 pub struct Table {
     generation: u64,
     ring: Arc<Ring>,
-    backends: Box<[Backend]>,
-    healthy: usize,
+    backends: Members,
     /// All backends with an address are tried, even if their checks fail.
     takes_all: bool,
     is_panic: bool,
@@ -30,16 +32,13 @@ impl Table {
     /// Joins a ring with the backends that it was built from, in the same order. Starting and draining backends are not
     /// rated. If fewer than `panic_below` percent of the rated backends are healthy, the table is in panic mode and
     /// ignores the health checks; 0 turns panic mode off.
-    pub fn new(generation: u64, ring: Arc<Ring>, backends: Box<[Backend]>, panic_below: u8) -> Self {
-        let count = |wanted: fn(State) -> bool| backends.iter().filter(|backend| wanted(backend.state)).count();
-        let healthy = count(|state| state == State::Healthy);
-        let known = count(|state| !matches!(state, State::Starting | State::Draining));
+    pub fn new(generation: u64, ring: Arc<Ring>, backends: Members, panic_below: u8) -> Self {
+        let healthy = backends.count(State::Healthy);
+        let known = backends.len() - backends.count(State::Starting) - backends.count(State::Draining);
         let is_panic = healthy * 100 < usize::from(panic_below) * known;
         let takes_all = is_panic || (healthy == 0 && panic_below > 0);
-        let mut admissions = backends.iter().filter(|backend| backend.state == State::Healthy).map(|one| one.admission);
-        let is_all = |admission: Admission| admission == Admission::ALL;
-        let spares_slow_ones = !takes_all && admissions.clone().any(is_all) && !admissions.all(is_all);
-        Self { generation, ring, backends, healthy, takes_all, is_panic, spares_slow_ones }
+        let spares_slow_ones = !takes_all && backends.some_start_slowly();
+        Self { generation, ring, backends, takes_all, is_panic, spares_slow_ones }
     }
 
     /// The snapshot's number within its pool, from 0.
@@ -53,18 +52,18 @@ impl Table {
     }
 
     /// All backends, in any state.
-    pub fn backends(&self) -> &[Backend] {
+    pub fn backends(&self) -> &Members {
         &self.backends
     }
 
     /// Whether at least one backend is healthy.
     pub fn any_healthy(&self) -> bool {
-        self.healthy > 0
+        self.healthy() > 0
     }
 
     /// Number of healthy backends.
     pub fn healthy(&self) -> usize {
-        self.healthy
+        self.backends.count(State::Healthy)
     }
 
     /// Whether the table is in panic mode: so few backends are healthy that all are tried.
@@ -74,8 +73,9 @@ impl Table {
 
     /// Whether the backend is still there, is still the same incarnation, and does not drain.
     pub fn still_takes(&self, id: &str, incarnation: u64) -> bool {
-        let backend = self.backends.iter().find(|backend| *backend.id == *id);
-        backend.is_some_and(|backend| backend.incarnation == incarnation && backend.state != State::Draining)
+        self.backends
+            .find(id)
+            .is_some_and(|backend| backend.incarnation == incarnation && backend.state != State::Draining)
     }
 
     /// The backends that may get the connection of `key`, in the order to try them.
@@ -84,22 +84,17 @@ impl Table {
     /// draining ones. The checks may be wrong, and the few healthy backends might not bear the whole load. The connect
     /// then shows which backends work.
     pub fn candidates(&self, key: &[u8]) -> impl Iterator<Item = (&Backend, SocketAddr)> {
-        let is_spared = move |backend: &Backend| {
-            backend.state == State::Healthy && self.spares_slow_ones && !backend.admission.takes(key)
-        };
-        let first = self.ring.walk(key).filter_map(move |owner| {
-            let backend = &self.backends[owner];
-            let may = match backend.state {
-                State::Healthy => !is_spared(backend),
-                State::Starting | State::Unhealthy | State::Ejected | State::CrashLoop => self.takes_all,
-                State::Draining => false,
-            };
-            backend.address.filter(|_| may).map(|address| (backend, address))
-        });
+        let may = if self.takes_all { &self.backends.reachable } else { &self.backends.healthy };
+        // The walk reads one bit of each backend that it passes, and ends with the last one that may.
+        let allowed = move || self.ring.walk(key).filter(|&owner| may.has(owner)).take(may.count());
+        let is_spared = move |owner: &usize| self.spares_slow_ones && !self.backends[*owner].admission.takes(key);
+        let first = allowed().filter(move |owner| !is_spared(owner));
         // A slow-starting backend is better than none, so these come last.
-        let spared = self.spares_slow_ones.then(|| self.ring.walk(key)).into_iter().flatten();
-        let spared = spared.map(|owner| &self.backends[owner]).filter(move |backend| is_spared(backend));
-        first.chain(spared.filter_map(|backend| Some((backend, backend.address?))))
+        let spared = self.spares_slow_ones.then(allowed).into_iter().flatten().filter(is_spared);
+        first.chain(spared).filter_map(|owner| {
+            let backend = &self.backends[owner];
+            Some((backend, backend.address?))
+        })
     }
 }
 
@@ -156,7 +151,8 @@ mod tests {
     use std::time::Instant;
 
     use super::*;
-    use crate::backend::{Health, Live};
+    use crate::backend::{Admission, Health, Live};
+    use crate::labels::Label as _;
     use crate::ring::{Member, Parameters};
 
     fn table(states: &[(State, bool)]) -> Table {
@@ -167,25 +163,23 @@ mod tests {
         let names: Vec<String> = (0..states.len()).map(|n| format!("b{n}")).collect();
         let members: Vec<_> = names.iter().map(|id| Member { id, weight: 1 }).collect();
         let ring = Ring::build(Parameters { virtual_nodes: 40, probes: 3, seed: 0 }, &members);
-        let backends = std::iter::zip(&names, states)
-            .map(|(id, &(state, reachable))| Backend {
-                id: id.as_str().into(),
-                address: reachable.then(|| SocketAddr::from(([127, 0, 0, 1], 1))),
-                weight: 1,
-                state,
-                replica: None,
-                incarnation: 0,
-                restarts: 0,
-                last_exit: None,
-                reported_bad: false,
-                health: Health { last: None, verdict: None, since: Instant::now() },
-                well: None,
-                admission: Admission::ALL,
-                drain: None,
-                live: Arc::new(Live::default()),
-            })
-            .collect();
-        Table::new(0, Arc::new(ring), backends, panic_below)
+        let backends = std::iter::zip(&names, states).map(|(id, &(state, reachable))| Backend {
+            id: id.as_str().into(),
+            address: reachable.then(|| SocketAddr::from(([127, 0, 0, 1], 1))),
+            weight: 1,
+            state,
+            replica: None,
+            incarnation: 0,
+            restarts: 0,
+            last_exit: None,
+            reported_bad: false,
+            health: Health { last: None, verdict: None, since: Instant::now() },
+            well: None,
+            admission: Admission::ALL,
+            drain: None,
+            live: Arc::new(Live::default()),
+        });
+        Table::new(0, Arc::new(ring), Members::new(backends, 0), panic_below)
     }
 
     fn ids(table: &Table, key: &[u8]) -> Vec<String> {
@@ -250,9 +244,14 @@ mod tests {
     #[test]
     fn a_slow_starting_backend_gets_a_fraction_of_its_keys_and_other_keys_stay() {
         let all = table(&[(State::Healthy, true); 3]);
-        let mut slow = table(&[(State::Healthy, true); 3]);
-        slow.backends[1].admission = Admission::part(0.25);
-        let slow = Table::new(0, Arc::clone(slow.ring()), slow.backends, 50);
+        let with = |table: &Table, admissions: &[(usize, f64)]| {
+            let mut backends = table.backends.clone();
+            for &(n, part) in admissions {
+                backends.set(n, Backend { admission: Admission::part(part), ..backends[n].clone() });
+            }
+            Table::new(0, Arc::clone(table.ring()), backends, 50)
+        };
+        let slow = with(&all, &[(1, 0.25)]);
         let (mut own, mut kept) = (0, 0);
         for key in 0_u32..8000 {
             let (before, now) = (ids(&all, &key.to_le_bytes()), ids(&slow, &key.to_le_bytes()));
@@ -266,12 +265,48 @@ mod tests {
         }
         assert!((f64::from(kept) / f64::from(own) - 0.25).abs() < 0.05, "{kept} of {own}");
         // If all backends start slowly, no other backend can take their keys.
-        let mut alone = Table::new(0, Arc::clone(slow.ring()), slow.backends.clone(), 50);
-        for backend in &mut alone.backends {
-            backend.admission = Admission::part(0.0);
-        }
-        let alone = Table::new(0, Arc::clone(alone.ring()), alone.backends.clone(), 50);
+        let alone = with(&slow, &[(0, 0.0), (1, 0.0), (2, 0.0)]);
         assert_eq!(ids(&alone, b"key").len(), 3);
+    }
+
+    #[test]
+    fn changed_members_equal_members_built_from_scratch() {
+        let states = [State::Healthy, State::Unhealthy, State::Draining, State::Starting, State::Ejected];
+        let all: Vec<_> = (0..200).map(|n| (states[n % 5], n % 3 > 0)).collect();
+        let built = table(&all).backends;
+        let mut changed = table(&[(State::Starting, false); 200]).backends;
+        let first = changed.clone();
+        for n in [7, 199, 0, 7] {
+            changed.set(n, built[n].clone());
+        }
+        assert_eq!(first.count(State::Starting), 200, "a change reached a copy");
+        for n in 0..200 {
+            changed.set(n, built[n].clone());
+        }
+        for state in State::ALL {
+            assert_eq!(changed.count(*state), built.count(*state));
+        }
+        assert_eq!(changed.taking(), built.taking());
+        for n in 0..200 {
+            assert_eq!(changed.healthy.has(n), built.healthy.has(n));
+            assert_eq!(changed.reachable.has(n), built.reachable.has(n));
+        }
+        assert_eq!(
+            (changed.healthy.count(), changed.reachable.count()),
+            (built.healthy.count(), built.reachable.count())
+        );
+    }
+
+    #[test]
+    fn the_roster_changes_only_with_addresses_and_incarnations() {
+        let mut members = table(&[(State::Healthy, true); 3]).backends;
+        let roster = members.roster();
+        members.set(1, Backend { state: State::Unhealthy, ..members[1].clone() });
+        assert_eq!(members.roster(), roster);
+        members.set(1, Backend { incarnation: 9, ..members[1].clone() });
+        assert_ne!(members.roster(), roster);
+        assert_eq!(members.find("b1").map(|backend| backend.incarnation), Some(9));
+        assert!(members.find("b").is_none() && members.find("b3").is_none() && members.find("c").is_none());
     }
 
     #[test]

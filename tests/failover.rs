@@ -356,7 +356,7 @@ async fn a_connection_does_not_reach_a_backend_that_left_while_it_was_connecting
         "health_check: { kind: none }\nejection: off\nconnect: { timeout: 1s, attempts: 3 }\ndrain: 1s",
     );
     let ringway = Ringway::start(&yaml).await.ready().await;
-    let backends = ringway.state().pools[0].table.load().backends().to_vec();
+    let backends = ringway.state().pools[0].table.load().backends().clone();
     let active = |n: usize| backends[n].live.active.load(std::sync::atomic::Ordering::Relaxed);
     let clients = loadtest::open(ringway.web(), 60).await.unwrap();
     eventually("connections wait for the silent backend", || active(0) + active(1) + active(2) == 60).await;

@@ -142,6 +142,7 @@ impl App {
         self.changes = changes;
         if let Some(pool) = self.pools.iter().find(|known| known.config().name == pool) {
             pool.tell(event).await;
+            pool.settle().await;
         }
         self.show();
         let report = Report { changes: vec![summary], ..Report::default() };
@@ -209,11 +210,11 @@ impl App {
         let running = self.pools.iter().find(|known| known.config().name == pool);
         let table = running.map(|running| running.route.table.load());
         let stays = |backend: &&Backend| !backend.drain.is_some_and(|drain| drain.leaves);
-        let backends = table.iter().flat_map(|table| table.backends().iter().filter(stays));
-        let known: Vec<String> = backends.map(|backend| backend.id.to_string()).collect();
-        if known.iter().any(|known| known == id) {
+        if table.as_ref().and_then(|table| table.backends().find(id)).as_ref().is_some_and(stays) {
             return Ok(());
         }
+        let backends = table.iter().flat_map(|table| table.backends().iter().filter(stays));
+        let known: Vec<String> = backends.map(|backend| backend.id.to_string()).collect();
         Err(CommandError::UnknownBackend { pool: pool.to_owned(), backend: id.to_owned(), known })
     }
 

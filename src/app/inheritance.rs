@@ -233,7 +233,7 @@ impl Inheritance {
         for pool in pools.iter().filter(|pool| self.healthy.iter().any(|name| **name == *pool.route.pool)) {
             until(pool, Table::any_healthy).await;
         }
-        let is_judged = |table: &Table| table.backends().iter().all(|backend| backend.state != State::Starting);
+        let is_judged = |table: &Table| table.backends().count(State::Starting) == 0;
         let all_judged = async {
             for pool in pools {
                 until(pool, is_judged).await;

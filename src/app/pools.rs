@@ -174,6 +174,17 @@ impl Pool {
         let _ = self.events.send(event).await;
     }
 
+    /// Waits until the table shows everything that the publisher was told before.
+    pub(super) async fn settle(&self) {
+        let shown = CancellationToken::new();
+        self.tell(Event::Awaited(shown.clone())).await;
+        tokio::select! {
+            () = shown.cancelled() => {}
+            // The publisher has ended.
+            () = self.events.closed() => {}
+        }
+    }
+
     /// Pauses the supervisor and returns its replicas for a handover. If the decision is true, the supervisor leaves
     /// the replicas to the successor; otherwise it resumes.
     pub(super) async fn hand_over(&self, decision: oneshot::Receiver<bool>) -> io::Result<Vec<Handed>> {

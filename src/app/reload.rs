@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
-use futures_util::future::try_join_all;
+use futures_util::future::{join_all, try_join_all};
 use tokio_util::sync::CancellationToken;
 
 use super::changes::Changes;
@@ -115,7 +115,8 @@ impl App {
         for (n, listener) in config.listeners.iter().enumerate() {
             let is_open = self.listeners.iter().any(|open| open.can_become(listener));
             let key_path = format!("listeners[{n}].listen");
-            let bind = || listeners::bind(&key_path, listener, &config, self.state.workers.len(), Sockets::default(), &own);
+            let bind =
+                || listeners::bind(&key_path, listener, &config, self.state.workers.len(), Sockets::default(), &own);
             listeners.push(if is_open { None } else { Some(bind()?) });
         }
         let log = match (&config.access_log, &self.access_log) {
@@ -210,6 +211,8 @@ impl App {
             }
             pool.retire(&self.tasks);
         }
+        // Whoever asks for the status after the answer must see the result.
+        join_all(self.pools.iter().map(pools::Pool::settle)).await;
         (self.file, self.changes, self.config) = (file, changes, config);
         self.show();
         report

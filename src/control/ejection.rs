@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 
 use super::Event;
-use crate::backend::{Backend, Failing, State};
+use crate::backend::{Failing, State};
 use crate::table::{Table, TableCell};
 
 /// Settings of a pool's ejections.
@@ -67,12 +67,11 @@ struct Pool {
 
 impl Pool {
     fn of(table: &Table, report: &Failing) -> Self {
-        let counts = |backend: &&Backend| backend.address.is_some() && backend.drain.is_none();
-        let ejected = table.backends().iter().filter(|backend| backend.state == State::Ejected).count();
-        let reported = table.backends().iter().find(|backend| backend.id == report.backend);
-        let is_in = reported
+        let backends = table.backends();
+        let is_in = backends
+            .find(&report.backend)
             .is_some_and(|backend| backend.incarnation == report.incarnation && backend.state == State::Healthy);
-        Self { backends: table.backends().iter().filter(counts).count(), ejected, is_in }
+        Self { backends: backends.taking(), ejected: backends.count(State::Ejected), is_in }
     }
 }
 

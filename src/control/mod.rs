@@ -22,6 +22,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio_util::sync::CancellationToken;
+
 use crate::backend::{Exit, Replica};
 
 /// One input to the publisher of a pool, from a provider, the supervisor, the health checks, ejection, or a command.
@@ -69,6 +71,8 @@ pub enum Event {
     },
     /// The pool has these settings from now on.
     Configured(publisher::Settings),
+    /// Changes nothing. The publisher cancels the token once the table shows all events before this one.
+    Awaited(CancellationToken),
     /// Connects to the backend keep failing, so it is ejected.
     Ejected {
         /// Ring identity.
@@ -126,7 +130,7 @@ impl Event {
     /// The backend that the event is about; `None` for an event about the whole pool.
     fn id(&self) -> Option<&Arc<str>> {
         match self {
-            Self::Configured(_) => None,
+            Self::Configured(_) | Self::Awaited(_) => None,
             Self::Joined { id, .. }
             | Self::Started { id, .. }
             | Self::Stopped { id, .. }

@@ -8,11 +8,12 @@ mod backend_state;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use self::backend_state::{BackendState, Change};
 use super::Event;
@@ -20,10 +21,14 @@ use crate::backend::{Eviction, State};
 use crate::label_enum;
 use crate::labels::Label as _;
 use crate::ring::{Parameters, Ring};
-use crate::table::{Table, TableCell};
+use crate::table::{Members, Table, TableCell};
 
 /// Capacity of the event queue. A sender waits while the queue is full.
 const QUEUE: usize = 256;
+
+/// Time from one publication to the next. Events that arrive meanwhile share the next one: thousands of backends can
+/// change at once.
+const BETWEEN: Duration = Duration::from_millis(2);
 
 label_enum! {
     /// What Ringway does with the connections of a backend that goes down.
@@ -57,8 +62,17 @@ pub struct Publisher {
     settings: Settings,
     /// Sorted by id: owner numbers do not depend on the order of events.
     backends: BTreeMap<Arc<str>, BackendState>,
+    /// Number of healthy backends.
+    healthy: usize,
+    /// Backends that an event has changed since the last publication.
+    changed: BTreeSet<Arc<str>>,
+    /// When something is due at a backend that drains, leaves or starts slowly.
+    due: BTreeSet<(Instant, Arc<str>)>,
     /// Absent backends that a command has drained. Kept because a container may be recreated meanwhile.
     drained: HashSet<Arc<str>>,
+    /// Tokens to cancel at the next publication.
+    awaited: Vec<CancellationToken>,
+    members: Members,
     ring: Arc<Ring>,
     /// Number of the latest replica or address of any backend. Shared by all backends: a backend that leaves and joins
     /// again must get a new number.
@@ -71,12 +85,17 @@ impl Publisher {
     /// A publisher whose first table reflects the events in `known`.
     pub fn new(pool: Arc<str>, settings: Settings, known: impl IntoIterator<Item = Event>, now: Instant) -> Self {
         let ring = Arc::new(Ring::build(settings.parameters, &[]));
-        let cell = TableCell::new(Table::new(0, Arc::clone(&ring), Box::default(), settings.panic_below));
+        let cell = TableCell::new(Table::new(0, Arc::clone(&ring), Members::default(), settings.panic_below));
         let mut publisher = Self {
             pool,
             settings,
             backends: BTreeMap::new(),
+            healthy: 0,
+            changed: BTreeSet::new(),
+            due: BTreeSet::new(),
             drained: HashSet::new(),
+            awaited: Vec::new(),
+            members: Members::default(),
             ring,
             incarnation: 0,
             generation: 0,
@@ -99,7 +118,8 @@ impl Publisher {
     /// Applies events and publishes tables until every sender is gone.
     pub async fn run(mut self, mut events: mpsc::Receiver<Event>) {
         let mut batch = Vec::new();
-        let mut wake = None;
+        let mut wake = self.wake();
+        let mut published = Instant::now();
         loop {
             let due = tokio::time::sleep_until(wake.unwrap_or_else(Instant::now).into());
             tokio::select! {
@@ -108,8 +128,21 @@ impl Publisher {
                 },
                 () = due, if wake.is_some() => {}
             }
+            if published.elapsed() < BETWEEN {
+                tokio::time::sleep_until((published + BETWEEN).into()).await;
+            }
+            // Senders that waited for room in the queue have more.
+            while let Ok(event) = events.try_recv() {
+                batch.push(event);
+            }
             wake = self.take(batch.drain(..), Instant::now());
+            published = Instant::now();
         }
+    }
+
+    /// When something is due next.
+    fn wake(&self) -> Option<Instant> {
+        self.due.first().map(|(at, _)| *at)
     }
 
     /// Applies a batch of events and everything that is due by now. Publishes once if anything changed. Returns when
@@ -119,38 +152,61 @@ impl Publisher {
         for event in events {
             change = change.max(self.apply(event, now));
         }
-        let mut wake: Option<Instant> = None;
+        while self.wake().is_some_and(|at| at <= now) {
+            self.changed.extend(self.due.pop_first().map(|(_, id)| id));
+        }
         let mut gone = Vec::new();
-        for (id, backend_state) in &mut self.backends {
+        for id in &self.changed {
+            let Some(backend_state) = self.backends.get_mut(id) else { continue };
             change = change.max(backend_state.pass(&self.settings, now));
-            match backend_state.due(&self.settings, now) {
-                _ if backend_state.is_gone(now) => gone.push(Arc::clone(id)),
-                Some(due) => wake = Some(wake.map_or(due, |wake| wake.min(due))),
-                None => {}
+            if backend_state.is_gone(now) {
+                gone.push(Arc::clone(id));
             }
+            let due = backend_state.due(&self.settings, now);
+            let before = std::mem::replace(&mut backend_state.next, due);
+            if before != due {
+                before.map(|at| self.due.remove(&(at, Arc::clone(id))));
+            }
+            self.due.extend(due.map(|at| (at, Arc::clone(id))));
         }
         for id in gone {
             change = change.max(self.remove(&id));
         }
-        if change == Change::Ring {
-            self.rebuild();
+        match change {
+            Change::Nothing => {}
+            Change::Backend => {
+                for id in &self.changed {
+                    if let Some(backend_state) = self.backends.get(id) {
+                        self.members.set(backend_state.position, backend_state.backend.clone());
+                    }
+                }
+                self.publish();
+            }
+            Change::Ring => {
+                self.rebuild();
+                self.publish();
+            }
         }
-        if change > Change::Nothing {
-            self.publish();
-        }
-        wake
+        self.changed.clear();
+        self.awaited.drain(..).for_each(|token| token.cancel());
+        self.wake()
     }
 
     fn rebuild(&mut self) {
         let members: Vec<_> = self.backends.values().map(BackendState::member).collect();
         self.ring = Arc::new(Ring::build(self.settings.parameters, &members));
+        for (position, backend_state) in self.backends.values_mut().enumerate() {
+            backend_state.position = position;
+        }
+        let backends = self.backends.values().map(|backend_state| backend_state.backend.clone());
+        self.members = Members::new(backends, self.members.roster() + 1);
     }
 
     fn publish(&mut self) {
         let before = self.cell.load();
         self.generation += 1;
-        let backends = self.backends.values().map(|backend_state| backend_state.backend.clone()).collect();
-        let table = Table::new(self.generation, Arc::clone(&self.ring), backends, self.settings.panic_below);
+        let table =
+            Table::new(self.generation, Arc::clone(&self.ring), self.members.clone(), self.settings.panic_below);
         let (pool, healthy) = (&self.pool, table.healthy());
         match (before.is_panic(), table.is_panic()) {
             (false, true) => tracing::error!(%pool, healthy, "too few backends are healthy; trying all (panic)"),
@@ -165,9 +221,13 @@ impl Publisher {
     fn apply(&mut self, event: Event, now: Instant) -> Change {
         let (id, change) = match event {
             Event::Configured(settings) => return self.configure(settings),
+            Event::Awaited(token) => {
+                self.awaited.push(token);
+                return Change::Nothing;
+            }
             Event::Left { id } => return self.remove(&id),
             Event::Joined { id, weight } => {
-                let is_first = !self.any_healthy();
+                let is_first = self.healthy == 0;
                 let backend_state = self.backends.entry(Arc::clone(&id));
                 let backend_state = backend_state.or_insert_with(|| BackendState::new(Arc::clone(&id), is_first, now));
                 let change = backend_state.joined(weight);
@@ -194,12 +254,16 @@ impl Publisher {
         };
         if change > Change::Nothing {
             self.judge(&id, now);
+            self.changed.insert(id);
         }
         change
     }
 
     fn configure(&mut self, settings: Settings) -> Change {
         let before = std::mem::replace(&mut self.settings, settings);
+        if before == settings {
+            return Change::Nothing;
+        }
         for backend_state in self.backends.values_mut() {
             // A backend that serves keeps serving until the new checks say otherwise.
             if settings.is_checked && !before.is_checked && backend_state.backend.state == State::Healthy {
@@ -207,15 +271,18 @@ impl Publisher {
             }
             backend_state.settle(&self.settings);
         }
-        match before {
-            _ if before == settings => Change::Nothing,
-            _ if before.parameters == settings.parameters => Change::Backend,
-            _ => Change::Ring,
-        }
+        self.changed.extend(self.backends.keys().cloned());
+        let is_healthy = |backend_state: &&BackendState| backend_state.backend.state == State::Healthy;
+        self.healthy = self.backends.values().filter(is_healthy).count();
+        if before.parameters == settings.parameters { Change::Backend } else { Change::Ring }
     }
 
     fn remove(&mut self, id: &str) -> Change {
         let Some(backend_state) = self.backends.remove(id) else { return Change::Nothing };
+        if let Some(at) = backend_state.next {
+            self.due.remove(&(at, Arc::clone(&backend_state.backend.id)));
+        }
+        self.healthy -= usize::from(backend_state.backend.state == State::Healthy);
         if backend_state.is_drain_ordered() {
             self.drained.insert(Arc::clone(&backend_state.backend.id));
         }
@@ -225,10 +292,6 @@ impl Publisher {
 
     /// Updates the backend's state from the known facts.
     fn judge(&mut self, id: &str, now: Instant) {
-        let others_serve = self
-            .backends
-            .iter()
-            .any(|(other, backend_state)| **other != *id && backend_state.backend.state == State::Healthy);
         let Some(backend_state) = self.backends.get_mut(id) else { return };
         let (was, is) = (backend_state.backend.state, backend_state.state(&self.settings));
         backend_state.backend.well = backend_state.well(&self.settings);
@@ -237,16 +300,14 @@ impl Publisher {
         }
         backend_state.tell(&self.pool, is);
         backend_state.backend.state = is;
+        self.healthy -= usize::from(was == State::Healthy);
         if is == State::Healthy {
-            backend_state.begin(others_serve, &self.settings, now);
+            backend_state.begin(self.healthy > 0, &self.settings, now);
+            self.healthy += 1;
         }
         let is_down = matches!(is, State::Unhealthy | State::Ejected);
         if is_down && was == State::Healthy && self.settings.on_down == OnDown::Reset {
             backend_state.backend.live.evictions.request(Eviction::Down);
         }
-    }
-
-    fn any_healthy(&self) -> bool {
-        self.backends.values().any(|backend_state| backend_state.backend.state == State::Healthy)
     }
 }

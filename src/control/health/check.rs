@@ -1,10 +1,10 @@
 //! One health check.
 
+use std::borrow::Cow;
 use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::Uri;
@@ -70,12 +70,15 @@ pub struct Expect {
     pub is_prefix: bool,
 }
 
+/// Why a check failed, in a few words.
+pub(super) type Reason = Cow<'static, str>;
+
 /// The result of one check.
 #[derive(Debug)]
 pub(super) enum Outcome {
     Passed,
     /// A short reason.
-    Failed(Arc<str>),
+    Failed(Reason),
     /// Ringway could not make the check because it lacks descriptors, memory or ports. This is not the backend's fault
     /// and does not count against it.
     NotDone(ConnectFailure),
@@ -148,8 +151,8 @@ async fn within<T>(timeout: Duration, check: impl Future<Output = T>) -> Option<
 }
 
 impl Expect {
-    async fn speak(&self, mut stream: TcpStream) -> Result<(), Arc<str>> {
-        let broke = |error: std::io::Error| -> Arc<str> { error.to_string().into() };
+    async fn speak(&self, mut stream: TcpStream) -> Result<(), Reason> {
+        let broke = |error: std::io::Error| -> Reason { error.to_string().into() };
         stream.write_all(&self.send).await.map_err(broke)?;
         let mut answer = Vec::new();
         loop {
@@ -228,7 +231,7 @@ mod tests {
         let check = Check { kind: Kind::Expect(expect), port: None };
         let began = std::time::Instant::now();
         let outcome = check.run(silent.local_addr().unwrap(), Duration::from_millis(80)).await;
-        assert!(matches!(outcome, Outcome::Failed(ref reason) if &**reason == "timeout"), "{outcome:?}");
+        assert!(matches!(outcome, Outcome::Failed(ref reason) if reason == "timeout"), "{outcome:?}");
         assert!(began.elapsed() >= Duration::from_millis(80));
     }
 }

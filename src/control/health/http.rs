@@ -1,12 +1,11 @@
 //! The HTTP check: sends a `GET`, and reads as little of the answer as decides.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use super::check::{Http, MOST_READ, contains, part, start_of};
+use super::check::{Http, MOST_READ, Reason, contains, part, start_of};
 
 /// Longest status line in bytes.
 const LONGEST_STATUS_LINE: usize = 4096;
@@ -15,7 +14,7 @@ const LONGEST_STATUS_LINE: usize = 4096;
 const LONGEST_HEAD: usize = 64 * 1024;
 
 /// Speaks to the server. The error is a short reason.
-pub(super) async fn speak(http: &Http, mut stream: TcpStream, address: SocketAddr) -> Result<(), Arc<str>> {
+pub(super) async fn speak(http: &Http, mut stream: TcpStream, address: SocketAddr) -> Result<(), Reason> {
     let request = request(http, address);
     // A server may answer and close without reading the request. Its answer counts all the same.
     let written = stream.write_all(request.as_bytes()).await;
@@ -46,7 +45,7 @@ fn request(http: &Http, address: SocketAddr) -> String {
 
 /// The result of a check by the bytes received so far; `None`: more bytes must decide. The first `before` bytes did not
 /// decide. `ended`: why no more will come.
-fn judge(http: &Http, answer: &[u8], before: usize, ended: Option<&str>) -> Option<Result<(), Arc<str>>> {
+fn judge(http: &Http, answer: &[u8], before: usize, ended: Option<&str>) -> Option<Result<(), Reason>> {
     let line_end = answer.iter().take(LONGEST_STATUS_LINE).position(|&byte| byte == b'\n');
     let Some(line_end) = line_end else {
         if answer.len() >= LONGEST_STATUS_LINE || !answer.starts_with(b"HTTP/") && answer.len() >= 5 {

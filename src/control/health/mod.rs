@@ -1,8 +1,9 @@
-//! Active health checks: one task per backend, started and stopped as the table changes.
+//! Active health checks: one task per pool, and one more for each check that runs.
 //!
 //! # Layout
 //!
-//! - this file: starts the tasks and times the checks
+//! - this file: starts checks and reports their results
+//! - [`schedule`]: when to check which replica; pure
 //! - [`rise_fall`]: turns a series of results into a verdict; pure
 //! - [`mod@check`]: one check; [`mod@http`]: the HTTP check
 //! - [`not_done`]: logs checks that Ringway could not make
@@ -11,26 +12,25 @@ mod check;
 mod http;
 mod not_done;
 mod rise_fall;
+mod schedule;
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
-use tokio_util::task::AbortOnDropHandle;
+use tokio::task::JoinSet;
 
 use self::check::Outcome;
 pub use self::check::{Check, Expect, Http, Kind};
 pub use self::not_done::NotDone;
-use self::rise_fall::RiseFall;
+use self::schedule::{Schedule, Ticket};
 use super::Event;
-use crate::backend::{Backend, Live, State};
 use crate::table::TableCell;
 
-/// Interval between checks of a backend without a verdict, which should serve as soon as it can.
-const EAGER: Duration = Duration::from_millis(100);
+/// Checks that start before the results of earlier ones are read. With thousands of backends, few checks then have a
+/// socket at the same time.
+const STARTS_PER_TURN: usize = 64;
 
 /// Settings of a pool's health checks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,108 +60,61 @@ pub async fn check_all(
     events: mpsc::Sender<Event>,
     not_done: NotDone,
 ) {
-    let mut checks: HashMap<Arc<str>, (u64, AbortOnDropHandle<()>)> = HashMap::new();
     let mut changes = table.watch();
+    let mut current = settings.borrow_and_update().clone().map(Arc::new);
+    let mut schedule = Schedule::default();
+    let mut running = JoinSet::new();
     loop {
-        let now = table.load();
-        let current = settings.borrow_and_update().clone();
-        checks.retain(|id, (incarnation, _)| {
-            let backend = now.backends().iter().find(|backend| backend.id == *id);
-            backend.is_some_and(|backend| backend.address.is_some() && backend.incarnation == *incarnation)
-        });
-        for backend in now.backends() {
-            let address = backend.address.filter(|_| !checks.contains_key(&backend.id));
-            if let (Some(address), Some(settings)) = (address, &current) {
-                let task = tokio::spawn(check(
-                    Subject::of(backend, address),
-                    settings.clone(),
-                    events.clone(),
-                    not_done.clone(),
-                ));
-                checks.insert(Arc::clone(&backend.id), (backend.incarnation, AbortOnDropHandle::new(task)));
-            }
+        if current.is_some() {
+            schedule.follow(table.load().backends(), Instant::now());
         }
-        drop(now);
+        let next = schedule.next();
+        let is_due = tokio::time::sleep_until(next.unwrap_or_else(Instant::now).into());
         tokio::select! {
             changed = changes.changed() => if changed.is_err() {
                 return;
             },
-            changed = settings.changed() => match changed {
-                Ok(()) => checks.clear(),
-                Err(_) => return,
-            },
+            changed = settings.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                current = settings.borrow_and_update().clone().map(Arc::new);
+                // Dropping the running checks ends them.
+                (schedule, running) = (Schedule::default(), JoinSet::new());
+            }
+            Some(done) = running.join_next() => {
+                // A check that panicked is a bug, and ends this task too.
+                let (ticket, outcome) = done.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+                let Some(settings) = &current else { continue };
+                let now = Instant::now();
+                if let Outcome::NotDone(why) = outcome {
+                    not_done.note(why, now);
+                }
+                if let Some(event) = schedule.finish(&ticket, outcome, settings, now)
+                    && events.send(event).await.is_err()
+                {
+                    return;
+                }
+            }
+            () = is_due, if next.is_some() => {
+                let now = Instant::now();
+                for _ in 0..STARTS_PER_TURN {
+                    let Some((ticket, address)) = schedule.start(now) else { break };
+                    let Some(settings) = current.clone() else { break };
+                    running.spawn(check(ticket, address, settings));
+                }
+                tokio::task::yield_now().await;
+            }
         }
     }
+}
+
+async fn check(ticket: Ticket, address: SocketAddr, settings: Arc<Settings>) -> (Ticket, Outcome) {
+    let outcome = settings.check.run(address, settings.timeout).await;
+    (ticket, outcome)
 }
 
 /// Whether a server accepts connections at this address, found out without a trace in its logs.
 pub(super) async fn accepts(address: SocketAddr, timeout: Duration) -> bool {
     matches!(Check { kind: Kind::Tcp, port: None }.run(address, timeout).await, Outcome::Passed)
-}
-
-/// A replica under check.
-struct Subject {
-    id: Arc<str>,
-    incarnation: u64,
-    address: SocketAddr,
-    /// The verdict of earlier checks.
-    verdict: Option<bool>,
-    live: Arc<Live>,
-}
-
-impl Subject {
-    fn of(backend: &Backend, address: SocketAddr) -> Self {
-        let (id, live) = (Arc::clone(&backend.id), Arc::clone(&backend.live));
-        // If checks were off before, a backend that serves counts as healthy.
-        let verdict = backend.health.verdict.or_else(|| (backend.state == State::Healthy).then_some(true));
-        Self { id, incarnation: backend.incarnation, address, verdict, live }
-    }
-
-    /// The interval plus up to `percent` of it. The addition differs by backend and by check.
-    fn spread(&self, interval: Duration, percent: u8, number: u64) -> Duration {
-        let chance = u32::from(seahash::hash_seeded(self.id.as_bytes(), number, 0, 0, 0).to_le_bytes()[0]);
-        interval + interval / 100 * u32::from(percent) * chance / 255
-    }
-}
-
-async fn check(subject: Subject, settings: Settings, events: mpsc::Sender<Event>, not_done: NotDone) {
-    let mut rise_fall = RiseFall::new(settings.rise, settings.fall, subject.verdict);
-    let began = Instant::now();
-    let mut reported = None;
-    for number in 0.. {
-        let (passed, result): (bool, Arc<str>) = match settings.check.run(subject.address, settings.timeout).await {
-            Outcome::Passed => (true, "ok".into()),
-            Outcome::Failed(reason) => (false, reason),
-            Outcome::NotDone(why) => {
-                not_done.note(why, Instant::now());
-                tokio::time::sleep(settings.interval).await;
-                continue;
-            }
-        };
-        let counter = if passed { &subject.live.checks_passed } else { &subject.live.checks_failed };
-        counter.fetch_add(1, Ordering::Relaxed);
-        let forgiven = !passed && rise_fall.verdict().is_none() && began.elapsed() < settings.grace;
-        if !forgiven {
-            rise_fall.observe(passed);
-        }
-        let news = (rise_fall.verdict(), result);
-        if reported.as_ref() != Some(&news) {
-            let event = Event::Checked {
-                id: Arc::clone(&subject.id),
-                incarnation: subject.incarnation,
-                healthy: news.0,
-                result: Arc::clone(&news.1),
-            };
-            if events.send(event).await.is_err() {
-                return;
-            }
-            reported = Some(news);
-        }
-        let wait = match rise_fall.verdict() {
-            None => settings.interval.min(EAGER),
-            Some(verdict) if verdict != passed => subject.spread(settings.fast_interval, settings.jitter, number),
-            Some(_) => subject.spread(settings.interval, settings.jitter, number),
-        };
-        tokio::time::sleep(wait).await;
-    }
 }

@@ -3,18 +3,15 @@
 /// The rise and fall counter of one replica.
 #[derive(Debug)]
 pub(super) struct RiseFall {
-    rise: u32,
-    fall: u32,
     verdict: Option<bool>,
     /// Checks in a row that contradict the verdict.
     against: u32,
 }
 
 impl RiseFall {
-    /// Starts with an earlier verdict. Without one, the first pass makes the replica healthy and `fall` failures in a
-    /// row make it unhealthy.
-    pub(super) fn new(rise: u32, fall: u32, verdict: Option<bool>) -> Self {
-        Self { rise, fall, verdict, against: 0 }
+    /// Starts with an earlier verdict. Without one, the first pass makes the replica healthy.
+    pub(super) fn new(verdict: Option<bool>) -> Self {
+        Self { verdict, against: 0 }
     }
 
     /// `Some(true)`: healthy; `Some(false)`: unhealthy; `None`: undecided.
@@ -22,8 +19,9 @@ impl RiseFall {
         self.verdict
     }
 
-    /// Counts the result of one check.
-    pub(super) fn observe(&mut self, passed: bool) {
+    /// Counts the result of one check. `rise` passes in a row make an unhealthy replica healthy, and `fall` failures in a row
+    /// make any replica unhealthy.
+    pub(super) fn observe(&mut self, passed: bool, rise: u32, fall: u32) {
         if self.verdict == Some(passed) {
             self.against = 0;
             return;
@@ -31,8 +29,8 @@ impl RiseFall {
         self.against += 1;
         let needed = match (self.verdict, passed) {
             (None, true) => 1,
-            (_, true) => self.rise,
-            (_, false) => self.fall,
+            (_, true) => rise,
+            (_, false) => fall,
         };
         if self.against >= needed {
             (self.verdict, self.against) = (Some(passed), 0);
@@ -45,7 +43,7 @@ mod tests {
     use super::*;
 
     fn verdicts(checks: &str) -> String {
-        let mut rise_fall = RiseFall::new(2, 3, None);
+        let mut rise_fall = RiseFall::new(None);
         let letter = |verdict| match verdict {
             None => '?',
             Some(true) => 'H',
@@ -54,7 +52,7 @@ mod tests {
         checks
             .chars()
             .map(|check| {
-                rise_fall.observe(check == '+');
+                rise_fall.observe(check == '+', 2, 3);
                 letter(rise_fall.verdict())
             })
             .collect()
@@ -77,10 +75,10 @@ mod tests {
             rise in 1_u32..6,
             fall in 1_u32..6,
         ) {
-            let mut rise_fall = RiseFall::new(rise, fall, Some(true));
+            let mut rise_fall = RiseFall::new(Some(true));
             let (mut changes, mut before) = (0, Some(true));
             for &passed in &checks {
-                rise_fall.observe(passed);
+                rise_fall.observe(passed, rise, fall);
                 changes += usize::from(rise_fall.verdict() != before);
                 before = rise_fall.verdict();
             }

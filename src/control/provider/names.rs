@@ -110,13 +110,24 @@ pub async fn follow(
 ) {
     let mut changes = table.watch();
     let mut wait = FIRST;
+    // Only these can change their addresses. There can be thousands of others.
+    let hosts = |names: &mut watch::Receiver<Vec<Name>>| -> Vec<Name> {
+        names.borrow_and_update().iter().filter(|name| name.ip().is_none()).cloned().collect()
+    };
+    let mut of_hosts = hosts(&mut names);
     loop {
-        let due = due(&names.borrow_and_update(), &table.load());
+        if names.has_changed().unwrap_or(false) {
+            of_hosts = hosts(&mut names);
+        }
+        let due = due(&of_hosts, &table.load());
         if due.is_empty() {
             wait = FIRST;
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() { return },
-                changed = names.changed() => if changed.is_err() { return },
+                changed = names.changed() => match changed {
+                    Ok(()) => of_hosts = hosts(&mut names),
+                    Err(_) => return,
+                },
             }
             continue;
         }
@@ -139,14 +150,13 @@ pub async fn follow(
     }
 }
 
-/// The names whose backend has no address or fails its checks.
+/// Those names whose backend has no address or fails its checks.
 fn due(names: &[Name], table: &Table) -> Vec<Name> {
-    if names.iter().all(|name| name.ip().is_some()) {
-        return Vec::new();
-    }
     let down = |name: &&Name| {
-        let backend = table.backends().iter().find(|backend| backend.id == name.id);
-        backend.is_some_and(|backend| matches!(backend.state, State::Starting | State::Unhealthy))
+        table
+            .backends()
+            .find(&name.id)
+            .is_some_and(|backend| matches!(backend.state, State::Starting | State::Unhealthy))
     };
-    names.iter().filter(|name| name.ip().is_none()).filter(down).cloned().collect()
+    names.iter().filter(down).cloned().collect()
 }

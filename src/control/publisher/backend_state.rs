@@ -42,6 +42,10 @@ pub(super) struct BackendState {
     is_first: bool,
     /// When slow start began.
     warms_since: Option<Instant>,
+    /// The backend's position in the published list.
+    pub(super) position: usize,
+    /// When something is due at the backend, as the publisher has noted it.
+    pub(super) next: Option<Instant>,
 }
 
 /// Tells a restarted replica from a repeated report of the same replica.
@@ -93,6 +97,8 @@ impl BackendState {
             is_ejected: false,
             is_first,
             warms_since: None,
+            position: 0,
+            next: None,
         }
     }
 
@@ -177,7 +183,9 @@ impl BackendState {
                 self.show_drain();
                 return if is_new { Change::Ring } else { Change::Backend };
             }
-            Event::Joined { .. } | Event::Left { .. } | Event::Configured(_) => return Change::Nothing,
+            Event::Joined { .. } | Event::Left { .. } | Event::Configured(_) | Event::Awaited(_) => {
+                return Change::Nothing;
+            }
         }
         Change::Backend
     }

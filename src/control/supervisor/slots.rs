@@ -227,7 +227,7 @@ impl IndexMut<usize> for Slots {
 
 /// The verdict of the checks on the replica in a slot; `None` if undecided or if the table still shows its predecessor.
 fn verdict(table: &Table, slot: &str, replica: &Replica) -> Option<bool> {
-    let backend = table.backends().iter().find(|backend| &*backend.id == slot)?;
+    let backend = table.backends().find(slot)?;
     if backend.replica.as_ref() != Some(replica) {
         return None;
     }
@@ -246,7 +246,7 @@ fn drain_event(slot: &Arc<str>, why: Why, within: Duration) -> Event {
 /// Whether a draining replica has no connections left. `None`: the publisher does not know of the drain yet, or dropped
 /// it because the replica got a new address.
 fn is_drained(table: &Table, slot: &str, why: Why) -> Option<bool> {
-    let Some(backend) = table.backends().iter().find(|backend| &*backend.id == slot) else { return Some(true) };
+    let Some(backend) = table.backends().find(slot) else { return Some(true) };
     let drain = backend.drain?;
     let is_unused = backend.address.is_none() || backend.live.active.load(Ordering::Relaxed) == 0;
     // The publisher removes a leaving backend from the table.

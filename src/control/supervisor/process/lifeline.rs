@@ -136,7 +136,7 @@ fn log_output(slot: &Arc<str>, tail: &Tail, output: PipeReader, table: TableCell
     let output = tokio::net::unix::pipe::Receiver::from_owned_fd(output.into())?;
     let count = move |slot: &str, lines| {
         let table = table.load();
-        if let Some(backend) = table.backends().iter().find(|backend| *backend.id == *slot) {
+        if let Some(backend) = table.backends().find(slot) {
             backend.live.output_lost.fetch_add(lines, Ordering::Relaxed);
         }
     };

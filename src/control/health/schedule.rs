@@ -1,0 +1,243 @@
+//! When to check which replica, and what the results say. Pure: the time is an argument.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::Settings;
+use super::check::Outcome;
+use super::rise_fall::RiseFall;
+use crate::backend::{Backend, Live, State};
+use crate::control::Event;
+use crate::table::Members;
+
+/// Interval between checks of a backend without a verdict, which should serve as soon as it can.
+const EAGER: Duration = Duration::from_millis(100);
+
+/// The replicas under check, and the times of their next checks.
+#[derive(Debug, Default)]
+pub(super) struct Schedule {
+    subjects: BTreeMap<Arc<str>, Subject>,
+    /// The next check of each subject that is not being checked. Entries of subjects that have gone are skipped.
+    due: BinaryHeap<Reverse<(Instant, Ticket)>>,
+    /// The roster that the subjects are from.
+    roster: Option<u64>,
+    /// The number of the last subject.
+    number: u64,
+}
+
+/// Identifies a subject while it is checked.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Ticket {
+    /// Distinguishes the subject from earlier ones with the same id.
+    number: u64,
+    id: Arc<str>,
+}
+
+/// A replica under check.
+#[derive(Debug)]
+struct Subject {
+    number: u64,
+    incarnation: u64,
+    address: SocketAddr,
+    live: Arc<Live>,
+    rise_fall: RiseFall,
+    since: Instant,
+    /// Checks so far.
+    checks: u64,
+    /// The last verdict and result that the publisher was told.
+    reported: Option<(Option<bool>, Arc<str>)>,
+}
+
+impl Schedule {
+    /// Follows the table: adds new replicas, and drops those that have gone.
+    pub(super) fn follow(&mut self, members: &Members, now: Instant) {
+        if self.roster.replace(members.roster()) == Some(members.roster()) {
+            return;
+        }
+        let mut before = std::mem::take(&mut self.subjects);
+        for backend in members {
+            let Some(address) = backend.address else { continue };
+            let known = before.remove(&backend.id).filter(|subject| subject.incarnation == backend.incarnation);
+            let subject = known.unwrap_or_else(|| {
+                self.number += 1;
+                let ticket = Ticket { number: self.number, id: Arc::clone(&backend.id) };
+                self.due.push(Reverse((now, ticket)));
+                Subject::of(backend, address, self.number, now)
+            });
+            self.subjects.insert(Arc::clone(&backend.id), subject);
+        }
+    }
+
+    /// When the next check is due.
+    pub(super) fn next(&self) -> Option<Instant> {
+        self.due.peek().map(|Reverse((at, _))| *at)
+    }
+
+    /// Takes a check that is due, and returns the address to check.
+    pub(super) fn start(&mut self, now: Instant) -> Option<(Ticket, SocketAddr)> {
+        while self.next().is_some_and(|at| at <= now) {
+            let Reverse((_, ticket)) = self.due.pop()?;
+            if let Some(subject) = self.subjects.get(&ticket.id).filter(|subject| subject.number == ticket.number) {
+                return Some((ticket, subject.address));
+            }
+        }
+        None
+    }
+
+    /// Counts a result and schedules the next check. Returns what the publisher does not know yet.
+    pub(super) fn finish(
+        &mut self,
+        ticket: &Ticket,
+        outcome: Outcome,
+        settings: &Settings,
+        now: Instant,
+    ) -> Option<Event> {
+        let subject = self.subjects.get_mut(&ticket.id).filter(|subject| subject.number == ticket.number)?;
+        subject.checks += 1;
+        let (passed, result) = match outcome {
+            Outcome::Passed => (true, "ok".into()),
+            Outcome::Failed(reason) => (false, reason),
+            Outcome::NotDone(_) => {
+                self.due.push(Reverse((now + settings.interval, ticket.clone())));
+                return None;
+            }
+        };
+        let counter = if passed { &subject.live.checks_passed } else { &subject.live.checks_failed };
+        counter.fetch_add(1, Ordering::Relaxed);
+        let is_forgiven = !passed
+            && subject.rise_fall.verdict().is_none()
+            && now.saturating_duration_since(subject.since) < settings.grace;
+        if !is_forgiven {
+            subject.rise_fall.observe(passed, settings.rise, settings.fall);
+        }
+        let verdict = subject.rise_fall.verdict();
+        let wait = match verdict {
+            None => settings.interval.min(EAGER),
+            Some(verdict) if verdict != passed => {
+                spread(ticket, settings.fast_interval, settings.jitter, subject.checks)
+            }
+            Some(_) => spread(ticket, settings.interval, settings.jitter, subject.checks),
+        };
+        self.due.push(Reverse((now + wait, ticket.clone())));
+        if subject.reported.as_ref().is_some_and(|(before, text)| *before == verdict && **text == *result) {
+            return None;
+        }
+        let result: Arc<str> = result.into();
+        subject.reported = Some((verdict, Arc::clone(&result)));
+        let (id, incarnation) = (Arc::clone(&ticket.id), subject.incarnation);
+        Some(Event::Checked { id, incarnation, healthy: verdict, result })
+    }
+}
+
+impl Subject {
+    fn of(backend: &Backend, address: SocketAddr, number: u64, now: Instant) -> Self {
+        // If checks were off before, a backend that serves counts as healthy.
+        let verdict = backend.health.verdict.or_else(|| (backend.state == State::Healthy).then_some(true));
+        Self {
+            number,
+            incarnation: backend.incarnation,
+            address,
+            live: Arc::clone(&backend.live),
+            rise_fall: RiseFall::new(verdict),
+            since: now,
+            checks: 0,
+            reported: None,
+        }
+    }
+}
+
+/// The interval plus up to `percent` of it. The addition differs by backend and by check.
+fn spread(ticket: &Ticket, interval: Duration, percent: u8, check: u64) -> Duration {
+    let chance = u32::from(seahash::hash_seeded(ticket.id.as_bytes(), check, 0, 0, 0).to_le_bytes()[0]);
+    interval + interval / 100 * u32::from(percent) * chance / 255
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::health::{Check, Kind};
+    use crate::control::publisher::{self, OnDown, Publisher};
+    use crate::ring::Parameters;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn settings() -> Settings {
+        Settings {
+            check: Check { kind: Kind::Tcp, port: None },
+            interval: 2 * SECOND,
+            fast_interval: SECOND,
+            jitter: 0,
+            timeout: SECOND,
+            rise: 2,
+            fall: 3,
+            grace: Duration::ZERO,
+        }
+    }
+
+    /// The members of a pool in which these backends have an address.
+    fn members(started: &[(&str, u16)]) -> Members {
+        let settings = publisher::Settings {
+            parameters: Parameters { virtual_nodes: 1, probes: 1, seed: 0 },
+            is_checked: true,
+            panic_below: 0,
+            on_down: OnDown::Keep,
+            slow_start: Duration::ZERO,
+        };
+        let known = started.iter().flat_map(|&(id, port)| {
+            let address = SocketAddr::from(([127, 0, 0, 1], port));
+            [Event::Joined { id: id.into(), weight: 1 }, Event::Started { id: id.into(), address, replica: None }]
+        });
+        Publisher::new("p".into(), settings, known, Instant::now()).table().load().backends().clone()
+    }
+
+    fn failed() -> Outcome {
+        Outcome::Failed("refused".into())
+    }
+
+    #[test]
+    fn a_check_follows_the_last_one_after_the_interval_and_sooner_after_a_change() {
+        let (mut schedule, mut now, settings) = (Schedule::default(), Instant::now(), settings());
+        schedule.follow(&members(&[("a", 1)]), now);
+        let mut step = |outcome: Outcome| {
+            let (ticket, _) = schedule.start(now).unwrap();
+            assert!(schedule.start(now).is_none(), "one check at a time");
+            let event = schedule.finish(&ticket, outcome, &settings, now);
+            let wait = schedule.next().unwrap() - now;
+            now += wait;
+            let verdict = event.map(|event| match event {
+                Event::Checked { healthy, result, .. } => (healthy, result.to_string()),
+                other => panic!("{other:?}"),
+            });
+            (wait, verdict)
+        };
+        let said = |healthy: bool, text: &str| Some((Some(healthy), text.to_owned()));
+        assert_eq!(step(Outcome::Passed), (2 * SECOND, said(true, "ok")));
+        assert_eq!(step(Outcome::Passed), (2 * SECOND, None), "a repeated result is no news");
+        assert_eq!(step(failed()), (SECOND, said(true, "refused")));
+        assert_eq!(step(failed()), (SECOND, None));
+        assert_eq!(step(failed()), (2 * SECOND, said(false, "refused")));
+        assert_eq!(step(Outcome::NotDone(crate::backend::ConnectFailure::NoPorts)), (2 * SECOND, None));
+        assert_eq!(step(Outcome::Passed), (SECOND, said(false, "ok")));
+        assert_eq!(step(Outcome::Passed), (2 * SECOND, said(true, "ok")));
+    }
+
+    #[test]
+    fn the_result_of_a_replica_that_has_gone_counts_for_nothing() {
+        let (mut schedule, now, settings) = (Schedule::default(), Instant::now(), settings());
+        schedule.follow(&members(&[("a", 1), ("b", 2)]), now);
+        let (old, _) = schedule.start(now).unwrap();
+        let replaced = Members::new(members(&[("b", 3)]).iter().cloned(), 99);
+        schedule.follow(&replaced, now + SECOND);
+        assert!(schedule.finish(&old, failed(), &settings, now).is_none());
+        let later = now + 10 * SECOND;
+        let mut started = Vec::new();
+        while let Some((ticket, address)) = schedule.start(later) {
+            started.push((ticket.id, address.port()));
+        }
+        assert_eq!(started, [("b".into(), 3)], "only the new replica is checked");
+    }
+}
