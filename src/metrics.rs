@@ -1,13 +1,15 @@
-//! The definition of every metric (name, kind, labels, help text) and the exporter that renders them.
+//! The definition of every metric (name, kind, labels, help text), the exporter of histograms, and the [`text`] of a scrape.
 //!
-//! The data plane keeps its counters in its own atomics, and a scrape copies them into the exporter. Only histograms
-//! are recorded as events happen, once or twice per connection.
+//! The data plane keeps its counters in its own atomics, and a scrape reads them there. Only histograms are recorded as
+//! events happen, once or twice per connection.
 
-use ::metrics::{Counter, Gauge, Histogram, Key, Label, Level, Metadata, Recorder as _, SharedString};
-use std::time::Duration;
-
+use ::metrics::{Histogram, Key, Label, Level, Metadata, Recorder as _, SharedString};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
-use metrics_util::MetricKindMask;
+
+use self::text::Text;
+use crate::label_enum;
+
+pub mod text;
 
 /// The definition of a metric, as documented and exported.
 #[derive(Debug, Clone, Copy)]
@@ -97,15 +99,43 @@ metrics! {
     BUILD_INFO: Gauge "build_info" ["version"] "Always 1; the label carries the version of this binary";
 }
 
+label_enum! {
+    /// Which metrics each backend has. A pool of thousands makes a long text of them.
+    pub enum PerBackend {
+        /// All.
+        Full => "full",
+        /// Whether it is up or draining, and its connections and bytes.
+        Compact => "compact",
+        /// None: only the pool's.
+        Off => "off",
+    }
+}
+
+impl PerBackend {
+    /// Whether a metric with the label `backend` is shown.
+    pub fn shows(self, metric: &Metric) -> bool {
+        const COMPACT: [&str; 6] = [
+            BACKEND_UP.name,
+            BACKEND_DRAINING.name,
+            BACKEND_CONNECTIONS.name,
+            BACKEND_CONNECTIONS_TOTAL.name,
+            CONNECT_FAILURES.name,
+            BYTES.name,
+        ];
+        match self {
+            Self::Full => true,
+            Self::Compact => COMPACT.contains(&metric.name),
+            Self::Off => false,
+        }
+    }
+}
+
 /// Upper bounds of the histogram buckets in seconds, from a loopback connect to a long-lived connection.
 const BUCKETS: [f64; 14] =
     [0.0001, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 10.0, 60.0, 600.0];
 
-/// The exporter drops a series that was not set for this long. A scrape sets every current series just before it
-/// renders, so an older series belongs to a backend that left.
-const GONE_AFTER: Duration = Duration::from_secs(1);
-
-/// Holds the metrics of one app and renders them. It is not global, because several apps can run in one process.
+/// Holds the histograms of one app. It is not global, because several apps can run in one process. All other values are in
+/// counters of the parts that count, and each scrape reads them there.
 pub struct Exporter {
     recorder: PrometheusRecorder,
     handle: PrometheusHandle,
@@ -118,45 +148,22 @@ impl std::fmt::Debug for Exporter {
 }
 
 impl Exporter {
-    /// Creates an exporter that has registered the help text of every metric and has no values yet.
+    /// Creates an exporter without histograms.
     ///
     /// # Errors
     /// Returns an error if the Prometheus builder rejects the histogram buckets.
     pub fn new() -> Result<Self, BuildError> {
-        let mut builder =
-            PrometheusBuilder::new().idle_timeout(MetricKindMask::COUNTER | MetricKindMask::GAUGE, Some(GONE_AFTER));
-        for metric in ALL.iter().filter(|metric| metric.kind == Kind::Histogram) {
+        let mut builder = PrometheusBuilder::new();
+        let histograms = ALL.iter().filter(|metric| metric.kind == Kind::Histogram);
+        for metric in histograms.clone() {
             builder = builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), &BUCKETS)?;
         }
         let recorder = builder.build_recorder();
-        for metric in ALL {
-            let (name, help) = (metric.name.into(), SharedString::const_str(metric.help));
-            match metric.kind {
-                Kind::Counter => recorder.describe_counter(name, None, help),
-                Kind::Gauge => recorder.describe_gauge(name, None, help),
-                Kind::Histogram => recorder.describe_histogram(name, None, help),
-            }
+        for metric in histograms {
+            recorder.describe_histogram(metric.name.into(), None, SharedString::const_str(metric.help));
         }
         let handle = recorder.handle();
         Ok(Self { recorder, handle })
-    }
-
-    /// Sets a counter or gauge to the current value of its source. `values` are the label values, in the order of the
-    /// metric's labels.
-    pub fn set(&self, metric: &Metric, values: &[&str], value: u64) {
-        let key = key(metric, values);
-        match metric.kind {
-            Kind::Counter => self.counter(&key).absolute(value),
-            Kind::Gauge => self.gauge(&key).set(value as f64),
-            Kind::Histogram => {
-                debug_assert!(false, "{} is a histogram: record durations instead of setting a value", metric.name);
-            }
-        }
-    }
-
-    /// Sets a gauge to a fractional value.
-    pub fn set_fraction(&self, metric: &Metric, values: &[&str], value: f64) {
-        self.gauge(&key(metric, values)).set(value);
     }
 
     /// Returns the handle that records durations in a histogram.
@@ -164,22 +171,15 @@ impl Exporter {
         self.recorder.register_histogram(&key(metric, values), &METADATA)
     }
 
-    /// Renders all metrics in the Prometheus text format.
-    pub fn render(&self) -> String {
-        self.handle.render()
+    /// Writes all histograms.
+    pub fn write(&self, text: &mut Text) {
+        // Writing to a text cannot fail.
+        let _ = self.handle.render_to_write(text);
     }
 
     /// Moves recorded durations into buckets. Call it regularly, or durations accumulate in memory between scrapes.
     pub fn upkeep(&self) {
         self.handle.run_upkeep();
-    }
-
-    fn counter(&self, key: &Key) -> Counter {
-        self.recorder.register_counter(key, &METADATA)
-    }
-
-    fn gauge(&self, key: &Key) -> Gauge {
-        self.recorder.register_gauge(key, &METADATA)
     }
 }
 

@@ -42,14 +42,17 @@ fn the_metrics_table_lists_what_is_registered() {
 #[tokio::test]
 async fn every_registered_metric_is_exported_once_there_was_a_connection() {
     let server = crate::harness::backends::Server::echo("a").await;
-    let yaml = crate::harness::static_config(&[server.address], "");
+    // A cause of failed connects appears with the first failure.
+    let refusing = crate::harness::backends::Refusing::new();
+    let extra = "health_check: { kind: none }\nkey: source";
+    let yaml = crate::harness::static_config(&[server.address, refusing.address], extra);
     // Whether there is an engine or not.
     let yaml = format!(
         "{yaml}\n  - {{ name: found, provider: {{ docker: {{ discover: {{ label: no.such.label, port: 1 }} }} }} }}"
     );
     let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
-    crate::harness::http(ringway.web(), "GET", "/heartbeat", b"").await;
     crate::harness::eventually_async("all metrics", async || {
+        crate::harness::http(ringway.web(), "GET", "/heartbeat", b"").await;
         let text = crate::harness::get(ringway.api(), "/metrics").await.1;
         metrics::ALL.iter().all(|metric| text.contains(&format!("# TYPE {} ", metric.name)))
     })
@@ -78,6 +81,60 @@ async fn promtool_is_content_with_the_metrics() {
     let output = promtool.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     assert!(output.status.success() && said.is_empty(), "{said}");
+}
+
+/// The rules of `OpenMetrics` that Prometheus checks: each family in one piece under its type, no empty line, an end mark.
+#[tokio::test]
+async fn open_metrics_are_answered_where_they_are_accepted() {
+    let server = crate::harness::backends::Server::echo("a").await;
+    let yaml = crate::harness::static_config(&[server.address], "");
+    let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
+    crate::harness::http(ringway.web(), "GET", "/heartbeat", b"").await;
+    let headers = [("host", "localhost"), ("accept", "application/openmetrics-text; version=1.0.0")];
+    let answer = crate::harness::http_with(ringway.api(), "GET", "/metrics", &headers, b"").await;
+    assert_eq!(answer.headers()["content-type"], "application/openmetrics-text; version=1.0.0; charset=utf-8");
+    let text = String::from_utf8(answer.into_body().to_vec()).unwrap();
+    let body = text.strip_suffix("# EOF\n").unwrap();
+    let (mut families, mut current) = (std::collections::BTreeSet::new(), ("", ""));
+    for line in body.lines() {
+        if let Some(family) = line.strip_prefix("# TYPE ") {
+            current = family.split_once(' ').unwrap();
+            assert!(families.insert(current.0), "{} stands in two places", current.0);
+        } else if let Some(help) = line.strip_prefix("# HELP ") {
+            assert!(!help.contains(['"', '\\']), "{help}");
+        } else {
+            let end = line.strip_prefix(current.0).unwrap_or_else(|| panic!("{line} is not under its type"));
+            let name_end = end.split(['{', ' ']).next().unwrap();
+            let wanted: &[&str] = match current.1 {
+                "counter" => &["_total"],
+                "gauge" => &[""],
+                _ => &["_bucket", "_sum", "_count"],
+            };
+            assert!(wanted.contains(&name_end), "{line} as a {}", current.1);
+            assert!(line.rsplit(' ').next().unwrap().parse::<f64>().is_ok(), "{line}");
+        }
+    }
+    let all = ringway::metrics::ALL.iter().map(|metric| metric.name.strip_suffix("_total").unwrap_or(metric.name));
+    let missing: Vec<_> = all.filter(|name| !families.contains(name)).collect();
+    // Nothing has failed, and there is no engine.
+    assert!(missing.iter().all(|name| name.contains("_engine_") || name.ends_with("connect_failures")), "{missing:?}");
+}
+
+#[tokio::test]
+async fn the_metrics_of_each_backend_can_be_fewer() {
+    let server = crate::harness::backends::Server::echo("a").await;
+    let yaml = crate::harness::static_config(&[server.address], "");
+    let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
+    for (mode, shown, hidden) in [
+        ("full", &["ringway_backend_up{", "ringway_health_checks_total{"][..], &["no_such_metric"][..]),
+        ("compact", &["ringway_backend_up{", "ringway_bytes_total{"], &["ringway_health_checks_total{"]),
+        ("off", &["ringway_pool_backends_healthy{"], &["backend=\""]),
+    ] {
+        ringway.reload(&format!("metrics: {{ per_backend: {mode} }}\n{yaml}")).await.unwrap();
+        let text = crate::harness::get(ringway.api(), "/metrics").await.1;
+        assert!(shown.iter().all(|words| text.contains(words)), "{mode}: {text}");
+        assert!(!hidden.iter().any(|words| text.contains(words)), "{mode}: {text}");
+    }
 }
 
 /// Every key of the effective config, flattened: `pools[].connect.timeout`.

@@ -6,7 +6,7 @@
 //! - [`status`] answers `/api/status` on the side port; [`on_listener`] on listeners with `answer_status`
 //! - [`request`] answers `/api/request`
 //! - [`commands`]: run-time commands as HTTP calls; [`guard`] decides who may call what
-//! - [`scrape`] answers `/metrics`
+//! - [`scrape`] answers `/metrics` with the text of [`exposition`]
 //! - [`server`]: the HTTP server with its limits; [`error`]: errors as JSON
 
 pub mod commands;
@@ -14,6 +14,7 @@ pub mod on_listener;
 pub mod status;
 
 mod error;
+mod exposition;
 mod guard;
 mod request;
 mod scrape;
@@ -42,7 +43,7 @@ use crate::control::docker::watch::EngineStatus;
 use crate::label_enum;
 use crate::labels::Tally;
 use crate::lossy_writer::LostLines;
-use crate::metrics::Exporter;
+use crate::metrics::{Exporter, PerBackend};
 use crate::proxy::socket::TcpOptions;
 use crate::proxy::stats::ListenerStats;
 use crate::proxy::stats::WorkerStats;
@@ -67,7 +68,7 @@ pub struct State {
     pub ready: AtomicBool,
     /// Counters of each worker, in the order of the workers.
     pub workers: Vec<Arc<WorkerStats>>,
-    /// Renders the metrics.
+    /// Holds the histograms.
     pub exporter: Exporter,
     /// Limit on the connections of the whole process.
     pub limit: Arc<Limit>,
@@ -126,7 +127,7 @@ impl State {
 }
 
 /// Listeners and pools under one config.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct View {
     /// In the order of the config.
     pub listeners: Vec<ListenerView>,
@@ -138,10 +139,27 @@ pub struct View {
     pub differs: Vec<Vec<Differs>>,
     /// Options of sockets towards backends.
     pub tcp: TcpOptions,
+    /// Which metrics each backend has.
+    pub per_backend: PerBackend,
     /// Counts lines that the access log dropped.
     pub access_log_lost: Option<LostLines>,
     /// Counts lines that the log dropped.
     pub log_lost: Option<LostLines>,
+}
+
+impl Default for View {
+    fn default() -> Self {
+        Self {
+            listeners: Vec::new(),
+            pools: Vec::new(),
+            providers: Vec::new(),
+            differs: Vec::new(),
+            tcp: TcpOptions::default(),
+            per_backend: PerBackend::Full,
+            access_log_lost: None,
+            log_lost: None,
+        }
+    }
 }
 
 /// A pool's provider as the side port shows it.

@@ -281,6 +281,7 @@ impl App {
             providers: self.pools.iter().map(|pool| pool.provider.clone()).collect(),
             differs: self.pools.iter().map(differs).collect(),
             tcp: self.config.tcp,
+            per_backend: self.config.metrics.per_backend,
             access_log_lost: self.access_log.as_ref().map(|(log, _)| log.lost()),
             log_lost: self.environment.log_lost.clone(),
         });

@@ -27,6 +27,7 @@ pub(super) fn value(config: &Config) -> Value {
         root.push(("access_log", map([("path", path.into()), ("format", log.format.as_str().into())])));
     }
     root.push(("api", api(&config.api)));
+    root.push(("metrics", map([("per_backend", config.metrics.per_backend.as_str().into())])));
     let docker = &config.docker;
     root.push((
         "docker",

@@ -26,6 +26,7 @@ use std::time::Duration;
 use crate::control::ejection;
 use crate::control::health;
 use crate::control::publisher::OnDown;
+use crate::metrics::PerBackend;
 use crate::proxy::access_log::Format;
 use crate::proxy::key::KeyKind;
 use crate::proxy::socket::TcpOptions;
@@ -133,6 +134,8 @@ pub struct Config {
     pub access_log: Option<AccessLog>,
     /// Settings of the side port, which serves the API and the metrics.
     pub api: Api,
+    /// What the metrics show.
+    pub metrics: Metrics,
     /// Settings for pools that use the Docker engine.
     pub docker: Docker,
     /// Settings of a graceful shutdown.
@@ -177,6 +180,13 @@ pub struct Api {
     pub allowed_hosts: Vec<String>,
     /// Whether everyone who reaches the side port may call `/api/request`.
     pub public_request: bool,
+}
+
+/// What the metrics show.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Metrics {
+    /// Which metrics each backend has.
+    pub per_backend: PerBackend,
 }
 
 /// Settings of a graceful shutdown.

@@ -10,7 +10,10 @@ use serde_yaml::Value;
 
 use super::parse_pool::pool;
 use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, check_name, hint, name, narrow, show};
-use super::{AccessLog, Api, Config, Docker, Fault, Listener, PerSource, Pool, Process, Provider, Relay, Shutdown};
+use super::{
+    AccessLog, Api, Config, Docker, Fault, Listener, Metrics, PerSource, Pool, Process, Provider, Relay, Shutdown,
+};
+use crate::metrics::PerBackend;
 use crate::proxy::access_log::Format;
 use crate::proxy::socket::{Keepalive, TcpOptions};
 
@@ -23,6 +26,10 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     let tcp = tcp(root.section("tcp"));
     let access_log = root.item("access_log").map(|item| access_log(item.section()));
     let api = api(root.section("api"));
+    let mut metrics = root.section("metrics");
+    let per_backend = metrics.choice("per_backend", PerBackend::Full);
+    metrics.finish();
+    let metrics = Metrics { per_backend };
     let docker = docker(root.section("docker"));
     let mut shutdown = root.section("shutdown");
     let delay = shutdown.duration("delay", Duration::ZERO..=HOUR, Duration::ZERO);
@@ -51,7 +58,19 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
 
     let faults = faults.into_vec();
     if faults.is_empty() {
-        Ok(Config { workers, max_connections, relay, tcp, access_log, api, docker, shutdown, listeners, pools })
+        Ok(Config {
+            workers,
+            max_connections,
+            relay,
+            tcp,
+            access_log,
+            api,
+            metrics,
+            docker,
+            shutdown,
+            listeners,
+            pools,
+        })
     } else {
         Err(faults)
     }

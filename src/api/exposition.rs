@@ -1,0 +1,199 @@
+//! The text of a scrape: reads all counters of the data plane and the control plane, metric by metric.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+
+use super::{ListenerView, State};
+use crate::backend::{Backend, Moved, State as BackendState};
+use crate::control::docker::watch::EngineStatus;
+use crate::labels::{Label, Tally};
+use crate::limits;
+use crate::lossy_writer::LostLines;
+use crate::metrics::text::{Format, Labels, Samples, Text};
+use crate::metrics::{self, Metric, PerBackend};
+use crate::proxy::Route;
+use crate::proxy::stats::WorkerStats;
+use crate::table::Table;
+
+/// All metrics in this format, in pieces.
+pub(super) fn text(state: &State, format: Format) -> Vec<Bytes> {
+    let (mut text, view) = (Text::new(format), state.view());
+    let pools: Vec<_> = view.pools.iter().map(OfPool::new).collect();
+    listeners(&mut text, &view.listeners);
+    for_pools(&mut text, &pools, &view.differs);
+    engines(&mut text, std::iter::zip(&pools, &view.providers).map(|(pool, view)| (pool, view.engine_status.as_ref())));
+    backends(&mut text, &pools, view.per_backend);
+    workers(&mut text, state);
+    process(&mut text, state);
+    state.exporter.write(&mut text);
+    text.finish()
+}
+
+/// A pool with the table of this scrape, and its labels.
+struct OfPool<'a> {
+    route: &'a Route,
+    table: Arc<Table>,
+    labels: Labels,
+}
+
+impl<'a> OfPool<'a> {
+    fn new(route: &'a Route) -> Self {
+        Self { route, table: route.table.load(), labels: Labels::new(&["pool"], &[&route.pool]) }
+    }
+}
+
+fn listeners(text: &mut Text, listeners: &[ListenerView]) {
+    let of = |listener: &ListenerView| Labels::new(&["listener"], &[&listener.name]);
+    let listeners: Vec<_> = listeners.iter().map(|listener| (listener, of(listener))).collect();
+    let mut each = |metric, add: &dyn Fn(&mut Samples<'_>, &Labels, &ListenerView)| {
+        let mut samples = text.metric(metric);
+        for (listener, labels) in &listeners {
+            add(&mut samples, labels, listener);
+        }
+    };
+    each(&metrics::ACCEPTED, &|samples, labels, listener| samples.add(labels, load(&listener.stats.accepted)));
+    each(&metrics::ACTIVE, &|samples, labels, listener| samples.add(labels, load(&listener.stats.active)));
+    each(&metrics::ENDED, &|samples, labels, listener| tally(samples, labels, &listener.stats.ended));
+    each(&metrics::REFUSED, &|samples, labels, listener| tally(samples, labels, &listener.stats.refused));
+    each(&metrics::ACCEPT_ERRORS, &|samples, labels, listener| tally(samples, labels, &listener.stats.accept_errors));
+    each(&metrics::SOURCES_UNTRACKED, &|samples, labels, listener| {
+        samples.add(labels, listener.sources.as_ref().map_or(0, |sources| sources.untracked()));
+    });
+}
+
+fn for_pools<T>(text: &mut Text, pools: &[OfPool<'_>], differs: &[Vec<T>]) {
+    let mut each = |metric, value: &dyn Fn(&OfPool<'_>) -> u64| {
+        let mut samples = text.metric(metric);
+        for pool in pools {
+            samples.add(&pool.labels, value(pool));
+        }
+    };
+    each(&metrics::PANIC, &|pool| pool.table.is_panic().into());
+    each(&metrics::PANIC_PICKS, &|pool| load(&pool.route.stats.picked_in_panic));
+    each(&metrics::WALKED_PAST_FULL, &|pool| load(&pool.route.stats.walked_past_full));
+    each(&metrics::RING_POINTS, &|pool| pool.table.ring().points() as u64);
+    // A gauge is a double with 53 bits of precision, which holds the upper 52 bits of the digest exactly.
+    each(&metrics::RING_DIGEST, &|pool| pool.table.ring().digest() >> 12);
+    each(&metrics::TABLE_GENERATION, &|pool| pool.table.generation());
+    each(&metrics::POOL_HEALTHY, &|pool| pool.table.healthy() as u64);
+    let mut changed = text.metric(&metrics::CHANGED);
+    std::iter::zip(pools, differs).for_each(|(pool, differs)| changed.add(&pool.labels, differs.len()));
+}
+
+fn engines<'a>(text: &mut Text, pools: impl Iterator<Item = (&'a OfPool<'a>, Option<&'a Arc<EngineStatus>>)> + Clone) {
+    let pools = pools.filter_map(|(pool, engine)| Some((&pool.labels, engine?)));
+    let mut up = text.metric(&metrics::ENGINE_UP);
+    pools.clone().for_each(|(labels, engine)| up.add(labels, u8::from(engine.is_fresh())));
+    let mut stale = text.metric(&metrics::ENGINE_STALE);
+    pools.clone().for_each(|(labels, engine)| stale.add(labels, engine.age().as_secs_f64()));
+    let mut failures = text.metric(&metrics::ENGINE_FAILURES);
+    pools.for_each(|(labels, engine)| failures.add(labels, engine.failures()));
+}
+
+fn backends(text: &mut Text, pools: &[OfPool<'_>], per_backend: PerBackend) {
+    if per_backend == PerBackend::Off {
+        return;
+    }
+    let backends: Vec<(Labels, &Backend)> = pools
+        .iter()
+        .flat_map(|pool| {
+            let labels = |backend: &Backend| Labels::new(&["pool", "backend"], &[&pool.route.pool, &backend.id]);
+            pool.table.backends().iter().map(move |backend| (labels(backend), backend))
+        })
+        .collect();
+    let mut each = |metric: &'static Metric, add: &dyn Fn(&mut Samples<'_>, &Labels, &Backend)| {
+        if per_backend.shows(metric) {
+            let mut samples = text.metric(metric);
+            for (labels, backend) in &backends {
+                add(&mut samples, labels, backend);
+            }
+        }
+    };
+    let mut is = |metric, state: BackendState| {
+        each(metric, &|samples, labels, backend| samples.add(labels, u8::from(backend.state == state)));
+    };
+    is(&metrics::BACKEND_UP, BackendState::Healthy);
+    is(&metrics::BACKEND_DRAINING, BackendState::Draining);
+    is(&metrics::BACKEND_EJECTED, BackendState::Ejected);
+    is(&metrics::CRASH_LOOP, BackendState::CrashLoop);
+    each(&metrics::EJECTIONS, &|samples, labels, backend| samples.add(labels, load(&backend.live.ejections)));
+    each(&metrics::ADMISSION, &|samples, labels, backend| samples.add(labels, backend.admission.as_part()));
+    each(&metrics::REPLICA_RESTARTS, &|samples, labels, backend| samples.add(labels, backend.restarts));
+    each(&metrics::OUTPUT_LOST, &|samples, labels, backend| samples.add(labels, load(&backend.live.output_lost)));
+    each(&metrics::BACKEND_CONNECTIONS, &|samples, labels, backend| samples.add(labels, load(&backend.live.active)));
+    each(&metrics::BACKEND_CONNECTIONS_TOTAL, &|samples, labels, backend| {
+        samples.add(labels, load(&backend.live.total));
+    });
+    each(&metrics::CONNECT_ATTEMPTS, &|samples, labels, backend| samples.add(labels, load(&backend.live.attempts)));
+    // Most backends never see most causes: a cause appears with its first failure.
+    each(&metrics::CONNECT_FAILURES, &|samples, labels, backend| counted(samples, labels, &backend.live.failures));
+    each(&metrics::HEALTH_CHECKS, &|samples, labels, backend| {
+        samples.add_with(labels, "ok", load(&backend.live.checks_passed));
+        samples.add_with(labels, "failed", load(&backend.live.checks_failed));
+    });
+    each(&metrics::BYTES, &|samples, labels, backend| {
+        for (direction, moved) in [("from_client", &backend.live.from_client), ("to_client", &backend.live.to_client)] {
+            let Moved { copied, spliced } = moved;
+            let labels = labels.and("direction", direction);
+            samples.add_with(&labels, "copied", load(copied));
+            samples.add_with(&labels, "spliced", load(spliced));
+        }
+    });
+}
+
+fn workers(text: &mut Text, state: &State) {
+    let numbers: Vec<_> = (0..state.workers.len()).map(|number| number.to_string()).collect();
+    let mut each = |metric: &'static Metric, of: fn(&WorkerStats) -> &AtomicU64| {
+        let mut samples = text.metric(metric);
+        for (number, stats) in std::iter::zip(&numbers, &state.workers) {
+            samples.add(&Labels::new(metric.labels, &[number]), load(of(stats)));
+        }
+    };
+    each(&metrics::WORKER_CONNECTIONS, |stats| &stats.connections);
+    each(&metrics::PIPES, |stats| &stats.pipes);
+    each(&metrics::PIPE_SHORTAGES, |stats| &stats.pipe_shortages);
+    let mut tasks = text.metric(&metrics::TASKS);
+    for (number, stats) in std::iter::zip(&numbers, &state.workers) {
+        tasks.add(&Labels::new(&["runtime"], &[number]), load(&stats.tasks));
+    }
+    for (name, runtime) in &state.runtimes {
+        tasks.add(&Labels::new(&["runtime"], &[name]), runtime.metrics().num_alive_tasks());
+    }
+}
+
+fn process(text: &mut Text, state: &State) {
+    let view = state.view();
+    let none = Labels::new(&[], &[]);
+    let mut one = |metric, value: u64| text.metric(metric).add(&none, value);
+    let lost = |lines: &Option<LostLines>| lines.as_ref().map_or(0, LostLines::count);
+    one(&metrics::ACCESS_LOG_LOST, lost(&view.access_log_lost));
+    one(&metrics::LOG_LOST, lost(&view.log_lost));
+    one(&metrics::OPEN_FILES, limits::open_files_now());
+    one(&metrics::OPEN_FILES_LIMIT, limits::open_files());
+    one(&metrics::MAX_CONNECTIONS, state.limit.size() as u64);
+    one(&metrics::READY, state.ready.load(Ordering::Relaxed).into());
+    tally(&mut text.metric(&metrics::RELOADS), &none, &state.reloads);
+    tally(&mut text.metric(&metrics::UPGRADES), &none, &state.upgrades);
+    tally(&mut text.metric(&metrics::API_REJECTED), &none, state.guard.rejections());
+    text.metric(&metrics::UPTIME).add(&none, state.started.elapsed().as_secs_f64());
+    text.metric(&metrics::BUILD_INFO).add(&Labels::new(&["version"], &[crate::VERSION]), 1);
+}
+
+/// Adds every counter.
+fn tally<L: Label>(samples: &mut Samples<'_>, labels: &Labels, tally: &Tally<L>) {
+    for &label in L::ALL {
+        samples.add_with(labels, label.as_str(), tally.of(label));
+    }
+}
+
+/// Adds the counters that are not zero.
+fn counted<L: Label>(samples: &mut Samples<'_>, labels: &Labels, tally: &Tally<L>) {
+    let counted = L::ALL.iter().map(|&label| (label, tally.of(label))).filter(|(_, count)| *count > 0);
+    counted.for_each(|(label, count)| samples.add_with(labels, label.as_str(), count));
+}
+
+fn load(counter: &AtomicU64) -> u64 {
+    counter.load(Ordering::Relaxed)
+}
