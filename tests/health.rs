@@ -10,7 +10,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::harness::backends::{Refusing, Server};
-use crate::harness::{Ringway, eventually, eventually_async, http, soon, static_config};
+use crate::harness::{Ringway, eventually, eventually_async, get, http, soon, static_config};
 
 /// Starts a server that sends `greeting` first, and answers each line with `answer`.
 async fn talker(greeting: &'static [u8], answer: &'static [u8]) -> Server {
@@ -248,4 +248,32 @@ async fn a_backend_that_comes_back_gets_its_keys_step_by_step() {
     shares.dedup();
     assert!(shares.len() >= 5, "the share has too few steps: {shares:?}");
     assert_eq!(share(), before);
+}
+
+/// The keys of a backend whose first check takes long would go to others, and come back.
+#[tokio::test]
+async fn ringway_is_ready_once_every_backend_has_its_first_verdict() {
+    let (release, _) = tokio::sync::watch::channel(false);
+    let slow = Server::start({
+        let release = release.clone();
+        move |mut stream| {
+            let mut released = release.subscribe();
+            async move {
+                released.wait_for(|&released| released).await.unwrap();
+                let _ = stream.write_all(b"+").await;
+            }
+        }
+    })
+    .await;
+    let quick = talker(b"+", b"").await;
+    let check = "health_check: { kind: expect, expect: \"+\", timeout: 4s }";
+    let ringway = Ringway::start(&static_config(&[quick.address, slow.address], check)).await;
+    eventually("one is healthy", || ringway.states() == [State::Healthy, State::Starting]).await;
+    let is_ready = async || get(ringway.api(), "/readyz").await.0 == 200;
+    // Ready with the first healthy backend, it would be within this time.
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    assert!(!is_ready().await);
+    release.send_replace(true);
+    eventually_async("ready", is_ready).await;
+    assert_eq!(ringway.states(), [State::Healthy; 2]);
 }

@@ -312,6 +312,7 @@ async fn a_reload_keeps_the_counts_of_source_addresses() {
     let third = connect().await.unwrap();
     assert!(connect().await.is_none(), "the first two are forgotten");
     ringway.reload(&yaml("off")).await.unwrap();
+    assert!(ringway.state().listeners[0].sources.is_some(), "the metrics forget sources that were not tracked");
     let _not_counted = connect().await.unwrap();
     ringway.reload(&yaml("3")).await.unwrap();
     assert!(connect().await.is_none(), "the first three are forgotten");

@@ -7,7 +7,9 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::harness::backends::Server;
-use crate::harness::{Ringway, THREE_REPLICAS, config, eventually, get, http, soon, static_config};
+use crate::harness::{
+    Ringway, THREE_REPLICAS, config, echoes, eventually, eventually_async, get, http, metric_in, soon, static_config,
+};
 
 #[tokio::test]
 async fn three_embedded_replicas_answer_the_lines_of_the_readme() {
@@ -260,4 +262,32 @@ async fn lost_lines_of_the_access_log_are_counted() {
         ringway.metric("ringway_access_log_lost_lines_total", &[]).await == 3.0
     })
     .await;
+}
+
+#[tokio::test]
+async fn workers_have_equal_numbers_of_connections() {
+    let server = Server::echo("a").await;
+    for workers in [2, 8] {
+        let yaml = static_config(&[server.address], "health_check: { kind: none }");
+        let yaml = yaml.replace("workers: 2", &format!("workers: {workers}"));
+        let ringway = Ringway::start(&yaml).await.ready().await;
+        let mut open = Vec::new();
+        for each in [1, 4, 16] {
+            open.extend(loadtest::open(ringway.web(), each * workers - open.len()).await.unwrap());
+            let counts = async || {
+                let text = get(ringway.api(), "/metrics").await.1;
+                let of = |worker| metric_in(&text, "ringway_worker_connections_active", &[&format!("\"{worker}\"")]);
+                (0..workers).map(of).collect::<Vec<_>>()
+            };
+            eventually_async("all open", async || counts().await.iter().sum::<f64>() == (each * workers) as f64).await;
+            assert_eq!(counts().await, vec![each as f64; workers], "{workers} workers");
+        }
+        // Each worker serves what others have accepted.
+        for stream in &mut open {
+            assert!(soon("an echo", echoes(stream)).await);
+        }
+        drop(open);
+        let active = async || ringway.metric("ringway_worker_connections_active", &[]).await;
+        eventually_async("all ended", async || active().await == 0.0).await;
+    }
 }

@@ -1,19 +1,15 @@
 //! Upgrades: the new process takes over without a refused connection, a reset or a restart of a replica. If the upgrade
 //! fails, the old process continues.
 
-use std::net::TcpListener;
-use std::os::fd::OwnedFd;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use command_fds::{CommandFdExt as _, FdMapping};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Signal, kill_process};
 use tokio::net::TcpStream;
 
 use crate::harness::backends::Server;
-use crate::harness::program::{Killed, Program, is_alive, run};
+use crate::harness::program::{Program, is_alive, run};
 use crate::harness::{
     THREE_REPLICAS, config, echoes, eventually, eventually_async, get, http, metric_in, soon, static_config,
 };
@@ -199,79 +195,6 @@ async fn sigusr2_upgrades_and_sigterm_stops_the_new_process_with_its_replicas() 
     kill_process(new, Signal::TERM).unwrap();
     eventually("it ends", || !is_alive(new)).await;
     eventually("no replica is left", || !replicas.iter().any(|&pid| is_alive(pid))).await;
-}
-
-/// The test passes sockets as systemd does. A shell sets `LISTEN_PID` to the id of the process.
-#[tokio::test]
-async fn listening_sockets_come_from_the_service_manager() {
-    let server = Server::echo("a").await;
-    let web = TcpListener::bind("127.0.0.1:0").unwrap();
-    let api = TcpListener::bind("127.0.0.1:0").unwrap();
-    let stray = TcpListener::bind("127.0.0.1:0").unwrap();
-    let (web_address, api_address) = (web.local_addr().unwrap(), api.local_addr().unwrap());
-    let yaml = static_config(&[server.address], "health_check: { kind: none }")
-        .replace("listen: 127.0.0.1:0", &format!("listen: {web_address}"))
-        .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api_address}\""));
-    // The connection waits in the backlog until Ringway starts.
-    let mut early = TcpStream::connect(web_address).await.unwrap();
-    let file = crate::harness::program::file(&yaml);
-    let start = || {
-        let sockets = [&api, &web, &stray].map(|socket| OwnedFd::from(socket.try_clone().unwrap()));
-        let mappings = sockets.into_iter().zip(3..).map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd });
-        let mut command = Command::new("/bin/sh");
-        command
-            .args(["-c", "LISTEN_PID=$$ LISTEN_FDS=3 exec \"$@\"", "sh", env!("CARGO_BIN_EXE_ringway"), "--config"])
-            .arg(file.path())
-            .stderr(Stdio::piped())
-            .fd_mappings(mappings.collect())
-            .unwrap();
-        Killed(command.spawn().unwrap())
-    };
-    let mut first = start();
-    assert!(soon("an echo", echoes(&mut early)).await);
-    eventually_async("the side port", async || TcpStream::connect(api_address).await.is_ok()).await;
-    assert_eq!(get(api_address, "/healthz").await.0, 200);
-    // A restart keeps the backlog, because the service manager holds the sockets.
-    kill_process(Pid::from_child(&first.0), Signal::TERM).unwrap();
-    assert_eq!(tokio::task::spawn_blocking(move || (first.0.wait().unwrap().code(), first)).await.unwrap().0, Some(0));
-    let mut queued = TcpStream::connect(web_address).await.unwrap();
-    let mut second = start();
-    assert!(soon("an echo", echoes(&mut queued)).await);
-    let mut log = second.0.stderr.take().unwrap();
-    // A killed process would lose its last lines.
-    kill_process(Pid::from_child(&second.0), Signal::TERM).unwrap();
-    let mut text = String::new();
-    std::io::Read::read_to_string(&mut log, &mut text).unwrap();
-    assert!(text.contains("a socket from LISTEN_FDS matches no listener's address"));
-    assert!(text.contains(&stray.local_addr().unwrap().to_string()), "{text}");
-}
-
-#[tokio::test]
-async fn ringway_notifies_the_service_manager() {
-    let server = Server::echo("a").await;
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("notify");
-    let manager = tokio::net::UnixDatagram::bind(&path).unwrap();
-    let environment = [("NOTIFY_SOCKET", path.to_str().unwrap())];
-    let yaml = static_config(&[server.address], "health_check: { kind: none }");
-    let mut program = Program::start_with(&yaml, &environment).await.ready().await;
-    let told = async |wanted: &str| {
-        let mut message = [0; 1024];
-        soon(wanted, async {
-            loop {
-                let received = manager.recv(&mut message).await.unwrap();
-                if String::from_utf8_lossy(&message[..received]).lines().any(|line| line == wanted) {
-                    return;
-                }
-            }
-        })
-        .await;
-    };
-    told("READY=1").await;
-    let new = program.upgrade().await;
-    told(&format!("MAINPID={}", new.as_raw_nonzero())).await;
-    kill_process(new, Signal::TERM).unwrap();
-    told("STOPPING=1").await;
 }
 
 #[tokio::test]

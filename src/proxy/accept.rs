@@ -15,8 +15,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::ListenerId;
 use super::account::Account;
 use super::context::WorkerListener;
+use super::deal::Dealer;
 use super::limit::{ConnectionPermit, Limit};
 use super::session::serve_connection;
 use super::stats::AcceptError;
@@ -31,6 +33,7 @@ const ACCEPTS_PER_TURN: u32 = 16;
 /// Accepts connections of one listener on one of its sockets.
 #[derive(Debug)]
 pub(super) struct Acceptor {
+    pub(super) id: ListenerId,
     pub(super) socket: TcpListener,
     /// How the next connection is served; a reload replaces it.
     pub(super) listener: RefCell<Rc<WorkerListener>>,
@@ -45,16 +48,11 @@ impl Acceptor {
 /// Accepts on one socket until `stop`, then accepts the connections that the kernel has already queued.
 pub(super) async fn accept(
     acceptor: Rc<Acceptor>,
+    dealer: Rc<Dealer>,
     process: Arc<Limit>,
     sessions: TaskTracker,
     stop: CancellationToken,
 ) {
-    let spawn_connection =
-        |(client, peer): (TcpStream, SocketAddr), permit: ConnectionPermit, listener: Rc<WorkerListener>| {
-            tokio::task::spawn_local(
-                sessions.track_future(serve_connection(client, Account::open(listener, peer, permit))),
-            );
-        };
     let mut turn = 0;
     loop {
         // The permit comes first: connections over a limit wait in the kernel's backlog, not in this process.
@@ -70,7 +68,12 @@ pub(super) async fn accept(
             accepted = accept_or_wait(&acceptor.socket, permit) => accepted,
         };
         match accepted {
-            Some((Ok(accepted), permit)) => spawn_connection(accepted, permit, acceptor.listener()),
+            Some((Ok((client, peer)), permit)) => {
+                let listener = acceptor.listener();
+                if let Some((client, permit)) = dealer.deal(acceptor.id, &listener, client, peer, permit) {
+                    spawn_connection(&sessions, client, peer, permit, listener);
+                }
+            }
             Some((Err(error), permit)) => {
                 drop(permit);
                 let kind = classify(&error);
@@ -95,9 +98,21 @@ pub(super) async fn accept(
     while let Some(permit) = ConnectionPermit::try_acquire(&listener.serving.limit, &process) {
         let Some((stream, peer)) = queued(&acceptor.socket) else { break };
         if let Ok(stream) = TcpStream::from_std(stream) {
-            spawn_connection((stream, peer), permit, Rc::clone(&listener));
+            dealer.keep();
+            spawn_connection(&sessions, stream, peer, permit, Rc::clone(&listener));
         }
     }
+}
+
+/// Serves a connection on this worker.
+pub(super) fn spawn_connection(
+    sessions: &TaskTracker,
+    client: TcpStream,
+    peer: SocketAddr,
+    permit: ConnectionPermit,
+    listener: Rc<WorkerListener>,
+) {
+    tokio::task::spawn_local(sessions.track_future(serve_connection(client, Account::open(listener, peer, permit))));
 }
 
 type Accepted = (io::Result<(TcpStream, SocketAddr)>, ConnectionPermit);

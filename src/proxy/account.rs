@@ -67,11 +67,10 @@ struct Served {
 }
 
 impl Account {
-    /// Counts an accepted connection.
+    /// Counts an accepted connection. It is counted for the worker already: see [`Dealer`](super::deal::Dealer).
     pub(super) fn open(listener: Rc<WorkerListener>, client: SocketAddr, permit: ConnectionPermit) -> Self {
         listener.serving.stats.accepted.fetch_add(1, Ordering::Relaxed);
         listener.serving.stats.active.fetch_add(1, Ordering::Relaxed);
-        listener.worker.stats.connections.fetch_add(1, Ordering::Relaxed);
         Self {
             listener,
             client,
@@ -121,6 +120,7 @@ impl Drop for Account {
         if let Some(served) = &self.served {
             listener.worker.open.borrow_mut().try_remove(served.slot);
             served.progress.report();
+            listener.worker.ended.set(listener.worker.ended.get() + 1);
         }
         if let Some(log) = &listener.serving.access_log {
             log.write(&Line {

@@ -32,6 +32,10 @@ pub(super) struct Worker {
     pub(super) tick: Cell<Duration>,
     /// Tells the timeout task of a new interval.
     pub(super) new_tick: Notify,
+    /// Served connections that have ended since the last tick.
+    pub(super) ended: Cell<u64>,
+    /// Payload bytes reported since the last tick.
+    pub(super) bytes: Cell<u64>,
     /// Pipes whose bytes were moved to memory.
     pub(super) moved_out: Cell<usize>,
     /// Reads of at least this many bytes count towards splicing; `None`: splicing is off.
@@ -41,7 +45,7 @@ pub(super) struct Worker {
 /// A listener as one worker sees it.
 #[derive(Debug)]
 pub(super) struct WorkerListener {
-    pub(super) serving: Serving,
+    pub(super) serving: Arc<Serving>,
     pub(super) worker: Rc<Worker>,
     pub(super) table: RefCell<TableReader>,
     /// Interval of the timeout task that the timeouts of the route need.
@@ -69,7 +73,9 @@ impl Traffic {
         self.copied.get() + self.spliced.get()
     }
 
-    fn report(&self, moved: &Moved) {
+    /// Adds the bytes since the last report to the shared counters, and returns their number.
+    fn report(&self, moved: &Moved) -> u64 {
+        let mut sum = 0;
         for (here, reported, shared) in
             [(&self.copied, &self.reported.0, &moved.copied), (&self.spliced, &self.reported.1, &moved.spliced)]
         {
@@ -77,7 +83,9 @@ impl Traffic {
             if new > 0 {
                 shared.fetch_add(new, Ordering::Relaxed);
             }
+            sum += new;
         }
+        sum
     }
 }
 
@@ -123,7 +131,8 @@ impl Progress {
     /// Adds the bytes moved since the last report to the shared counters.
     pub(super) fn report(&self) {
         let live = self.permit.live();
-        self.from_client.report(&live.from_client);
-        self.to_client.report(&live.to_client);
+        let moved = self.from_client.report(&live.from_client) + self.to_client.report(&live.to_client);
+        let worker = &self.listener.worker;
+        worker.bytes.set(worker.bytes.get() + moved);
     }
 }

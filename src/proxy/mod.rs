@@ -6,7 +6,7 @@
 //! # Layout
 //!
 //! - [`mod@session`]: the path of one connection, one line per stage
-//! - [`accept`], [`admit`], [`key`], [`mod@connect`] (which picks), [`relay`], [`account`]: the stages
+//! - [`accept`], [`deal`], [`admit`], [`key`], [`mod@connect`] (which picks), [`relay`], [`account`]: the stages
 //! - [`mod@route`]: what a listener decides for a connection; [`mod@dial`]: one attempt to connect
 //! - [`direction`], [`pipe`], [`write_backlog`]: one half of a relay, and the pipes and buffers that it uses
 //! - [`worker`], [`timeouts`]: a worker's thread, and its timeout task with a coarse clock
@@ -25,6 +25,7 @@ mod account;
 mod admit;
 mod connect;
 mod context;
+mod deal;
 mod dial;
 mod direction;
 mod limit;
@@ -47,6 +48,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::access_log::AccessLog;
 pub use self::connect::{Connected, connect};
+use self::deal::Peer;
 pub use self::limit::{ConnectionPermit, Limit};
 pub use self::route::{Reports, Route};
 use self::socket::TcpOptions;
@@ -123,7 +125,7 @@ pub struct Intercepted {
 pub struct Proxy {
     stop: CancellationToken,
     limit: Arc<Limit>,
-    workers: Vec<WorkerHandle>,
+    workers: Arc<[Peer]>,
     next_listener: u64,
 }
 
@@ -146,19 +148,6 @@ impl WorkersEnded {
     }
 }
 
-#[derive(Debug)]
-struct WorkerHandle {
-    stats: Arc<WorkerStats>,
-    commands: mpsc::UnboundedSender<WorkerCommand>,
-}
-
-impl WorkerHandle {
-    fn tell(&self, command: WorkerCommand) {
-        // A worker that has ended is reported by `WorkersEnded`.
-        let _ = self.commands.send(command);
-    }
-}
-
 impl Proxy {
     /// Starts the workers. No listener is open yet.
     ///
@@ -167,17 +156,23 @@ impl Proxy {
     pub fn start(settings: Settings) -> io::Result<(Self, WorkersEnded)> {
         let workers = settings.workers.max(1);
         let (ended_sender, ended) = mpsc::unbounded_channel();
-        let mut proxy = Self {
+        let (peers, queues): (Vec<_>, Vec<_>) = (0..workers)
+            .map(|_| {
+                let (commands, queue) = mpsc::unbounded_channel();
+                (Peer { stats: Arc::default(), commands }, queue)
+            })
+            .unzip();
+        let proxy = Self {
             stop: CancellationToken::new(),
             limit: Arc::new(Limit::new(Some(settings.max_connections))),
-            workers: Vec::new(),
+            workers: peers.into(),
             next_listener: 0,
         };
-        for index in 0..workers {
-            let (sender, commands) = mpsc::unbounded_channel();
+        for (index, commands) in queues.into_iter().enumerate() {
             let setup = Setup {
                 index,
-                stats: Arc::default(),
+                stats: Arc::clone(&proxy.workers[index].stats),
+                workers: Arc::clone(&proxy.workers),
                 max_pipes: settings.max_pipes / workers + usize::from(index < settings.max_pipes % workers),
                 buffer: settings.buffer,
                 splice_from: settings.splice_from,
@@ -186,7 +181,6 @@ impl Proxy {
                 stop: proxy.stop.clone(),
                 ended: ended_sender.clone(),
             };
-            proxy.workers.push(WorkerHandle { stats: Arc::clone(&setup.stats), commands: sender });
             // On an error, `proxy` is dropped, which stops the workers that have started.
             std::thread::Builder::new().name(format!("worker-{index}")).spawn(move || worker::run(setup))?;
         }
@@ -196,16 +190,17 @@ impl Proxy {
     /// Starts accepting on `sockets`. Worker `n` takes the sockets `n`, `n + workers` and so on.
     pub fn open(&mut self, sockets: Vec<TcpListener>, serving: &Serving) -> ListenerId {
         self.next_listener += 1;
-        let id = ListenerId(self.next_listener);
+        let (id, serving) = (ListenerId(self.next_listener), Arc::new(serving.clone()));
         for (socket, worker) in std::iter::zip(sockets, self.workers.iter().cycle()) {
-            worker.tell(WorkerCommand::Open(id, socket, serving.clone()));
+            worker.tell(WorkerCommand::Open(id, socket, Arc::clone(&serving)));
         }
         id
     }
 
     /// Applies `serving` to connections accepted from now on.
     pub fn update(&self, id: ListenerId, serving: &Serving) {
-        self.workers.iter().for_each(|worker| worker.tell(WorkerCommand::Update(id, serving.clone())));
+        let serving = Arc::new(serving.clone());
+        self.workers.iter().for_each(|worker| worker.tell(WorkerCommand::Update(id, Arc::clone(&serving))));
     }
 
     /// Stops accepting on a listener. Its open connections continue.

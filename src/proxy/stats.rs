@@ -110,11 +110,17 @@ pub struct PoolStats {
     pub walked_past_full: AtomicU64,
 }
 
-/// Counters of one worker.
+/// Counters of one worker. The alignment keeps those of two workers out of one cache line: processors fetch lines of 64
+/// bytes in pairs.
 #[derive(Debug, Default)]
+#[repr(align(128))]
 pub struct WorkerStats {
-    /// Connections that the worker serves now.
+    /// Connections that the worker serves now, or will serve in a moment.
     pub connections: AtomicU64,
+    /// Connections that ended per second, between the last two ticks of the timeout task.
+    pub ended_per_second: AtomicU64,
+    /// Payload bytes that the worker has moved between the last two ticks of the timeout task.
+    pub bytes_lately: AtomicU64,
     /// Tasks of the worker's runtime at the last tick of the timeout task.
     pub tasks: AtomicU64,
     /// Pipes that the worker has open, in use or pooled.

@@ -48,7 +48,8 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
         }
         // While the whole worker is suspended (a paused or overloaded machine), connections cannot be active. So at
         // most two ticks of that time count.
-        let now = worker.clock.get() + last.elapsed().min(2 * tick);
+        let passed = last.elapsed();
+        let now = worker.clock.get() + passed.min(2 * tick);
         last = Instant::now();
         worker.clock.set(now);
         worker.stats.tasks.store(Handle::current().metrics().num_alive_tasks() as u64, Ordering::Relaxed);
@@ -86,6 +87,9 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
                 waker.wake();
             }
         }
+        let milliseconds = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX).max(1);
+        worker.stats.ended_per_second.store(worker.ended.take() * 1000 / milliseconds, Ordering::Relaxed);
+        worker.stats.bytes_lately.store(worker.bytes.take(), Ordering::Relaxed);
     }
 }
 

@@ -4,16 +4,18 @@ use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use super::accept::{Acceptor, accept};
+use super::accept::{Acceptor, accept, spawn_connection};
 use super::context::{Worker, WorkerListener};
+use super::deal::{Dealer, Dealt, Peer};
 use super::limit::Limit;
 use super::pipe::PipePool;
 use super::socket::reconfigure;
@@ -32,6 +34,8 @@ const TASKS_PER_POLL: u32 = 16;
 pub(super) struct Setup {
     pub(super) index: usize,
     pub(super) stats: Arc<WorkerStats>,
+    /// All workers, this one among them.
+    pub(super) workers: Arc<[Peer]>,
     pub(super) max_pipes: usize,
     pub(super) buffer: usize,
     pub(super) splice_from: usize,
@@ -44,9 +48,11 @@ pub(super) struct Setup {
 /// A command to a running worker.
 pub(super) enum WorkerCommand {
     /// Accept on this socket.
-    Open(ListenerId, std::net::TcpListener, Serving),
+    Open(ListenerId, std::net::TcpListener, Arc<Serving>),
     /// Serve new connections with these settings; open connections keep theirs.
-    Update(ListenerId, Serving),
+    Update(ListenerId, Arc<Serving>),
+    /// Serve a connection that another worker has accepted.
+    Serve(Dealt),
     /// Accept the queued connections, then close the listener.
     Close(ListenerId),
 }
@@ -89,12 +95,15 @@ async fn serve(mut setup: Setup) {
         clock: Cell::default(),
         tick: Cell::new(timeouts::SLOWEST),
         new_tick: Notify::new(),
+        ended: Cell::new(0),
+        bytes: Cell::new(0),
         moved_out: Cell::new(0),
         splice_from: (setup.max_pipes > 0).then_some(setup.splice_from),
     });
     let mut listeners = Listeners {
         worker: Rc::clone(&worker),
         limit: setup.limit,
+        dealer: Rc::new(Dealer::new(setup.index, setup.workers)),
         acceptors: Vec::new(),
         sessions: TaskTracker::new(),
     };
@@ -113,6 +122,10 @@ async fn serve(mut setup: Setup) {
                     tokio::task::spawn_local(accepting.track_future(loops));
                 })
             }
+            Some(WorkerCommand::Serve(dealt)) => {
+                listeners.serve(dealt);
+                Ok(())
+            }
             Some(WorkerCommand::Update(id, serving)) => listeners.update(id, serving),
             Some(WorkerCommand::Close(id)) => {
                 listeners.acceptors.retain(|(other, ..)| *other != id);
@@ -124,6 +137,13 @@ async fn serve(mut setup: Setup) {
         if let Err(error) = done {
             // The kernel would complete connections that no task serves. A restart is better, so the worker ends.
             return tracing::error!(worker = setup.index, %error, "cannot serve a listener");
+        }
+    }
+    // From here on, other workers keep what they accept. What they have handed over is served.
+    setup.commands.close();
+    while let Ok(command) = setup.commands.try_recv() {
+        if let WorkerCommand::Serve(dealt) = command {
+            listeners.serve(dealt);
         }
     }
     let drain = listeners.longest_drain();
@@ -140,6 +160,7 @@ async fn serve(mut setup: Setup) {
 struct Listeners {
     worker: Rc<Worker>,
     limit: Arc<Limit>,
+    dealer: Rc<Dealer>,
     /// The acceptors. Dropping a guard stops its acceptor once the queued connections have been accepted.
     acceptors: Vec<(ListenerId, Rc<Acceptor>, DropGuard)>,
     sessions: TaskTracker,
@@ -151,10 +172,11 @@ impl Listeners {
         &mut self,
         id: ListenerId,
         socket: std::net::TcpListener,
-        serving: Serving,
+        serving: Arc<Serving>,
         stop: &CancellationToken,
     ) -> io::Result<impl Future<Output = ()> + use<>> {
         let acceptor = Rc::new(Acceptor {
+            id,
             socket: TcpListener::from_std(socket)?,
             listener: RefCell::new(self.listener(serving)),
         });
@@ -162,10 +184,27 @@ impl Listeners {
         let guard = close.clone().drop_guard();
         self.acceptors.push((id, Rc::clone(&acceptor), guard));
         self.set_tick();
-        Ok(accept(acceptor, Arc::clone(&self.limit), self.sessions.clone(), close))
+        let dealer = Rc::clone(&self.dealer);
+        Ok(accept(acceptor, dealer, Arc::clone(&self.limit), self.sessions.clone(), close))
     }
 
-    fn update(&mut self, id: ListenerId, serving: Serving) -> io::Result<()> {
+    /// Serves a connection that another worker has accepted.
+    fn serve(&self, dealt: Dealt) {
+        let Dealt { listener, serving, client, peer, permit } = dealt;
+        let own = self.acceptors.iter().find(|(id, ..)| *id == listener);
+        let own = own.map(|(_, acceptor, _)| Rc::clone(&acceptor.listener.borrow()));
+        let known = own.filter(|listener| Arc::ptr_eq(&listener.serving, &serving));
+        let listener = known.unwrap_or_else(|| self.listener(serving));
+        match TcpStream::from_std(client) {
+            Ok(client) => spawn_connection(&self.sessions, client, peer, permit, listener),
+            Err(error) => {
+                tracing::debug!(%error, "cannot serve a connection that was handed over");
+                self.worker.stats.connections.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn update(&mut self, id: ListenerId, serving: Arc<Serving>) -> io::Result<()> {
         let listener = self.listener(serving);
         for (_, acceptor, _) in self.acceptors.iter().filter(|(other, ..)| *other == id) {
             reconfigure(&acceptor.socket, &listener.serving.tcp, listener.serving.backlog)?;
@@ -175,7 +214,7 @@ impl Listeners {
         Ok(())
     }
 
-    fn listener(&self, serving: Serving) -> Rc<WorkerListener> {
+    fn listener(&self, serving: Arc<Serving>) -> Rc<WorkerListener> {
         let tick = timeouts::tick(&serving.route);
         let (table, worker) = (RefCell::new(serving.route.table.reader()), Rc::clone(&self.worker));
         Rc::new(WorkerListener { serving, worker, table, tick })

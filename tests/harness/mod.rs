@@ -3,6 +3,7 @@
 pub(crate) mod backends;
 pub(crate) mod engine;
 pub(crate) mod program;
+pub(crate) mod watchdog;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -20,6 +21,8 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
+use self::watchdog::Watchdog;
+
 /// The longest wait for a condition. It is not an expected duration.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -29,6 +32,7 @@ pub(crate) struct Ringway {
     api: SocketAddr,
     stop: CancellationToken,
     thread: Option<JoinHandle<()>>,
+    watchdog: Option<Watchdog>,
 }
 
 impl Ringway {
@@ -48,7 +52,8 @@ impl Ringway {
             runtime.block_on(async {
                 match App::start(config, environment(), Inheritance::default()).await {
                     Ok(app) => {
-                        let _ = started.send(Ok((Arc::clone(app.state()), app.api_address())));
+                        let own = rustix::thread::gettid().as_raw_nonzero().get();
+                        let _ = started.send(Ok((Arc::clone(app.state()), app.api_address(), own)));
                         app.run(stopped.cancelled()).await.unwrap();
                     }
                     Err(error) => drop(started.send(Err(error.to_string()))),
@@ -56,7 +61,10 @@ impl Ringway {
             });
         });
         match start.await.unwrap() {
-            Ok((state, api)) => Ok(Self { state, api, stop, thread: Some(thread) }),
+            Ok((state, api, main)) => {
+                let watchdog = Watchdog::watch(i32::try_from(std::process::id()).unwrap(), main);
+                Ok(Self { state, api, stop, thread: Some(thread), watchdog: Some(watchdog) })
+            }
             Err(error) => {
                 thread.join().unwrap();
                 Err(error)
@@ -151,6 +159,7 @@ impl Drop for Ringway {
         {
             panic!("the app panicked");
         }
+        self.watchdog = None;
     }
 }
 

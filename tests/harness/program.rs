@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::NamedTempFile;
 
+use super::watchdog::Watchdog;
 use super::{PATIENCE, eventually};
 
 /// A running `ringway`. It is killed when it is dropped, and its replicas end with it.
@@ -19,6 +20,7 @@ pub(crate) struct Program {
     /// The processes that have taken over, in order.
     successors: Vec<Pid>,
     log: Arc<Mutex<String>>,
+    watchdogs: Vec<Watchdog>,
     closed: Arc<AtomicBool>,
     stalled: Arc<AtomicBool>,
     config: NamedTempFile,
@@ -107,12 +109,14 @@ impl Program {
                 }
             }
         });
-        let mut program = Self { child, successors: Vec::new(), log, closed, stalled, config, binary: None };
+        let (successors, watchdogs) = (Vec::new(), Vec::new());
+        let mut program = Self { child, successors, log, watchdogs, closed, stalled, config, binary: None };
         eventually("the banner", || {
             assert!(program.child.0.try_wait().unwrap().is_none(), "ringway ended:\n{}", program.log());
             program.log().contains(" status --api ")
         })
         .await;
+        program.watch(program.pid());
         program
     }
 
@@ -144,7 +148,13 @@ impl Program {
         let pid = self.status().await["pid"].as_i64().unwrap();
         let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
         self.successors.push(pid);
+        self.watch(pid);
         pid
+    }
+
+    fn watch(&mut self, pid: Pid) {
+        let main = pid.as_raw_nonzero().get();
+        self.watchdogs.push(Watchdog::watch(main, main));
     }
 
     pub(crate) fn log(&self) -> String {
@@ -210,6 +220,8 @@ impl Program {
 
     /// Waits for the exit status.
     pub(crate) async fn ended(&mut self) -> ExitStatus {
+        // At its end, Ringway gives the reader of a log a second.
+        self.watchdogs.clear();
         let mut status = None;
         eventually("the program's end", || {
             status = self.child.0.try_wait().unwrap();

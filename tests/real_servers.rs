@@ -1,0 +1,114 @@
+//! Health checks of real servers.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::Ordering;
+
+use ringway::backend::State;
+
+use crate::harness::program::{Killed, file};
+use crate::harness::{Ringway, eventually, require_tool, soon, static_config};
+
+/// The address of the server. `MariaDB` counts no aborted connects from loopback.
+const ADDRESS: &str = "10.77.0.1:3306";
+
+/// A `MariaDB` server, with the data in a folder of its own. It ends when this is dropped.
+struct MariaDb {
+    _server: Killed,
+    socket: String,
+}
+
+impl MariaDb {
+    async fn start(folder: &Path) -> Self {
+        let data = folder.join("data").display().to_string();
+        let socket = folder.join("socket").display().to_string();
+        let user = "--user=root";
+        let install = Command::new("mariadb-install-db")
+            .args(["--no-defaults", "--skip-test-db", "--auth-root-authentication-method=normal", user])
+            .arg(format!("--datadir={data}"))
+            .output();
+        let install = install.unwrap();
+        assert!(install.status.success(), "{}", String::from_utf8_lossy(&install.stderr));
+        let server = Command::new("mariadbd")
+            .args(["--no-defaults", user, "--bind-address=10.77.0.1", "--port=3306", "--max-connect-errors=20"])
+            .args([format!("--datadir={data}"), format!("--socket={socket}")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        let server = Self { _server: Killed(server.unwrap()), socket };
+        eventually("MariaDB answers", || server.sql("SELECT 1").is_ok()).await;
+        server.sql("CREATE USER app@'%'").unwrap();
+        server
+    }
+
+    /// Runs a statement as the administrator. The error is what the server said.
+    fn sql(&self, statement: &str) -> Result<String, String> {
+        client(&[&format!("--socket={}", self.socket), "--user=root", "--execute", statement])
+    }
+
+    /// The number of connections that ended before a login.
+    fn aborted(&self) -> u64 {
+        let answer = self.sql("SHOW GLOBAL STATUS LIKE 'Aborted_connects'").unwrap();
+        answer.split_whitespace().last().unwrap().parse().unwrap()
+    }
+}
+
+/// Logs in over the network.
+fn login() -> Result<String, String> {
+    client(&["--host=10.77.0.1", "--port=3306", "--user=app", "--execute", "SELECT 1"])
+}
+
+fn client(arguments: &[&str]) -> Result<String, String> {
+    let output =
+        Command::new("mariadb").args(["--no-defaults", "--skip-column-names"]).args(arguments).output().unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+}
+
+/// The test runs itself again in namespaces of its own: with an address that is not loopback, and a name for it.
+#[tokio::test]
+#[ignore = "needs root and MariaDB"]
+async fn tcp_checks_do_not_lock_ringway_out_of_mariadb() {
+    const INSIDE: &str = "RINGWAY_TEST_INSIDE";
+    const NAME: &str = "real_servers::tcp_checks_do_not_lock_ringway_out_of_mariadb";
+    const SETUP: &str = "ip link set lo up && ip address add 10.77.0.1/24 dev lo \
+                         && mount --bind \"$0\" /etc/hosts && exec \"$@\"";
+    if !require_tool("mariadbd") {
+        return;
+    }
+    if std::env::var_os(INSIDE).is_none() {
+        // MariaDB counts errors only of hosts whose name it knows.
+        let hosts = file("127.0.0.1 localhost\n10.77.0.1 balancer.test\n");
+        let inside = tokio::process::Command::new("unshare")
+            .args(["--net", "--mount", "sh", "-c", SETUP])
+            .arg(hosts.path())
+            .arg(std::env::current_exe().unwrap())
+            .args(["--exact", NAME, "--ignored", "--nocapture"])
+            .env(INSIDE, "1")
+            .kill_on_drop(true)
+            .output();
+        let inside = soon("the test inside", inside).await.unwrap();
+        let said = String::from_utf8_lossy(&inside.stdout) + String::from_utf8_lossy(&inside.stderr);
+        assert!(inside.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let server = MariaDb::start(folder.path()).await;
+    login().unwrap();
+    // Plain connects, as simple checks make them, block the host.
+    for _ in 0..25 {
+        drop(std::net::TcpStream::connect(ADDRESS).unwrap());
+    }
+    eventually("the host is blocked", || login().is_err_and(|error| error.contains("is blocked"))).await;
+    server.sql("FLUSH HOSTS").unwrap();
+    login().unwrap();
+    let before = server.aborted();
+    assert!(before >= 20, "{before}");
+
+    let yaml = static_config(&[ADDRESS.parse().unwrap()], "health_check: { kind: tcp, interval: 10ms }");
+    let ringway = Ringway::start(&yaml).await;
+    let live = ringway.backend(0).live;
+    eventually("300 checks", || live.checks_passed.load(Ordering::Relaxed) >= 300).await;
+    assert_eq!((server.aborted(), ringway.states()), (before, vec![State::Healthy]));
+    login().unwrap();
+}

@@ -1,0 +1,166 @@
+//! Sockets from a service manager, and notifications to it.
+
+use std::net::{TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
+
+use command_fds::{CommandFdExt as _, FdMapping};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::NamedTempFile;
+use tokio::net::TcpStream;
+
+use crate::harness::backends::Server;
+use crate::harness::program::{Killed, Program, file};
+use crate::harness::{echoes, eventually_async, get, http, soon, static_config};
+
+/// Starts `ringway` with these sockets, as systemd does. A shell sets `LISTEN_PID` to the id of the process.
+fn start(config: &NamedTempFile, sockets: Vec<OwnedFd>) -> Killed {
+    let script = format!("LISTEN_PID=$$ LISTEN_FDS={} exec \"$@\"", sockets.len());
+    let mappings = sockets.into_iter().zip(3..).map(|(parent_fd, child_fd)| FdMapping { parent_fd, child_fd });
+    let mut command = Command::new("/bin/sh");
+    command
+        .args(["-c", &script, "sh", env!("CARGO_BIN_EXE_ringway"), "--config"])
+        .arg(config.path())
+        .stderr(Stdio::piped())
+        .fd_mappings(mappings.collect())
+        .unwrap();
+    Killed(command.spawn().unwrap())
+}
+
+fn stop(ringway: &Killed) {
+    kill_process(Pid::from_child(&ringway.0), Signal::TERM).unwrap();
+}
+
+/// Waits for the end, and returns the exit code and the log.
+async fn ended(mut ringway: Killed) -> (Option<i32>, String) {
+    let wait = tokio::task::spawn_blocking(move || {
+        let mut log = String::new();
+        std::io::Read::read_to_string(&mut ringway.0.stderr.take().unwrap(), &mut log).unwrap();
+        (ringway.0.wait().unwrap().code(), log)
+    });
+    soon("the end of ringway", wait).await.unwrap()
+}
+
+#[tokio::test]
+async fn listening_sockets_come_from_the_service_manager() {
+    let server = Server::echo("a").await;
+    let web = TcpListener::bind("127.0.0.1:0").unwrap();
+    let api = TcpListener::bind("127.0.0.1:0").unwrap();
+    let stray = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (web_address, api_address) = (web.local_addr().unwrap(), api.local_addr().unwrap());
+    let yaml = static_config(&[server.address], "health_check: { kind: none }")
+        .replace("listen: 127.0.0.1:0", &format!("listen: {web_address}"))
+        .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api_address}\""));
+    // The connection waits in the backlog until Ringway starts.
+    let mut early = TcpStream::connect(web_address).await.unwrap();
+    let config = file(&yaml);
+    let sockets = || [&api, &web, &stray].map(|socket| OwnedFd::from(socket.try_clone().unwrap())).into();
+    let first = start(&config, sockets());
+    assert!(soon("an echo", echoes(&mut early)).await);
+    eventually_async("the side port", async || TcpStream::connect(api_address).await.is_ok()).await;
+    assert_eq!(get(api_address, "/healthz").await.0, 200);
+    // A restart keeps the backlog, because the service manager holds the sockets.
+    stop(&first);
+    assert_eq!(ended(first).await.0, Some(0));
+    let mut queued = TcpStream::connect(web_address).await.unwrap();
+    let second = start(&config, sockets());
+    assert!(soon("an echo", echoes(&mut queued)).await);
+    stop(&second);
+    let (_, log) = ended(second).await;
+    assert!(log.contains("a socket from LISTEN_FDS matches no listener's address"), "{log}");
+    assert!(log.contains(&stray.local_addr().unwrap().to_string()), "{log}");
+}
+
+/// The manager keeps the socket, and a later config may use it again.
+#[tokio::test]
+async fn a_listener_that_moves_leaves_the_socket_of_the_service_manager_usable() {
+    let server = Server::echo("a").await;
+    let web = TcpListener::bind("127.0.0.1:0").unwrap();
+    let api = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (web_address, api_address) = (web.local_addr().unwrap(), api.local_addr().unwrap());
+    let yaml = |listen: &str| {
+        static_config(&[server.address], "health_check: { kind: none }")
+            .replace("listen: 127.0.0.1:0", &format!("listen: {listen}"))
+            .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api_address}\""))
+    };
+    let config = file(&yaml(&web_address.to_string()));
+    let sockets = || [&api, &web].map(|socket| OwnedFd::from(socket.try_clone().unwrap())).into();
+    for command in ["/api/reload", "/api/upgrade"] {
+        std::fs::write(config.path(), yaml(&web_address.to_string())).unwrap();
+        let first = start(&config, sockets());
+        let mut client = TcpStream::connect(web_address).await.unwrap();
+        assert!(soon("an echo", echoes(&mut client)).await);
+        drop(client);
+        std::fs::write(config.path(), yaml("127.0.0.2:0")).unwrap();
+        assert_eq!(http(api_address, "POST", command, b"").await.status(), 200);
+        let pid = serde_json::from_str::<serde_json::Value>(&get(api_address, "/api/status").await.1).unwrap()["pid"]
+            .as_i64()
+            .unwrap();
+        kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), Signal::TERM).unwrap();
+        ended(first).await;
+        // The queue of the manager's socket still takes clients.
+        let client = tokio::time::timeout(std::time::Duration::from_secs(5), TcpStream::connect(web_address)).await;
+        client.expect("the socket takes no client").unwrap();
+        while web.accept().is_err() {}
+    }
+}
+
+/// As `ListenStream=8000` makes it.
+#[tokio::test]
+async fn a_dual_stack_socket_serves_a_listener_on_all_addresses() {
+    let server = Server::echo("a").await;
+    let socket = socket2::Socket::new(socket2::Domain::IPV6, socket2::Type::STREAM, None).unwrap();
+    socket.set_only_v6(false).unwrap();
+    socket.bind(&"[::]:0".parse::<std::net::SocketAddr>().unwrap().into()).unwrap();
+    socket.listen(16).unwrap();
+    let port = socket.local_addr().unwrap().as_socket().unwrap().port();
+    let yaml = static_config(&[server.address], "health_check: { kind: none }")
+        .replace("listen: 127.0.0.1:0", &format!("listen: 0.0.0.0:{port}"));
+    let config = file(&yaml);
+    let ringway = start(&config, vec![socket.into()]);
+    for address in [format!("127.0.0.1:{port}"), format!("[::1]:{port}")] {
+        let mut client = TcpStream::connect(&address).await.unwrap();
+        assert!(soon("an echo", echoes(&mut client)).await, "{address}");
+    }
+    stop(&ringway);
+    let (code, log) = ended(ringway).await;
+    assert_eq!(code, Some(0), "{log}");
+}
+
+#[tokio::test]
+async fn a_udp_socket_in_the_unit_is_a_clear_error() {
+    let server = Server::echo("a").await;
+    let config = file(&static_config(&[server.address], "health_check: { kind: none }"));
+    let (code, log) = ended(start(&config, vec![UdpSocket::bind("127.0.0.1:0").unwrap().into()])).await;
+    assert_eq!(code, Some(1), "{log}");
+    assert!(log.contains("descriptor 0 of LISTEN_FDS is not a listening TCP socket"), "{log}");
+    assert!(log.contains("use ListenStream="), "{log}");
+}
+
+#[tokio::test]
+async fn ringway_notifies_the_service_manager() {
+    let server = Server::echo("a").await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notify");
+    let manager = tokio::net::UnixDatagram::bind(&path).unwrap();
+    let environment = [("NOTIFY_SOCKET", path.to_str().unwrap())];
+    let yaml = static_config(&[server.address], "health_check: { kind: none }");
+    let mut program = Program::start_with(&yaml, &environment).await.ready().await;
+    let told = async |wanted: &str| {
+        let mut message = [0; 1024];
+        soon(wanted, async {
+            loop {
+                let received = manager.recv(&mut message).await.unwrap();
+                if String::from_utf8_lossy(&message[..received]).lines().any(|line| line == wanted) {
+                    return;
+                }
+            }
+        })
+        .await;
+    };
+    told("READY=1").await;
+    let new = program.upgrade().await;
+    told(&format!("MAINPID={}", new.as_raw_nonzero())).await;
+    kill_process(new, Signal::TERM).unwrap();
+    told("STOPPING=1").await;
+}
