@@ -83,7 +83,7 @@ async fn promtool_is_content_with_the_metrics() {
     assert!(output.status.success() && said.is_empty(), "{said}");
 }
 
-/// The rules of `OpenMetrics` that Prometheus checks: each family in one piece under its type, no empty line, an end mark.
+/// The rules of OpenMetrics that Prometheus checks: each family in one piece under its type, no empty line, an end mark.
 #[tokio::test]
 async fn open_metrics_are_answered_where_they_are_accepted() {
     let server = crate::harness::backends::Server::echo("a").await;

@@ -72,7 +72,7 @@ async fn an_http_check_uses_status_body_host_and_port() {
     }
 }
 
-/// `MariaDB` counts every connection that ends before a login, and locks out a host with too many of them.
+/// MariaDB counts every connection that ends before a login, and locks out a host with too many of them.
 #[tokio::test]
 async fn a_tcp_check_ends_before_the_server_accepts_it() {
     let accepted = Arc::new(AtomicUsize::new(0));

@@ -9,10 +9,10 @@ use ringway::backend::State;
 use crate::harness::program::{Killed, file};
 use crate::harness::{Ringway, eventually, require_tool, soon, static_config};
 
-/// The address of the server. `MariaDB` counts no aborted connects from loopback.
+/// The address of the server. MariaDB counts no aborted connects from loopback.
 const ADDRESS: &str = "10.77.0.1:3306";
 
-/// A `MariaDB` server, with the data in a folder of its own. It ends when this is dropped.
+/// A MariaDB server, with the data in a folder of its own. It ends when this is dropped.
 struct MariaDb {
     _server: Killed,
     socket: String,

@@ -194,7 +194,7 @@ impl Drop for Balancer {
 }
 
 /// Starts a program on these processors. A child inherits the processors of the thread that starts it.
-fn spawn(mut command: Command, processors: Vec<usize>) -> std::io::Result<Child> {
+pub(crate) fn spawn(mut command: Command, processors: Vec<usize>) -> std::io::Result<Child> {
     let thread = std::thread::spawn(move || {
         pin(&processors)?;
         command.spawn()
@@ -218,7 +218,7 @@ pub fn pin(processors: &[usize]) -> std::io::Result<()> {
 }
 
 /// Returns two free addresses. Both are bound at the same time, so they differ.
-fn free_addresses() -> std::io::Result<[SocketAddr; 2]> {
+pub(crate) fn free_addresses() -> std::io::Result<[SocketAddr; 2]> {
     let bind = || std::net::TcpListener::bind("127.0.0.1:0");
     let (one, other) = (bind()?, bind()?);
     Ok([one.local_addr()?, other.local_addr()?])

@@ -5,13 +5,14 @@
 //! - [`load`]: the loads, each on a [`client`]; [`record`] collects figures, and [`report`] collects single outcomes
 //! - [`run`]: one load on any target; [`soak`]: a long mixed load, with commands to the balancer
 //! - [`compare`]: a comparison of the balancers that [`balancers`] starts on a [`mod@bench`]; [`findings`]: its results
-//! - [`tune`]: settings of Ringway on the same bench; [`scale`]: more servers
+//! - [`tune`]: settings of Ringway on the same bench; [`scale`]: more servers; [`mod@large`]: large configs
 //! - [`preflight`], [`process`]: the limits of this machine, and the resources that a process uses
 //! - [`spread`], [`plot`], [`table`]: figures of repeated runs, and the presentation of results
 
 pub mod balancers;
 pub mod compare;
 pub mod findings;
+pub mod large;
 pub mod load;
 pub mod plot;
 pub mod preflight;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use loadtest::{compare, run, scale, soak, tune};
+use loadtest::{compare, large, run, scale, soak, tune};
 
 #[derive(Debug, Parser)]
 #[command(version, about)]
@@ -22,6 +22,8 @@ enum Command {
     Tune(tune::Options),
     /// Measure throughput with an increasing number of servers
     Scale(scale::Options),
+    /// Measure Ringway with thousands of backends, a thousand pools, and several workers
+    Large(large::Options),
     /// Run a long mixed load with reloads, upgrades and kills, and measure whether memory or descriptors grow
     Soak(soak::Options),
 }
@@ -34,6 +36,7 @@ async fn main() -> ExitCode {
             Command::Compare(options) => compare::compare(&options).await,
             Command::Tune(options) => tune::tune(&options).await,
             Command::Scale(options) => scale::scale(&options).await,
+            Command::Large(options) => large::large(&options).await,
             Command::Soak(options) => soak::soak(&options).await,
         }
     };

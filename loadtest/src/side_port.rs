@@ -32,6 +32,15 @@ impl SidePort {
         self.call(Method::GET, "/metrics").await
     }
 
+    /// Whether every pool has had a healthy backend. False while the side port does not answer.
+    pub(crate) async fn is_ready(&self) -> bool {
+        self.call(Method::GET, "/readyz").await.is_ok()
+    }
+
+    pub(crate) async fn health(&self) -> anyhow::Result<String> {
+        self.call(Method::GET, "/healthz").await
+    }
+
     pub(crate) async fn post(&self, path: &str) -> anyhow::Result<String> {
         self.call(Method::POST, path).await
     }

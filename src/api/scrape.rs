@@ -106,7 +106,7 @@ pub(super) async fn metrics(
     Ok(([(CONTENT_TYPE, format.content_type())], Body::from_stream(pieces)))
 }
 
-/// `OpenMetrics` where the scraper accepts it: Prometheus does.
+/// OpenMetrics where the scraper accepts it: Prometheus does.
 fn format(headers: &HeaderMap) -> Format {
     let accepts = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
     let kinds = accepts.flat_map(|value| value.split(','));

@@ -1,6 +1,6 @@
 //! Derives the maximum number of connections and pipes from the open-file limit.
 
-use crate::config::Config;
+use crate::config::{Config, Provider};
 use crate::limits;
 
 /// Returns the maximum number of pipes and of connections: the configured values, capped by the open-file limit.
@@ -13,10 +13,10 @@ pub(super) fn capacity(config: &Config, workers: usize) -> (usize, usize) {
         (true, None) => share,
         (true, Some(wanted)) => at_most("relay.max_pipes", wanted, share, open_files),
     };
-    // Each worker needs a listening socket and a duplicate of it per listener, and descriptors for its runtime. Each
-    // backend needs a check. A replica also needs its port, lifeline and output, and duplicates of them for a handover.
+    // Each worker needs a listening socket and a duplicate of it per listener, and descriptors for its runtime.
     let sockets = workers * (2 * config.listeners.len() + 3);
-    let backends: usize = config.pools.iter().map(|pool| 12 * pool.provider.backends()).sum();
+    let needs = |provider: &Provider| provider.descriptors_per_backend() * provider.backends();
+    let backends: usize = config.pools.iter().map(|pool| needs(&pool.provider)).sum();
     let side_port = 2 * limits::side_port(open_files);
     let most = fitting(limits::connections(open_files, pipes as u64, (sockets + backends) as u64 + side_port));
     let connections =

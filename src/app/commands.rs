@@ -1,6 +1,7 @@
 //! The effect of commands: [`App::plan`] checks one and prepares what it needs, the other functions carry it out.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
@@ -10,7 +11,7 @@ use super::changes::Changes;
 use super::provider::listed;
 use super::reload::ReloadPlan;
 use crate::backend::Backend;
-use crate::config::{self, Config, Pool, StaticBackend};
+use crate::config::{Config, Pool, StaticBackend};
 use crate::control::Event;
 use crate::control::command::{Command, CommandError, Report};
 
@@ -118,16 +119,16 @@ impl App {
                 changes.of(&pool).replicas = Some(replicas);
             }
             Command::Reload { text, is_dry_run } => {
-                let file = self.read(text).await?;
+                let file = Arc::new(self.read(text).await?);
                 changes = changes.kept(&self.file, &file);
                 if is_dry_run {
-                    return Ok(Planned::Report(self.target(&file, &changes).1));
+                    return Ok(Planned::Report(self.outlook(file, changes).await.report));
                 }
                 return self.plan_reload(file, changes).await;
             }
             Command::Upgrade => return Ok(Planned::HandOver),
         }
-        self.plan_reload(self.file.clone(), changes).await
+        self.plan_reload(Arc::clone(&self.file), changes).await
     }
 
     /// Moves to another config. `hurry` ends the wait for new backends.
@@ -150,7 +151,7 @@ impl App {
         report
     }
 
-    async fn plan_reload(&self, file: Config, changes: Changes) -> Result<Planned, CommandError> {
+    async fn plan_reload(&self, file: Arc<Config>, changes: Changes) -> Result<Planned, CommandError> {
         let plan = self.prepare(file, changes).await;
         Ok(Planned::Reload(Box::new(plan.map_err(|error| CommandError::CannotPrepare(error.to_string()))?)))
     }
@@ -158,14 +159,13 @@ impl App {
     /// The config that a reload moves to. Does not block this thread: the file may be a FIFO that nobody writes, or on a
     /// server that is away.
     async fn read(&self, text: Option<String>) -> Result<Config, CommandError> {
-        let bad = |error: config::Error| CommandError::BadConfig(error.to_string());
-        if let Some(text) = text {
-            return Config::parse(&text, "the config given").map_err(bad);
-        }
         let source = self.environment.source.clone();
-        let read = tokio::task::spawn_blocking(move || source.load());
+        let read = tokio::task::spawn_blocking(move || match text {
+            Some(text) => Config::parse(&text, "the config given"),
+            None => source.load(),
+        });
         match tokio::time::timeout(READ, read).await {
-            Ok(Ok(config)) => config.map_err(bad),
+            Ok(Ok(config)) => config.map_err(|error| CommandError::BadConfig(error.to_string())),
             Ok(Err(panicked)) => Err(CommandError::BadConfig(panicked.to_string())),
             Err(_elapsed) => Err(CommandError::BadConfig(format!(
                 "the config file was not read within {} s: check that it is a regular file and that its file system answers",

@@ -10,7 +10,7 @@
 //! - [`access`]: who may change something by the side port; [`readiness`]: when `/readyz` succeeds
 //! - [`settings`]: from the config to the settings of the parts; [`mod@capacity`]: how many connections and pipes fit
 //! - [`commands`]: the effect of run-time commands
-//! - [`reload`]: from one config to another; [`changes`]: run-time changes, kept beside the config
+//! - [`reload`]: from one config to another; [`outlook`]: what that changes; [`changes`]: run-time changes, kept beside the config
 //! - [`upgrade`], [`inheritance`]: from one process to another, as the old and as the new process
 //! - [`service_manager`]: notifications to systemd; [`error`]: why the app could not start, or ended early
 
@@ -22,6 +22,7 @@ mod context;
 mod error;
 mod inheritance;
 mod listeners;
+mod outlook;
 mod pools;
 mod provider;
 mod readiness;
@@ -33,6 +34,7 @@ mod tasks;
 mod threads;
 mod upgrade;
 
+use std::collections::HashMap;
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -94,10 +96,10 @@ pub struct Environment {
 pub struct App {
     environment: Environment,
     /// The config as in its file.
-    file: Config,
+    file: Arc<Config>,
     changes: Changes,
     /// The running config: the file with the run-time changes applied.
-    config: Config,
+    config: Arc<Config>,
     engine: Option<Engine>,
     state: Arc<State>,
     proxy: Proxy,
@@ -211,9 +213,9 @@ impl App {
         let guard = tasks.stop_replicas.clone().drop_guard();
         let mut app = Self {
             environment,
-            file,
+            file: Arc::new(file),
             changes,
-            config,
+            config: Arc::new(config),
             engine,
             becoming_ready: None,
             state,
@@ -272,9 +274,12 @@ impl App {
 
     /// Updates the view of the side port.
     fn show(&self) {
-        let configured = |pool: &Pool| self.file.pools.iter().find(|known| known.name == pool.config().name);
-        let differs =
-            |pool: &Pool| configured(pool).map_or(Vec::new(), |known| self.changes.get(&known.name).differs(known));
+        let configured: HashMap<&str, &config::Pool> =
+            self.file.pools.iter().map(|pool| (pool.name.as_str(), pool)).collect();
+        let differs = |pool: &Pool| {
+            let known = configured.get(pool.config().name.as_str());
+            known.map_or(Vec::new(), |known| self.changes.get(&known.name).differs(known))
+        };
         self.state.show(View {
             listeners: self.listeners.iter().map(Listener::view).collect(),
             pools: self.pools.iter().map(|pool| pool.route.clone()).collect(),

@@ -1,7 +1,8 @@
 //! Reload: moves the app from the running config to another one. Ringway first prepares the whole change, then applies
 //! it.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::{join_all, try_join_all};
@@ -11,27 +12,20 @@ use super::changes::Changes;
 use super::context::PoolContext;
 use super::inheritance::Sockets;
 use super::listeners::{self, Bound, Listener};
+use super::outlook::Outlook;
 use super::pools::{self, Prepared, Update};
 use super::{App, Log, StartError, capacity, engine, open_log};
-use crate::config::diff::{Difference, differences};
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::control::Event;
-use crate::control::command::{Moved, Report};
-use crate::control::provider;
-use crate::ring::{Member, Ring};
-use crate::table::Table;
-
-/// Number of keys that are looked up on both the old and the new ring. The estimated share of moved keys is accurate to
-/// half a percent.
-const SAMPLED: u32 = 1 << 16;
+use crate::control::command::Report;
 
 /// A prepared change to another config. All fallible steps are done.
 pub(super) struct ReloadPlan {
     /// The config as the file contains it, without run-time changes.
-    file: Config,
+    file: Arc<Config>,
     changes: Changes,
     /// The config with the run-time changes, and with the running values of the keys that require a restart.
-    config: Config,
+    config: Arc<Config>,
     pools: Vec<PoolPlan>,
     listeners: Vec<Option<Bound>>,
     /// The access log, if it was not open before.
@@ -48,40 +42,12 @@ enum PoolPlan {
 }
 
 impl App {
-    /// Returns the config that would result from `file` and `changes`, and a report of the differences to the running
-    /// config.
-    pub(super) fn target(&self, file: &Config, changes: &Changes) -> (Config, Report) {
-        let mut config = changes.over(file);
-        let mut needs_restart = keep_fixed(&mut config, &self.config);
-        let shown: Vec<Difference> = differences(&self.config, &config);
-        needs_restart.sort();
-        let of_slots = config.pools.iter().flat_map(|pool| self.slot_weights(pool, changes));
-        let report = Report {
-            changes: shown.iter().map(ToString::to_string).chain(of_slots).collect(),
-            moved: self.moved(&config, changes),
-            needs_restart,
-        };
-        (config, report)
-    }
-
-    /// The changes of the weights of a pool's slots, which no config holds.
-    fn slot_weights(&self, pool: &config::Pool, changes: &Changes) -> Vec<String> {
-        let (was, is) = (self.changes.get(&pool.name).weights, changes.get(&pool.name).weights);
-        let is_supervised = pool.provider.replicas().is_some();
-        let ids: BTreeSet<_> = was.keys().chain(is.keys()).filter(|_| is_supervised).collect();
-        let weight = |weights: &BTreeMap<String, u32>, id: &String| weights.get(id).copied().unwrap_or(1);
-        let pairs = ids.into_iter().map(|id| (id, weight(&was, id), weight(&is, id)));
-        let changed = pairs.filter(|(_, was, is)| was != is);
-        changed.map(|(id, was, is)| format!("pools[{}].slots[{id}].weight: {was} -> {is}", pool.name)).collect()
-    }
-
     /// Prepares a reload to `file` with `changes`.
     ///
     /// # Errors
     /// Returns an error if any part of the new config cannot be prepared. In that case nothing has changed.
-    pub(super) async fn prepare(&self, file: Config, changes: Changes) -> Result<ReloadPlan, StartError> {
-        let changes = changes.pruned(&changes.over(&file));
-        let (config, report) = self.target(&file, &changes);
+    pub(super) async fn prepare(&self, file: Arc<Config>, changes: Changes) -> Result<ReloadPlan, StartError> {
+        let Outlook { config, changes, report } = self.outlook(Arc::clone(&file), changes).await;
         let engine = match &self.engine {
             None => engine(&config, self.environment.docker_host.as_deref())?,
             some => some.clone(),
@@ -96,9 +62,11 @@ impl App {
             settled: self.is_settled.clone(),
         };
         check_sizes(&config)?;
+        let running: HashMap<&str, &pools::Pool> =
+            self.pools.iter().map(|pool| (pool.config().name.as_str(), pool)).collect();
         let pools = config.pools.iter().enumerate().map(|(n, pool)| {
             let (key_path, changes, context) = (format!("pools[{n}]"), changes.get(&pool.name), &context);
-            let known = self.pools.iter().find(|known| known.config().name == pool.name && known.can_become(pool));
+            let known = running.get(pool.name.as_str()).filter(|known| known.can_become(pool));
             async move {
                 let plan = if let Some(known) = known {
                     PoolPlan::Update(Box::new(known.prepare_update(&key_path, pool, changes).await?))
@@ -181,9 +149,11 @@ impl App {
         };
         let _ = hurry.run_until_cancelled(tokio::time::timeout(FRESH, all_healthy)).await;
 
+        let by_name: HashMap<&str, &pools::Pool> =
+            self.pools.iter().map(|pool| (pool.config().name.as_str(), pool)).collect();
         let mut open: Vec<Listener> = std::mem::take(&mut self.listeners);
         for (listener, bound) in std::iter::zip(&config.listeners, listeners) {
-            let Some(pool) = self.pools.iter().find(|pool| pool.config().name == listener.pool) else { continue };
+            let Some(pool) = by_name.get(listener.pool.as_str()) else { continue };
             let context = listeners::ListenerContext {
                 config: &config,
                 exporter: &self.state.exporter,
@@ -217,30 +187,6 @@ impl App {
         self.show();
         report
     }
-
-    /// Returns, for each pool whose ring would change, the share of keys that would move to another backend.
-    fn moved(&self, config: &Config, changes: &Changes) -> Vec<Moved> {
-        let moved = config.pools.iter().filter_map(|pool| {
-            let known = self.pools.iter().find(|known| known.config().name == pool.name)?;
-            let table = known.route.table.load();
-            let members = members(pool, changes, &table);
-            let views: Vec<_> = members.iter().map(|(id, weight)| Member { id, weight: *weight }).collect();
-            let new = Ring::build(pool.ring, &views);
-            if new.digest() == table.ring().digest() {
-                return None;
-            }
-            let owner = |key: &[u8]| table.ring().lookup(key).map(|owner| &*table.backends()[owner].id);
-            let moves = |key: &u32| {
-                let key = key.to_le_bytes();
-                owner(&key) != new.lookup(&key).map(|owner| views[owner].id)
-            };
-            let share = (0..SAMPLED).filter(moves).count() as f64 / f64::from(SAMPLED);
-            // Four digits are precise enough for a person.
-            let share = (share * 1e4).round() / 1e4;
-            (share > 0.0).then(|| Moved { pool: pool.name.clone(), share })
-        });
-        moved.collect()
-    }
 }
 
 /// Checks again what the config parser has checked. Run-time changes, or keys that keep their running values, can break
@@ -253,32 +199,4 @@ pub(super) fn check_sizes(config: &Config) -> Result<(), StartError> {
         }
     }
     Ok(())
-}
-
-/// Returns the members of a pool's ring under a config: ids and weights.
-fn members(pool: &config::Pool, changes: &Changes, table: &Table) -> Vec<(String, u32)> {
-    if let Some(backends) = pool.provider.static_backends() {
-        return backends.iter().map(|backend| (backend.id.clone(), backend.weight)).collect();
-    }
-    if let Some(replicas) = pool.provider.replicas() {
-        let weights = changes.get(&pool.name).weights;
-        let slots = provider::slots(&pool.name, replicas);
-        return slots.iter().map(|slot| (slot.to_string(), weights.get(&**slot).copied().unwrap_or(1))).collect();
-    }
-    // Nobody but the engine knows the discovered containers: they stay.
-    table.backends().iter().map(|backend| (backend.id.to_string(), backend.weight)).collect()
-}
-
-/// Resets the keys of `new` that require a restart to their running values. Returns the key paths that differed.
-fn keep_fixed(new: &mut Config, running: &Config) -> Vec<String> {
-    let wanted = new.clone();
-    new.workers = running.workers;
-    new.relay = running.relay.clone();
-    new.api = running.api.clone();
-    new.docker = running.docker.clone();
-    for pool in &mut new.pools {
-        let Some(known) = running.pools.iter().find(|known| known.name == pool.name) else { continue };
-        pool.provider.keep_fixed(&known.provider);
-    }
-    differences(new, &wanted).into_iter().map(|difference| difference.path).collect()
 }

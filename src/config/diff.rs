@@ -1,5 +1,7 @@
 //! Compares two configs and describes each difference for a person, with its key path. Pure: no I/O.
 
+use std::collections::HashMap;
+
 use serde_yaml::{Mapping, Value};
 
 use super::Config;
@@ -37,9 +39,15 @@ fn compare(path: &str, old: Option<&Value>, new: Option<&Value>, found: &mut Vec
             }
         }
         (Some(Value::Sequence(old)), Some(Value::Sequence(new))) if names(old).is_some() && names(new).is_some() => {
-            let (old, new) = (by_name(old), by_name(new));
-            for (name, _) in old.iter().chain(new.iter().filter(|(name, _)| find(&old, name).is_none())) {
-                compare(&format!("{path}[{name}]"), find(&old, name), find(&new, name), found);
+            let (listed, added) = (by_name(old), by_name(new));
+            let (old, new): (HashMap<_, _>, HashMap<_, _>) =
+                (listed.iter().copied().collect(), added.iter().copied().collect());
+            for (name, _) in listed.iter().chain(added.iter().filter(|(name, _)| !old.contains_key(name))) {
+                let (old, new) = (old.get(name).copied(), new.get(name).copied());
+                // Most of a long list is the same.
+                if old != new {
+                    compare(&format!("{path}[{name}]"), old, new, found);
+                }
             }
         }
         // The environment of replicas often holds secrets, so its values are never shown.
@@ -63,10 +71,6 @@ fn names(list: &[Value]) -> Option<Vec<&str>> {
 
 fn by_name(list: &[Value]) -> Vec<(&str, &Value)> {
     names(list).unwrap_or_default().into_iter().zip(list).collect()
-}
-
-fn find<'a>(list: &[(&str, &'a Value)], name: &str) -> Option<&'a Value> {
-    list.iter().find(|(other, _)| *other == name).map(|&(_, value)| value)
 }
 
 /// Formats a value on one line. The values of `env` are hidden.

@@ -145,6 +145,12 @@ impl Provider {
         }
     }
 
+    /// The most descriptors that a backend needs in the control plane. Each needs a check. A process also needs its port,
+    /// lifeline and output, and duplicates of them for a handover.
+    pub fn descriptors_per_backend(&self) -> usize {
+        if matches!(self, Self::Process(_)) { 12 } else { 1 }
+    }
+
     /// Whether backends may have different weights.
     pub fn has_weights(&self) -> bool {
         !matches!(self, Self::Discover(_))

@@ -1,4 +1,4 @@
-//! Writes metrics as text, in pieces: the Prometheus text format 0.0.4, or `OpenMetrics` 1.0.
+//! Writes metrics as text, in pieces: the Prometheus text format 0.0.4, or OpenMetrics 1.0.
 
 use std::fmt::{Display, Write as _};
 use std::io;
@@ -16,7 +16,7 @@ const PIECE: usize = 64 * 1024;
 pub enum Format {
     /// The Prometheus text format 0.0.4.
     Prometheus,
-    /// `OpenMetrics` 1.0. The name of a counter's family lacks `_total`, there are no empty lines, and the text has an end mark.
+    /// OpenMetrics 1.0. The name of a counter's family lacks `_total`, there are no empty lines, and the text has an end mark.
     OpenMetrics,
 }
 

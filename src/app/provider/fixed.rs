@@ -126,7 +126,8 @@ async fn resolve(
     let resolved = results.iter().filter(|result| result.is_ok()).count();
     let mut found = Addresses::new();
     for (n, (backend, result)) in std::iter::zip(backends, results).enumerate() {
-        let address = match (result, kept(backend)) {
+        let known = result.is_err().then(|| kept(backend)).flatten();
+        let address = match (result, known) {
             (Ok(address), _) => Some(address),
             (Err(_), Some(kept)) => kept,
             (Err(error), None) => {
