@@ -9,6 +9,7 @@ mod backends;
 mod pools;
 mod workers;
 
+use std::cell::RefCell;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -73,7 +74,10 @@ struct Figures(Vec<Figure>);
 
 impl Figures {
     fn add(&mut self, program: &str, what: impl Into<String>, value: f64, unit: &'static str) {
-        self.0.push(Figure { program: program.to_owned(), what: what.into(), value, unit });
+        let figure = Figure { program: program.to_owned(), what: what.into(), value, unit };
+        // A later measurement may fail.
+        eprintln!("{program}: {}: {} {unit}", figure.what, crate::plot::figure(value));
+        self.0.push(figure);
     }
 
     /// A table with a row for each figure and a column for each program.
@@ -131,7 +135,8 @@ pub async fn large(options: &Options) -> anyhow::Result<()> {
 
 /// A balancer with a config of its own. It ends when it is dropped.
 struct Running {
-    child: Child,
+    child: RefCell<Child>,
+    pid: u32,
     began: Instant,
     files: TempDir,
 }
@@ -153,7 +158,7 @@ impl Running {
         let began = Instant::now();
         let child = spawn(command, processor.into_iter().collect())
             .with_context(|| format!("cannot start {}", program.display()))?;
-        Ok(Self { child, began, files })
+        Ok(Self { pid: child.id(), child: RefCell::new(child), began, files })
     }
 
     fn write_config(&self, config: &str) -> anyhow::Result<()> {
@@ -161,7 +166,7 @@ impl Running {
     }
 
     fn tree(&self) -> Tree {
-        Tree(self.child.id())
+        Tree(self.pid)
     }
 
     /// Seconds of CPU time per second, over this time.
@@ -186,7 +191,12 @@ impl Running {
         mut condition: impl AsyncFnMut() -> bool,
     ) -> anyhow::Result<Duration> {
         while !condition().await {
-            anyhow::ensure!(began.elapsed() < PATIENCE, "not in time: {what}; the end of the log:\n{}", self.log());
+            let has_ended = !matches!(self.child.borrow_mut().try_wait(), Ok(None));
+            anyhow::ensure!(
+                !has_ended && began.elapsed() < PATIENCE,
+                "not in time: {what}; the end of the log:\n{}",
+                self.log()
+            );
             tokio::time::sleep(Duration::from_millis(25)).await;
         }
         Ok(began.elapsed())
@@ -201,7 +211,7 @@ impl Drop for Running {
                 let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
             }
         }
-        let _ = self.child.wait();
+        let _ = self.child.get_mut().wait();
     }
 }
 

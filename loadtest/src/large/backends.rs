@@ -115,7 +115,7 @@ async fn of_haproxy(options: &Options, program: &Path, figures: &mut Figures) ->
     let server = Server::start()?;
     let [web, _] = addresses()?;
     let mut config = format!(
-        "global\n  nbthread 1\n  stats socket admin level admin\ndefaults\n  mode tcp\n  timeout connect 2s\n  timeout client 10m\n  \
+        "global\n  nbthread 1\n  stats socket unix@admin level admin\ndefaults\n  mode tcp\n  timeout connect 2s\n  timeout client 10m\n  \
          timeout server 10m\nfrontend web\n  bind {web}\n  default_backend web\nbackend web\n  balance source\n  hash-type consistent\n"
     );
     for number in 0..options.backends {
