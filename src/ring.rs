@@ -45,11 +45,11 @@ pub struct Member<'a> {
 pub struct Ring {
     parameters: Parameters,
     members: usize,
-    /// The hashes of all points, sorted clockwise.
-    hashes: Vec<u64>,
-    /// The upper halves of `hashes`, followed by `WINDOW` copies of `u32::MAX`. A lookup reads only these, except on
-    /// ties. At half the size, they stay in a core's cache where the whole hashes would not.
+    /// The upper halves of the hashes of all points, sorted clockwise, followed by `WINDOW` copies of `u32::MAX`. A lookup
+    /// reads only these, except on ties. At half the size, they stay in a core's cache where the whole hashes would not.
     tops: Vec<u32>,
+    /// The lower halves.
+    bottoms: Vec<u32>,
     owners: Vec<u32>,
     /// For each value of a hash's top bits, the first point that is not before it: the start of a lookup's scan.
     starts: Vec<u32>,
@@ -83,7 +83,7 @@ impl Ring {
         Self {
             parameters,
             members: members.len(),
-            hashes: points.iter().map(|&(hash, _)| hash).collect(),
+            bottoms: points.iter().map(|&(hash, _)| hash as u32).collect(),
             tops: points.iter().map(|&(hash, _)| top(hash)).chain([u32::MAX; WINDOW]).collect(),
             owners: points.iter().map(|&(_, rank)| narrow(by_id[rank])).collect(),
             starts,
@@ -154,18 +154,22 @@ impl Ring {
                 break;
             }
         }
-        while self.hashes.get(point).is_some_and(|&hash| top(hash) == top(at) && hash < at) {
+        while point < self.owners.len() && self.tops[point] == top(at) && self.hash(point) < at {
             point += 1;
         }
-        if point < self.hashes.len() { point } else { 0 }
+        if point < self.owners.len() { point } else { 0 }
     }
 
     fn is_nearer(&self, one: Landing, other: Landing) -> bool {
         let roughly = |landing: Landing| self.tops[landing.point].wrapping_sub(top(landing.at));
-        let exactly = |landing: Landing| self.hashes[landing.point].wrapping_sub(landing.at);
+        let exactly = |landing: Landing| self.hash(landing.point).wrapping_sub(landing.at);
         // Subtracting upper halves gives the upper half of the true distance, or one more.
         let (a, b) = (roughly(one), roughly(other));
         if a.abs_diff(b) > 1 { a < b } else { exactly(one) < exactly(other) }
+    }
+
+    fn hash(&self, point: usize) -> u64 {
+        u64::from(self.tops[point]) << 32 | u64::from(self.bottoms[point])
     }
 
     fn owner(&self, point: usize) -> usize {
@@ -185,8 +189,8 @@ impl Ring {
         }
         let mut gaps: Vec<(u64, usize)> = (0..count)
             .map(|point| {
-                let before = self.hashes[(point + count - 1) % count];
-                (self.hashes[point].wrapping_sub(before), self.owner(point))
+                let before = self.hash((point + count - 1) % count);
+                (self.hash(point).wrapping_sub(before), self.owner(point))
             })
             .collect();
         gaps.sort_unstable();

@@ -1,5 +1,7 @@
-//! `loadtest soak` runs a mixed load for a long time, with reloads, upgrades and kills of replicas. It measures whether
-//! the memory, the descriptors or the tasks of the balancer grow.
+//! `loadtest soak` runs a mixed load for a long time, with reloads, upgrades, kills of replicas and scrapers. It measures
+//! whether requests fail, and whether the memory, the descriptors or the tasks of the balancer grow.
+//!
+//! - this file: the run; [`verdict`]: what its figures say
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -12,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior, interval};
 
+use self::verdict::{Slope, Verdict, slope};
 use crate::client::{Client, Protocol};
 use crate::load::{Collect as _, Outcome};
 use crate::plot::{self, Line};
@@ -19,6 +22,8 @@ use crate::process::Tree;
 use crate::record::{Record, Summary};
 use crate::run::progress_bar;
 use crate::side_port::SidePort;
+
+mod verdict;
 
 /// Interval between two samples.
 const SAMPLE: Duration = Duration::from_secs(1);
@@ -29,8 +34,8 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of a transfer.
 const TRANSFER: usize = 256 * 1024;
 
-/// The first of this many parts of the run does not count, because buffers and pools fill up.
-const WARM_UP: usize = 10;
+/// How long after a kill the failure of a request can come from it.
+const AFTER_KILL: Duration = Duration::from_secs(2);
 
 /// Arguments of `loadtest soak`.
 #[derive(Debug, Clone, clap::Args)]
@@ -62,6 +67,9 @@ pub struct Options {
     /// Seconds between kills of a replica that is a child process. 0 disables kills. The connections of the replica fail
     #[arg(long, default_value_t = 0.0, value_parser = seconds)]
     pub kill_every: f64,
+    /// Number of clients that ask for the metrics without a pause
+    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=256))]
+    pub scrapers: u32,
     /// Write a plot to this file
     #[arg(long, value_name = "FILE.svg")]
     pub plot: Option<std::path::PathBuf>,
@@ -80,17 +88,8 @@ pub struct Sample {
     pub tasks: f64,
     /// Active connections.
     pub connections: f64,
-}
-
-/// The mean of a figure and its growth in an hour by least squares.
-#[derive(Debug, Serialize)]
-pub struct Slope {
-    /// The mean of the samples after the warm-up.
-    pub mean: f64,
-    /// The growth in an hour.
-    pub per_hour: f64,
-    /// The growth in an hour as a part of the mean.
-    pub per_hour_relative: f64,
+    /// Backends that fail their checks.
+    pub unhealthy: f64,
 }
 
 /// The results of a soak.
@@ -98,8 +97,16 @@ pub struct Slope {
 pub struct Outcomes {
     /// Requests and transfers.
     pub load: Summary,
+    /// Failed requests and transfers that ended within two seconds after a kill.
+    pub failed_after_a_kill: u64,
     /// Connections that the client reset on purpose.
     pub aborted: u64,
+    /// Answered and failed scrapes.
+    pub scrapes: u64,
+    #[expect(missing_docs, reason = "see above")]
+    pub failed_scrapes: u64,
+    /// Samples in which a backend failed its checks.
+    pub samples_with_an_unhealthy_backend: usize,
     /// Successful reloads.
     pub reloads: usize,
     /// Successful upgrades.
@@ -112,6 +119,8 @@ pub struct Outcomes {
     pub descriptors: Slope,
     /// Tasks.
     pub tasks: Slope,
+    /// What the figures say.
+    pub verdict: Verdict,
 }
 
 /// What the soak does to the balancer.
@@ -122,32 +131,49 @@ enum Action {
     Kill,
 }
 
-/// How often each action has succeeded.
+/// How often each action has succeeded, and when replicas were killed.
 #[derive(Debug, Default)]
 struct Done {
     reloads: usize,
     upgrades: usize,
-    kills: usize,
+    kills: Vec<Duration>,
 }
 
 impl Done {
-    fn count(&mut self, action: Action) {
+    fn count(&mut self, action: Action, at: Duration) {
         match action {
             Action::Reload => self.reloads += 1,
             Action::Upgrade => self.upgrades += 1,
-            Action::Kill => self.kills += 1,
+            Action::Kill => self.kills.push(at),
         }
+    }
+
+    /// Whether a failure at this time can come from a kill.
+    fn explains(&self, at: Duration) -> bool {
+        // The kill is counted a moment after it took place.
+        let early = Duration::from_millis(500);
+        self.kills.iter().any(|&kill| (kill.saturating_sub(early)..=kill + AFTER_KILL).contains(&at))
     }
 }
 
-/// Runs the soak, prints the results as JSON, and writes the plot that `--plot` names.
+/// Runs the soak, prints the results as JSON and the verdict in words, and writes the plot that `--plot` names.
 ///
 /// # Errors
-/// When the side port is unreachable, or refuses a command.
+/// When the side port is unreachable, or refuses a command, or the verdict is bad.
 pub async fn soak(options: &Options) -> anyhow::Result<()> {
+    if let Some(path) = &options.plot {
+        // Before an hour has passed.
+        let opened = std::fs::OpenOptions::new().create(true).append(true).open(path);
+        opened.with_context(|| format!("cannot write {}", path.display()))?;
+    }
     let (outcomes, samples) = churn(options).await?;
     println!("{}", serde_json::to_string_pretty(&outcomes)?);
-    options.plot.as_deref().map_or(Ok(()), |path| draw(&samples, path))
+    options.plot.as_deref().map_or(Ok(()), |path| draw(&samples, path))?;
+    for words in &outcomes.verdict.words {
+        eprintln!("{words}");
+    }
+    anyhow::ensure!(outcomes.verdict.is_good, "the soak test failed: see the words above");
+    Ok(())
 }
 
 async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
@@ -166,7 +192,12 @@ async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
         (ticks(options.reload_every), ticks(options.upgrade_every), ticks(options.kill_every));
     let (mut record, mut samples, mut exchanges, mut commands) =
         (Record::default(), Vec::new(), JoinSet::new(), JoinSet::new());
-    let (mut number, mut done) = (0_u64, Done::default());
+    let (mut number, mut done, mut failures) = (0_u64, Done::default(), Vec::new());
+    let mut sampled = JoinSet::new();
+    let mut scrapers = JoinSet::new();
+    for _ in 0..options.scrapers {
+        scrapers.spawn(scrape(side_port, began, duration));
+    }
     while began.elapsed() < duration {
         tokio::select! {
             _ = connections.tick() => {
@@ -182,8 +213,8 @@ async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
                 }
             }
             // The soak takes no sample during a command, because an upgrade changes the process.
-            _ = sampling.tick(), if commands.is_empty() => {
-                samples.extend(sample(&side_port, began).await);
+            _ = sampling.tick(), if commands.is_empty() && sampled.is_empty() => {
+                sampled.spawn(sample(side_port, began));
                 bar.set_position(began.elapsed().as_secs());
                 bar.set_message(format!("{} answers, {} failed", record.answered(), record.failed()));
             }
@@ -196,30 +227,60 @@ async fn churn(options: &Options) -> anyhow::Result<(Outcomes, Vec<Sample>)> {
             _ = kills.tick(), if options.kill_every > 0.0 && commands.is_empty() => {
                 commands.spawn(kill(side_port, number as usize));
             }
-            Some(ended) = commands.join_next() => done.count(ended??),
-            Some(ended) = exchanges.join_next(), if !exchanges.is_empty() => {
+            Some(ended) = commands.join_next() => done.count(ended??, began.elapsed()),
+            Some(ended) = sampled.join_next() => samples.extend(ended?),
+            Some(ended) = exchanges.join_next() => {
                 if let Some(outcome) = ended? {
-                    record.add(outcome);
+                    add(&mut record, &mut failures, outcome);
                 }
             }
         }
     }
     for outcome in exchanges.join_all().await.into_iter().flatten() {
-        record.add(outcome);
+        add(&mut record, &mut failures, outcome);
     }
+    let scrapes = scrapers.join_all().await;
     bar.finish_and_clear();
     let load = record.summary(began.elapsed());
-    let outcomes = Outcomes {
+    let mut outcomes = Outcomes {
         aborted: number - load.requests,
+        failed_after_a_kill: failures.iter().filter(|&&at| done.explains(at)).count() as u64,
         load,
+        scrapes: scrapes.iter().map(|(answered, _)| answered).sum(),
+        failed_scrapes: scrapes.iter().map(|(_, failed)| failed).sum(),
+        samples_with_an_unhealthy_backend: samples.iter().filter(|sample| sample.unhealthy > 0.0).count(),
         reloads: done.reloads,
         upgrades: done.upgrades,
-        kills: done.kills,
+        kills: done.kills.len(),
         memory: slope(&samples, |sample| sample.memory),
         descriptors: slope(&samples, |sample| sample.descriptors),
         tasks: slope(&samples, |sample| sample.tasks),
+        verdict: Verdict::default(),
     };
+    outcomes.verdict = Verdict::of(&outcomes);
     Ok((outcomes, samples))
+}
+
+/// Records an outcome, and the time of a failure.
+fn add(record: &mut Record, failures: &mut Vec<Duration>, outcome: Outcome) {
+    if outcome.server.is_err() {
+        failures.push(outcome.start + outcome.took);
+    }
+    record.add(outcome);
+}
+
+/// Asks for the metrics again and again. Returns the numbers of answers and failures.
+async fn scrape(side_port: SidePort, began: Instant, duration: Duration) -> (u64, u64) {
+    let (mut answered, mut failed) = (0, 0);
+    while began.elapsed() < duration {
+        if side_port.metrics().await.is_ok() {
+            answered += 1;
+        } else {
+            failed += 1;
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+    (answered, failed)
 }
 
 /// Draws the samples over time.
@@ -297,9 +358,13 @@ async fn kill(side_port: SidePort, number: usize) -> anyhow::Result<Action> {
     Ok(Action::Kill)
 }
 
-async fn sample(side_port: &SidePort, began: Instant) -> Option<Sample> {
+async fn sample(side_port: SidePort, began: Instant) -> Option<Sample> {
     // Without an answer there is no sample.
-    let pid = side_port.status().await.ok()?["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok())?;
+    let status = side_port.status().await.ok()?;
+    let pid = status["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok())?;
+    let pools = status["pools"].as_array().into_iter().flatten();
+    let backends = pools.filter_map(|pool| pool["backends"].as_array()).flatten();
+    let unhealthy = backends.filter(|backend| backend["state"] == "unhealthy").count() as f64;
     let metrics = side_port.metrics().await.ok()?;
     let sum = |name: &str| -> f64 {
         let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']));
@@ -311,43 +376,6 @@ async fn sample(side_port: &SidePort, began: Instant) -> Option<Sample> {
         descriptors: sum("ringway_open_files"),
         tasks: sum("ringway_tasks"),
         connections: sum("ringway_connections_active"),
+        unhealthy,
     })
-}
-
-/// Computes the slope of the samples after the warm-up.
-fn slope(samples: &[Sample], value: impl Fn(&Sample) -> f64) -> Slope {
-    let counted = &samples[samples.len() / WARM_UP..];
-    let count = counted.len().max(1) as f64;
-    let mean = |of: &dyn Fn(&Sample) -> f64| counted.iter().map(of).sum::<f64>() / count;
-    let hours = |sample: &Sample| sample.at.as_secs_f64() / 3600.0;
-    let (mid_time, mid_value) = (mean(&hours), mean(&value));
-    let spread: f64 = counted.iter().map(|sample| (hours(sample) - mid_time).powi(2)).sum();
-    let together: f64 = counted.iter().map(|sample| (hours(sample) - mid_time) * (value(sample) - mid_value)).sum();
-    let per_hour = if spread > 0.0 { together / spread } else { 0.0 };
-    let relative = if mid_value > 0.0 { per_hour / mid_value } else { 0.0 };
-    Slope { mean: mid_value, per_hour, per_hour_relative: relative }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_slope_ignores_the_warm_up() {
-        let sample = |n: u64, memory: f64| Sample {
-            at: Duration::from_secs(n * 36),
-            memory,
-            descriptors: 0.0,
-            tasks: 0.0,
-            connections: 0.0,
-        };
-        // The figure grows by 1000 in an hour from 5000 on. The first tenth has other values.
-        let samples: Vec<_> =
-            (0..100).map(|n| sample(n, if n < 10 { 9.0 } else { 5000.0 + 10.0 * n as f64 })).collect();
-        let found = slope(&samples, |sample| sample.memory);
-        assert!((found.per_hour - 1000.0).abs() < 1.0, "{found:?}");
-        assert!(slope(&samples[..1], |sample| sample.memory).per_hour.abs() < 1e-9);
-        let flat = slope(&[], |sample| sample.memory);
-        assert_eq!((flat.mean, flat.per_hour), (0.0, 0.0));
-    }
 }

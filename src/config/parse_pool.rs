@@ -1,5 +1,6 @@
 //! Parses the keys of a pool, with their ranges and defaults.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, name, narrow};
@@ -18,7 +19,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let key = section.choice("key", KeyKind::Source);
     let ring = ring(section.section("ring"));
     let provider = section.required("provider", parse_provider::KINDS);
-    let provider = provider.map_or(Provider::Static(Vec::new()), |item| parse_provider::provider(item.section()));
+    let provider = provider.map_or(Provider::Static(Arc::default()), |item| parse_provider::provider(item.section()));
     let grace = provider.start_grace();
     let mut connect = section.section("connect");
     let connect = {

@@ -1,6 +1,7 @@
 //! Parses the keys of a pool's provider, with their ranges and defaults.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, narrow, show};
@@ -23,7 +24,7 @@ pub(super) const KINDS: &str = "one of static, process, docker";
 pub(super) fn provider(mut section: Section<'_>) -> Provider {
     let (fixed, process, docker) = (section.item("static"), section.item("process"), section.item("docker"));
     let provider = match (fixed, process, docker) {
-        (Some(item), None, None) => Provider::Static(static_backends(&item)),
+        (Some(item), None, None) => Provider::Static(static_backends(&item).into()),
         (None, Some(item), None) => Provider::Process(process_of(item.section())),
         (None, None, Some(item)) => docker_of(item.section()),
         (fixed, process, docker) => {
@@ -33,7 +34,7 @@ pub(super) fn provider(mut section: Section<'_>) -> Provider {
             section.fault(format_args!(
                 "{what} of static (a list of addresses), process (child processes) and docker (containers): give exactly one"
             ));
-            Provider::Static(Vec::new())
+            Provider::Static(Arc::default())
         }
     };
     section.finish();

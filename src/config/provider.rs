@@ -1,5 +1,6 @@
 //! The kinds of providers: their settings, and what each kind implies for the rest of the config.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -11,7 +12,7 @@ use crate::control::supervisor::plan::Policy;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Provider {
     /// Backends that the config lists; at least one.
-    Static(Vec<StaticBackend>),
+    Static(Arc<Vec<StaticBackend>>),
     /// Child processes that Ringway starts and supervises.
     Process(Process),
     /// Containers that Ringway creates and supervises.
@@ -132,7 +133,7 @@ impl Provider {
 
     /// The listed backends, to change them.
     pub fn static_backends_mut(&mut self) -> Option<&mut Vec<StaticBackend>> {
-        if let Self::Static(backends) = self { Some(backends) } else { None }
+        if let Self::Static(backends) = self { Some(Arc::make_mut(backends)) } else { None }
     }
 
     /// The expected number of backends. For discovered containers this is an estimate.

@@ -28,9 +28,15 @@ use self::schedule::{Schedule, Ticket};
 use super::Event;
 use crate::table::TableCell;
 
-/// Checks that start before the results of earlier ones are read. With thousands of backends, few checks then have a
-/// socket at the same time.
+/// Checks that start in one turn.
 const STARTS_PER_TURN: usize = 64;
+
+/// From this number of running checks on, turns are [`PAUSE`] apart: most checks end within it. With thousands of backends,
+/// few checks then have a socket at the same time.
+const MANY: usize = 4 * STARTS_PER_TURN;
+
+/// Pause between two turns while many checks run.
+const PAUSE: Duration = Duration::from_millis(5);
 
 /// Settings of a pool's health checks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,11 +70,12 @@ pub async fn check_all(
     let mut current = settings.borrow_and_update().clone().map(Arc::new);
     let mut schedule = Schedule::default();
     let mut running = JoinSet::new();
+    let mut not_before = Instant::now();
     loop {
         if current.is_some() {
             schedule.follow(table.load().backends(), Instant::now());
         }
-        let next = schedule.next();
+        let next = schedule.next().map(|at| at.max(not_before));
         let is_due = tokio::time::sleep_until(next.unwrap_or_else(Instant::now).into());
         tokio::select! {
             changed = changes.changed() => if changed.is_err() {
@@ -102,6 +109,9 @@ pub async fn check_all(
                     let Some((ticket, address)) = schedule.start(now) else { break };
                     let Some(settings) = current.clone() else { break };
                     running.spawn(check(ticket, address, settings));
+                }
+                if running.len() >= MANY {
+                    not_before = now + PAUSE;
                 }
                 tokio::task::yield_now().await;
             }
