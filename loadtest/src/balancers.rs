@@ -99,6 +99,8 @@ pub fn ringway(given: Option<&Path>) -> anyhow::Result<PathBuf> {
 pub struct Setup {
     /// The backends.
     pub backends: Vec<SocketAddr>,
+    /// The backend of a second listener, if there is one.
+    pub second: Option<SocketAddr>,
     /// The number of connections that the balancer must be able to hold.
     pub connections: usize,
     /// The processors that the balancer runs on. An empty list means all.
@@ -121,6 +123,8 @@ pub struct Settings {
 pub struct Balancer {
     /// The address that the balancer listens on.
     pub address: SocketAddr,
+    /// The address of the second listener. Nothing listens on it if the setup has none.
+    pub second: SocketAddr,
     /// The side port, if the balancer has one.
     pub side_port: SocketAddr,
     /// Time from the start of the process to the first answer.
@@ -136,12 +140,16 @@ impl Balancer {
     /// When the balancer does not serve in time. The error contains its output.
     pub async fn start(kind: Kind, program: &Path, setup: &Setup, settings: &Settings) -> anyhow::Result<Self> {
         let files = TempDir::new().context("cannot make a directory for configs")?;
-        let [address, side_port] = free_addresses()?;
+        let [address, second, side_port] = free_addresses()?;
+        let listeners: Vec<_> = [("web", address, setup.backends.as_slice())]
+            .into_iter()
+            .chain(setup.second.as_ref().map(|backend| ("second", second, std::slice::from_ref(backend))))
+            .collect();
         let text = match kind {
-            Kind::Ringway => ringway_yaml(address, side_port, setup, settings),
-            Kind::Haproxy => haproxy(address, setup),
-            Kind::Nginx => nginx(address, setup, files.path()),
-            Kind::Envoy => envoy(address, side_port, setup),
+            Kind::Ringway => ringway_yaml(&listeners, side_port, settings),
+            Kind::Haproxy => haproxy(&listeners, setup),
+            Kind::Nginx => nginx(&listeners, setup, files.path()),
+            Kind::Envoy => envoy(&listeners, side_port, setup),
         };
         let config = files.path().join("config.yaml");
         std::fs::write(&config, text)?;
@@ -157,7 +165,7 @@ impl Balancer {
         let began = Instant::now();
         let child =
             spawn(command, setup.processors.clone()).with_context(|| format!("cannot start {}", program.display()))?;
-        let mut balancer = Self { address, side_port, start_up: Duration::ZERO, child, files };
+        let mut balancer = Self { address, second, side_port, start_up: Duration::ZERO, child, files };
         let mut client = Client::new(address, None, Protocol::Echo);
         while !matches!(tokio::time::timeout(PATIENCE, client.request()).await, Ok(Ok(_))) {
             client.close();
@@ -217,83 +225,114 @@ pub fn pin(processors: &[usize]) -> std::io::Result<()> {
     Ok(sched_setaffinity(None, &set)?)
 }
 
-/// Returns two free addresses. Both are bound at the same time, so they differ.
-pub(crate) fn free_addresses() -> std::io::Result<[SocketAddr; 2]> {
-    let bind = || std::net::TcpListener::bind("127.0.0.1:0");
-    let (one, other) = (bind()?, bind()?);
-    Ok([one.local_addr()?, other.local_addr()?])
+/// A listener of a config: its name, its address and its backends.
+type Listener<'a> = (&'static str, SocketAddr, &'a [SocketAddr]);
+
+/// Returns free addresses. All are bound at the same time, so they differ.
+pub(crate) fn free_addresses<const COUNT: usize>() -> std::io::Result<[SocketAddr; COUNT]> {
+    let mut addresses = [SocketAddr::from(([0, 0, 0, 0], 0)); COUNT];
+    let mut bound = Vec::new();
+    for address in &mut addresses {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+        *address = listener.local_addr()?;
+        bound.push(listener);
+    }
+    Ok(addresses)
 }
 
-fn ringway_yaml(address: SocketAddr, side_port: SocketAddr, setup: &Setup, settings: &Settings) -> String {
-    let backends: Vec<_> = setup.backends.iter().map(|backend| format!("{{ address: \"{backend}\" }}")).collect();
+fn ringway_yaml(listeners: &[Listener<'_>], side_port: SocketAddr, settings: &Settings) -> String {
     let Settings { root, pool, workers } = settings;
     let check = if pool.contains("health_check") { "" } else { "    health_check: { kind: tcp, interval: 2s }\n" };
     let pool: String = pool.lines().fold(String::new(), |text, line| text + "    " + line + "\n");
-    format!(
-        "workers: {}\n{root}\napi: {{ listen: \"{side_port}\" }}\nlisteners:\n  - {{ name: web, listen: \"{address}\", pool: web }}\n\
-         pools:\n  - name: web\n    key: source_ip\n    provider: {{ static: [{}] }}\n{check}{pool}",
-        (*workers).max(1),
-        backends.join(", ")
-    )
-}
-
-fn haproxy(address: SocketAddr, setup: &Setup) -> String {
-    let mut text = format!(
-        "global\n  nbthread 1\n  maxconn {}\n  maxpipes 256\n\
-         defaults\n  mode tcp\n  timeout connect 2s\n  timeout client 10m\n  timeout server 10m\n  option splice-request\n  \
-         option splice-response\n\
-         frontend web\n  bind {address} backlog 4096\n  default_backend web\n\
-         backend web\n  balance source\n  hash-type consistent\n",
-        setup.connections
-    );
-    for (index, backend) in setup.backends.iter().enumerate() {
-        let _ = writeln!(text, "  server b{index} {backend} check inter 2s");
+    let mut text = format!("workers: {}\n{root}\napi: {{ listen: \"{side_port}\" }}\nlisteners:\n", (*workers).max(1));
+    for (name, address, _) in listeners {
+        let _ = writeln!(text, "  - {{ name: {name}, listen: \"{address}\", pool: {name} }}");
+    }
+    text.push_str("pools:\n");
+    for (name, _, backends) in listeners {
+        let backends: Vec<_> = backends.iter().map(|backend| format!("{{ address: \"{backend}\" }}")).collect();
+        let backends = backends.join(", ");
+        let _ = write!(
+            text,
+            "  - name: {name}\n    key: source_ip\n    provider: {{ static: [{backends}] }}\n{check}{pool}"
+        );
     }
     text
 }
 
-fn nginx(address: SocketAddr, setup: &Setup, files: &Path) -> String {
+fn haproxy(listeners: &[Listener<'_>], setup: &Setup) -> String {
+    let mut text = format!(
+        "global\n  nbthread 1\n  maxconn {}\n  maxpipes 256\n\
+         defaults\n  mode tcp\n  timeout connect 2s\n  timeout client 10m\n  timeout server 10m\n  option splice-request\n  \
+         option splice-response\n",
+        setup.connections
+    );
+    for (name, address, backends) in listeners {
+        let _ = write!(
+            text,
+            "frontend {name}\n  bind {address} backlog 4096\n  default_backend {name}\n\
+             backend {name}\n  balance source\n  hash-type consistent\n"
+        );
+        for (index, backend) in backends.iter().enumerate() {
+            let _ = writeln!(text, "  server b{index} {backend} check inter 2s");
+        }
+    }
+    text
+}
+
+fn nginx(listeners: &[Listener<'_>], setup: &Setup, files: &Path) -> String {
     const MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
     let module = if Path::new(MODULE).exists() { format!("load_module {MODULE};\n") } else { String::new() };
-    let servers = setup.backends.iter().fold(String::new(), |text, backend| text + &format!("server {backend}; "));
-    format!(
-        "{module}worker_processes 1;\nerror_log stderr error;\npid {}/pid;\nevents {{ worker_connections {}; }}\n\
-         stream {{\n  upstream web {{ hash $remote_addr consistent; {servers}}}\n  \
-         server {{ listen {address} backlog=4096; proxy_pass web; proxy_connect_timeout 2s; proxy_timeout 10m; }}\n}}\n",
+    let mut text = format!(
+        "{module}worker_processes 1;\nerror_log stderr error;\npid {}/pid;\nevents {{ worker_connections {}; }}\nstream {{\n",
         files.display(),
         2 * setup.connections + 64
-    )
+    );
+    for (name, address, backends) in listeners {
+        let servers = backends.iter().fold(String::new(), |text, backend| text + &format!("server {backend}; "));
+        let _ = write!(
+            text,
+            "  upstream {name} {{ hash $remote_addr consistent; {servers}}}\n  \
+             server {{ listen {address} backlog=4096; proxy_pass {name}; proxy_connect_timeout 2s; proxy_timeout 10m; }}\n"
+        );
+    }
+    text + "}\n"
 }
 
 /// Envoy reads YAML, and JSON is valid YAML.
-fn envoy(address: SocketAddr, side_port: SocketAddr, setup: &Setup) -> String {
+fn envoy(listeners: &[Listener<'_>], side_port: SocketAddr, setup: &Setup) -> String {
     let socket = |address: SocketAddr| serde_json::json!({ "socket_address": { "address": address.ip().to_string(), "port_value": address.port() } });
     let endpoint = |backend: &SocketAddr| serde_json::json!({ "endpoint": { "address": socket(*backend) } });
-    let endpoints: Vec<_> = setup.backends.iter().map(endpoint).collect();
     let thresholds =
         serde_json::json!([{ "max_connections": setup.connections, "max_pending_requests": setup.connections }]);
-    let proxy = serde_json::json!({
-        "name": "envoy.filters.network.tcp_proxy",
-        "typed_config": {
-            "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
-            "stat_prefix": "web", "cluster": "web", "idle_timeout": "600s", "hash_policy": [{ "source_ip": {} }],
-        },
-    });
+    let listener = |(name, address, _): &Listener<'_>| {
+        let proxy = serde_json::json!({
+            "name": "envoy.filters.network.tcp_proxy",
+            "typed_config": {
+                "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
+                "stat_prefix": name, "cluster": name, "idle_timeout": "600s", "hash_policy": [{ "source_ip": {} }],
+            },
+        });
+        serde_json::json!({
+            "name": name, "address": socket(*address), "tcp_backlog_size": 4096, "filter_chains": [{ "filters": [proxy] }],
+        })
+    };
+    let cluster = |(name, _, backends): &Listener<'_>| {
+        let endpoints: Vec<_> = backends.iter().map(endpoint).collect();
+        serde_json::json!({
+            "name": name, "connect_timeout": "2s", "type": "STATIC", "lb_policy": "RING_HASH",
+            "circuit_breakers": { "thresholds": thresholds },
+            "health_checks": [{
+                "timeout": "1s", "interval": "2s", "unhealthy_threshold": 3, "healthy_threshold": 2, "tcp_health_check": {},
+            }],
+            "load_assignment": { "cluster_name": name, "endpoints": [{ "lb_endpoints": endpoints }] },
+        })
+    };
     serde_json::json!({
         "admin": { "address": socket(side_port) },
         "static_resources": {
-            "listeners": [{
-                "name": "web", "address": socket(address), "tcp_backlog_size": 4096,
-                "filter_chains": [{ "filters": [proxy] }],
-            }],
-            "clusters": [{
-                "name": "web", "connect_timeout": "2s", "type": "STATIC", "lb_policy": "RING_HASH",
-                "circuit_breakers": { "thresholds": thresholds },
-                "health_checks": [{
-                    "timeout": "1s", "interval": "2s", "unhealthy_threshold": 3, "healthy_threshold": 2, "tcp_health_check": {},
-                }],
-                "load_assignment": { "cluster_name": "web", "endpoints": [{ "lb_endpoints": endpoints }] },
-            }],
+            "listeners": listeners.iter().map(listener).collect::<Vec<_>>(),
+            "clusters": listeners.iter().map(cluster).collect::<Vec<_>>(),
         },
     })
     .to_string()

@@ -38,6 +38,8 @@ pub(crate) struct Places {
 pub(crate) struct Bench {
     /// The addresses of the servers, which run in this process.
     pub(crate) servers: Vec<SocketAddr>,
+    /// A server that runs on a thread of its own, behind the second listener.
+    pub(crate) second: SocketAddr,
     balancer_cpu: usize,
     load_cpu: usize,
 }
@@ -95,7 +97,9 @@ impl Bench {
              --balancer-cpu and --load-cpu"
         );
         pin(&[places.load_cpu]).with_context(|| format!("cannot run on processor {}", places.load_cpu))?;
-        let mut bench = Self { servers: Vec::new(), balancer_cpu: places.balancer_cpu, load_cpu: places.load_cpu };
+        let second = server_on_thread()?;
+        let mut bench =
+            Self { servers: Vec::new(), second, balancer_cpu: places.balancer_cpu, load_cpu: places.load_cpu };
         for number in 0..servers {
             bench.servers.push(server_with(&["--name", &format!("server-{}", number + 1)], "127.0.0.1:0").await?);
         }
@@ -123,7 +127,12 @@ impl Bench {
     }
 
     fn setup(&self, backends: &[SocketAddr], connections: usize) -> Setup {
-        Setup { backends: backends.to_vec(), connections: connections + 512, processors: vec![self.balancer_cpu] }
+        Setup {
+            backends: backends.to_vec(),
+            second: Some(self.second),
+            connections: connections + 512,
+            processors: vec![self.balancer_cpu],
+        }
     }
 
     /// Creates this number of backends. They are loopback addresses of one server.
@@ -149,11 +158,16 @@ impl Bench {
         Ok(Cost { cpu, took, record })
     }
 
-    /// Puts requests on 4 connections on the target, beside downloads on 32 connections. Measures the requests. They run
-    /// on a thread of their own, so they do not wait for the clients of the downloads.
-    pub(crate) async fn beside(&self, target: SocketAddr, duration: Duration) -> anyhow::Result<Record> {
+    /// Puts requests on 4 connections on `second`, beside downloads on 32 connections on `target`. Measures the requests. Their
+    /// clients and their server run on threads of their own, so they do not wait in the queues of the downloads.
+    pub(crate) async fn beside(
+        &self,
+        target: SocketAddr,
+        second: SocketAddr,
+        duration: Duration,
+    ) -> anyhow::Result<Record> {
         let (requests, bulk) = (
-            Load { connections: 4, ..Self::load(Task::Requests, target, duration) },
+            Load { connections: 4, ..Self::load(Task::Requests, second, duration) },
             Self::load(Task::Bulk(32), target, duration),
         );
         let (sender, measured) = tokio::sync::oneshot::channel();
@@ -222,6 +236,26 @@ pub(crate) async fn put(load: &Load) -> anyhow::Result<(Record, Duration)> {
         load.target
     );
     Ok((record, took))
+}
+
+/// Starts an echo server on a thread of its own.
+fn server_on_thread() -> anyhow::Result<SocketAddr> {
+    use clap::Parser as _;
+
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").context("cannot listen")?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    let options = echo_server::Options::try_parse_from(["echo-server", "--name", "second"])?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    std::thread::Builder::new().name("second".to_owned()).spawn(move || {
+        runtime.block_on(async move {
+            // The listener is valid, and the runtime has an I/O driver.
+            if let Ok(listener) = TcpListener::from_std(listener) {
+                echo_server::run(listener, options, std::future::pending()).await;
+            }
+        });
+    })?;
+    Ok(address)
 }
 
 /// Starts an echo server with these arguments in this process.

@@ -240,7 +240,8 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
         for turn in turns(round, contestants.len()) {
             bar.set_message(format!("{}: requests beside streams", contestants[turn].name));
             let (target, _) = place(&bench, running[turn].as_ref());
-            let record = bench.beside(target, duration).await?;
+            let second = running[turn].as_ref().map_or(bench.second, |balancer| balancer.second);
+            let record = bench.beside(target, second, duration).await?;
             bar.inc(1);
             contestants[turn].record(Measure::BesideP50, record.percentile(50.0));
             contestants[turn].record(Measure::BesideP99, record.percentile(99.0));

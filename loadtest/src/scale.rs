@@ -80,7 +80,7 @@ pub async fn scale(options: &Options) -> anyhow::Result<()> {
         let name = format!("server-{servers}");
         let arguments = ["--name", &name, "--delay-ms", &delay, "--concurrency", &concurrency];
         backends.push(server_with(&arguments, "127.0.0.1:0").await?);
-        let setup = Setup { backends: backends.clone(), connections: most, processors: Vec::new() };
+        let setup = Setup { backends: backends.clone(), second: None, connections: most, processors: Vec::new() };
         let balancer = Balancer::start(Kind::Ringway, &program, &setup, &Settings::default()).await?;
         let load = Load {
             target: balancer.address,
