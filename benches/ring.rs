@@ -1,12 +1,17 @@
-//! Prints the shares and the moved keys of the ring, and times its build and its lookup.
+//! Prints the shares and the moved keys of the ring, and times its build and its lookup, the pick of a backend, and a change
+//! of the table.
 //!
 //! `cargo bench --bench ring`
 
 use std::hint::black_box;
+use std::sync::Arc;
+use std::time::Instant;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
+use ringway::backend::{Admission, Backend, Health, State};
 use ringway::ring::{Member, Parameters, Ring};
+use ringway::table::{Members, Table};
 
 /// Points per member, and probes.
 const SHAPES: [(u32, u32); 4] = [(160, 1), (160, 3), (512, 3), (1000, 1)];
@@ -80,5 +85,55 @@ fn lookup(bencher: Bencher<'_, '_>, (members, virtual_nodes, probes): (usize, u3
         for key in next.by_ref().take(LOOKUPS) {
             black_box(ring.lookup(black_box(key)));
         }
+    });
+}
+
+/// A table in which `down` of a thousand backends fail their checks.
+fn table(members: usize, down: usize) -> Table {
+    let ids = ids(members);
+    let mut sorted = ids.clone();
+    sorted.sort();
+    let backends = sorted.iter().enumerate().map(|(n, id)| Backend {
+        id: id.as_str().into(),
+        address: Some(([127, 0, 0, 1], 1).into()),
+        weight: 1,
+        // Spread evenly: 7919 is prime.
+        state: if n * 7919 % 1000 < down { State::Unhealthy } else { State::Healthy },
+        replica: None,
+        incarnation: 1,
+        restarts: 0,
+        last_exit: None,
+        reported_bad: false,
+        health: Health { last: None, verdict: None, since: Instant::now() },
+        well: None,
+        admission: Admission::ALL,
+        drain: None,
+        live: Arc::default(),
+    });
+    Table::new(1, Arc::new(ring(&sorted, 160, 3)), Members::new(backends, 1), 0)
+}
+
+/// The first candidate of a key, as a connection takes it.
+#[divan::bench(args = [(1000, 0), (1000, 500), (10_000, 0), (10_000, 500), (10_000, 990)])]
+fn pick(bencher: Bencher<'_, '_>, (members, down): (usize, usize)) {
+    let table = table(members, down);
+    let keys: Vec<_> = (0..100_000).map(key).collect();
+    let mut next = keys.iter().cycle();
+    bencher.counter(ItemsCount::new(LOOKUPS)).bench_local(|| {
+        for key in next.by_ref().take(LOOKUPS) {
+            black_box(table.candidates(black_box(key)).next());
+        }
+    });
+}
+
+/// One more publication after the change of one backend.
+#[divan::bench(args = [100, 10_000])]
+fn change_one_backend(bencher: Bencher<'_, '_>, members: usize) {
+    let first = table(members, 0);
+    let mut backends = first.backends().clone();
+    bencher.bench_local(|| {
+        let changed = Backend { restarts: backends[7].restarts + 1, ..backends[7].clone() };
+        backends.set(7, changed);
+        black_box(Table::new(2, Arc::clone(first.ring()), backends.clone(), 50))
     });
 }

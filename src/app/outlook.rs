@@ -18,10 +18,10 @@ use crate::table::Table;
 const MOST_KEYS: usize = 1 << 16;
 
 /// The least number of keys for a pool: accurate to three percent.
-const LEAST_KEYS: usize = 1 << 11;
+const LEAST_KEYS: usize = 1 << 10;
 
 /// Keys for all pools together.
-const ALL_KEYS: usize = 1 << 21;
+const ALL_KEYS: usize = 1 << 20;
 
 /// What a reload leads to.
 pub(super) struct Outlook {

@@ -88,6 +88,8 @@ impl Tasks {
     /// Reports a panic of the task: without the task the table would become stale.
     fn watched(&self, task: impl Future<Output = ()> + Send + 'static) -> impl Future<Output = ()> + Send + 'static {
         let report = ReportPanic(self.panicked.clone());
+        // A future that is passed from one async block to the next is stored in each of them. A pool has several tasks.
+        let task = Box::pin(task);
         async move {
             task.await;
             drop(report);
@@ -96,8 +98,12 @@ impl Tasks {
 }
 
 /// The task, which ends when `over` is cancelled.
-pub(super) async fn until(over: CancellationToken, task: impl Future<Output = ()>) {
-    let _ = over.run_until_cancelled(task).await;
+pub(super) fn until(over: CancellationToken, task: impl Future<Output = ()> + Send) -> impl Future<Output = ()> + Send {
+    // As in `watched`.
+    let task = Box::pin(task);
+    async move {
+        let _ = over.run_until_cancelled_owned(task).await;
+    }
 }
 
 struct ReportPanic(mpsc::UnboundedSender<()>);

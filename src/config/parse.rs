@@ -269,14 +269,18 @@ fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Listener], api: 
 /// Reports static backends that lead back to the listener that they serve, directly or through other pools. Each
 /// connection, and each health check, would cause another one without end.
 fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
+    let by_port = listeners.iter().fold(HashMap::<u16, Vec<&Listener>>::new(), |mut by_port, listener| {
+        by_port.entry(listener.listen.port()).or_default().push(listener);
+        by_port
+    });
     // For each pool: its backends that are listeners, with their places in the config and the pools behind them.
     let next: Vec<Vec<(usize, usize)>> = pools
         .iter()
         .map(|pool| {
             let backends = pool.provider.static_backends().unwrap_or_default().iter().enumerate();
             let behind = backends.filter_map(|(n, backend)| {
-                let listener =
-                    listeners.iter().find(|listener| is_here(&backend.host, backend.port, listener.listen))?;
+                let mut alike = by_port.get(&backend.port)?.iter();
+                let listener = alike.find(|listener| is_here(&backend.host, listener.listen))?;
                 Some((n, pools.iter().position(|pool| pool.name == listener.pool)?))
             });
             behind.collect()
@@ -300,13 +304,13 @@ fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
     }
 }
 
-/// Whether a backend's address is that of a listener on this host.
-fn is_here(host: &str, port: u16, listen: SocketAddr) -> bool {
+/// Whether a backend's host is that of a listener on this host.
+fn is_here(host: &str, listen: SocketAddr) -> bool {
     let ip = if host.eq_ignore_ascii_case("localhost") { Some(Ipv4Addr::LOCALHOST.into()) } else { host.parse().ok() };
     let is_same = |ip: IpAddr| {
         ip == listen.ip() || listen.ip().is_unspecified() && ip.is_loopback() && ip.is_ipv4() == listen.is_ipv4()
     };
-    port == listen.port() && ip.is_some_and(is_same)
+    ip.is_some_and(is_same)
 }
 
 /// Reports listen addresses that clash: one socket would receive connections that are meant for the other.
