@@ -11,6 +11,7 @@ use crate::balancers::{Balancer, Kind};
 use crate::bench::{Bench, Places, Task};
 use crate::findings::{Output, machine};
 use crate::plot::{self, Range};
+use crate::preflight;
 use crate::process::Tree;
 use crate::run::progress_bar;
 use crate::spread::Spread;
@@ -20,10 +21,10 @@ use crate::table::Table;
 #[derive(Debug, Clone, clap::Args)]
 pub struct Options {
     /// Balancers to compare. Balancers that are not installed are left out
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Kind::ALL)]
+    #[arg(long, value_enum, value_delimiter = ',', num_args = 1.., default_values_t = Kind::ALL)]
     pub only: Vec<Kind>,
     /// Work to measure
-    #[arg(long, value_enum, value_delimiter = ',', default_values_t = Work::ALL)]
+    #[arg(long, value_enum, value_delimiter = ',', num_args = 1.., default_values_t = Work::ALL)]
     pub work: Vec<Work>,
     /// Number of rounds. In each round every balancer does all of the work
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
@@ -192,7 +193,9 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
         !options.work.contains(&Work::Latency) || options.work.contains(&Work::Requests),
         "--work latency needs --work requests, which measures the rate"
     );
+    options.output.check()?;
     let mut contestants = contestants(options)?;
+    preflight::warn_if_noisy(options.rounds).await;
     let bench = Bench::new(&options.places, 3, options.idle as usize).await?;
     let duration = Duration::from_secs(options.seconds);
     let steps = u64::from(options.rounds) * (options.work.len() * contestants.len()) as u64;
@@ -365,10 +368,13 @@ fn show(options: &Options, contestants: &[Contestant], machine: String, rate: Op
     for measure in Measure::COMPARED {
         let ranges: Vec<_> = contestants
             .iter()
-            .filter_map(|one| Some(Range { name: one.name.clone(), spread: one.spread(measure)? }))
+            .filter_map(|one| {
+                let is_own = one.kind == Some(Kind::Ringway);
+                Some(Range { name: format!("{} {}", one.name, one.version), spread: one.spread(measure)?, is_own })
+            })
             .collect();
         // Work that was not done has no plot.
-        plots.extend(plot::ranges(measure.label(), 0.0, &ranges));
+        plots.extend(plot::ranges(&format!("{} (less is better)", measure.label()), 0.0, &ranges));
     }
     let findings = Findings {
         machine,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use serde::Serialize;
 
-use crate::table::{Table, page};
+use crate::table::{Table, escape, page};
 
 /// The output of results.
 #[derive(Debug, Clone, clap::Args)]
@@ -25,6 +25,14 @@ pub struct Output {
 }
 
 impl Output {
+    /// Checks that the requested files can be written, before a long run.
+    ///
+    /// # Errors
+    /// When one cannot be written.
+    pub fn check(&self) -> anyhow::Result<()> {
+        self.html.iter().chain(&self.svg).try_for_each(|path| can_be_written(path))
+    }
+
     /// Prints the results and writes the requested files.
     ///
     /// # Errors
@@ -43,14 +51,31 @@ impl Output {
             println!("{}", tables.iter().map(form).collect::<Vec<_>>().join("\n"));
         }
         if let Some(path) = &self.html {
-            let parts: Vec<_> = tables.iter().map(Table::html).chain(plots.iter().cloned()).collect();
-            write(path, &page(title, &parts))?;
+            let origin = format!("<p>{}</p>\n", escape(&origin()));
+            let parts = std::iter::once(origin).chain(tables.iter().map(Table::html)).chain(plots.iter().cloned());
+            write(path, &page(title, &parts.collect::<Vec<_>>()))?;
         }
         if let Some(path) = &self.svg {
-            write(path, &crate::plot::stacked(plots))?;
+            write(path, &crate::plot::stacked(plots, &origin()))?;
         }
         Ok(())
     }
+}
+
+/// Checks that a file can be written.
+///
+/// # Errors
+/// When it cannot.
+pub(crate) fn can_be_written(path: &Path) -> anyhow::Result<()> {
+    let opened = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    opened.map(drop).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// When, how and where the figures were made, in one line.
+pub(crate) fn origin() -> String {
+    let date = humantime::format_rfc3339_seconds(std::time::SystemTime::now());
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    format!("{date}, loadtest {} ({}), {}", arguments.join(" "), env!("CARGO_PKG_VERSION"), machine())
 }
 
 fn write(path: &Path, text: &str) -> anyhow::Result<()> {

@@ -110,6 +110,8 @@ impl Figures {
 /// # Errors
 /// When a balancer cannot be started, or does not get into the expected state in time.
 pub async fn large(options: &Options) -> anyhow::Result<()> {
+    options.output.check()?;
+    crate::preflight::warn_if_noisy(options.runs).await;
     crate::preflight::open_files(u64::from(options.backends.max(options.pools * 4)))?;
     let programs = if options.ringway.is_empty() { vec![ringway(None)?] } else { options.ringway.clone() };
     let name = |index: usize| if index == 0 { "ringway".to_owned() } else { format!("ringway {}", index + 1) };

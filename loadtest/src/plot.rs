@@ -1,5 +1,7 @@
 //! Plots as SVG text: lines on a common axis, bars, and ranges.
 
+use std::fmt::Write as _;
+
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
@@ -16,6 +18,12 @@ const RANGE: u32 = 26;
 
 /// Width of the names of ranges in pixels.
 const NAMES: i32 = 260;
+
+/// Width of the figures of ranges in pixels.
+const FIGURES: i32 = 190;
+
+/// A range that ends beyond this many times the median of all ends is cut: it would squash the others.
+const OUTLIER: f64 = 4.0;
 
 /// The colours differ in brightness too, so a print in black and white stays readable.
 const COLOURS: [RGBColor; 6] = [
@@ -52,6 +60,8 @@ pub struct Range {
     pub name: String,
     /// The lowest figure, the median and the highest figure.
     pub spread: Spread,
+    /// Whether it stands out in another colour.
+    pub is_own: bool,
 }
 
 /// Draws lines on a common axis, with a legend for several lines.
@@ -70,6 +80,7 @@ pub fn lines(title: &str, x: &str, lines: &[Line]) -> anyhow::Result<String> {
         let mut chart = ChartBuilder::on(area)
             .caption(title, ("sans-serif", 15))
             .margin(8)
+            .margin_right(28)
             .x_label_area_size(36)
             .y_label_area_size(64)
             .build_cartesian_2d(left.min(right * 0.99)..right, 0.0..top)?;
@@ -77,9 +88,9 @@ pub fn lines(title: &str, x: &str, lines: &[Line]) -> anyhow::Result<String> {
             .configure_mesh()
             .light_line_style(TRANSPARENT)
             .y_labels(5)
-            .y_label_formatter(&|value| figure(*value))
+            .y_label_formatter(&|value| tick(*value, top))
             .x_desc(x)
-            .x_label_formatter(&|value| figure(*value))
+            .x_label_formatter(&|value| tick(*value, right))
             .draw()?;
         for (line, colour) in std::iter::zip(lines, COLOURS.iter().cycle()) {
             let series = chart.draw_series(LineSeries::new(line.points.iter().copied(), colour.stroke_width(2)))?;
@@ -123,33 +134,73 @@ pub fn bars(title: &str, bars: &[(String, f64)]) -> anyhow::Result<String> {
     })
 }
 
-/// Draws each range from its minimum to its maximum with a mark at the median, and a vertical line at `reference`.
+/// Draws each range from its minimum to its maximum with a mark at the median, its figures beside it, an axis with ticks, and a
+/// vertical line at `reference`. An outlier is cut, with an arrow.
 ///
 /// # Errors
 /// When the list is empty.
 pub fn ranges(title: &str, reference: f64, ranges: &[Range]) -> anyhow::Result<String> {
     anyhow::ensure!(!ranges.is_empty(), "{title}: there is nothing to draw");
-    let highest = ranges.iter().map(|range| range.spread.max).fold(reference, f64::max) * 1.05;
-    let height = RANGE * (u32::try_from(ranges.len())? + 2);
+    let end = axis_end(reference, ranges);
+    let height = RANGE * (u32::try_from(ranges.len())? + 3);
     draw(height, |area| {
         let area = area.titled(title, ("sans-serif", 15))?;
-        let at = |value: f64| NAMES + to_pixels(f64::from(WIDTH - 80 - NAMES.unsigned_abs()) * value / highest);
+        let width = WIDTH.cast_signed() - NAMES - FIGURES;
+        let at = |value: f64| NAMES + to_pixels(f64::from(width) * (value / end).min(1.0));
         let bottom = to_pixels(f64::from(RANGE) * ranges.len() as f64);
-        area.draw(&PathElement::new([(at(reference), 0), (at(reference), bottom)], BLACK.mix(0.3)))?;
+        let step = step(end);
+        for number in 0..=to_pixels(end / step + 1e-9) {
+            let value = step * f64::from(number);
+            area.draw(&PathElement::new([(at(value), 0), (at(value), bottom + 4)], BLACK.mix(0.12)))?;
+            area.draw(&Text::new(tick(value, end), (at(value) - 6, bottom + 6), ("sans-serif", 11)))?;
+        }
+        area.draw(&PathElement::new([(at(reference), 0), (at(reference), bottom)], BLACK.mix(0.4)))?;
         for (index, range) in ranges.iter().enumerate() {
             let y = to_pixels(f64::from(RANGE) * (index as f64 + 0.5));
             let Spread { min, median, max } = range.spread;
-            area.draw(&Text::new(range.name.clone(), (8, y - 7), ("sans-serif", 13)))?;
-            area.draw(&PathElement::new([(at(min), y), (at(max), y)], COLOURS[0].stroke_width(2)))?;
-            area.draw(&Circle::new((at(median), y), 4, COLOURS[0].filled()))?;
-            area.draw(&Text::new(figure(median), (at(max) + 8, y - 7), ("sans-serif", 12)))?;
+            let colour = if range.is_own { COLOURS[1] } else { COLOURS[0] };
+            area.draw(&Text::new(range.name.clone(), (8, y - 7), ("sans-serif", 13).into_font().color(&colour)))?;
+            area.draw(&PathElement::new([(at(min), y), (at(max), y)], colour.stroke_width(2)))?;
+            if max > end {
+                let tip = (at(end), y);
+                area.draw(&PathElement::new([(tip.0 - 7, y - 4), tip, (tip.0 - 7, y + 4)], colour.stroke_width(2)))?;
+            }
+            if median <= end {
+                area.draw(&Circle::new((at(median), y), 4, colour.filled()))?;
+            }
+            area.draw(&Text::new(range.spread.text(), (NAMES + width + 12, y - 7), ("sans-serif", 12)))?;
         }
         Ok(())
     })
 }
 
-/// Puts several plots below each other in one SVG.
-pub fn stacked(plots: &[String]) -> String {
+/// The end of the axis: the highest figure that is no outlier, and some room.
+fn axis_end(reference: f64, ranges: &[Range]) -> f64 {
+    let mut ends: Vec<_> = ranges.iter().map(|range| range.spread.max).collect();
+    ends.sort_unstable_by(f64::total_cmp);
+    let limit = ends[(ends.len() - 1) / 2] * OUTLIER;
+    ends.iter().copied().filter(|&end| end <= limit).fold(reference, f64::max).max(1e-9) * 1.05
+}
+
+/// The distance of ticks: 1, 2 or 5 times a power of ten, and at most eight of them.
+fn step(end: f64) -> f64 {
+    let power = 10.0_f64.powf((end / 8.0).log10().floor());
+    [1.0, 2.0, 5.0, 10.0].into_iter().map(|times| times * power).find(|step| end / step <= 8.0).unwrap_or(end)
+}
+
+/// A value at an axis that ends at `end`: whole numbers where the values are large.
+fn tick(value: f64, end: f64) -> String {
+    match end {
+        _ if value == 0.0 => "0".to_owned(),
+        end if end >= 1e4 => figure(value),
+        end if end >= 8.0 => format!("{value:.0}"),
+        end if end >= 0.8 => format!("{value:.1}"),
+        _ => format!("{value:.2}"),
+    }
+}
+
+/// Puts several plots below each other in one SVG, with a line of text at its end.
+pub fn stacked(plots: &[String], note: &str) -> String {
     let mut all = String::new();
     let mut top = 0;
     for plot in plots {
@@ -158,6 +209,15 @@ pub fn stacked(plots: &[String]) -> String {
         all.push_str(&plot.replacen("<svg ", &format!("<svg y=\"{top}\" "), 1));
         top += height;
     }
+    let escaped = crate::table::escape(note);
+    // Writing to a String cannot fail.
+    let _ = write!(
+        all,
+        "<rect y=\"{top}\" width=\"{WIDTH}\" height=\"24\" fill=\"white\"/>\n\
+         <text x=\"8\" y=\"{}\" font-family=\"sans-serif\" font-size=\"10\">{escaped}</text>\n",
+        top + 15
+    );
+    top += 24;
     format!(
         "<svg width=\"{WIDTH}\" height=\"{top}\" viewBox=\"0 0 {WIDTH} {top}\" xmlns=\"http://www.w3.org/2000/svg\">\n{all}</svg>\n"
     )
@@ -207,13 +267,44 @@ mod tests {
         let one = lines("speed", "seconds", &[line.clone(), Line::new("slow", [(0.0, 0.5), (1.0, 0.4)])]).unwrap();
         let two = bars("answers", &[("echo-1".to_owned(), 12.0)]).unwrap();
         let spread = Spread { min: 0.9, median: 1.1, max: 1.4 };
-        let three = ranges("ratio", 1.0, &[Range { name: "off".to_owned(), spread }]).unwrap();
-        let all = stacked(&[one, two, three]);
-        for word in ["speed", "fast", "slow", "echo-1", "ratio", "off", "1.10"] {
+        let range = |name: &str, times: f64| Range {
+            name: name.to_owned(),
+            spread: Spread { min: spread.min * times, median: spread.median * times, max: spread.max * times },
+            is_own: false,
+        };
+        let three = ranges("ratio", 1.0, &[range("off", 1.0), range("on", 1.1), range("far", 100.0)]).unwrap();
+        let all = stacked(&[one, two, three], "today & here");
+        for word in [
+            "speed",
+            "fast",
+            "slow",
+            "echo-1",
+            "ratio",
+            "off",
+            "1.10 (0.90 to 1.40)",
+            "110 (90 to 140)",
+            "today &amp; here",
+        ] {
             assert!(all.contains(word), "{word}");
         }
         assert_eq!(all.matches("<svg ").count(), 4);
         assert!(lines("speed", "seconds", &[]).is_err() && bars("answers", &[]).is_err());
+    }
+
+    #[test]
+    fn an_outlier_does_not_set_the_axis_and_ticks_are_round() {
+        let range = |max: f64| Range {
+            name: String::new(),
+            spread: Spread { min: max / 2.0, median: max / 1.5, max },
+            is_own: false,
+        };
+        assert!((axis_end(0.0, &[range(1.0), range(1.2), range(50.0)]) - 1.26).abs() < 1e-9);
+        assert!((axis_end(0.0, &[range(1.0), range(3.0)]) - 3.15).abs() < 1e-9);
+        for (end, wanted) in [(1.0, 0.2), (8.0, 1.0), (100.0, 20.0), (0.3, 0.05)] {
+            assert!((step(end) - wanted).abs() < 1e-9, "{end}: {}", step(end));
+        }
+        let ticks = [(1.0, 8.0), (0.2, 1.0), (0.05, 0.3), (12_345.0, 20_000.0), (0.0, 5.0)];
+        assert_eq!(ticks.map(|(value, end)| tick(value, end)), ["1", "0.2", "0.05", "12.3 k", "0"]);
     }
 
     #[test]

@@ -103,6 +103,41 @@ pub fn tracking() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Warns where figures would say little: other work on this machine, time that the hypervisor takes, or few rounds.
+pub async fn warn_if_noisy(rounds: u32) {
+    if rounds < 5 {
+        eprintln!("warning: with {rounds} rounds, small differences mean nothing: use 5 or more");
+    }
+    let before = ticks();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let passed: Vec<_> = std::iter::zip(ticks(), before).map(|(now, before)| now.saturating_sub(before)).collect();
+    if let Some(warning) = noise(&passed) {
+        eprintln!("warning: {warning}");
+    }
+}
+
+/// The ticks of all processors so far, by kind: user, nice, system, idle, iowait, irq, softirq, steal (proc(5)).
+fn ticks() -> Vec<u64> {
+    let stat = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let line = stat.lines().next().unwrap_or_default();
+    line.split_whitespace().skip(1).filter_map(|ticks| ticks.parse().ok()).take(8).collect()
+}
+
+/// What disturbs a measurement, by the ticks that passed.
+fn noise(passed: &[u64]) -> Option<String> {
+    let &[user, nice, system, idle, wait, irq, softirq, steal] = passed else { return None };
+    let all = user + nice + system + idle + wait + irq + softirq + steal;
+    let percent = |ticks: u64| ticks * 100 / all.max(1);
+    let (busy, stolen) = (percent(user + nice + system + irq + softirq), percent(steal));
+    match (busy, stolen) {
+        (10.., _) => Some(format!("other work takes {busy} % of this machine: the figures are not reliable")),
+        (_, 2..) => {
+            Some(format!("the hypervisor takes {stolen} % of this machine's time: the figures are not reliable"))
+        }
+        _ => None,
+    }
+}
+
 async fn reachable(target: SocketAddr, timeout: Duration) -> anyhow::Result<()> {
     tokio::time::timeout(timeout, tokio::net::TcpStream::connect(target))
         .await
@@ -110,4 +145,17 @@ async fn reachable(target: SocketAddr, timeout: Duration) -> anyhow::Result<()> 
         .flatten()
         .map(drop)
         .with_context(|| format!("cannot reach {target}: is the balancer running? (--target)"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_work_and_stolen_time_are_noise() {
+        assert_eq!(noise(&[1, 0, 1, 198, 0, 0, 0, 0]), None);
+        assert!(noise(&[20, 5, 5, 170, 0, 0, 0, 0]).unwrap().contains("15 %"));
+        assert!(noise(&[1, 0, 1, 190, 0, 0, 0, 8]).unwrap().contains("4 %"));
+        assert_eq!(noise(&[]), None);
+    }
 }

@@ -12,6 +12,7 @@ use serde::Serialize;
 use tokio::task::JoinSet;
 
 use crate::client::Protocol;
+use crate::findings::{can_be_written, origin};
 use crate::load::{self, Direction, Load, Pace, Work};
 use crate::plot::{self, Line, figure};
 use crate::preflight;
@@ -161,6 +162,9 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
         "--rate has no meaning for idle connections: leave it out"
     );
     preflight::check(&load, options.allow_remote).await?;
+    if let Some(path) = &options.html {
+        can_be_written(path)?;
+    }
     if let Some(pid) = options.pid {
         anyhow::ensure!(!Tree(pid).processes().is_empty(), "--pid {pid}: there is no such process");
     }
@@ -178,13 +182,14 @@ pub async fn run(options: &Options) -> anyhow::Result<()> {
     if options.json {
         println!("{}", serde_json::to_string_pretty(&result)?);
     } else {
+        println!("{} on {}", result.scenario, result.target);
         print!("{}", figures(&result).text());
         for (failure, count) in &result.summary.failures {
             println!("failed {count} times: {failure}");
         }
     }
     if let Some(path) = &options.html {
-        let html = html(&result, &record, &samples);
+        let html = html(&result, &record, &samples, took);
         std::fs::write(path, html).with_context(|| format!("cannot write {}", path.display()))?;
     }
     anyhow::ensure!(record.answered() > 0 || record.bytes() > 0, "no response received");
@@ -265,7 +270,7 @@ fn watched(samples: &[Sample], answers: u64) -> Option<Watched> {
 
 fn figures(result: &Findings) -> Table {
     let (summary, ms) = (&result.summary, &result.summary.milliseconds);
-    let mut table = Table::new([format!("{} on {}", result.scenario, result.target), String::new()]);
+    let mut table = Table::new(["figure", "value"]);
     if let Some(offered) = result.offered {
         table.row(["offered per second".to_owned(), figure(offered)]);
     }
@@ -292,8 +297,10 @@ fn figures(result: &Findings) -> Table {
     table
 }
 
-fn html(result: &Findings, record: &Record, samples: &[Sample]) -> String {
-    let mut parts = vec![figures(result).html()];
+fn html(result: &Findings, record: &Record, samples: &[Sample], took: Duration) -> String {
+    let mut parts = vec![format!("<p>{}</p>\n", escape(&origin())), figures(result).html()];
+    // The last second is not a whole one, and would look like a drop.
+    let whole = usize::try_from(took.as_secs()).unwrap_or(usize::MAX).clamp(1, record.seconds.len().max(1));
     for (failure, count) in &result.summary.failures {
         parts.push(format!("<p>failed {count} times: {}</p>\n", escape(failure)));
     }
@@ -303,7 +310,10 @@ fn html(result: &Findings, record: &Record, samples: &[Sample]) -> String {
         .filter(|(quantile, _)| *quantile < 1.0)
         .map(|(quantile, value)| (-(1.0 - quantile).log10(), value as f64 / 1e6));
     let over_time = |name: &str, of: &dyn Fn(&crate::record::Second) -> f64| {
-        Line::new(name, record.seconds.iter().enumerate().map(|(second, of_it)| (second as f64 + 1.0, of(of_it))))
+        Line::new(
+            name,
+            record.seconds.iter().take(whole).enumerate().map(|(second, of_it)| (second as f64 + 1.0, of(of_it))),
+        )
     };
     let at = |percent: f64| {
         move |second: &crate::record::Second| second.latency.value_at_quantile(percent / 100.0) as f64 / 1e6

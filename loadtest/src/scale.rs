@@ -69,6 +69,7 @@ struct Findings {
 /// # Errors
 /// When Ringway cannot be started or fails a request, or a report cannot be written.
 pub async fn scale(options: &Options) -> anyhow::Result<()> {
+    options.output.check()?;
     let program = ringway(options.ringway.as_deref())?;
     let most = (options.servers * options.clients) as usize;
     preflight::open_files(2 * most as u64)?;

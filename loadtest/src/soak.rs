@@ -16,6 +16,7 @@ use tokio::time::{Interval, MissedTickBehavior, interval};
 
 use self::verdict::{Slope, Verdict, slope};
 use crate::client::{Client, Protocol};
+use crate::findings::{can_be_written, origin};
 use crate::load::{Collect as _, Outcome};
 use crate::plot::{self, Line};
 use crate::process::Tree;
@@ -163,8 +164,7 @@ impl Done {
 pub async fn soak(options: &Options) -> anyhow::Result<()> {
     if let Some(path) = &options.plot {
         // Before an hour has passed.
-        let opened = std::fs::OpenOptions::new().create(true).append(true).open(path);
-        opened.with_context(|| format!("cannot write {}", path.display()))?;
+        can_be_written(path)?;
     }
     let (outcomes, samples) = churn(options).await?;
     println!("{}", serde_json::to_string_pretty(&outcomes)?);
@@ -295,7 +295,7 @@ fn draw(samples: &[Sample], path: &Path) -> anyhow::Result<()> {
         over_time("tasks", |sample| sample.tasks)?,
         over_time("connections", |sample| sample.connections)?,
     ];
-    std::fs::write(path, plot::stacked(&plots)).with_context(|| format!("cannot write {}", path.display()))
+    std::fs::write(path, plot::stacked(&plots, &origin())).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Parses the seconds between two commands.

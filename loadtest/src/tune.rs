@@ -11,6 +11,7 @@ use crate::balancers::{Balancer, Settings, ringway};
 use crate::bench::{Bench, Places, Task};
 use crate::findings::{Output, machine};
 use crate::plot::{self, Range};
+use crate::preflight;
 use crate::run::progress_bar;
 use crate::side_port::SidePort;
 use crate::spread::Spread;
@@ -141,6 +142,8 @@ fn variants() -> Vec<Variant> {
 /// When Ringway cannot be started or fails a request, or a report cannot be written.
 pub async fn tune(options: &Options) -> anyhow::Result<()> {
     let machine = machine();
+    options.output.check()?;
+    preflight::warn_if_noisy(options.rounds).await;
     let program = ringway(options.ringway.as_deref())?;
     let mut variants = variants();
     variants.retain(|variant| variant.name.contains(&options.only));
@@ -245,10 +248,15 @@ fn show(options: &Options, findings: &Findings) -> anyhow::Result<()> {
     let ranges: Vec<_> = findings
         .variants
         .iter()
-        .map(|finding| Range { name: format!("{}, {}", finding.variant, finding.work), spread: finding.ratio })
+        .map(|finding| Range {
+            name: format!("{}, {}", finding.variant, finding.work),
+            spread: finding.ratio,
+            is_own: finding.variant.starts_with("nothing"),
+        })
         .collect();
-    let plots: Vec<_> =
-        plot::ranges("CPU time, ratio to the adjacent baseline run", 1.0, &ranges).into_iter().collect();
+    let plots: Vec<_> = plot::ranges("CPU time, ratio to the adjacent baseline run (less is better)", 1.0, &ranges)
+        .into_iter()
+        .collect();
     eprintln!("{}; {} rounds of {} s", findings.machine, findings.rounds, findings.seconds);
     options.output.show("Settings of Ringway", findings, &[table], &plots)
 }

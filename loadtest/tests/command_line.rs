@@ -56,7 +56,9 @@ fn wrong_arguments_and_targets_give_one_line_and_an_exit_code() {
         let said = text(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {said}");
         assert!(said.contains(says), "{arguments:?}: {said}");
-        assert!(code == 2 || said.trim().lines().count() == 1, "{arguments:?}: {said}");
+        // A warning depends on what else runs on this machine.
+        let lines = said.trim().lines().filter(|line| !line.starts_with("warning: "));
+        assert!(code == 2 || lines.count() == 1, "{arguments:?}: {said}");
     }
 }
 
