@@ -51,7 +51,7 @@ impl Output {
             println!("{}", tables.iter().map(form).collect::<Vec<_>>().join("\n"));
         }
         if let Some(path) = &self.html {
-            let origin = format!("<p>{}</p>\n", escape(&origin()));
+            let origin = format!("<p>{}</p>\n", escape(&origin()).replace('\n', "<br>"));
             let parts = std::iter::once(origin).chain(tables.iter().map(Table::html)).chain(plots.iter().cloned());
             write(path, &page(title, &parts.collect::<Vec<_>>()))?;
         }
@@ -71,11 +71,11 @@ pub(crate) fn can_be_written(path: &Path) -> anyhow::Result<()> {
     opened.map(drop).with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// When, how and where the figures were made, in one line.
+/// When and where the figures were made, and by which command: two lines.
 pub(crate) fn origin() -> String {
     let date = humantime::format_rfc3339_seconds(std::time::SystemTime::now());
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    format!("{date}, loadtest {} ({}), {}", arguments.join(" "), env!("CARGO_PKG_VERSION"), machine())
+    format!("{date}, {}, loadtest {}\nloadtest {}", machine(), env!("CARGO_PKG_VERSION"), arguments.join(" "))
 }
 
 fn write(path: &Path, text: &str) -> anyhow::Result<()> {
@@ -87,7 +87,9 @@ pub fn machine() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     let model = model.map_or("unknown processor", |(_, name)| name.trim());
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    // Not those of this process: a bench pins it.
+    let cores = info.lines().filter(|line| line.starts_with("processor")).count();
+    let plural = if cores == 1 { "" } else { "s" };
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    format!("{model}, {cores} cores, Linux {}", kernel.trim())
+    format!("{model}, {cores} core{plural}, Linux {}", kernel.trim())
 }

@@ -142,7 +142,7 @@ pub fn bars(title: &str, bars: &[(String, f64)]) -> anyhow::Result<String> {
 pub fn ranges(title: &str, reference: f64, ranges: &[Range]) -> anyhow::Result<String> {
     anyhow::ensure!(!ranges.is_empty(), "{title}: there is nothing to draw");
     let end = axis_end(reference, ranges);
-    let height = RANGE * (u32::try_from(ranges.len())? + 3);
+    let height = RANGE * (u32::try_from(ranges.len())? + 2);
     draw(height, |area| {
         let area = area.titled(title, ("sans-serif", 15))?;
         let width = WIDTH.cast_signed() - NAMES - FIGURES;
@@ -188,18 +188,17 @@ fn step(end: f64) -> f64 {
     [1.0, 2.0, 5.0, 10.0].into_iter().map(|times| times * power).find(|step| end / step <= 8.0).unwrap_or(end)
 }
 
-/// A value at an axis that ends at `end`: whole numbers where the values are large.
+/// A value at an axis that ends at `end`.
 fn tick(value: f64, end: f64) -> String {
     match end {
-        _ if value == 0.0 => "0".to_owned(),
-        end if end >= 1e4 => figure(value),
-        end if end >= 8.0 => format!("{value:.0}"),
+        end if end >= 1e4 && value > 0.0 => figure(value),
+        _ if (value - value.round()).abs() < 1e-9 => format!("{value:.0}"),
         end if end >= 0.8 => format!("{value:.1}"),
         _ => format!("{value:.2}"),
     }
 }
 
-/// Puts several plots below each other in one SVG, with a line of text at its end.
+/// Puts several plots below each other in one SVG, with lines of text at its end.
 pub fn stacked(plots: &[String], note: &str) -> String {
     let mut all = String::new();
     let mut top = 0;
@@ -209,15 +208,15 @@ pub fn stacked(plots: &[String], note: &str) -> String {
         all.push_str(&plot.replacen("<svg ", &format!("<svg y=\"{top}\" "), 1));
         top += height;
     }
-    let escaped = crate::table::escape(note);
+    let lines = note.lines().count() as u32;
+    let height = 16 * lines + 10;
     // Writing to a String cannot fail.
-    let _ = write!(
-        all,
-        "<rect y=\"{top}\" width=\"{WIDTH}\" height=\"24\" fill=\"white\"/>\n\
-         <text x=\"8\" y=\"{}\" font-family=\"sans-serif\" font-size=\"10\">{escaped}</text>\n",
-        top + 15
-    );
-    top += 24;
+    let _ = writeln!(all, "<rect y=\"{top}\" width=\"{WIDTH}\" height=\"{height}\" fill=\"white\"/>");
+    for (line, text) in (1..).zip(note.lines()) {
+        let (y, text) = (top + 16 * line, crate::table::escape(text));
+        let _ = writeln!(all, "<text x=\"8\" y=\"{y}\" font-family=\"sans-serif\" font-size=\"11\">{text}</text>");
+    }
+    top += height;
     format!(
         "<svg width=\"{WIDTH}\" height=\"{top}\" viewBox=\"0 0 {WIDTH} {top}\" xmlns=\"http://www.w3.org/2000/svg\">\n{all}</svg>\n"
     )

@@ -298,7 +298,7 @@ fn figures(result: &Findings) -> Table {
 }
 
 fn html(result: &Findings, record: &Record, samples: &[Sample], took: Duration) -> String {
-    let mut parts = vec![format!("<p>{}</p>\n", escape(&origin())), figures(result).html()];
+    let mut parts = vec![format!("<p>{}</p>\n", escape(&origin()).replace('\n', "<br>")), figures(result).html()];
     // The last second is not a whole one, and would look like a drop.
     let whole = usize::try_from(took.as_secs()).unwrap_or(usize::MAX).clamp(1, record.seconds.len().max(1));
     for (failure, count) in &result.summary.failures {
