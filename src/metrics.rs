@@ -104,7 +104,7 @@ label_enum! {
     pub enum PerBackend {
         /// All.
         Full => "full",
-        /// Whether it is up or draining, and its connections and bytes.
+        /// Whether it is up or draining, and its connections, failed connects and bytes.
         Compact => "compact",
         /// None: only the pool's.
         Off => "off",

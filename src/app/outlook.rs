@@ -102,7 +102,7 @@ impl Running {
             let share = (0..keys).filter(moves).count() as f64 / f64::from(keys);
             // Four digits are precise enough for a person.
             let share = (share * 1e4).round() / 1e4;
-            (share > 0.0).then(|| Moved { pool: pool.name.clone(), share })
+            Some(Moved { pool: pool.name.clone(), share })
         });
         moved.collect()
     }

@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
 
@@ -19,6 +20,7 @@ use super::service_manager::notify;
 use crate::control::command::CommandError;
 use crate::control::supervisor::handover::Handed;
 use crate::handover::{Channel, MOST_DESCRIPTORS};
+use crate::proxy::socket::take_back;
 
 /// Maximum time until a successor is ready.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -73,6 +75,7 @@ impl App {
             Ok(channel) => channel,
             Err(why) => {
                 let ended = successor.end().await;
+                self.take_back_sockets();
                 return Err(CommandError::UpgradeFailed(format!(
                     "the successor failed; this process keeps serving: {why} ({ended}); see the log for its messages"
                 )));
@@ -86,6 +89,16 @@ impl App {
         successor.leave_alone();
         notify(&format!("MAINPID={pid}"));
         Ok(pid)
+    }
+
+    /// Lets all sockets take clients again: the successor may have turned them away before it failed.
+    fn take_back_sockets(&self) {
+        let of_listeners = self.listeners.iter().flat_map(|listener| listener.sockets().1);
+        for socket in of_listeners.chain(self.api_socket.as_ref().map(|side_port| &side_port.socket)) {
+            if let Err(error) = take_back(&SockRef::from(socket)) {
+                tracing::warn!(%error, "cannot take back a listening socket after a failed upgrade");
+            }
+        }
     }
 
     /// Builds all handover messages. Their descriptors are duplicates.

@@ -34,10 +34,12 @@ impl PortSearch {
 
     /// Records the end of the connect call.
     pub fn end(&self, timer: &Timer) {
-        self.took(match timer {
-            Timer::Wall(began) => began.elapsed(),
-            Timer::Thread(began) => thread_time().saturating_sub(*began),
-        });
+        match timer {
+            // Several workers may have lost their processors at the same time: together they count as one.
+            Timer::Wall(began) if began.elapsed() >= Self::SLOW => drop(self.slow.fetch_max(1, Ordering::Relaxed)),
+            Timer::Wall(_) => {}
+            Timer::Thread(began) => self.took(thread_time().saturating_sub(*began)),
+        }
     }
 
     fn took(&self, time: Duration) {

@@ -8,7 +8,9 @@ use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
@@ -18,14 +20,38 @@ use super::stats::WorkerStats;
 use super::worker::WorkerCommand;
 use super::{ListenerId, Serving};
 
-/// A connection that another worker has accepted.
+/// A connection that another worker has accepted. Dropping it resets the client, so that the client does not take it for a
+/// clean end, and takes it out of the count of the worker that was to serve it.
 pub(super) struct Dealt {
     pub(super) listener: ListenerId,
     /// How it is served; the other worker may not know the listener yet, or no more.
     pub(super) serving: Arc<Serving>,
-    pub(super) client: std::net::TcpStream,
     pub(super) peer: SocketAddr,
-    pub(super) permit: ConnectionPermit,
+    connection: Option<(std::net::TcpStream, ConnectionPermit)>,
+    stats: Arc<WorkerStats>,
+}
+
+impl Dealt {
+    /// The connection, for the worker that serves it. From now on, the worker counts it itself.
+    pub(super) fn serve(mut self) -> Option<(std::net::TcpStream, ConnectionPermit)> {
+        self.connection.take()
+    }
+
+    /// The connection, which its worker does not count any more.
+    fn take(mut self) -> Option<(std::net::TcpStream, ConnectionPermit)> {
+        self.stats.connections.fetch_sub(1, Ordering::Relaxed);
+        self.connection.take()
+    }
+}
+
+impl Drop for Dealt {
+    fn drop(&mut self) {
+        if let Some((client, _permit)) = &self.connection {
+            self.stats.connections.fetch_sub(1, Ordering::Relaxed);
+            // Fails only on a socket that is already closed.
+            let _ = SockRef::from(client).set_linger(Some(Duration::ZERO));
+        }
+    }
 }
 
 /// A worker as the others see it.
@@ -78,16 +104,18 @@ impl Dealer {
                 return None;
             }
         };
-        let dealt = Dealt { listener: id, serving: Arc::clone(&listener.serving), client, peer, permit };
+        let (serving, stats) = (Arc::clone(&listener.serving), Arc::clone(&worker.stats));
+        let dealt = Dealt { listener: id, serving, peer, connection: Some((client, permit)), stats };
         let Err(mpsc::error::SendError(WorkerCommand::Serve(dealt))) =
             worker.commands.send(WorkerCommand::Serve(dealt))
         else {
             return None;
         };
-        // The other worker has ended, or is about to.
-        worker.stats.connections.fetch_sub(1, Ordering::Relaxed);
+        // The other worker has ended, or is about to. Dropping `dealt` takes the connection out of its count.
+        let (client, permit) = dealt.take()?;
+        let client = TcpStream::from_std(client).ok()?;
         self.keep();
-        Some((TcpStream::from_std(dealt.client).ok()?, dealt.permit))
+        Some((client, permit))
     }
 
     /// Counts a connection that this worker serves in any case.
@@ -101,8 +129,7 @@ impl Dealer {
         if self.workers.len() > 1 {
             for _ in 0..TRIES {
                 let here = own.connections.load(Ordering::Relaxed);
-                let least = self.least()?;
-                let there = least.stats.connections.load(Ordering::Relaxed);
+                let (there, least) = self.least()?;
                 let (count, worker) =
                     if here <= there + tolerated(here, own) { (here, None) } else { (there, Some(least)) };
                 let counter = worker.map_or(&own.connections, |worker| &worker.stats.connections);
@@ -116,10 +143,14 @@ impl Dealer {
         None
     }
 
-    /// The worker with the fewest connections; among equals, the one that has moved the fewest bytes lately.
-    fn least(&self) -> Option<&Peer> {
+    /// The worker with the fewest connections, and their number; among equals, the one that has moved the fewest bytes lately.
+    fn least(&self) -> Option<(u64, &Peer)> {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        self.workers.iter().min_by_key(|peer| (load(&peer.stats.connections), load(&peer.stats.bytes_lately)))
+        let loads =
+            self.workers.iter().map(|peer| (load(&peer.stats.connections), load(&peer.stats.bytes_lately), peer));
+        loads
+            .min_by_key(|(connections, bytes, _)| (*connections, *bytes))
+            .map(|(connections, _, peer)| (connections, peer))
     }
 }
 

@@ -4,6 +4,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, TcpKeepalive, Type};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -168,6 +169,7 @@ pub fn adopt(
         reset(&socket, options)?;
         // An older Ringway has set it.
         socket.set_linger(None)?;
+        take_back(&socket)?;
         socket.listen(backlog)?;
     }
     let own = sockets.len().max(1);
@@ -196,6 +198,17 @@ pub fn turn_away(socket: &TcpListener) -> io::Result<()> {
         SockFilter::new(RETURN, 0, 0, 0),
         SockFilter::new(RETURN, 0, 0, u32::MAX),
     ])
+}
+
+/// Ends the effect of [`turn_away`], if it was called for the socket.
+///
+/// # Errors
+/// The system's error from `setsockopt`.
+pub fn take_back(socket: &SockRef<'_>) -> io::Result<()> {
+    match socket.detach_filter() {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => Ok(()),
+        other => other,
+    }
 }
 
 fn unbound(address: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
@@ -299,6 +312,11 @@ mod tests {
         assert_eq!(sockets[0].accept().unwrap().1, waiting.local_addr().unwrap());
         sockets[0].set_nonblocking(true).unwrap();
         assert_eq!(sockets[0].accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        // Who adopts the socket gets clients.
+        let sockets = adopt(sockets, 1, 16, &OPTIONS).unwrap();
+        let again = std::net::TcpStream::connect(address).unwrap();
+        sockets[0].set_nonblocking(false).unwrap();
+        assert_eq!(sockets[0].accept().unwrap().1, again.local_addr().unwrap());
     }
 
     #[test]

@@ -141,7 +141,8 @@ async fn serve(mut setup: Setup) {
     }
     // From here on, other workers keep what they accept. What they have handed over is served.
     setup.commands.close();
-    while let Ok(command) = setup.commands.try_recv() {
+    // Ends once no worker is in the middle of a handover.
+    while let Some(command) = setup.commands.recv().await {
         if let WorkerCommand::Serve(dealt) = command {
             listeners.serve(dealt);
         }
@@ -190,11 +191,12 @@ impl Listeners {
 
     /// Serves a connection that another worker has accepted.
     fn serve(&self, dealt: Dealt) {
-        let Dealt { listener, serving, client, peer, permit } = dealt;
-        let own = self.acceptors.iter().find(|(id, ..)| *id == listener);
+        let own = self.acceptors.iter().find(|(id, ..)| *id == dealt.listener);
         let own = own.map(|(_, acceptor, _)| Rc::clone(&acceptor.listener.borrow()));
-        let known = own.filter(|listener| Arc::ptr_eq(&listener.serving, &serving));
-        let listener = known.unwrap_or_else(|| self.listener(serving));
+        let known = own.filter(|listener| Arc::ptr_eq(&listener.serving, &dealt.serving));
+        let listener = known.unwrap_or_else(|| self.listener(Arc::clone(&dealt.serving)));
+        let peer = dealt.peer;
+        let Some((client, permit)) = dealt.serve() else { return };
         match TcpStream::from_std(client) {
             Ok(client) => spawn_connection(&self.sessions, client, peer, permit, listener),
             Err(error) => {

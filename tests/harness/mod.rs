@@ -152,6 +152,8 @@ impl Ringway {
 
 impl Drop for Ringway {
     fn drop(&mut self) {
+        // At its end, Ringway gives the reader of a log a second.
+        self.watchdog = None;
         self.stop.cancel();
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
@@ -159,7 +161,6 @@ impl Drop for Ringway {
         {
             panic!("the app panicked");
         }
-        self.watchdog = None;
     }
 }
 
