@@ -46,7 +46,7 @@ pub struct Ring {
     parameters: Parameters,
     members: usize,
     /// The upper halves of the hashes of all points, sorted clockwise, followed by `WINDOW` copies of `u32::MAX`. A lookup
-    /// reads only these, except on ties. At half the size, they stay in a core's cache where the whole hashes would not.
+    /// reads only these, except on ties. They take half the memory of whole hashes, so larger rings fit into a core's cache.
     tops: Vec<u32>,
     /// The lower halves.
     bottoms: Vec<u32>,

@@ -87,7 +87,7 @@ pub fn machine() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
     let model = model.map_or("unknown processor", |(_, name)| name.trim());
-    // Not those of this process: a bench pins it.
+    // Counts the cores of the machine. A bench pins this process to some of them.
     let cores = info.lines().filter(|line| line.starts_with("processor")).count();
     let plural = if cores == 1 { "" } else { "s" };
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();

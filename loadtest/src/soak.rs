@@ -35,7 +35,7 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// Bytes of a transfer.
 const TRANSFER: usize = 256 * 1024;
 
-/// How long after a kill the failure of a request can come from it.
+/// If a request fails within this time after a kill, the kill explains the failure.
 const AFTER_KILL: Duration = Duration::from_secs(2);
 
 /// Arguments of `loadtest soak`.

@@ -146,8 +146,8 @@ impl Provider {
         }
     }
 
-    /// The most descriptors that a backend needs in the control plane. Each needs a check. A process also needs its port,
-    /// lifeline and output, and duplicates of them for a handover.
+    /// The most descriptors that the control plane needs for a backend. Every backend needs one, for its check. A process
+    /// also needs its port, lifeline and output, and duplicates of them for a handover.
     pub fn descriptors_per_backend(&self) -> usize {
         if matches!(self, Self::Process(_)) { 12 } else { 1 }
     }

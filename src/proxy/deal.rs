@@ -20,11 +20,11 @@ use super::stats::WorkerStats;
 use super::worker::WorkerCommand;
 use super::{ListenerId, Serving};
 
-/// A connection that another worker has accepted. Dropping it resets the client, so that the client does not take it for a
-/// clean end, and takes it out of the count of the worker that was to serve it.
+/// A connection that another worker has accepted. Dropping it removes it from the
+/// count of the worker that was chosen to serve it. It also resets the client: a FIN would look like a clean end.
 pub(super) struct Dealt {
     pub(super) listener: ListenerId,
-    /// How it is served; the other worker may not know the listener yet, or no more.
+    /// The settings of its listener. The other worker may not have opened the listener yet, or may have closed it.
     pub(super) serving: Arc<Serving>,
     pub(super) peer: SocketAddr,
     connection: Option<(std::net::TcpStream, ConnectionPermit)>,

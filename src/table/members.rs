@@ -1,5 +1,5 @@
-//! The backends of a table. A copy shares all chunks that do not change, so a change of one backend costs what one costs,
-//! whatever the size of the pool.
+//! The backends of a table. A copy shares all chunks that do not change. So the change of one backend costs the
+//! same in a small pool and in a large one.
 
 use std::ops::Index;
 use std::sync::Arc;

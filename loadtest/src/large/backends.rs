@@ -44,7 +44,7 @@ impl Server {
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
             while !stopped.load(Ordering::Relaxed) {
-                // Checks end before they are accepted; the rest is closed.
+                // A check ends before this thread accepts it. The thread closes every other connection.
                 drop(listener.accept());
             }
         });

@@ -31,8 +31,8 @@ use crate::table::TableCell;
 /// Checks that start in one turn.
 const STARTS_PER_TURN: usize = 64;
 
-/// From this number of running checks on, turns are [`PAUSE`] apart: most checks end within it. With thousands of backends,
-/// few checks then have a socket at the same time.
+/// While at least this many checks run, turns are [`PAUSE`] apart. Most checks end within one pause. So few checks have a
+/// socket at the same time, even with thousands of backends.
 const MANY: usize = 4 * STARTS_PER_TURN;
 
 /// Pause between two turns while many checks run.
