@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::access_log::Line;
 use super::context::{KeepaliveState, Progress, Traffic, WorkerListener};
+use super::deal::SHORT;
 use super::key::{Key, KeyKind};
 use super::limit::ConnectionPermit;
 use super::stats::{EndReason, RefusalReason};
@@ -120,7 +121,9 @@ impl Drop for Account {
         if let Some(served) = &self.served {
             listener.worker.open.borrow_mut().try_remove(served.slot);
             served.progress.report();
-            listener.worker.ended.set(listener.worker.ended.get() + 1);
+            if duration < SHORT {
+                listener.worker.short.set(listener.worker.short.get() + 1);
+            }
         }
         if let Some(log) = &listener.serving.access_log {
             log.write(&Line {

@@ -32,8 +32,8 @@ pub(super) struct Worker {
     pub(super) tick: Cell<Duration>,
     /// Tells the timeout task of a new interval.
     pub(super) new_tick: Notify,
-    /// Served connections that have ended since the last tick.
-    pub(super) ended: Cell<u64>,
+    /// Short connections that have ended since the last tick.
+    pub(super) short: Cell<u64>,
     /// Payload bytes reported since the last tick.
     pub(super) bytes: Cell<u64>,
     /// Pipes whose bytes were moved to memory.

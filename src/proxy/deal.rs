@@ -75,6 +75,9 @@ pub(super) struct Dealer {
     workers: Arc<[Peer]>,
 }
 
+/// A connection that lasts less than this is short. [`tolerated`] divides by 8 for the same reason.
+pub(super) const SHORT: Duration = Duration::from_millis(125);
+
 /// Attempts to count a connection for the worker that has the fewest, while others do the same.
 const TRIES: usize = 8;
 
@@ -156,9 +159,10 @@ impl Dealer {
 
 /// The tolerated difference to the worker with the fewest connections.
 fn tolerated(here: u64, own: &WorkerStats) -> u64 {
-    // The rate of ends by the number of connections gives their average age (Little's law). If connections live for less
-    // than an eighth of a second, a difference is gone before a handover has paid off.
-    let are_short = own.ended_per_second.load(Ordering::Relaxed) / 8 > here;
+    // The rate of short connections times their longest duration is the most of them that are open at a time (Little's
+    // law). If these are most of the connections, a difference is gone before a handover has paid off. Long connections
+    // that end all at once, and come back, do not count.
+    let are_short = own.short_per_second.load(Ordering::Relaxed) / 8 > here;
     if are_short { here / 2 } else { here / 32 }
 }
 
@@ -209,7 +213,7 @@ mod tests {
     #[test]
     fn short_connections_stay_unless_the_difference_is_large() {
         let dealer = dealer(&[20, 10]);
-        dealer.workers[0].stats.ended_per_second.store(5000, Ordering::Relaxed);
+        dealer.workers[0].stats.short_per_second.store(5000, Ordering::Relaxed);
         dealer.claim();
         assert_eq!(counts(&dealer), [21, 10]);
         dealer.claim();

@@ -117,8 +117,8 @@ pub struct PoolStats {
 pub struct WorkerStats {
     /// Connections that the worker serves now, or will serve in a moment.
     pub connections: AtomicU64,
-    /// Connections that ended per second, between the last two ticks of the timeout task.
-    pub ended_per_second: AtomicU64,
+    /// Connections shorter than an eighth of a second that ended per second, between the last two ticks of the timeout task.
+    pub short_per_second: AtomicU64,
     /// Payload bytes that the worker has moved between the last two ticks of the timeout task.
     pub bytes_lately: AtomicU64,
     /// Tasks of the worker's runtime at the last tick of the timeout task.

@@ -88,7 +88,7 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
             }
         }
         let milliseconds = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX).max(1);
-        worker.stats.ended_per_second.store(worker.ended.take() * 1000 / milliseconds, Ordering::Relaxed);
+        worker.stats.short_per_second.store(worker.short.take() * 1000 / milliseconds, Ordering::Relaxed);
         worker.stats.bytes_lately.store(worker.bytes.take(), Ordering::Relaxed);
     }
 }

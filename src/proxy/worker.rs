@@ -95,7 +95,7 @@ async fn serve(mut setup: Setup) {
         clock: Cell::default(),
         tick: Cell::new(timeouts::SLOWEST),
         new_tick: Notify::new(),
-        ended: Cell::new(0),
+        short: Cell::new(0),
         bytes: Cell::new(0),
         moved_out: Cell::new(0),
         splice_from: (setup.max_pipes > 0).then_some(setup.splice_from),

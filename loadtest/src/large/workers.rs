@@ -18,6 +18,9 @@ const CONNECTIONS: [usize; 2] = [8, 128];
 const BULK_RUNS: u32 = 20;
 const BULK: Duration = Duration::from_secs(2);
 
+/// How long connections stay open.
+const LONG: Duration = Duration::from_millis(200);
+
 /// Bytes of one transfer.
 const TRANSFER: usize = 4 << 20;
 
@@ -81,6 +84,8 @@ async fn spread(
             let counts = counts.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
             let busiest = counts.fold(0.0, f64::max);
             ratios.push(busiest * f64::from(workers) / connections as f64);
+            // Ringway spreads short connections less evenly, and these are to be long ones.
+            tokio::time::sleep(LONG).await;
             drop(open);
             running.when("all closed", std::time::Instant::now(), async || is(0).await).await?;
         }
