@@ -114,7 +114,7 @@ impl Dealer {
         else {
             return None;
         };
-        // The other worker has ended, or is about to. Dropping `dealt` takes the connection out of its count.
+        // The other worker has ended, or is about to.
         let (client, permit) = dealt.take()?;
         let client = TcpStream::from_std(client).ok()?;
         self.keep();
