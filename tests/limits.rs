@@ -67,11 +67,15 @@ async fn an_idle_connection_costs_little_memory() {
     drop(loadtest::open(program.web(), 100).await.unwrap());
     eventually_async("none open", async || metric(&program, "ringway_connections_active").await == 0.0).await;
     let before = program.memory();
-    let open = loadtest::open(program.web(), CONNECTIONS).await.unwrap();
-    eventually_async("all open", async || {
-        metric(&program, "ringway_backend_connections_active").await == CONNECTIONS as f64
-    })
-    .await;
+    // A connection costs more while Ringway connects for it, and a busy machine would let many of them pile up.
+    let mut open = Vec::new();
+    while open.len() < CONNECTIONS {
+        open.extend(loadtest::open(program.web(), 50).await.unwrap());
+        eventually_async("all served", async || {
+            metric(&program, "ringway_backend_connections_active").await == open.len() as f64
+        })
+        .await;
+    }
     let each = program.memory().saturating_sub(before) / CONNECTIONS as u64;
     println!("{each} bytes for each of {CONNECTIONS} idle connections");
     assert!(each <= 2000, "{each} bytes");
