@@ -16,14 +16,14 @@ use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::Server;
 
 const BODY_LIMIT: usize = 16 * 1024 * 1024;
 
 /// Serves one HTTP connection until it ends. When the server stops, the current request still ends.
-pub(crate) async fn serve(server: &Arc<Server>, stream: TcpStream) -> io::Result<()> {
+pub(crate) async fn serve(server: &Arc<Server>, stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<()> {
     let service = service_fn(|request| {
         let server = Arc::clone(server);
         async move { Ok::<_, std::convert::Infallible>(answer(&server, request).await) }

@@ -1,4 +1,4 @@
-//! The demo backend: one port that speaks HTTP and echoes everything else.
+//! The demo backend: one port, or Unix socket, that speaks HTTP and echoes everything else.
 //!
 //! If the first bytes of a connection begin an HTTP/1.x request, hyper serves the connection. Otherwise the
 //! server echoes every byte and the half-close. Every HTTP answer has the name of the server, which shows the
@@ -7,31 +7,35 @@
 //! # Layout
 //!
 //! - this file: options, the accept loop and its shutdown
+//! - [`listen`]: the listening socket
 //! - [`sniff`]: the detection of the protocol
 //! - [`http`]: the routes
 //! - [`raw`]: the echo
 
 mod http;
+mod listen;
 mod raw;
 mod sniff;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+
+use self::listen::Accepted;
+pub use self::listen::{Listen, Listener};
 
 /// Arguments of the echo server.
 #[derive(Debug, Clone, clap::Parser)]
 #[command(name = "echo-server", version, about = "Demo backend: HTTP and a byte-for-byte echo on one port")]
 pub struct Options {
-    /// Address to listen on. With port 0 the system chooses a free port
+    /// Address to listen on, like 0.0.0.0:9000 or `unix:/run/echo.sock`. With port 0 the system chooses a free port
     #[arg(long, default_value = "127.0.0.1:9000")]
-    pub listen: SocketAddr,
+    pub listen: Listen,
     /// Name in answers and in the header `x-server`
     #[arg(long, default_value = "echo")]
     pub name: String,
@@ -67,9 +71,10 @@ pub async fn run_until_signalled(options: Options) -> anyhow::Result<()> {
 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let listener =
-        bind(options.listen).map_err(|error| anyhow::anyhow!("cannot listen on {}: {error}", options.listen))?;
-    println!("{} listens on {}", options.name, listener.local_addr()?);
+    let listener = Listener::bind(&options.listen)
+        .map_err(|error| anyhow::anyhow!("cannot listen on {}: {error}", options.listen))?;
+    let address = listener.address()?;
+    println!("{} listens on {address}", options.name);
     run(listener, options, async {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -77,19 +82,16 @@ pub async fn run_until_signalled(options: Options) -> anyhow::Result<()> {
         }
     })
     .await;
+    if let Listen::Unix(path) = address {
+        // Fails if its folder has been removed meanwhile.
+        let _ = std::fs::remove_file(path);
+    }
     Ok(())
 }
 
-/// Creates a listener with a backlog for a burst of connections.
-fn bind(address: SocketAddr) -> std::io::Result<TcpListener> {
-    let socket = if address.is_ipv4() { tokio::net::TcpSocket::new_v4()? } else { tokio::net::TcpSocket::new_v6()? };
-    socket.set_reuseaddr(true)?;
-    socket.bind(address)?;
-    socket.listen(4096)
-}
-
 /// Serves `listener` until `shutdown` completes. Then waits for open connections within the grace period.
-pub async fn run(listener: TcpListener, options: Options, shutdown: impl Future<Output = ()>) {
+pub async fn run(listener: impl Into<Listener>, options: Options, shutdown: impl Future<Output = ()>) {
+    let listener = listener.into();
     let server = Arc::new(Server {
         name: options.name,
         delay: Duration::from_millis(options.delay_ms),
@@ -111,7 +113,10 @@ pub async fn run(listener: TcpListener, options: Options, shutdown: impl Future<
             () = &mut shutdown => break,
         };
         match accepted {
-            Ok((stream, _)) => {
+            Ok(Accepted::Tcp(stream)) => {
+                connections.spawn(serve(Arc::clone(&server), stream));
+            }
+            Ok(Accepted::Unix(stream)) => {
                 connections.spawn(serve(Arc::clone(&server), stream));
             }
             // The process has no descriptors or no memory left. The pause keeps the loop from spinning.
@@ -126,14 +131,13 @@ pub async fn run(listener: TcpListener, options: Options, shutdown: impl Future<
     let _ = tokio::time::timeout(grace, connections.wait()).await;
 }
 
-async fn serve(server: Arc<Server>, stream: TcpStream) {
+async fn serve(server: Arc<Server>, mut stream: impl AsyncRead + AsyncWrite + Unpin) {
     server.total.fetch_add(1, Ordering::Relaxed);
     server.active.fetch_add(1, Ordering::Relaxed);
-    let _ = stream.set_nodelay(true);
     // An error of the peer ends only its connection.
-    let _ = match sniff::protocol(&stream).await {
-        Ok(sniff::Protocol::Http) => http::serve(&server, stream).await,
-        Ok(sniff::Protocol::Raw) => raw::echo(stream).await,
+    let _ = match sniff::protocol(&mut stream).await {
+        Ok((sniff::Protocol::Http, first)) => http::serve(&server, sniff::Resumed::new(first, stream)).await,
+        Ok((sniff::Protocol::Raw, first)) => raw::echo(stream, first.bytes()).await,
         Err(error) => Err(error),
     };
     server.active.fetch_sub(1, Ordering::Relaxed);

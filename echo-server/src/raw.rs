@@ -1,22 +1,24 @@
 //! The echo sends every byte back, and the end of the stream too.
 
 use std::io;
+use std::time::Duration;
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 const BUFFER: usize = 64 * 1024;
 
-/// Echoes until the peer ends its side, then ends its own side.
-///
-/// The buffer is allocated at the first bytes, so an idle connection has no buffer.
-pub(crate) async fn echo(mut stream: TcpStream) -> io::Result<()> {
-    stream.readable().await?;
+/// Echoes until the peer ends its side, then ends its own side. `first`: the bytes read so far.
+pub(crate) async fn echo(mut stream: impl AsyncRead + AsyncWrite + Unpin, first: &[u8]) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
-    loop {
-        match stream.read(&mut buffer).await? {
-            0 => return stream.shutdown().await,
-            n => stream.write_all(&buffer[..n]).await?,
-        }
+    let held = first.len();
+    buffer[..held].copy_from_slice(first);
+    // What has arrived with the first bytes goes back with them.
+    let more = tokio::time::timeout(Duration::ZERO, stream.read(&mut buffer[held..])).await;
+    let mut read = held + more.unwrap_or(Ok(0))?;
+    // No bytes at all are the end of the stream. After others, the next read finds it.
+    while read > 0 {
+        stream.write_all(&buffer[..read]).await?;
+        read = stream.read(&mut buffer).await?;
     }
+    stream.shutdown().await
 }

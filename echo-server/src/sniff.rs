@@ -1,9 +1,11 @@
-//! Distinguishes HTTP/1.x from other protocols by the first bytes of a connection, without consuming them.
+//! Distinguishes HTTP/1.x from other protocols by the first bytes of a connection.
 
 use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::time::Instant;
 
 /// The protocol of a connection.
@@ -16,28 +18,88 @@ pub(crate) enum Protocol {
 const METHODS: [&[u8]; 9] =
     [b"GET ", b"POST ", b"PUT ", b"HEAD ", b"DELETE ", b"OPTIONS ", b"PATCH ", b"TRACE ", b"CONNECT "];
 
-/// The longest wait for the rest of a possible request line.
+/// The longest wait for the rest of a possible method.
 const UNDECIDED: Duration = Duration::from_millis(300);
 
-/// Waits for the first bytes of `stream` and decides. An end of stream counts as raw.
-pub(crate) async fn protocol(stream: &TcpStream) -> io::Result<Protocol> {
-    let mut first = [0; 16];
-    let mut deadline = None;
+/// The first bytes of a connection.
+pub(crate) struct First {
+    bytes: [u8; 16],
+    length: usize,
+}
+
+impl First {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.length]
+    }
+}
+
+/// Reads the first bytes of `stream` and decides. An end of stream counts as raw.
+pub(crate) async fn protocol(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<(Protocol, First)> {
+    let mut first = First { bytes: [0; 16], length: 0 };
+    first.length = stream.read(&mut first.bytes).await?;
+    let deadline = Instant::now() + UNDECIDED;
     loop {
-        stream.readable().await?;
-        let n = match stream.peek(&mut first).await {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            other => other?,
-        };
-        if let Some(protocol) = classify(&first[..n]) {
-            return Ok(protocol);
+        if let Some(protocol) = classify(first.bytes()) {
+            return Ok((protocol, first));
         }
-        let now = Instant::now();
-        if *deadline.get_or_insert(now + UNDECIDED) <= now {
-            return Ok(Protocol::Raw);
+        let more = tokio::time::timeout_at(deadline, stream.read(&mut first.bytes[first.length..])).await;
+        match more.unwrap_or(Ok(0))? {
+            0 => return Ok((Protocol::Raw, first)),
+            n => first.length += n,
         }
-        // The peeked bytes stay readable, so readiness does not signal new ones. The loop polls instead.
-        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A stream whose first bytes were read before.
+pub(crate) struct Resumed<S> {
+    first: First,
+    /// How many of the first bytes have been read again.
+    read: usize,
+    stream: S,
+}
+
+impl<S> Resumed<S> {
+    pub(crate) fn new(first: First, stream: S) -> Self {
+        Self { first, read: 0, stream }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Resumed<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let rest = &self.first.bytes()[self.read..];
+        if rest.is_empty() {
+            return Pin::new(&mut self.stream).poll_read(cx, buffer);
+        }
+        let some = &rest[..rest.len().min(buffer.remaining())];
+        buffer.put_slice(some);
+        self.read += some.len();
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Resumed<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }
 

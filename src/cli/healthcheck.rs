@@ -3,6 +3,7 @@
 
 use anyhow::Context as _;
 use clap::Parser as _;
+use echo_server::Listen;
 
 use super::{Arguments, Command, Failure, runtime, side_port};
 
@@ -16,7 +17,13 @@ pub(crate) fn healthcheck() -> Result<(), Failure> {
     })?;
     let (address, path) = match arguments.command {
         None | Some(Command::Run) => (arguments.common.config()?.0.api.listen, "/readyz"),
-        Some(Command::EchoServer(options)) => (options.listen, "/heartbeat"),
+        Some(Command::EchoServer(options)) => match options.listen {
+            Listen::Ip(listen) => (listen, "/heartbeat"),
+            Listen::Unix(path) => {
+                let accepts = std::os::unix::net::UnixStream::connect(&path);
+                return Ok(accepts.map(drop).with_context(|| format!("unix:{}", path.display()))?);
+            }
+        },
         // The other commands have no server to ask: a running process is healthy.
         Some(_) => return Ok(()),
     };
@@ -45,7 +52,7 @@ mod tests {
         assert!(matches!(role(&["/ringway", "--config", "/c.yaml"]), Some(Arguments { command: None, .. })));
         let echo = ["/sbin/docker-init", "--", "/ringway", "echo-server", "--listen", "0.0.0.0:9000"];
         let Some(Arguments { command: Some(Command::EchoServer(options)), .. }) = role(&echo) else { panic!() };
-        assert_eq!(options.listen.port(), 9000);
+        assert_eq!(options.listen.to_string(), "0.0.0.0:9000");
         assert!(role(&["/bin/sh", "-c", "true"]).is_none());
         assert!(role(&[""]).is_none());
     }
