@@ -38,7 +38,8 @@ fn ringway(backend: SocketAddr, access_log: &str) -> SocketAddr {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
             let app = App::start(config, environment, Inheritance::default()).await.expect("the app starts");
-            told.send(app.state().view().listeners[0].address).expect("the bench waits");
+            let address = app.state().view().listeners[0].address.ip();
+            told.send(address.expect("it listens on TCP")).expect("the bench waits");
             app.run(std::future::pending()).await.expect("the app runs");
         });
     });

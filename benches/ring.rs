@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use divan::Bencher;
 use divan::counter::ItemsCount;
+use ringway::address::Address;
 use ringway::backend::{Admission, Backend, Health, State};
 use ringway::ring::{Member, Parameters, Ring};
 use ringway::table::{Members, Table};
@@ -95,7 +96,7 @@ fn table(members: usize, down: usize) -> Table {
     sorted.sort();
     let backends = sorted.iter().enumerate().map(|(n, id)| Backend {
         id: id.as_str().into(),
-        address: Some(([127, 0, 0, 1], 1).into()),
+        address: Some(Address::Ip(([127, 0, 0, 1], 1).into())),
         weight: 1,
         // Spread evenly: 7919 is prime.
         state: if n * 7919 % 1000 < down { State::Unhealthy } else { State::Healthy },

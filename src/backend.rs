@@ -1,7 +1,6 @@
 //! One member of a pool: its identity and state in a table snapshot, and the counters that outlive snapshots.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
@@ -9,6 +8,7 @@ use std::time::Instant;
 use rustix::io::Errno;
 
 pub use self::port_search::PortSearch;
+use crate::address::Address;
 use crate::label_enum;
 use crate::labels::{Label as _, Tally};
 
@@ -55,7 +55,8 @@ label_enum! {
 impl ConnectFailure {
     /// Classifies the system's error.
     pub fn of(error: &io::Error) -> Self {
-        if error.kind() == io::ErrorKind::ConnectionRefused {
+        // A Unix socket on which nobody listens may have no file.
+        if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) {
             return Self::Refused;
         }
         match Errno::from_io_error(error) {
@@ -122,7 +123,7 @@ pub struct Backend {
     /// Stable identity, hashed onto the ring. For a supervised replica it is the slot.
     pub id: Arc<str>,
     /// The address on which the backend listens; `None` while a slot has no replica.
-    pub address: Option<SocketAddr>,
+    pub address: Option<Address>,
     /// Weight: multiplies the pool's number of virtual nodes.
     pub weight: u32,
     /// Whether the backend may get connections, and if not, why.

@@ -20,6 +20,7 @@
 //! Several of these modules use [`http_client`], [`handover`], [`labels`], [`limits`],
 //! [`lossy_writer`] and [`text`].
 
+pub mod address;
 pub mod api;
 pub mod app;
 pub mod backend;
@@ -33,6 +34,7 @@ pub mod lossy_writer;
 pub mod metrics;
 pub mod proxy;
 pub mod ring;
+pub mod stream;
 pub mod table;
 pub mod text;
 

@@ -1,7 +1,6 @@
 //! The table: the immutable snapshot of a pool (ring and backends) that the data plane reads, and its atomic swap. Only
 //! the control plane's publisher writes it.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -9,6 +8,7 @@ use arc_swap::cache::Cache;
 use tokio::sync::watch;
 
 pub use self::members::Members;
+use crate::address::Address;
 use crate::backend::{Backend, State};
 use crate::ring::Ring;
 
@@ -83,7 +83,7 @@ impl Table {
     /// Unhealthy backends are skipped. If too few backends are healthy, all backends with an address are tried, except
     /// draining ones. The checks may be wrong, and the few healthy backends might not bear the whole load. The connect
     /// then shows which backends work.
-    pub fn candidates(&self, key: &[u8]) -> impl Iterator<Item = (&Backend, SocketAddr)> {
+    pub fn candidates(&self, key: &[u8]) -> impl Iterator<Item = (&Backend, &Address)> {
         let may = if self.takes_all { &self.backends.reachable } else { &self.backends.healthy };
         // The walk reads one bit of each backend that it passes, and ends with the last one that may.
         let allowed = move || self.ring.walk(key).filter(|&owner| may.has(owner)).take(may.count());
@@ -93,7 +93,7 @@ impl Table {
         let spared = self.spares_slow_ones.then(allowed).into_iter().flatten().filter(is_spared);
         first.chain(spared).filter_map(|owner| {
             let backend = &self.backends[owner];
-            Some((backend, backend.address?))
+            Some((backend, backend.address.as_ref()?))
         })
     }
 }
@@ -165,7 +165,7 @@ mod tests {
         let ring = Ring::build(Parameters { virtual_nodes: 40, probes: 3, seed: 0 }, &members);
         let backends = std::iter::zip(&names, states).map(|(id, &(state, reachable))| Backend {
             id: id.as_str().into(),
-            address: reachable.then(|| SocketAddr::from(([127, 0, 0, 1], 1))),
+            address: reachable.then(|| Address::Ip(([127, 0, 0, 1], 1).into())),
             weight: 1,
             state,
             replica: None,

@@ -105,7 +105,7 @@ async fn backends_of_a_static_pool_come_and_go() {
     let new = named("b3").await;
     let before = ringway.mapping();
     let mut old = connect_to(&ringway, "b0").await;
-    let backend = Listed { id: "b3".into(), host: "127.0.0.1".to_owned(), port: new.address.port(), weight: 1 };
+    let backend = Listed::parse(&new.address.to_string(), Some("b3".to_owned()), 1).unwrap();
     let report = ringway.send(Command::Add { pool: "echo".to_owned(), backend: backend.clone() }).await.unwrap();
     assert_eq!(report.changes.len(), 1, "{report:?}");
     eventually("the new backend is healthy", || ringway.states() == [State::Healthy; 4]).await;

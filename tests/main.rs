@@ -27,4 +27,5 @@ mod service_manager;
 mod serving;
 mod side_port;
 mod stalls;
+mod unix;
 mod upgrade;

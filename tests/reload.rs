@@ -82,7 +82,7 @@ async fn a_reload_that_fails_changes_nothing() {
     }
     assert!(echoes(&mut open).await);
     assert_eq!(ringway.state().listeners.len(), 1);
-    assert_eq!(ringway.backend(0).address, Some(server.address));
+    assert_eq!(ringway.backend(0).address, Some(server.address.into()));
     let mut late = TcpStream::connect(ringway.web()).await.unwrap();
     assert!(echoes(&mut late).await);
     assert_eq!(ringway.metric("ringway_config_reloads_total", &["failed"]).await, 5.0);

@@ -145,7 +145,7 @@ async fn replicas_get_their_slot_port_environment_and_range() {
     let ringway = Ringway::start(&config(&provider, "", "health_check: { kind: none }")).await.all_healthy().await;
     let table = ringway.state().pools[0].table.load();
     for backend in table.backends() {
-        let port = backend.address.unwrap().port();
+        let port = backend.address.as_ref().unwrap().ip().unwrap().port();
         assert!((first..=first + 20).contains(&port));
         let file = folder.path().join(&*backend.id);
         let said = || std::fs::read_to_string(&file).unwrap_or_default();

@@ -133,7 +133,7 @@ async fn a_udp_socket_in_the_unit_is_a_clear_error() {
     let config = file(&static_config(&[server.address], "health_check: { kind: none }"));
     let (code, log) = ended(start(&config, vec![UdpSocket::bind("127.0.0.1:0").unwrap().into()])).await;
     assert_eq!(code, Some(1), "{log}");
-    assert!(log.contains("descriptor 0 of LISTEN_FDS is not a listening TCP socket"), "{log}");
+    assert!(log.contains("descriptor 0 of LISTEN_FDS is not a listening TCP or Unix stream socket"), "{log}");
     assert!(log.contains("use ListenStream="), "{log}");
 }
 

@@ -18,7 +18,7 @@ use super::State;
 use super::error::Error;
 use super::guard::changes;
 use crate::control::command::{Caller, Command, ErrorKind, Report};
-use crate::control::provider::{Listed, join_host};
+use crate::control::provider::Listed;
 
 /// Longest drain that a call may ask for: one day, in seconds, as in the config.
 const LONGEST_DRAIN: f64 = 86_400.0;
@@ -98,7 +98,7 @@ impl HttpCall {
                 post(backend_path(pool, backend, "/weight"), json(&WeightBody { weight: *weight }))
             }
             Command::Add { pool, backend } => {
-                let address = join_host(&backend.host, backend.port);
+                let address = backend.location.to_string();
                 let body = AddBody { address, id: Some(backend.id.to_string()), weight: backend.weight };
                 post(format!("/api/pools/{}/backends", encoded(pool)), json(&body))
             }
@@ -279,14 +279,15 @@ mod tests {
     #[tokio::test]
     async fn a_server_receives_the_command_that_a_client_sends() {
         let (pool, backend) = ("a/b %".to_owned(), "[::1]:6379".to_owned());
-        let listed = Listed { id: "née?".into(), host: "::1".to_owned(), port: 6379, weight: 7 };
+        let listed = |address: &str| Listed::parse(address, Some("née?".to_owned()), 7).unwrap();
         let within = Some(Duration::from_millis(1500));
         for command in [
             Command::Drain { pool: pool.clone(), backend: backend.clone(), within },
             Command::Drain { pool: pool.clone(), backend: backend.clone(), within: None },
             Command::Undrain { pool: pool.clone(), backend: backend.clone() },
             Command::Weight { pool: pool.clone(), backend: backend.clone(), weight: 3 },
-            Command::Add { pool: pool.clone(), backend: listed },
+            Command::Add { pool: pool.clone(), backend: listed("[::1]:6379") },
+            Command::Add { pool: pool.clone(), backend: listed("unix:/run/db.sock") },
             Command::Remove { pool: pool.clone(), backend },
             Command::Scale { pool, replicas: 5 },
             Command::Reload { text: None, is_dry_run: false },

@@ -20,7 +20,6 @@ mod request;
 mod scrape;
 mod server;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -38,6 +37,7 @@ use tokio::runtime::Handle;
 use self::error::Error;
 pub use self::guard::Guard;
 pub use self::server::{Limits, serve};
+use crate::address::Address;
 use crate::control::command::{CommandSender, Differs};
 use crate::control::docker::watch::EngineStatus;
 use crate::label_enum;
@@ -177,7 +177,7 @@ pub struct ListenerView {
     /// Its name in the config.
     pub name: Arc<str>,
     /// The bound address, with the real port.
-    pub address: SocketAddr,
+    pub address: Address,
     /// The pool that serves it.
     pub pool: Arc<str>,
     /// Counters.

@@ -10,12 +10,12 @@ use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
 use super::State;
 use super::status::Status;
 use crate::proxy::{Intercept, Intercepted};
+use crate::stream::{Client, Stream};
 
 /// Maximum number of intercepted connections that wait for a response. Ringway sends further ones to a backend.
 const WAITING: usize = 64;
@@ -43,8 +43,11 @@ pub async fn answer(state: Arc<State>, mut taken: mpsc::Receiver<Intercepted>) {
 /// Sends one response and closes the connection, because the client's next request may be for the backend.
 async fn answer_one(state: &State, connection: Intercepted) -> Result<(), hyper::Error> {
     let _permit = connection.permit;
-    let Ok(stream) = TcpStream::from_std(connection.stream) else { return Ok(()) };
-    let is_local = stream.peer_addr().is_ok_and(|peer| peer.ip().to_canonical().is_loopback());
+    let Ok(stream) = Stream::try_from(connection.stream) else { return Ok(()) };
+    let is_local = match connection.peer {
+        Client::Ip(peer) => peer.ip().to_canonical().is_loopback(),
+        Client::Unix { .. } => true,
+    };
     let service = service_fn(|request: Request<hyper::body::Incoming>| async move {
         // A web page can make a browser on this host ask under a name of its own (DNS rebinding).
         let is_local = is_local && state.guard.names_this_host(request.headers());

@@ -14,7 +14,6 @@ use http_body_util::Full;
 use hyper::Request;
 use hyper::header::{CONNECTION, CONTENT_TYPE, HOST, HeaderName, HeaderValue};
 use serde::Deserialize;
-use tokio::net::TcpStream;
 
 use super::error::Error;
 use super::{State, View};
@@ -25,6 +24,7 @@ use crate::proxy::key::Key;
 use crate::proxy::socket::TcpOptions;
 use crate::proxy::stats::RefusalReason;
 use crate::proxy::{self, Route};
+use crate::stream::{Client, Stream};
 
 /// Maximum time from the connect to the end of the backend's response.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -54,7 +54,7 @@ pub(super) async fn forward(
     })?;
     let state = state.view();
     let pool = find_pool(&state, parameters.pool.as_deref())?;
-    let address_key = Key::of(pool.key, caller);
+    let address_key = Key::of(pool.key, Client::Ip(caller));
     let key = parameters.key.as_ref().map_or(address_key.as_bytes(), String::as_bytes);
     let (backend, stream, _permit) = connect(pool, &state.tcp, key).await?;
 
@@ -87,7 +87,7 @@ fn find_pool<'a>(state: &'a View, wanted: Option<&str>) -> Result<&'a Route, Err
 }
 
 /// Connects to the first backend in ring order that accepts, as the data plane does.
-async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<(Arc<str>, TcpStream, BackendPermit), Error> {
+async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<(Arc<str>, Stream, BackendPermit), Error> {
     let connected = proxy::connect(pool, || pool.table.load(), key, tcp).await.map_err(|reason| {
         let (status, what) = match reason {
             RefusalReason::NoBackend => (StatusCode::BAD_GATEWAY, "has no backend that accepts new connections"),

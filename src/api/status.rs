@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{ListenerView, ProviderView, State};
 use crate::backend::{self, Backend};
 use crate::control::command::Differs;
-use crate::control::provider::Listed;
+use crate::control::provider::Location;
 use crate::labels::Label as _;
 use crate::proxy::{Limit, Route};
 use crate::table::Table;
@@ -176,7 +176,7 @@ impl Status {
             for (n, member) in pool.backends.iter_mut().enumerate() {
                 (member.address, member.replica, member.last_exit, member.health.last) = (None, None, None, None);
                 // Without an id in the config, the address is the id.
-                if Listed::host_and_port(&member.id).is_some() {
+                if Location::parse(&member.id).is_ok() {
                     member.id = format!("backend-{}", n + 1);
                 }
             }
@@ -265,7 +265,7 @@ impl Member {
         let live = &backend.live;
         Self {
             id: backend.id.to_string(),
-            address: backend.address.map(|address| address.to_string()),
+            address: backend.address.as_ref().map(std::string::ToString::to_string),
             state: backend.state.as_str().to_owned(),
             weight: backend.weight,
             // Four digits are precise enough for a person.

@@ -145,6 +145,7 @@ impl OfPool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::provider::Location;
 
     fn config(provider: &str) -> Config {
         let yaml = format!(
@@ -172,7 +173,7 @@ mod tests {
     }
 
     fn added(id: &str) -> StaticBackend {
-        StaticBackend { id: id.to_owned(), host: "127.0.0.1".to_owned(), port: 9, weight: 1 }
+        StaticBackend { id: id.to_owned(), location: Location::parse("127.0.0.1:9").unwrap(), weight: 1 }
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! Errors that keep the app from starting or make it exit unexpectedly.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use metrics_exporter_prometheus::BuildError;
+
+use crate::address::Address;
 
 /// The app cannot start, or cannot apply a config. The message names the config key and how to fix it.
 #[derive(Debug, thiserror::Error)]
@@ -15,7 +16,7 @@ pub enum StartError {
         /// Key path of the setting in the config.
         key_path: String,
         /// The configured listen address.
-        address: SocketAddr,
+        address: Address,
         /// The error that the system reported.
         error: io::Error,
     },

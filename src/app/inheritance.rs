@@ -2,7 +2,8 @@
 //! the old process sends it.
 
 use std::io;
-use std::net::{Ipv6Addr, SocketAddr, TcpListener};
+use std::net::{Ipv6Addr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,12 +12,14 @@ use socket2::SockRef;
 use tokio::sync::watch;
 
 use super::changes::Changes;
+use super::listeners::turn_away;
 use super::pools::Pool;
+use crate::address::Address;
 use crate::backend::State;
 use crate::config::Config;
 use crate::control::supervisor::handover::{Handed, Spec};
 use crate::handover::Channel;
-use crate::proxy::socket::turn_away;
+use crate::proxy::listening::ListeningSocket;
 use crate::table::Table;
 
 /// How long a successor waits for the first check results of the remaining backends.
@@ -52,20 +55,13 @@ pub(super) enum Message {
     /// Listening sockets. Further messages for the same listener can follow.
     Sockets {
         name: String,
-        listen: SocketAddr,
+        listen: Address,
         /// The service manager has opened them, and keeps them open.
         #[serde(default)]
         is_managed: bool,
     },
     /// A replica, with the descriptors of its lifeline, its output and its port, in that order.
-    Replica {
-        pool: String,
-        slot: String,
-        pid: u32,
-        address: SocketAddr,
-        command: Vec<String>,
-        env: Vec<(String, String)>,
-    },
+    Replica { pool: String, slot: String, pid: u32, address: Address, command: Vec<String>, env: Vec<(String, String)> },
     /// A part of the config of the old process, as YAML.
     File { part: String },
     /// The last message: the run-time changes, the pools that have healthy backends, whether every pool has had one,
@@ -96,16 +92,16 @@ struct Inherited {
     /// Name of the listener; `None` for sockets from systemd.
     name: Option<String>,
     /// Listen address as in the config, where the port can be 0.
-    listen: SocketAddr,
+    listen: Address,
     /// The service manager has opened them, and keeps them open.
     is_managed: bool,
-    sockets: Vec<TcpListener>,
+    sockets: Vec<ListeningSocket>,
 }
 
 /// The inherited sockets of one listener; empty if there are none.
 #[derive(Debug, Default)]
 pub(super) struct Sockets {
-    pub(super) list: Vec<TcpListener>,
+    pub(super) list: Vec<ListeningSocket>,
     /// The service manager has opened them, and keeps them open.
     pub(super) is_managed: bool,
 }
@@ -113,9 +109,22 @@ pub(super) struct Sockets {
 impl Inherited {
     /// Whether the sockets are from systemd and accept IPv4 clients too.
     fn is_dual_stack(&self) -> bool {
-        let is_dual = |socket: &TcpListener| SockRef::from(socket).only_v6().is_ok_and(|only_v6| !only_v6);
+        let is_dual = |socket: &ListeningSocket| SockRef::from(socket).only_v6().is_ok_and(|only_v6| !only_v6);
         self.name.is_none() && self.sockets.iter().all(is_dual)
     }
+}
+
+/// A listening socket that the service manager has opened, and its address.
+fn of_service_manager(passed: &mut listenfd::ListenFd, n: usize) -> io::Result<(Address, ListeningSocket)> {
+    // After an error the descriptor is still there.
+    if let Ok(Some(socket)) = passed.take_unix_listener(n) {
+        let bound = socket.local_addr()?;
+        let path = bound.as_pathname().and_then(Path::to_str).unwrap_or_default();
+        let address = Address::of_path(path).map_err(io::Error::other)?;
+        return Ok((address.clone(), ListeningSocket::inherit(socket.into(), &address)));
+    }
+    let socket = passed.take_tcp_listener(n)?.ok_or(io::ErrorKind::NotFound)?;
+    Ok((socket.local_addr()?.into(), ListeningSocket::Tcp(socket)))
 }
 
 impl Inheritance {
@@ -128,17 +137,14 @@ impl Inheritance {
         let mut inheritance = if takes_over { Self::receive()? } else { Self::default() };
         let mut passed = listenfd::ListenFd::from_env();
         for n in 0..passed.len() {
-            let is_no_listener = |error| {
+            let (listen, socket) = of_service_manager(&mut passed, n).map_err(|error| {
                 let what = format!(
-                    "descriptor {n} of LISTEN_FDS is not a listening TCP socket ({error}): use ListenStream= in \
-                     the socket unit"
+                    "descriptor {n} of LISTEN_FDS is not a listening TCP or Unix stream socket ({error}): use \
+                     ListenStream= in the socket unit"
                 );
                 io::Error::new(io::ErrorKind::InvalidInput, what)
-            };
-            if let Some(socket) = passed.take_tcp_listener(n).map_err(is_no_listener)? {
-                let listen = socket.local_addr()?;
-                inheritance.sockets.push(Inherited { name: None, listen, is_managed: true, sockets: vec![socket] });
-            }
+            })?;
+            inheritance.sockets.push(Inherited { name: None, listen, is_managed: true, sockets: vec![socket] });
         }
         Ok(inheritance)
     }
@@ -152,12 +158,12 @@ impl Inheritance {
             let mut descriptors = message.descriptors.into_iter();
             match serde_json::from_str(&message.text).map_err(io::Error::other)? {
                 Message::Sockets { name, listen, is_managed } => {
-                    let sockets = descriptors.map(TcpListener::from).collect();
+                    let sockets = descriptors.map(|descriptor| ListeningSocket::inherit(descriptor, &listen)).collect();
                     inheritance.sockets.push(Inherited { name: Some(name), listen, is_managed, sockets });
                 }
                 Message::Replica { pool, slot, pid, address, command, env } => {
                     let mut next = || descriptors.next().ok_or(io::ErrorKind::InvalidData);
-                    let (lifeline, output, port) = (next()?, next()?, next()?);
+                    let (lifeline, output) = (next()?, next()?);
                     let spec = Arc::new(Spec { command, env });
                     inheritance.replicas.push(Handed {
                         pool,
@@ -167,7 +173,7 @@ impl Inheritance {
                         spec,
                         lifeline: lifeline.into(),
                         output: output.into(),
-                        port: port.into(),
+                        port: descriptors.next().map(Into::into),
                     });
                 }
                 Message::File { part } => inheritance.file.push_str(&part),
@@ -189,17 +195,18 @@ impl Inheritance {
 
     /// The addresses of inherited sockets that no listener has taken yet.
     pub(super) fn addresses(&self) -> Vec<SocketAddr> {
-        self.sockets.iter().filter_map(|one| one.sockets.first()?.local_addr().ok()).collect()
+        self.sockets.iter().filter_map(|one| one.sockets.first()?.address().ok()?.ip()).collect()
     }
 
     /// Takes the inherited sockets of a listener. Ringway matches by name and address, else by the address alone if its
     /// port is not 0.
-    pub(super) fn sockets(&mut self, name: &str, listen: SocketAddr) -> Sockets {
-        let is_same = |one: &Inherited| one.listen == listen && one.name.as_deref() == Some(name);
+    pub(super) fn sockets(&mut self, name: &str, listen: &Address) -> Sockets {
+        let is_same = |one: &Inherited| one.listen == *listen && one.name.as_deref() == Some(name);
         // systemd's `ListenStream=8000` is a socket for both families.
-        let any = SocketAddr::from((Ipv6Addr::UNSPECIFIED, listen.port()));
-        let is_any = |one: &Inherited| listen.ip().is_unspecified() && one.listen == any && one.is_dual_stack();
-        let is_alike = |one: &Inherited| listen.port() != 0 && (one.listen == listen || is_any(one));
+        let unspecified = listen.ip().filter(|listen| listen.ip().is_unspecified());
+        let any = unspecified.map(|listen| Address::Ip((Ipv6Addr::UNSPECIFIED, listen.port()).into()));
+        let is_any = |one: &Inherited| any.as_ref() == Some(&one.listen) && one.is_dual_stack();
+        let is_alike = |one: &Inherited| !listen.is_any_port() && (one.listen == *listen || is_any(one));
         let of_name = self.sockets.iter().any(is_same);
         let (taken, left) = std::mem::take(&mut self.sockets)
             .into_iter()
@@ -255,11 +262,7 @@ impl Inheritance {
         let Some(channel) = self.predecessor.take() else { return };
         // The old process accepts the connections that wait on the sockets of a listener that has moved or is removed.
         for left in self.sockets.drain(..).filter(|left| !left.is_managed) {
-            for socket in &left.sockets {
-                if let Err(error) = turn_away(socket) {
-                    tracing::debug!(address = %left.listen, %error, "cannot turn clients away from a socket that closes");
-                }
-            }
+            turn_away(&left.sockets, &left.listen);
         }
         if let Err(error) = channel.send(READY, &[]) {
             tracing::warn!(%error, "the old process exited before this process could report that it is ready");

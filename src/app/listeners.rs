@@ -6,11 +6,13 @@ use std::sync::Arc;
 
 use super::StartError;
 use super::inheritance::Sockets;
+use crate::address::Address;
 use crate::api::ListenerView;
 use crate::config::{self, Config};
 use crate::metrics::{self, Exporter};
 use crate::proxy::access_log::AccessLog;
-use crate::proxy::socket::{self, Beside, TcpOptions, overlap};
+use crate::proxy::listening::{self, ListeningSocket, Wanted};
+use crate::proxy::socket::{self, Beside, overlap};
 use crate::proxy::{Intercept, Limit, ListenerId, Proxy, Route, Serving, SourceLimits, Sources};
 
 /// Length of the kernel's accept queue for the side port.
@@ -24,14 +26,25 @@ pub(super) struct ListenerContext<'a> {
     pub(super) access_log: Option<&'a AccessLog>,
 }
 
-/// A listener that is bound but does not accept connections yet.
+/// A listener that is bound but does not accept connections yet. Dropping it removes the file of a Unix socket that this
+/// process has created.
 pub(super) struct Bound {
-    sockets: Vec<TcpListener>,
+    sockets: Vec<ListeningSocket>,
     /// Duplicates of the sockets, for a handover to a successor.
-    copies: Vec<TcpListener>,
-    address: SocketAddr,
+    copies: Vec<ListeningSocket>,
+    address: Address,
     /// The service manager keeps the sockets open.
     is_managed: bool,
+    /// This process has opened them, and does not serve on them yet.
+    is_new: bool,
+}
+
+impl Drop for Bound {
+    fn drop(&mut self) {
+        if self.is_new {
+            turn_away(&self.copies, &self.address);
+        }
+    }
 }
 
 /// The socket of the side port.
@@ -54,8 +67,8 @@ pub(super) struct Listener {
     id: ListenerId,
     config: config::Listener,
     /// The bound address. It has the real port where the config says port 0.
-    address: SocketAddr,
-    copies: Vec<TcpListener>,
+    address: Address,
+    copies: Vec<ListeningSocket>,
     is_managed: bool,
     serving: Serving,
     /// The counts of source addresses; kept while a reload turns their limits off.
@@ -72,58 +85,55 @@ pub(super) fn bind(
     inherited: Sockets,
     own: &[SocketAddr],
 ) -> Result<Bound, StartError> {
-    let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address: listener.listen, error };
     let Sockets { list: inherited, is_managed } = inherited;
-    let sockets = if inherited.is_empty() {
-        let is_own = own.iter().any(|&own| overlap(own, listener.listen));
-        let beside = if is_own { Beside::OwnSockets } else { Beside::Nobody };
-        listen(key_path, listener.listen, workers, listener.backlog, &config.tcp, beside)?
-    } else {
-        socket::adopt(inherited, workers, listener.backlog.into(), &config.tcp).map_err(failed)?
+    let wanted = Wanted { count: workers, backlog: listener.backlog, tcp: &config.tcp, mode: listener.mode };
+    let is_new = inherited.is_empty();
+    let bind = || {
+        let sockets = if is_new {
+            let is_own = listener.listen.ip().is_some_and(|ip| own.iter().any(|&own| overlap(own, ip)));
+            let beside = if is_own { Beside::OwnSockets } else { Beside::Nobody };
+            listening::listen(&listener.listen, beside, &wanted)?
+        } else {
+            listening::adopt(inherited, &wanted, !is_managed)?
+        };
+        let address = sockets[0].address()?;
+        let copies = sockets.iter().map(ListeningSocket::try_clone).collect::<io::Result<_>>()?;
+        Ok(Bound { sockets, copies, address, is_managed, is_new })
     };
-    let address = sockets[0].local_addr().unwrap_or(listener.listen);
-    let copies = sockets.iter().map(TcpListener::try_clone).collect::<io::Result<_>>().map_err(failed)?;
-    Ok(Bound { sockets, copies, address, is_managed })
-}
-
-fn listen(
-    key_path: &str,
-    address: SocketAddr,
-    count: usize,
-    backlog: u16,
-    tcp: &TcpOptions,
-    beside: Beside,
-) -> Result<Vec<TcpListener>, StartError> {
-    let sockets = socket::listen(address, count, backlog.into(), tcp, beside);
-    sockets.map_err(|error| StartError::Listen { key_path: key_path.to_owned(), address, error })
+    let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address: listener.listen.clone(), error };
+    bind().map_err(failed)
 }
 
 /// Binds the side port, or adopts the inherited socket if there is one.
 pub(super) fn side_port(config: &Config, inherited: Sockets) -> Result<SidePort, StartError> {
     let (key_path, address) = ("api.listen", config.api.listen);
-    let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address, error };
     let Sockets { list: inherited, is_managed } = inherited;
-    let sockets = if inherited.is_empty() {
-        listen(key_path, address, 1, API_BACKLOG, &config.tcp, Beside::Nobody)?
-    } else {
-        socket::adopt(inherited, 1, API_BACKLOG.into(), &config.tcp).map_err(failed)?
+    let tcp = |socket| if let ListeningSocket::Tcp(socket) = socket { Some(socket) } else { None };
+    let open = || {
+        if let Some(socket) = inherited.into_iter().find_map(tcp) {
+            socket::prepare(&socket, API_BACKLOG.into(), &config.tcp).map(|()| socket)
+        } else {
+            let sockets = socket::listen(address, 1, API_BACKLOG.into(), &config.tcp, Beside::Nobody)?;
+            sockets.into_iter().next().ok_or_else(|| io::ErrorKind::NotFound.into())
+        }
     };
-    let socket = sockets.into_iter().next().ok_or_else(|| failed(io::ErrorKind::NotFound.into()))?;
-    Ok(SidePort { socket, is_managed })
+    let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address: address.into(), error };
+    Ok(SidePort { socket: open().map_err(failed)?, is_managed })
 }
 
 impl Bound {
     /// Starts to accept connections.
     pub(super) fn open(
-        self,
+        mut self,
         listener: &config::Listener,
         route: &Route,
         context: &ListenerContext<'_>,
         proxy: &mut Proxy,
     ) -> Listener {
-        let Self { sockets, copies, address, is_managed } = self;
+        self.is_new = false;
+        let (copies, address, is_managed) = (std::mem::take(&mut self.copies), self.address.clone(), self.is_managed);
         let serving = serving(listener, route, context, None);
-        let id = proxy.open(sockets, &serving);
+        let id = proxy.open(std::mem::take(&mut self.sockets), &serving);
         let sources = serving.sources.clone();
         Listener { id, config: listener.clone(), address, copies, is_managed, serving, sources }
     }
@@ -132,7 +142,7 @@ impl Bound {
 impl Listener {
     /// Whether an update to `new` can keep the sockets. Otherwise `new` needs a new bind.
     pub(super) fn can_become(&self, new: &config::Listener) -> bool {
-        self.config.listen == new.listen && (new.listen.port() != 0 || self.config.name == new.name)
+        self.config.listen == new.listen && (!new.listen.is_any_port() || self.config.name == new.name)
     }
 
     /// Applies the settings of `new` to connections that the listener accepts from now on.
@@ -145,6 +155,12 @@ impl Listener {
     ) {
         self.serving = serving(new, route, context, Some((&self.serving, self.sources.as_ref())));
         self.sources = self.serving.sources.clone().or(self.sources.take());
+        if self.config.mode != new.mode && !self.is_managed {
+            let changed = self.copies.first().map_or(Ok(()), |socket| socket.set_mode(new.mode));
+            if let Err(error) = changed {
+                tracing::warn!(address = %self.address, %error, "cannot change the permissions of the socket's file");
+            }
+        }
         self.config = new.clone();
         proxy.update(self.id, &self.serving);
     }
@@ -153,21 +169,27 @@ impl Listener {
     pub(super) fn close(self, proxy: &Proxy) {
         tracing::info!(listener = %self.config.name, address = %self.address, "listener closed");
         // The service manager would go on with sockets that take no client.
-        for socket in self.copies.iter().filter(|_| !self.is_managed) {
-            if let Err(error) = socket::turn_away(socket) {
-                tracing::debug!(address = %self.address, %error, "cannot turn clients away from a socket that closes");
-            }
+        if !self.is_managed {
+            turn_away(&self.copies, &self.address);
         }
         proxy.close(self.id);
     }
 
+    /// Removes the file of a Unix socket: no process will listen there. Connections that wait on the socket can still be
+    /// accepted.
+    pub(super) fn remove_file(&self) {
+        if matches!(self.address, Address::Unix(_)) && !self.is_managed {
+            turn_away(&self.copies, &self.address);
+        }
+    }
+
     /// The bound address.
-    pub(super) fn address(&self) -> SocketAddr {
-        self.address
+    pub(super) fn address(&self) -> &Address {
+        &self.address
     }
 
     /// Returns the config and the duplicated sockets of the listener, and whether the service manager keeps them open.
-    pub(super) fn sockets(&self) -> (&config::Listener, &[TcpListener], bool) {
+    pub(super) fn sockets(&self) -> (&config::Listener, &[ListeningSocket], bool) {
         (&self.config, &self.copies, self.is_managed)
     }
 
@@ -175,11 +197,20 @@ impl Listener {
     pub(super) fn view(&self) -> ListenerView {
         ListenerView {
             name: Arc::clone(&self.serving.name),
-            address: self.address,
+            address: self.address.clone(),
             pool: Arc::clone(&self.serving.route.pool),
             stats: Arc::clone(&self.serving.stats),
             limit: Arc::clone(&self.serving.limit),
             sources: self.sources.clone(),
+        }
+    }
+}
+
+/// Turns clients away from sockets that are about to close.
+pub(super) fn turn_away(sockets: &[ListeningSocket], address: &Address) {
+    for socket in sockets {
+        if let Err(error) = socket.turn_away() {
+            tracing::debug!(%address, %error, "cannot turn clients away from a socket that closes");
         }
     }
 }

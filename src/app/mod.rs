@@ -185,12 +185,12 @@ impl App {
         });
         // Side by side: each may wait for a name server.
         let prepared = try_join_all(prepared.collect::<Vec<_>>()).await?;
-        let inherited = inheritance.sockets(inheritance::SIDE_PORT, config.api.listen);
+        let inherited = inheritance.sockets(inheritance::SIDE_PORT, &config.api.listen.into());
         let api_socket = listeners::side_port(&config, inherited)?;
         let api_address = api_socket.address().unwrap_or(config.api.listen);
         let mut bound = Vec::new();
         for (n, listener) in config.listeners.iter().enumerate() {
-            let inherited = inheritance.sockets(&listener.name, listener.listen);
+            let inherited = inheritance.sockets(&listener.name, &listener.listen);
             let key_path = format!("listeners[{n}].listen");
             let own = inheritance.addresses();
             bound.push(listeners::bind(&key_path, listener, &config, workers, inherited, &own)?);

@@ -78,7 +78,7 @@ impl App {
         });
         // Side by side: each may wait for a name server.
         let pools = try_join_all(pools.collect::<Vec<_>>()).await?;
-        let own: Vec<_> = self.listeners.iter().map(Listener::address).collect();
+        let own: Vec<_> = self.listeners.iter().filter_map(|listener| listener.address().ip()).collect();
         let mut listeners = Vec::new();
         for (n, listener) in config.listeners.iter().enumerate() {
             let is_open = self.listeners.iter().any(|open| open.can_become(listener));

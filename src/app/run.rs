@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::commands::Planned;
+use super::listeners::Listener;
 use super::reload::ReloadPlan;
 use super::service_manager::notify;
 use super::{App, RunError};
@@ -90,6 +91,9 @@ impl App {
         self.commands.close();
         while self.commands.try_recv().is_ok() {}
         // The copies of their sockets close too, or the kernel would keep accepting connections.
+        if !matches!(outcome, Ok(RunOutcome::Succeeded)) {
+            self.listeners.iter().for_each(Listener::remove_file);
+        }
         self.listeners.clear();
         self.proxy.stop();
         // The side port shows meanwhile how the connections drain.

@@ -5,21 +5,21 @@
 //! once but accepts connections only when it is ready. Both processes share the sockets, so queued connections survive.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use socket2::SockRef;
 use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
 
 use super::App;
 use super::inheritance::{FAILED, MESSAGE_TIMEOUT, Message, READY, SIDE_PORT};
 use super::service_manager::notify;
+use crate::address::Address;
 use crate::control::command::CommandError;
 use crate::control::supervisor::handover::Handed;
 use crate::handover::{Channel, MOST_DESCRIPTORS};
+use crate::proxy::listening::ListeningSocket;
 use crate::proxy::socket::take_back;
 
 /// Maximum time until a successor is ready.
@@ -93,11 +93,11 @@ impl App {
 
     /// Lets all sockets take clients again: the successor may have turned them away before it failed.
     fn take_back_sockets(&self) {
-        let of_listeners = self.listeners.iter().flat_map(|listener| listener.sockets().1);
-        for socket in of_listeners.chain(self.api_socket.as_ref().map(|side_port| &side_port.socket)) {
-            if let Err(error) = take_back(&SockRef::from(socket)) {
-                tracing::warn!(%error, "cannot take back a listening socket after a failed upgrade");
-            }
+        let of_listeners =
+            self.listeners.iter().flat_map(|listener| listener.sockets().1).map(ListeningSocket::take_back);
+        let of_side_port = self.api_socket.iter().map(|side_port| take_back(&(&side_port.socket).into()));
+        for error in of_listeners.chain(of_side_port).filter_map(io::Result::err) {
+            tracing::warn!(%error, "cannot take back a listening socket after a failed upgrade");
         }
     }
 
@@ -105,31 +105,35 @@ impl App {
     fn messages(&self, replicas: &[Handed]) -> io::Result<Vec<(String, Vec<OwnedFd>)>> {
         let mut messages = Vec::new();
         let text = |message: &Message| serde_json::to_string(message).map_err(io::Error::other);
-        let mut sockets = |name: &str, listen: SocketAddr, sockets: &[BorrowedFd<'_>], is_managed| -> io::Result<()> {
+        let mut sockets = |name: &str, listen: &Address, sockets: &[BorrowedFd<'_>], is_managed| -> io::Result<()> {
             for some in sockets.chunks(MOST_DESCRIPTORS) {
                 let copies = some.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
-                messages.push((text(&Message::Sockets { name: name.to_owned(), listen, is_managed })?, copies));
+                messages.push((
+                    text(&Message::Sockets { name: name.to_owned(), listen: listen.clone(), is_managed })?,
+                    copies,
+                ));
             }
             Ok(())
         };
         for listener in &self.listeners {
             let (config, open, is_managed) = listener.sockets();
-            sockets(&config.name, config.listen, &open.iter().map(AsFd::as_fd).collect::<Vec<_>>(), is_managed)?;
+            sockets(&config.name, &config.listen, &open.iter().map(AsFd::as_fd).collect::<Vec<_>>(), is_managed)?;
         }
         if let Some(side_port) = &self.api_socket {
-            sockets(SIDE_PORT, self.config.api.listen, &[side_port.socket.as_fd()], side_port.is_managed)?;
+            sockets(SIDE_PORT, &self.config.api.listen.into(), &[side_port.socket.as_fd()], side_port.is_managed)?;
         }
         for replica in replicas {
             let message = Message::Replica {
                 pool: replica.pool.clone(),
                 slot: replica.slot.to_string(),
                 pid: replica.pid,
-                address: replica.address,
+                address: replica.address.clone(),
                 command: replica.spec.command.clone(),
                 env: replica.spec.env.clone(),
             };
-            let descriptors = [replica.lifeline.as_fd(), replica.output.as_fd(), replica.port.as_fd()];
-            let copies = descriptors.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
+            let port = replica.port.as_ref().map(AsFd::as_fd);
+            let descriptors = [replica.lifeline.as_fd(), replica.output.as_fd()].into_iter().chain(port);
+            let copies = descriptors.map(|descriptor| descriptor.try_clone_to_owned()).collect::<io::Result<_>>()?;
             messages.push((text(&message)?, copies));
         }
         let yaml: Vec<char> = self.file.to_yaml().chars().collect();

@@ -164,8 +164,8 @@ fn banner(app: &App, origin: &str, is_demo: bool) -> String {
     }
     let _ = writeln!(text, "  {:<21} side port: /api/request /api/status /metrics /healthz /readyz\n", api.to_string());
     text.push_str("Try:\n");
-    if let Some(listener) = app.state().view().listeners.first().filter(|_| is_demo) {
-        let port = listener.address.port();
+    let first = app.state().view().listeners.first().and_then(|listener| listener.address.ip());
+    if let Some(port) = first.filter(|_| is_demo).map(|address| address.port()) {
         let _ = writeln!(text, "  curl -X POST -d '{{\"data\": \"example\"}}' http://localhost:{port}/api/request");
         let _ = writeln!(text, "  printf hello | nc -N localhost {port}");
     }
@@ -184,7 +184,7 @@ fn is_demo(config: &Config) -> bool {
     let first =
         config.listeners.first().and_then(|listener| config.pools.iter().find(|pool| pool.name == listener.pool));
     first.is_some_and(|pool| match &pool.provider {
-        Provider::Process(process) => process.command.iter().take(2).eq(["ringway", "echo-server"]),
+        Provider::Process(process) => process.spec.command.iter().take(2).eq(["ringway", "echo-server"]),
         Provider::Containers(containers) => {
             containers.spec.command.iter().flatten().next().is_some_and(|word| word == "echo-server")
         }

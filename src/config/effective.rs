@@ -7,7 +7,6 @@ use serde_yaml::{Mapping, Value};
 use super::parse_check::{Match, bytes_value};
 use super::{Api, Config, Containers, Ejection, Listener, PerSource, Pool, Process, Provider, Relay, Restart};
 use crate::control::health::{self, Kind};
-use crate::control::provider::join_host;
 use crate::labels::Label as _;
 
 pub(super) fn yaml(config: &Config) -> String {
@@ -63,15 +62,16 @@ fn tcp(config: &Config) -> Value {
 }
 
 fn listener(listener: &Listener) -> Value {
-    map([
-        ("name", listener.name.as_str().into()),
-        ("listen", listener.listen.to_string().into()),
+    let mut entries = vec![("name", listener.name.as_str().into()), ("listen", listener.listen.to_string().into())];
+    entries.extend(listener.listen.ip().is_none().then(|| ("mode", format!("{:04o}", listener.mode).into())));
+    entries.extend([
         ("pool", listener.pool.as_str().into()),
         ("answer_status", listener.answer_status.into()),
         ("backlog", listener.backlog.into()),
         ("max_connections", auto(listener.max_connections)),
         ("per_source", per_source(listener.per_source)),
-    ])
+    ]);
+    map(entries)
 }
 
 fn per_source(limits: PerSource) -> Value {
@@ -117,7 +117,7 @@ fn provider(provider: &Provider) -> Value {
         Provider::Static(backends) => {
             let backends = backends.iter().map(|backend| {
                 map([
-                    ("address", join_host(&backend.host, backend.port).into()),
+                    ("address", backend.location.to_string().into()),
                     ("id", backend.id.as_str().into()),
                     ("weight", backend.weight.into()),
                 ])
@@ -136,14 +136,14 @@ fn provider(provider: &Provider) -> Value {
 
 fn process(process: &Process) -> Value {
     let ports = process.ports.map_or("auto".to_owned(), |(first, last)| format!("{first}-{last}"));
-    map([
+    let mut entries = vec![
         ("replicas", process.replicas.into()),
-        ("command", words(&process.command)),
-        ("env", pairs(&process.env)),
-        ("ports", ports.into()),
-        ("restart", restart(&process.restart)),
-        ("stop_grace", duration(process.stop_grace)),
-    ])
+        ("command", words(&process.spec.command)),
+        ("env", pairs(&process.spec.env)),
+    ];
+    entries.extend((!process.spec.uses_sockets()).then(|| ("ports", ports.into())));
+    entries.extend([("restart", restart(&process.restart)), ("stop_grace", duration(process.stop_grace))]);
+    map(entries)
 }
 
 fn containers(containers: &Containers) -> Value {

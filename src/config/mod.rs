@@ -23,6 +23,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::address::Address;
 use crate::control::ejection;
 use crate::control::health;
 use crate::control::publisher::OnDown;
@@ -214,7 +215,9 @@ pub struct Listener {
     /// Name, unique among the listeners.
     pub name: String,
     /// Listen address; port 0 lets the system choose a port.
-    pub listen: SocketAddr,
+    pub listen: Address,
+    /// Permissions of the file of a Unix socket. Who may write to it may connect.
+    pub mode: u32,
     /// Name of the pool that serves the connections. The pool exists.
     pub pool: String,
     /// Whether Ringway answers `GET /api/status` on this listener itself.

@@ -13,9 +13,14 @@ use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, check_name
 use super::{
     AccessLog, Api, Config, Docker, Fault, Listener, Metrics, PerSource, Pool, Process, Provider, Relay, Shutdown,
 };
+use crate::address::Address;
+use crate::control::provider::Location;
 use crate::metrics::PerBackend;
 use crate::proxy::access_log::Format;
 use crate::proxy::socket::{Keepalive, TcpOptions};
+
+/// Permissions of the file of a Unix socket on which only Ringway's own user, and root, may connect.
+const OWNER_ONLY: u32 = 0o600;
 
 pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     let faults = Faults::default();
@@ -180,7 +185,15 @@ fn docker(mut section: Section<'_>) -> Docker {
 
 fn listener(mut section: Section<'_>, pools: &[Pool]) -> Listener {
     let name = name(&mut section);
-    let listen = section.required("listen", "an address like 0.0.0.0:8000").and_then(|item| address(&item));
+    let listen = section
+        .required("listen", "an address like 0.0.0.0:8000 or unix:/run/ringway.sock")
+        .and_then(|item| listen_address(&item));
+    let mode = section.item("mode").and_then(|item| {
+        if matches!(listen, Some(Address::Ip(_))) {
+            item.fault("applies only to a Unix socket: listen on unix:/path, or remove this key");
+        }
+        mode(&item)
+    });
     let pool = section.required("pool", "the name of a pool");
     let pool = pool.and_then(|item| {
         let names: Vec<_> = pools.iter().map(|pool| pool.name.as_str()).collect();
@@ -197,7 +210,8 @@ fn listener(mut section: Section<'_>, pools: &[Pool]) -> Listener {
     });
     let listener = Listener {
         name,
-        listen: listen.unwrap_or(SocketAddr::from(([0, 0, 0, 0], 0))),
+        listen: listen.unwrap_or(Address::Ip(([0, 0, 0, 0], 0).into())),
+        mode: mode.unwrap_or(OWNER_ONLY),
         pool: pool.unwrap_or_default(),
         answer_status: section.truth("answer_status", false),
         backlog: narrow(section.integer("backlog", 1..=65_535, 4096)),
@@ -219,6 +233,36 @@ fn per_source(mut section: Section<'_>) -> PerSource {
     let burst = burst.and_then(|item| item.integer(&(1..=1_000_000))).map_or(rate.unwrap_or(1), narrow);
     section.finish();
     PerSource { max_connections, rate, burst }
+}
+
+/// The address of a listener: `ip:port` or `unix:/path`.
+fn listen_address(item: &Item<'_>) -> Option<Address> {
+    let parsed = |text| Address::parse_unix(text).or_else(|| text.parse().ok().map(|address| Ok(Address::Ip(address))));
+    let address = item.value.as_str().and_then(parsed);
+    let problem = match address {
+        Some(Ok(address)) => return Some(address),
+        Some(Err(problem)) => problem,
+        None => format!(
+            "{} is neither ip:port nor unix:/path: write it like 0.0.0.0:8000, [::]:8000 or unix:/run/web.sock",
+            show(item.value)
+        ),
+    };
+    item.fault(problem);
+    None
+}
+
+/// The permissions of a file, as octal digits.
+fn mode(item: &Item<'_>) -> Option<u32> {
+    let digits = item.value.as_str().filter(|text| (3..=4).contains(&text.len()));
+    let mode = digits.and_then(|digits| u32::from_str_radix(digits, 8).ok()).filter(|&mode| mode <= 0o777);
+    if mode.is_none() {
+        // YAML would read 660 and 0o660 as different numbers.
+        item.fault(format_args!(
+            "{} is not a file mode: write octal digits in quotes, like \"0660\"",
+            show(item.value)
+        ));
+    }
+    mode
 }
 
 fn address(item: &Item<'_>) -> Option<SocketAddr> {
@@ -250,8 +294,9 @@ fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Listener], api: 
         address.is_ipv4() && (address.ip().is_unspecified() || address.ip().is_loopback()) && address.port() != 0
     };
     let mut taken: Vec<(String, u16, u16)> = Vec::new();
-    for (n, listener) in listeners.iter().enumerate().filter(|(_, listener)| on_loopback(listener.listen)) {
-        taken.push((format!("listeners[{n}].listen"), listener.listen.port(), listener.listen.port()));
+    let on_ip = listeners.iter().enumerate().filter_map(|(n, listener)| Some((n, listener.listen.ip()?)));
+    for (n, listen) in on_ip.filter(|&(_, listen)| on_loopback(listen)) {
+        taken.push((format!("listeners[{n}].listen"), listen.port(), listen.port()));
     }
     if on_loopback(api.listen) {
         taken.push(("api.listen".to_owned(), api.listen.port(), api.listen.port()));
@@ -269,8 +314,9 @@ fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Listener], api: 
 /// Reports static backends that lead back to the listener that they serve, directly or through other pools. Each
 /// connection, and each health check, would cause another one without end.
 fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
-    let by_port = listeners.iter().fold(HashMap::<u16, Vec<&Listener>>::new(), |mut by_port, listener| {
-        by_port.entry(listener.listen.port()).or_default().push(listener);
+    // By port; those on Unix sockets have none.
+    let by_port = listeners.iter().fold(HashMap::<Option<u16>, Vec<&Listener>>::new(), |mut by_port, listener| {
+        by_port.entry(listener.listen.ip().map(|listen| listen.port())).or_default().push(listener);
         by_port
     });
     // For each pool: its backends that are listeners, with their places in the config and the pools behind them.
@@ -279,8 +325,9 @@ fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
         .map(|pool| {
             let backends = pool.provider.static_backends().unwrap_or_default().iter().enumerate();
             let behind = backends.filter_map(|(n, backend)| {
-                let mut alike = by_port.get(&backend.port)?.iter();
-                let listener = alike.find(|listener| is_here(&backend.host, listener.listen))?;
+                let port = if let Location::Host { port, .. } = backend.location { Some(port) } else { None };
+                let mut alike = by_port.get(&port)?.iter();
+                let listener = alike.find(|listener| is_here(&backend.location, &listener.listen))?;
                 Some((n, pools.iter().position(|pool| pool.name == listener.pool)?))
             });
             behind.collect()
@@ -304,8 +351,13 @@ fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
     }
 }
 
-/// Whether a backend's host is that of a listener on this host.
-fn is_here(host: &str, listen: SocketAddr) -> bool {
+/// Whether a backend is a listener: its path, or its host, with a port that is the same.
+fn is_here(backend: &Location, listen: &Address) -> bool {
+    let (host, listen) = match (backend, listen) {
+        (Location::Host { host, .. }, Address::Ip(listen)) => (host, listen),
+        (Location::Unix { address }, listen) => return address == listen,
+        (Location::Host { .. }, Address::Unix(_)) => return false,
+    };
     let ip = if host.eq_ignore_ascii_case("localhost") { Some(Ipv4Addr::LOCALHOST.into()) } else { host.parse().ok() };
     let is_same = |ip: IpAddr| {
         ip == listen.ip() || listen.ip().is_unspecified() && ip.is_loopback() && ip.is_ipv4() == listen.is_ipv4()
@@ -315,16 +367,20 @@ fn is_here(host: &str, listen: SocketAddr) -> bool {
 
 /// Reports listen addresses that clash: one socket would receive connections that are meant for the other.
 fn clashing_addresses(faults: &Faults, listeners: &[Listener], api: &Api) {
-    let mut taken = vec![("api.listen".to_owned(), api.listen)];
+    let mut taken = vec![("api.listen".to_owned(), Address::Ip(api.listen))];
     for (n, listener) in listeners.iter().enumerate() {
-        let (path, new) = (format!("listeners[{n}].listen"), listener.listen);
-        let clash = taken.iter().find(|(_, old)| {
-            let same_ip = old.ip() == new.ip()
-                || (old.is_ipv4() == new.is_ipv4() && (old.ip().is_unspecified() || new.ip().is_unspecified()));
-            new.port() != 0 && old.port() == new.port() && same_ip
+        let (path, new) = (format!("listeners[{n}].listen"), listener.listen.clone());
+        let clash = taken.iter().find(|(_, old)| match (old.ip(), new.ip()) {
+            (Some(old), Some(new)) => {
+                let same_ip = old.ip() == new.ip()
+                    || (old.is_ipv4() == new.is_ipv4() && (old.ip().is_unspecified() || new.ip().is_unspecified()));
+                new.port() != 0 && old.port() == new.port() && same_ip
+            }
+            _ => *old == new,
         });
         if let Some((other, old)) = clash {
-            faults.add(&path, format_args!("{new} clashes with {other} ({old}): choose another port"));
+            let what = if new.ip().is_some() { "port" } else { "path" };
+            faults.add(&path, format_args!("{new} clashes with {other} ({old}): choose another {what}"));
         }
         taken.push((path, new));
     }

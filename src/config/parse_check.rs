@@ -31,7 +31,8 @@ const OF_KINDS: [(&str, CheckKind); 7] = [
 ];
 
 /// `grace`: how long a new backend may fail its checks and still count as starting.
-pub(super) fn health_check(mut section: Section<'_>, grace: Duration) -> Option<health::Settings> {
+/// `on_unix`: a backend has a Unix socket.
+pub(super) fn health_check(mut section: Section<'_>, grace: Duration, on_unix: bool) -> Option<health::Settings> {
     let kind = section.choice("kind", CheckKind::Tcp);
     for (key, other) in OF_KINDS.into_iter().filter(|&(_, other)| other != kind) {
         if let Some(item) = section.item(key) {
@@ -43,7 +44,11 @@ pub(super) fn health_check(mut section: Section<'_>, grace: Duration) -> Option<
         CheckKind::Http => Kind::Http(http(&mut section)),
         CheckKind::Expect => Kind::Expect(expect(&mut section)),
     };
-    let port = section.item("port").and_then(|item| item.integer(&(1..=65_535))).map(narrow);
+    let port = section.item("port");
+    if let Some(item) = port.as_ref().filter(|_| on_unix) {
+        item.fault("a backend of this pool has a Unix socket, which has no port: remove this key");
+    }
+    let port = port.and_then(|item| item.integer(&(1..=65_535))).map(narrow);
     let interval = section.duration("interval", 10 * MS..=HOUR, 2 * SECOND);
     let fast_interval = section.duration("fast_interval", 10 * MS..=HOUR, (interval / 4).max(10 * MS));
     let timeout = section.duration("timeout", MS..=HOUR, SECOND);

@@ -20,7 +20,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let ring = ring(section.section("ring"));
     let provider = section.required("provider", parse_provider::KINDS);
     let provider = provider.map_or(Provider::Static(Arc::default()), |item| parse_provider::provider(item.section()));
-    let grace = provider.start_grace();
+    let (grace, on_unix) = (provider.start_grace(), provider.has_unix_sockets());
     let mut connect = section.section("connect");
     let connect = {
         let settings = Connect {
@@ -47,7 +47,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         provider,
         connect,
         timeouts,
-        health_check: parse_check::health_check(section.section("health_check"), grace),
+        health_check: parse_check::health_check(section.section("health_check"), grace, on_unix),
         ejection: ejection(&mut section),
         panic_threshold: narrow(section.integer("panic_threshold", 0..=100, 50)),
         on_down: section.choice("on_down", OnDown::Keep),

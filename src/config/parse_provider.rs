@@ -7,8 +7,9 @@ use std::time::Duration;
 use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, narrow, show};
 use super::{Containers, Discover, Process, Provider, Restart, StaticBackend};
 use crate::control::docker::label;
-use crate::control::provider::{Listed, join_host};
+use crate::control::provider::{Listed, Location};
 use crate::control::supervisor::docker::{Pull, Spec};
+use crate::control::supervisor::handover;
 use crate::control::supervisor::plan::Policy;
 
 /// Minimum memory of a container in bytes. The Docker engine rejects less.
@@ -51,41 +52,53 @@ fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
     for item in items {
         let path = item.path.clone();
         let mut section = item.clone().section();
-        let address = section.required("address", "host:port").and_then(|item| host_and_port(&item));
+        let address = section.required("address", "host:port or unix:/path").and_then(|item| location(&item));
         let id = section.item("id").and_then(|item| item.text());
         let weight = narrow(section.integer("weight", 1..=1000, 1));
         section.finish();
-        let Some((host, port)) = address else { continue };
-        let id = id.unwrap_or_else(|| join_host(&host, port));
+        let Some(location) = address else { continue };
+        let id = id.unwrap_or_else(|| location.to_string());
         if let Some(problem) = Listed::id_fault(&id) {
             item.fault(format_args!("id {problem}"));
         }
         if let Some(first) = seen.insert(id.clone(), path) {
             item.fault(format_args!("id {id:?} is already the id of {first}: give each backend its own id"));
         }
-        backends.push(StaticBackend { id, host, port, weight });
+        backends.push(StaticBackend { id, location, weight });
     }
     backends
 }
 
 fn process_of(mut section: Section<'_>) -> Process {
     let replicas = replicas(&mut section);
-    let command: Option<Vec<_>> =
-        section.required("command", "a list of the program and its arguments, with {port}").map(|item| words(&item));
+    let command: Option<Vec<_>> = section
+        .required("command", "a list of the program and its arguments, with {port} or {socket}")
+        .map(|item| words(&item));
     let env = env(&mut section);
-    if let Some(command) = &command {
-        if command.first().is_none_or(String::is_empty) {
-            section.fault("command is empty: give a program and its arguments");
-        } else if !command.iter().chain(env.iter().map(|(_, value)| value)).any(|text| text.contains("{port}")) {
-            section
-                .fault("neither command nor env contains {port}: add {port} where the replica reads its listen port");
-        }
+    if let Some(command) = &command
+        && command.first().is_none_or(String::is_empty)
+    {
+        section.fault("command is empty: give a program and its arguments");
+    }
+    let spec = handover::Spec { command: command.unwrap_or_default(), env };
+    match (spec.mentions(handover::PORT), spec.mentions(handover::SOCKET)) {
+        (false, false) if !spec.command.is_empty() => section.fault(
+            "neither command nor env contains {port} or {socket}: add {port} where the replica reads its listen port, or \
+             {socket} where it reads the path of its Unix socket",
+        ),
+        (true, true) => section.fault("command and env contain both {port} and {socket}: a replica listens on one, so keep one"),
+        _ => {}
+    }
+    if spec.uses_sockets()
+        && let Some(item) = section.item("ports")
+    {
+        item.fault("applies only to replicas with {port}: remove it, or write {port} in place of {socket}");
     }
     let ports = ports(&mut section, replicas);
     let restart = restart(section.section("restart"));
     let stop_grace = stop_grace(&mut section);
     section.finish();
-    Process { replicas, command: command.unwrap_or_default(), env, ports, restart, stop_grace }
+    Process { replicas, spec, ports, restart, stop_grace }
 }
 
 fn docker_of(mut section: Section<'_>) -> Provider {
@@ -276,14 +289,10 @@ fn restart(mut section: Section<'_>) -> Restart {
     Restart { policy, start_grace }
 }
 
-fn host_and_port(item: &Item<'_>) -> Option<(String, u16)> {
-    let text = item.value.as_str().unwrap_or_default();
-    let parts = Listed::host_and_port(text);
-    if parts.is_none() {
-        item.fault(format_args!(
-            "{} is not host:port: write it like 10.0.0.5:6379, [::1]:6379 or db.local:5432",
-            show(item.value)
-        ));
-    }
-    parts
+fn location(item: &Item<'_>) -> Option<Location> {
+    let Some(text) = item.value.as_str() else {
+        item.fault(format_args!("{} is neither host:port nor unix:/path: write it in quotes", show(item.value)));
+        return None;
+    };
+    Location::parse(text).map_err(|problem| item.fault(problem)).ok()
 }

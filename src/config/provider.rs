@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::control::provider::Location;
 use crate::control::supervisor::docker::Spec;
+use crate::control::supervisor::handover;
 use crate::control::supervisor::plan::Policy;
 
 /// The source of a pool's backends.
@@ -26,10 +28,9 @@ pub enum Provider {
 pub struct StaticBackend {
     /// Id, unique within the pool.
     pub id: String,
-    /// IP address, or a host name that Ringway resolves at start.
-    pub host: String,
-    /// TCP port of the backend.
-    pub port: u16,
+    /// Where it listens. Ringway resolves a host name at start.
+    #[serde(flatten)]
+    pub location: Location,
     /// Multiplier for the number of the backend's virtual nodes on the ring.
     pub weight: u32,
 }
@@ -39,10 +40,8 @@ pub struct StaticBackend {
 pub struct Process {
     /// Number of replicas.
     pub replicas: u32,
-    /// Program and arguments. Ringway substitutes `{port}` and `{slot}`, and runs its own binary for `ringway`.
-    pub command: Vec<String>,
-    /// Environment variables that Ringway adds, with the same placeholders.
-    pub env: Vec<(String, String)>,
+    /// Command and environment variables of each replica.
+    pub spec: handover::Spec,
     /// First and last port of a range; `None`: the system chooses the ports.
     pub ports: Option<(u16, u16)>,
     /// Restart policy for replicas.
@@ -160,6 +159,15 @@ impl Provider {
     /// Whether the pool needs a Docker engine.
     pub fn needs_engine(&self) -> bool {
         matches!(self, Self::Containers(_) | Self::Discover(_))
+    }
+
+    /// Whether a backend listens on a Unix socket.
+    pub fn has_unix_sockets(&self) -> bool {
+        match self {
+            Self::Static(backends) => backends.iter().any(|one| matches!(one.location, Location::Unix { .. })),
+            Self::Process(process) => process.spec.uses_sockets(),
+            Self::Containers(_) | Self::Discover(_) => false,
+        }
     }
 
     /// The first and last port of the replicas, if the config has a range.

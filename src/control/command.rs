@@ -84,7 +84,7 @@ impl fmt::Display for Command {
             Self::Drain { pool, backend, .. } => write!(f, "drain {pool}/{backend}"),
             Self::Undrain { pool, backend } => write!(f, "undrain {pool}/{backend}"),
             Self::Weight { pool, backend, weight } => write!(f, "weight {pool}/{backend} {weight}"),
-            Self::Add { pool, backend } => write!(f, "add {pool}/{} {}:{}", backend.id, backend.host, backend.port),
+            Self::Add { pool, backend } => write!(f, "add {pool}/{} {}", backend.id, backend.location),
             Self::Remove { pool, backend } => write!(f, "remove {pool}/{backend}"),
             Self::Scale { pool, replicas } => write!(f, "scale {pool} {replicas}"),
             Self::Reload { is_dry_run: true, .. } => f.write_str("check"),

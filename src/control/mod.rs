@@ -18,12 +18,12 @@ pub mod provider;
 pub mod publisher;
 pub mod supervisor;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use crate::address::Address;
 use crate::backend::{Exit, Replica};
 
 /// One input to the publisher of a pool, from a provider, the supervisor, the health checks, ejection, or a command.
@@ -44,7 +44,7 @@ pub enum Event {
         /// Ring identity.
         id: Arc<str>,
         /// Address that workers connect to.
-        address: SocketAddr,
+        address: Address,
         /// The process or container that listens there, if Ringway knows it.
         replica: Option<Replica>,
     },

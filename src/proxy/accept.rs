@@ -3,15 +3,14 @@
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::io;
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Poll, ready};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use rustix::io::Errno;
 use socket2::SockRef;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -20,9 +19,12 @@ use super::account::Account;
 use super::context::WorkerListener;
 use super::deal::Dealer;
 use super::limit::{ConnectionPermit, Limit};
+use super::listening::ListeningSocket;
 use super::session::serve_connection;
+use super::socket::{TcpOptions, reconfigure};
 use super::stats::AcceptError;
 use crate::labels::Label as _;
+use crate::stream::{Client, Stream};
 
 /// Pause after an error that would repeat at once. It is short because no signal announces free resources.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -34,9 +36,70 @@ const ACCEPTS_PER_TURN: u32 = 16;
 #[derive(Debug)]
 pub(super) struct Acceptor {
     pub(super) id: ListenerId,
-    pub(super) socket: TcpListener,
+    pub(super) socket: AcceptSocket,
     /// How the next connection is served; a reload replaces it.
     pub(super) listener: RefCell<Rc<WorkerListener>>,
+}
+
+/// A listening socket that a worker's runtime polls.
+#[derive(Debug)]
+pub(super) enum AcceptSocket {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl TryFrom<ListeningSocket> for AcceptSocket {
+    type Error = io::Error;
+
+    fn try_from(socket: ListeningSocket) -> io::Result<Self> {
+        Ok(match socket {
+            ListeningSocket::Tcp(listener) => Self::Tcp(TcpListener::from_std(listener)?),
+            ListeningSocket::Unix(socket) => Self::Unix(UnixListener::from_std(socket.listener)?),
+        })
+    }
+}
+
+impl AcceptSocket {
+    fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<(Stream, Client)>> {
+        Poll::Ready(Ok(match self {
+            Self::Tcp(listener) => {
+                let (stream, peer) = ready!(listener.poll_accept(cx))?;
+                (Stream::Tcp(stream), Client::Ip(peer))
+            }
+            Self::Unix(listener) => accepted_unix(ready!(listener.poll_accept(cx))?.0),
+        }))
+    }
+
+    /// The next queued connection; `None` when the queue is empty.
+    fn queued(&self) -> Option<io::Result<(Stream, Client)>> {
+        let socket = match self {
+            Self::Tcp(listener) => SockRef::from(listener),
+            Self::Unix(listener) => SockRef::from(listener),
+        };
+        let (stream, peer) = socket.accept().ok()?;
+        let registered = || {
+            stream.set_nonblocking(true)?;
+            Ok(match peer.as_socket() {
+                Some(peer) => (Stream::Tcp(TcpStream::from_std(stream.into())?), Client::Ip(peer)),
+                None => accepted_unix(UnixStream::from_std(stream.into())?),
+            })
+        };
+        Some(registered())
+    }
+
+    /// Changes the options for connections accepted from now on.
+    pub(super) fn reconfigure(&self, tcp: &TcpOptions, backlog: u16) -> io::Result<()> {
+        match self {
+            Self::Tcp(listener) => reconfigure(listener, tcp, backlog),
+            // On a socket that already listens, this changes the length of its queue.
+            Self::Unix(listener) => SockRef::from(listener).listen(backlog.into()),
+        }
+    }
+}
+
+fn accepted_unix(stream: UnixStream) -> (Stream, Client) {
+    let client = Client::of_unix(&stream);
+    (Stream::Unix(stream), client)
 }
 
 impl Acceptor {
@@ -96,8 +159,8 @@ pub(super) async fn accept(
     let listener = acceptor.listener();
     // Connections without a permit stay queued: a successor process may hold the same socket.
     while let Some(permit) = ConnectionPermit::try_acquire(&listener.serving.limit, &process) {
-        let Some((stream, peer)) = queued(&acceptor.socket) else { break };
-        if let Ok(stream) = TcpStream::from_std(stream) {
+        let Some(accepted) = acceptor.socket.queued() else { break };
+        if let Ok((stream, peer)) = accepted {
             dealer.keep();
             spawn_connection(&sessions, stream, peer, permit, Rc::clone(&listener));
         }
@@ -107,33 +170,26 @@ pub(super) async fn accept(
 /// Serves a connection on this worker.
 pub(super) fn spawn_connection(
     sessions: &TaskTracker,
-    client: TcpStream,
-    peer: SocketAddr,
+    client: Stream,
+    peer: Client,
     permit: ConnectionPermit,
     listener: Rc<WorkerListener>,
 ) {
     tokio::task::spawn_local(sessions.track_future(serve_connection(client, Account::open(listener, peer, permit))));
 }
 
-type Accepted = (io::Result<(TcpStream, SocketAddr)>, ConnectionPermit);
+type Accepted = (io::Result<(Stream, Client)>, ConnectionPermit);
 
 /// Accepts with the permit, or releases it and waits; returns `None` when a connection may have arrived. A worker
 /// that waits for connections must not hold a permit that another worker's connections need.
-async fn accept_or_wait(listener: &TcpListener, permit: ConnectionPermit) -> Option<Accepted> {
+async fn accept_or_wait(socket: &AcceptSocket, permit: ConnectionPermit) -> Option<Accepted> {
     let mut permit = Some(permit);
     poll_fn(move |cx| {
         let Some(kept) = permit.take() else { return Poll::Ready(None) };
-        let accepted = ready!(listener.poll_accept(cx));
+        let accepted = ready!(socket.poll_accept(cx));
         Poll::Ready(Some((accepted, kept)))
     })
     .await
-}
-
-/// The next queued connection; `None` when the queue is empty.
-fn queued(listener: &TcpListener) -> Option<(std::net::TcpStream, SocketAddr)> {
-    let (stream, peer) = SockRef::from(listener).accept().ok()?;
-    stream.set_nonblocking(true).ok()?;
-    Some((stream.into(), peer.as_socket()?))
 }
 
 fn classify(error: &io::Error) -> AcceptError {

@@ -1,7 +1,6 @@
 //! The access log: one line per connection. Writing a line never blocks a worker.
 
 use std::io;
-use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -9,8 +8,10 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use serde::Serialize;
 
+use crate::address::Address;
 use crate::label_enum;
 use crate::lossy_writer::{LossyWriter, LostLines, Sink, append};
+use crate::stream::Client;
 
 label_enum! {
     /// The format of a log line.
@@ -108,8 +109,8 @@ fn open(path: &Path) -> io::Result<Sink> {
 pub(super) struct Line<'a> {
     pub(super) listener: &'a str,
     pub(super) pool: &'a str,
-    pub(super) client: SocketAddr,
-    pub(super) backend: Option<(&'a str, SocketAddr)>,
+    pub(super) client: Client,
+    pub(super) backend: Option<(&'a str, &'a Address)>,
     pub(super) outcome: &'static str,
     pub(super) from_client: u64,
     pub(super) to_client: u64,
@@ -142,9 +143,9 @@ impl Line<'_> {
             time: String,
             listener: &'a str,
             pool: &'a str,
-            client: SocketAddr,
+            client: String,
             backend: Option<&'a str>,
-            address: Option<SocketAddr>,
+            address: Option<&'a Address>,
             end: &'static str,
             from_client: u64,
             to_client: u64,
@@ -155,7 +156,7 @@ impl Line<'_> {
             time: now(),
             listener: self.listener,
             pool: self.pool,
-            client: self.client,
+            client: self.client.to_string(),
             backend: self.backend.map(|(id, _)| id),
             address: self.backend.map(|(_, address)| address),
             end: self.outcome,

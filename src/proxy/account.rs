@@ -1,7 +1,6 @@
 //! Stage account: a guard that counts each connection once when it opens and once when it ends.
 
 use std::cell::{Cell, RefCell};
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,8 +12,10 @@ use super::deal::SHORT;
 use super::key::{Key, KeyKind};
 use super::limit::ConnectionPermit;
 use super::stats::{EndReason, RefusalReason};
+use crate::address::Address;
 use crate::backend::BackendPermit;
 use crate::labels::Label as _;
+use crate::stream::Client;
 
 /// The final result of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +50,7 @@ impl From<RefusalReason> for Outcome {
 #[derive(Debug)]
 pub(super) struct Account {
     pub(super) listener: Rc<WorkerListener>,
-    pub(super) client: SocketAddr,
+    pub(super) client: Client,
     /// The connection's permit, until it is handed over with the connection.
     pub(super) permit: Option<ConnectionPermit>,
     opened: Instant,
@@ -61,7 +62,7 @@ pub(super) struct Account {
 #[derive(Debug)]
 struct Served {
     id: Arc<str>,
-    address: SocketAddr,
+    address: Address,
     connected_after: Duration,
     slot: usize,
     progress: Rc<Progress>,
@@ -69,7 +70,7 @@ struct Served {
 
 impl Account {
     /// Counts an accepted connection. It is counted for the worker already: see [`Dealer`](super::deal::Dealer).
-    pub(super) fn open(listener: Rc<WorkerListener>, client: SocketAddr, permit: ConnectionPermit) -> Self {
+    pub(super) fn open(listener: Rc<WorkerListener>, client: Client, permit: ConnectionPermit) -> Self {
         listener.serving.stats.accepted.fetch_add(1, Ordering::Relaxed);
         listener.serving.stats.active.fetch_add(1, Ordering::Relaxed);
         Self {
@@ -83,7 +84,7 @@ impl Account {
     }
 
     /// Counts the connection for its backend and registers it with the timeout task.
-    pub(super) fn serve(&mut self, id: Arc<str>, address: SocketAddr, permit: BackendPermit) -> Rc<Progress> {
+    pub(super) fn serve(&mut self, id: Arc<str>, address: Address, permit: BackendPermit) -> Rc<Progress> {
         permit.live().total.fetch_add(1, Ordering::Relaxed);
         let now = self.listener.worker.clock.get();
         let progress = Rc::new(Progress {
@@ -130,7 +131,7 @@ impl Drop for Account {
                 listener: &listener.serving.name,
                 pool: &listener.serving.route.pool,
                 client: self.client,
-                backend: self.served.as_ref().map(|served| (&*served.id, served.address)),
+                backend: self.served.as_ref().map(|served| (&*served.id, &served.address)),
                 outcome: self.outcome.as_str(),
                 from_client: self.served.as_ref().map_or(0, |served| served.progress.from_client.total()),
                 to_client: self.served.as_ref().map_or(0, |served| served.progress.to_client.total()),
@@ -150,7 +151,7 @@ impl Drop for Account {
 
 /// The time at which a connection reaches its maximum age. It is up to a tenth sooner than `max_age` from now, so
 /// connections that started together do not all end together.
-fn expiry(max_age: Option<Duration>, client: SocketAddr, now: Duration) -> Option<Duration> {
+fn expiry(max_age: Option<Duration>, client: Client, now: Duration) -> Option<Duration> {
     let max_age = max_age?;
     let jitter = u32::from(seahash::hash(Key::of(KeyKind::Source, client).as_bytes()).to_le_bytes()[0]);
     Some(now + max_age.saturating_sub(max_age / 10 * jitter / 255))

@@ -2,17 +2,16 @@
 //! them. Both happen only if the listener requires it.
 
 use std::io;
-use std::net::SocketAddr;
 use std::time::Duration;
 
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use super::account::Outcome;
 use super::limit::ConnectionPermit;
-use super::socket::NotServed;
+use super::not_served::NotServed;
 use super::stats::EndReason;
 use super::{Intercept, Intercepted, Serving};
+use crate::stream::{Client, Stream};
 
 /// Maximum wait for the first bytes. It delays protocols in which the server speaks first, and only on listeners that
 /// inspect. Clients that speak first are never delayed.
@@ -30,15 +29,15 @@ const LONGEST: usize = 64;
 /// When it does not continue: its source is over a limit, Ringway answered it, or the client reset it.
 pub(super) async fn admit(
     client: NotServed,
-    peer: SocketAddr,
+    peer: Client,
     permit: &mut Option<ConnectionPermit>,
     serving: &Serving,
 ) -> Result<NotServed, Outcome> {
     if let (Some(sources), Some(permit)) = (&serving.sources, permit.as_mut()) {
-        permit.source = sources.admit(peer.ip(), std::time::Instant::now())?;
+        permit.source = sources.admit(peer, std::time::Instant::now())?;
     }
     match &serving.intercept {
-        Some(intercept) => Ok(inspect(client, permit, intercept).await?),
+        Some(intercept) => Ok(inspect(client, peer, permit, intercept).await?),
         None => Ok(client),
     }
 }
@@ -46,6 +45,7 @@ pub(super) async fn admit(
 /// Returns the connection, or hands it and its permit over if its first bytes match.
 async fn inspect(
     client: NotServed,
+    peer: Client,
     permit: &mut Option<ConnectionPermit>,
     intercept: &Intercept,
 ) -> Result<NotServed, EndReason> {
@@ -58,14 +58,14 @@ async fn inspect(
         Ok(Err(_)) => return Err(EndReason::ClientReset),
     }
     let Ok(slot) = intercept.taker.try_reserve() else { return Ok(client) };
-    if let (Ok(stream), Some(permit)) = (client.serve().into_std(), permit.take()) {
-        slot.send(Intercepted { stream, permit });
+    if let (Ok(stream), Some(permit)) = (client.serve().into_idle(), permit.take()) {
+        slot.send(Intercepted { stream, peer, permit });
     }
     Err(EndReason::Answered)
 }
 
 /// Whether the first bytes match one of `wanted`; waits while a match is still possible.
-async fn begins_with(client: &TcpStream, wanted: &[&[u8]]) -> io::Result<bool> {
+async fn begins_with(client: &Stream, wanted: &[&[u8]]) -> io::Result<bool> {
     let mut first = [0; LONGEST];
     loop {
         let seen = client.peek(&mut first).await?;

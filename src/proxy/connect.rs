@@ -1,19 +1,18 @@
 //! Stage connect: connects to the first backend of the walk that answers. No client byte has been read yet, so a
 //! failed connect loses no data.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
-
-use tokio::net::TcpStream;
 
 use super::Route;
 use super::dial::dial;
 use super::socket::TcpOptions;
 use super::stats::RefusalReason;
+use crate::address::Address;
 use crate::backend::{Backend, BackendPermit, ConnectFailure, Failing};
 use crate::labels::Label as _;
+use crate::stream::Stream;
 use crate::table::Table;
 
 /// An established connection to a backend.
@@ -22,11 +21,11 @@ pub struct Connected {
     /// The id of the backend that answered.
     pub backend: Arc<str>,
     /// The address that answered.
-    pub address: SocketAddr,
+    pub address: Address,
     /// The connection's permit for this backend.
     pub permit: BackendPermit,
     /// The socket to the backend.
-    pub stream: TcpStream,
+    pub stream: Stream,
 }
 
 /// Tries the backends that the ring offers for `key`, in order, and makes at most `connect_attempts` attempts. Counts
@@ -70,7 +69,8 @@ pub async fn connect(
             let is_stale = now.generation() != table.generation();
             match attempt {
                 Ok(stream) if !is_stale || now.still_takes(&backend.id, backend.incarnation) => {
-                    return Ok(Connected { backend: Arc::clone(&backend.id), address, permit, stream });
+                    let (backend, address) = (Arc::clone(&backend.id), address.clone());
+                    return Ok(Connected { backend, address, permit, stream });
                 }
                 Ok(_to_one_that_has_left) => {}
                 // The process is out of descriptors, so another backend would fail too.
@@ -95,10 +95,10 @@ pub async fn connect(
 /// Makes one attempt, and counts and reports its outcome.
 async fn attempt(
     backend: &Backend,
-    address: SocketAddr,
+    address: &Address,
     route: &Route,
     tcp: &TcpOptions,
-) -> Result<TcpStream, ConnectFailure> {
+) -> Result<Stream, ConnectFailure> {
     let live = &backend.live;
     live.attempts.fetch_add(1, Ordering::Relaxed);
     let began = Instant::now();

@@ -4,14 +4,11 @@
 //! while others sleep. So a worker that has more connections than another one hands a new connection over. That costs
 //! system calls and wakes the other worker, so a difference is tolerated where it hardly matters, or soon disappears.
 
-use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use socket2::SockRef;
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
 use super::context::WorkerListener;
@@ -19,6 +16,7 @@ use super::limit::ConnectionPermit;
 use super::stats::WorkerStats;
 use super::worker::WorkerCommand;
 use super::{ListenerId, Serving};
+use crate::stream::{Client, IdleStream, Stream};
 
 /// A connection that another worker has accepted. Dropping it removes it from the
 /// count of the worker that was chosen to serve it. It also resets the client: a FIN would look like a clean end.
@@ -26,19 +24,19 @@ pub(super) struct Dealt {
     pub(super) listener: ListenerId,
     /// The settings of its listener. The other worker may not have opened the listener yet, or may have closed it.
     pub(super) serving: Arc<Serving>,
-    pub(super) peer: SocketAddr,
-    connection: Option<(std::net::TcpStream, ConnectionPermit)>,
+    pub(super) peer: Client,
+    connection: Option<(IdleStream, ConnectionPermit)>,
     stats: Arc<WorkerStats>,
 }
 
 impl Dealt {
     /// The connection, for the worker that serves it. From now on, the worker counts it itself.
-    pub(super) fn serve(mut self) -> Option<(std::net::TcpStream, ConnectionPermit)> {
+    pub(super) fn serve(mut self) -> Option<(IdleStream, ConnectionPermit)> {
         self.connection.take()
     }
 
     /// The connection, which its worker does not count any more.
-    fn take(mut self) -> Option<(std::net::TcpStream, ConnectionPermit)> {
+    fn take(mut self) -> Option<(IdleStream, ConnectionPermit)> {
         self.stats.connections.fetch_sub(1, Ordering::Relaxed);
         self.connection.take()
     }
@@ -48,8 +46,7 @@ impl Drop for Dealt {
     fn drop(&mut self) {
         if let Some((client, _permit)) = &self.connection {
             self.stats.connections.fetch_sub(1, Ordering::Relaxed);
-            // Fails only on a socket that is already closed.
-            let _ = SockRef::from(client).set_linger(Some(Duration::ZERO));
+            client.reset_on_close();
         }
     }
 }
@@ -93,12 +90,12 @@ impl Dealer {
         &self,
         id: ListenerId,
         listener: &Rc<WorkerListener>,
-        client: TcpStream,
-        peer: SocketAddr,
+        client: Stream,
+        peer: Client,
         permit: ConnectionPermit,
-    ) -> Option<(TcpStream, ConnectionPermit)> {
+    ) -> Option<(Stream, ConnectionPermit)> {
         let Some(worker) = self.claim() else { return Some((client, permit)) };
-        let client = match client.into_std() {
+        let client = match client.into_idle() {
             Ok(client) => client,
             Err(error) => {
                 // The connection is lost. The system's memory is exhausted if it cannot remove a socket from a set.
@@ -116,7 +113,7 @@ impl Dealer {
         };
         // The other worker has ended, or is about to.
         let (client, permit) = dealt.take()?;
-        let client = TcpStream::from_std(client).ok()?;
+        let client = Stream::try_from(client).ok()?;
         self.keep();
         Some((client, permit))
     }

@@ -17,7 +17,9 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use super::socket::TcpOptions;
+use crate::address::Address;
 use crate::backend::{ConnectFailure, PortSearch};
+use crate::stream::Stream;
 
 /// Pause between attempts to get a descriptor, and the number of attempts: one second in total.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -32,12 +34,28 @@ const PORT_TRIES: u32 = 32;
 /// # Errors
 /// The system's error, or `ETIMEDOUT`.
 pub(super) async fn dial(
+    address: &Address,
+    timeout: Duration,
+    tcp: &TcpOptions,
+    search: &PortSearch,
+) -> io::Result<Stream> {
+    match address {
+        Address::Ip(address) => dial_tcp(*address, timeout, tcp, search).await.map(Stream::Tcp),
+        Address::Unix(path) => {
+            let connect = with_descriptor(|| Stream::connect_unix(path));
+            tokio::time::timeout(timeout, connect).await.unwrap_or_else(|_elapsed| Err(Errno::TIMEDOUT.into()))
+        }
+    }
+}
+
+async fn dial_tcp(
     address: SocketAddr,
     timeout: Duration,
     tcp: &TcpOptions,
     search: &PortSearch,
 ) -> io::Result<TcpStream> {
-    let stream = begin(address, tcp, search).await?;
+    // Starts the handshake.
+    let stream = with_descriptor(|| std::future::ready(start(address, tcp, search))).await?;
     let connected = tokio::time::timeout(timeout, stream.ready(Interest::WRITABLE | Interest::ERROR)).await;
     let ready = connected.map_err(|_elapsed| io::Error::from(Errno::TIMEDOUT))??;
     // Without an error event there is no error to fetch.
@@ -54,17 +72,17 @@ pub(super) async fn dial(
     Ok(stream)
 }
 
-/// Starts the handshake. Waits for a free descriptor if needed: a delay is better for the client than a reset.
-async fn begin(address: SocketAddr, tcp: &TcpOptions, search: &PortSearch) -> io::Result<TcpStream> {
+/// Repeats an attempt that fails for lack of a descriptor: a delay is better for the client than a reset.
+async fn with_descriptor<T, F: Future<Output = io::Result<T>>>(mut attempt: impl FnMut() -> F) -> io::Result<T> {
     for _ in 1..TRIES {
-        match start(address, tcp, search) {
+        match attempt().await {
             Err(error) if ConnectFailure::of(&error) == ConnectFailure::NoDescriptors => {
                 tokio::time::sleep(PAUSE).await;
             }
             other => return other,
         }
     }
-    start(address, tcp, search)
+    attempt().await
 }
 
 fn start(address: SocketAddr, tcp: &TcpOptions, search: &PortSearch) -> io::Result<TcpStream> {
@@ -178,7 +196,7 @@ mod tests {
     #[tokio::test]
     async fn a_crowded_search_connects_from_ports_of_its_own_choice() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
+        let address = Address::Ip(listener.local_addr().unwrap());
         let search = PortSearch::default();
         while !search.is_crowded() {
             let timer = search.begin();
@@ -188,7 +206,8 @@ mod tests {
         }
         let mut streams = Vec::new();
         for _ in 0..50 {
-            let stream = dial(address, Duration::from_secs(5), &TcpOptions::default(), &search).await.unwrap();
+            let dialed = dial(&address, Duration::from_secs(5), &TcpOptions::default(), &search).await;
+            let Stream::Tcp(stream) = dialed.unwrap() else { unreachable!() };
             streams.push(stream);
         }
         let odd = streams.iter().filter(|stream| stream.local_addr().unwrap().port() % 2 == 1).count();

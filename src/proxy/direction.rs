@@ -12,11 +12,11 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf as _, BytesMut};
 use rustix::io::Errno;
 use tokio::io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf};
-use tokio::net::TcpStream;
 
 use super::context::Traffic;
 use super::context::Worker;
 use super::pipe::Pipe;
+use crate::stream::Stream;
 
 /// Consecutive large reads after which a direction starts splicing.
 const LARGE_READS: u8 = 4;
@@ -94,8 +94,8 @@ impl Direction {
     pub(super) fn poll(
         &mut self,
         cx: &mut Context<'_>,
-        source: &mut TcpStream,
-        sink: &mut TcpStream,
+        source: &mut Stream,
+        sink: &mut Stream,
         worker: &Worker,
         traffic: &Traffic,
         is_last: bool,
@@ -162,7 +162,7 @@ impl Direction {
     fn flush(
         &mut self,
         cx: &mut Context<'_>,
-        sink: &mut TcpStream,
+        sink: &mut Stream,
         worker: &Worker,
         traffic: &Traffic,
     ) -> Poll<io::Result<()>> {
@@ -195,8 +195,8 @@ impl Direction {
     fn copy(
         &mut self,
         cx: &mut Context<'_>,
-        source: &mut TcpStream,
-        sink: &mut TcpStream,
+        source: &mut Stream,
+        sink: &mut Stream,
         worker: &Worker,
         traffic: &Traffic,
     ) -> Poll<Result<Read, Broken>> {
@@ -211,8 +211,7 @@ impl Direction {
         }
         if !self.is_nodelay && traffic.total() > 0 {
             self.is_nodelay = true;
-            // Fails only on a socket that is already closed.
-            let _ = sink.set_nodelay(true);
+            sink.set_nodelay();
         }
         let written = match Pin::new(sink).poll_write(cx, bytes) {
             Poll::Ready(Ok(written)) => written,
@@ -232,7 +231,7 @@ impl Direction {
     }
 
     /// Splices once into a pipe, which is held until it is drained.
-    fn splice(&mut self, cx: &mut Context<'_>, source: &TcpStream, worker: &Worker) -> Poll<io::Result<Read>> {
+    fn splice(&mut self, cx: &mut Context<'_>, source: &Stream, worker: &Worker) -> Poll<io::Result<Read>> {
         ready!(source.poll_read_ready(cx))?;
         let Some(mut pipe) = worker.pipes.borrow_mut().take() else {
             self.path = Path::Copy;

@@ -11,12 +11,14 @@
 //! - [`direction`], [`pipe`], [`write_backlog`]: one half of a relay, and the pipes and buffers that it uses
 //! - [`worker`], [`timeouts`]: a worker's thread, and its timeout task with a coarse clock
 //! - [`context`], [`stats`]: state shared by the connections of one worker, and counters shared by all workers
+//! - [`not_served`]: a client's connection until it has a backend
 //! - [`limit`], [`source_limits`]: connection limits of the process and its listeners, and of single source addresses
-//! - [`socket`]: listening sockets and TCP options
+//! - [`listening`]: listening sockets of both families; [`socket`]: those of TCP, and TCP options
 //! - [`access_log`]: one log line per connection
 
 pub mod access_log;
 pub mod key;
+pub mod listening;
 pub mod socket;
 pub mod stats;
 
@@ -29,6 +31,7 @@ mod deal;
 mod dial;
 mod direction;
 mod limit;
+mod not_served;
 mod pipe;
 mod relay;
 mod route;
@@ -39,7 +42,6 @@ mod worker;
 mod write_backlog;
 
 use std::io;
-use std::net::TcpListener;
 use std::sync::Arc;
 
 use ::metrics::Histogram;
@@ -50,11 +52,13 @@ use self::access_log::AccessLog;
 pub use self::connect::{Connected, connect};
 use self::deal::Peer;
 pub use self::limit::{ConnectionPermit, Limit};
+use self::listening::ListeningSocket;
 pub use self::route::{Reports, Route};
 use self::socket::TcpOptions;
 pub use self::source_limits::{SourceLimits, Sources};
 use self::stats::{ListenerStats, WorkerStats};
 use self::worker::{Setup, WorkerCommand};
+use crate::stream::{Client, IdleStream};
 
 /// Settings of the data plane, shared by all workers.
 #[derive(Debug, Clone, Copy)]
@@ -115,7 +119,9 @@ pub struct Intercept {
 #[derive(Debug)]
 pub struct Intercepted {
     /// The client's socket in non-blocking mode, with no bytes read.
-    pub stream: std::net::TcpStream,
+    pub stream: IdleStream,
+    /// Who is at its other end.
+    pub peer: Client,
     /// The connection's permit under `max_connections`; keep it as long as the stream.
     pub permit: ConnectionPermit,
 }
@@ -188,7 +194,7 @@ impl Proxy {
     }
 
     /// Starts accepting on `sockets`. Worker `n` takes the sockets `n`, `n + workers` and so on.
-    pub fn open(&mut self, sockets: Vec<TcpListener>, serving: &Serving) -> ListenerId {
+    pub fn open(&mut self, sockets: Vec<ListeningSocket>, serving: &Serving) -> ListenerId {
         self.next_listener += 1;
         let (id, serving) = (ListenerId(self.next_listener), Arc::new(serving.clone()));
         for (socket, worker) in std::iter::zip(sockets, self.workers.iter().cycle()) {

@@ -8,19 +8,17 @@ use std::task::{Context, Poll, ready};
 
 use rustix::io::Errno;
 use socket2::SockRef;
-use tokio::io::Interest;
-use tokio::net::TcpStream;
 
 use super::context::{KeepaliveState, Progress};
 use super::direction::{Broken, Direction};
-use super::socket::reset_on_close;
 use super::stats::EndReason;
+use crate::stream::Stream;
 
 /// Relays until both sides have ended, one side breaks, or the timeout task ends the connection. The output is the
 /// reason. The future is hand-written: an `async fn` would store its arguments twice in every idle connection.
 pub(super) struct Relay {
-    client: TcpStream,
-    backend: TcpStream,
+    client: Stream,
+    backend: Stream,
     /// Client to backend.
     up: Direction,
     /// Backend to client.
@@ -44,7 +42,7 @@ enum Side {
 }
 
 impl Relay {
-    pub(super) fn new(client: TcpStream, backend: TcpStream, progress: Rc<Progress>) -> Self {
+    pub(super) fn new(client: Stream, backend: Stream, progress: Rc<Progress>) -> Self {
         let (up, down) = (Direction::default(), Direction::to_accepted());
         Self { client, backend, up, down, breaking: None, end: EndReason::Dropped, progress }
     }
@@ -67,8 +65,10 @@ impl Relay {
         }
         if progress.keepalive.get() == KeepaliveState::Due {
             progress.keepalive.set(KeepaliveState::On);
-            // Fails only on a socket that is already closed.
-            let _ = progress.listener.serving.tcp.enable_keepalive(&SockRef::from(&self.backend));
+            if let Stream::Tcp(backend) = &self.backend {
+                // Fails only on a socket that is already closed.
+                let _ = progress.listener.serving.tcp.enable_keepalive(&SockRef::from(backend));
+            }
         }
         let before = self.activity();
         let polled = self.poll_directions(cx);
@@ -95,14 +95,7 @@ impl Relay {
     /// Checks for a broken side that no read or write would notice: the relay does not read a stream that has ended or
     /// that waits for its sink.
     fn inspect(&self) -> Option<EndReason> {
-        let of = |side, stream: &TcpStream| {
-            // Without an error event nothing has broken. The check of the event takes no system call.
-            stream.try_io(Interest::ERROR, || Ok(())).ok()?;
-            // A socket with a peer is alive: its error is temporary, and TCP recovers. A socket without a peer may have
-            // ended cleanly on both sides while it still holds unread bytes.
-            stream.peer_addr().err()?;
-            stream.take_error().ok().flatten().map(|error| reason(side, &error))
-        };
+        let of = |side, stream: &Stream| stream.broken().map(|error| reason(side, &error));
         of(Side::Client, &self.client).or_else(|| of(Side::Backend, &self.backend))
     }
 
@@ -170,10 +163,10 @@ impl Drop for Relay {
         let gave_up = self.end.is_by_ringway();
         let is_whole = |direction: &Direction| self.end == EndReason::Finished || gave_up && direction.has_ended();
         if !is_whole(&self.up) {
-            reset_on_close(&self.backend);
+            self.backend.reset_on_close();
         }
         if !is_whole(&self.down) {
-            reset_on_close(&self.client);
+            self.client.reset_on_close();
         }
     }
 }

@@ -2,22 +2,21 @@
 
 use std::rc::Rc;
 
-use tokio::net::TcpStream;
-
 use super::account::{Account, Outcome};
 use super::admit::admit;
 use super::connect::connect;
 use super::key::Key;
+use super::not_served::NotServed;
 use super::relay::Relay;
-use super::socket::NotServed;
 use super::stats::EndReason;
+use crate::stream::Stream;
 
 /// Serves one accepted connection.
 ///
 /// There can be tens of thousands of idle connections, and each keeps this future for hours. So the future stores only
 /// the relay and the account, each once. The earlier stages are boxed and freed when they end. This is not an
 /// `async fn`, which would also store its arguments.
-pub(super) fn serve_connection(client: TcpStream, mut account: Account) -> impl Future<Output = ()> {
+pub(super) fn serve_connection(client: Stream, mut account: Account) -> impl Future<Output = ()> {
     // Not in the future: it may be dropped before its first poll.
     let client = NotServed::new(client);
     let connecting = Box::pin(async move {

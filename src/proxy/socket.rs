@@ -6,8 +6,6 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, TcpKeepalive, Type};
-use tokio::io::Interest;
-use tokio::net::TcpStream;
 
 /// TCP options of both sides of a connection. `TCP_NODELAY` is on from the second write at the latest, because the relay
 /// writes all bytes at once.
@@ -62,44 +60,6 @@ impl TcpOptions {
     }
 }
 
-/// A client's connection that is not served yet. Dropping it, even in a panic or at the end of the runtime, resets it, so
-/// no client takes it for a clean end.
-pub(super) struct NotServed(Option<TcpStream>);
-
-impl NotServed {
-    pub(super) fn new(client: TcpStream) -> Self {
-        Self(Some(client))
-    }
-
-    pub(super) fn stream(&self) -> &TcpStream {
-        // Only `serve` takes the stream, and it consumes `self`.
-        self.0.as_ref().unwrap_or_else(|| unreachable!("the stream was taken"))
-    }
-
-    /// The stream, which from now on ends as its new owner ends it.
-    pub(super) fn serve(mut self) -> TcpStream {
-        self.0.take().unwrap_or_else(|| unreachable!("the stream was taken"))
-    }
-
-    /// Waits until the client resets the connection or is lost. The end of its stream is not enough: it may wait for an
-    /// answer.
-    pub(super) async fn is_reset(&self) {
-        let stream = self.stream();
-        // A socket with a peer is alive: its error is temporary.
-        if stream.ready(Interest::ERROR).await.is_ok() && stream.peer_addr().is_ok() {
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
-impl Drop for NotServed {
-    fn drop(&mut self) {
-        if let Some(stream) = &self.0 {
-            reset_on_close(stream);
-        }
-    }
-}
-
 /// Which sockets may have an address that overlaps with the one to bind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Beside {
@@ -151,32 +111,18 @@ pub fn listen(
     Ok(sockets)
 }
 
-/// Adopts listening sockets that another process has bound, and returns at least one per worker (`count`). If there
-/// are fewer sockets than workers, workers share them. A new sibling would get its own queue, and the connections in it
-/// would be lost when the sibling closes.
+/// Prepares a listening socket that another process has opened.
 ///
 /// # Errors
 /// The system's error from a socket call.
-pub fn adopt(
-    mut sockets: Vec<TcpListener>,
-    count: usize,
-    backlog: i32,
-    options: &TcpOptions,
-) -> io::Result<Vec<TcpListener>> {
-    for socket in &sockets {
-        socket.set_nonblocking(true)?;
-        let socket = SockRef::from(socket);
-        reset(&socket, options)?;
-        // An older Ringway has set it.
-        socket.set_linger(None)?;
-        take_back(&socket)?;
-        socket.listen(backlog)?;
-    }
-    let own = sockets.len().max(1);
-    for n in sockets.len()..count {
-        sockets.push(sockets[n % own].try_clone()?);
-    }
-    Ok(sockets)
+pub fn prepare(socket: &TcpListener, backlog: i32, options: &TcpOptions) -> io::Result<()> {
+    socket.set_nonblocking(true)?;
+    let socket = SockRef::from(socket);
+    reset(&socket, options)?;
+    // An older Ringway has set it.
+    socket.set_linger(None)?;
+    take_back(&socket)?;
+    socket.listen(backlog)
 }
 
 /// Makes a listening socket ignore new clients, while the connections that wait on it can still be accepted. A client tries
@@ -247,12 +193,6 @@ fn reset(socket: &SockRef<'_>, options: &TcpOptions) -> io::Result<()> {
     options.apply(socket)
 }
 
-/// Makes closing the socket discard the queued bytes and send RST.
-pub(super) fn reset_on_close(stream: &TcpStream) {
-    // Fails only on a socket that is already closed.
-    let _ = stream.set_zero_linger();
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -313,7 +253,7 @@ mod tests {
         sockets[0].set_nonblocking(true).unwrap();
         assert_eq!(sockets[0].accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
         // Who adopts the socket gets clients.
-        let sockets = adopt(sockets, 1, 16, &OPTIONS).unwrap();
+        prepare(&sockets[0], 16, &OPTIONS).unwrap();
         let again = std::net::TcpStream::connect(address).unwrap();
         sockets[0].set_nonblocking(false).unwrap();
         assert_eq!(sockets[0].accept().unwrap().1, again.local_addr().unwrap());

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
+use super::key::{Key, KeyKind};
 use super::stats::RefusalReason;
+use crate::stream::Client;
 
 /// Number of shards. Each has its own lock, so workers seldom wait for each other.
 const SHARDS: usize = 64;
@@ -75,7 +77,7 @@ impl Sources {
     }
 
     /// Admits a connection, or refuses it if its source exceeds a limit; `Ok(None)`: admitted, but not tracked.
-    pub(super) fn admit(self: &Arc<Self>, source: IpAddr, now: Instant) -> Result<Option<SourcePermit>, RefusalReason> {
+    pub(super) fn admit(self: &Arc<Self>, source: Client, now: Instant) -> Result<Option<SourcePermit>, RefusalReason> {
         let source = source_of(source);
         let limits = **self.limits.load();
         let mut shard = self.shard(source);
@@ -122,9 +124,12 @@ impl Drop for SourcePermit {
 }
 
 /// The hash of an IPv4 address, or of an IPv6 address's /64, which one host usually owns. Hashing fills the shards
-/// evenly. Two sources with the same 64-bit hash share their limits.
-fn source_of(ip: IpAddr) -> u64 {
-    match ip.to_canonical() {
+/// evenly. Two sources with the same 64-bit hash share their limits. On a Unix socket, the user is the source.
+fn source_of(client: Client) -> u64 {
+    let Client::Ip(address) = client else {
+        return seahash::hash(Key::of(KeyKind::SourceIp, client).as_bytes());
+    };
+    match address.ip().to_canonical() {
         IpAddr::V4(ip) => seahash::hash(&ip.octets()),
         IpAddr::V6(ip) => seahash::hash(&ip.octets()[..8]),
     }
@@ -138,8 +143,12 @@ mod tests {
         Arc::new(Sources::new(SourceLimits { max_connections, rate }))
     }
 
-    fn ip(text: &str) -> IpAddr {
-        text.parse().unwrap()
+    fn ip(text: &str) -> Client {
+        Client::Ip((text.parse::<IpAddr>().unwrap(), 1).into())
+    }
+
+    fn v4(n: u32) -> Client {
+        Client::Ip((IpAddr::V4(n.into()), 1).into())
     }
 
     #[test]
@@ -177,7 +186,7 @@ mod tests {
         let (sources, now) = (sources(1, Some((1, 1))), Instant::now());
         let _permit = sources.admit(ip("192.0.2.1"), now).unwrap();
         for n in 0..2 * (SHARDS * MOST_IN_SHARD) as u32 {
-            let _ = sources.admit(IpAddr::V4(n.into()), now);
+            let _ = sources.admit(v4(n), now);
         }
         let known = |sources: &Sources| sources.shards.iter().map(|shard| shard.lock().unwrap().len()).sum::<usize>();
         assert!(known(&sources) <= SHARDS * MOST_IN_SHARD);
@@ -185,7 +194,7 @@ mod tests {
         assert!(sources.admit(ip("192.0.2.1"), now).is_err());
         let later = now + Duration::from_secs(2);
         let before = sources.untracked();
-        assert!((0..1000_u32).all(|n| sources.admit(IpAddr::V4((n | 0xf000_0000).into()), later).is_ok()));
+        assert!((0..1000_u32).all(|n| sources.admit(v4(n | 0xf000_0000), later).is_ok()));
         assert_eq!(sources.untracked(), before, "idle sources make room for new ones");
     }
 }

@@ -7,21 +7,21 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use super::accept::{Acceptor, accept, spawn_connection};
+use super::accept::{AcceptSocket, Acceptor, accept, spawn_connection};
 use super::context::{Worker, WorkerListener};
 use super::deal::{Dealer, Dealt, Peer};
 use super::limit::Limit;
+use super::listening::ListeningSocket;
 use super::pipe::PipePool;
-use super::socket::reconfigure;
 use super::stats::WorkerStats;
 use super::write_backlog::WriteBacklog;
 use super::{ListenerId, Serving, timeouts};
+use crate::stream::Stream;
 
 /// Extra time after the last drain deadline for connections that are still connecting.
 const LEAVE: Duration = Duration::from_secs(1);
@@ -48,7 +48,7 @@ pub(super) struct Setup {
 /// A command to a running worker.
 pub(super) enum WorkerCommand {
     /// Accept on this socket.
-    Open(ListenerId, std::net::TcpListener, Arc<Serving>),
+    Open(ListenerId, ListeningSocket, Arc<Serving>),
     /// Serve new connections with these settings; open connections keep theirs.
     Update(ListenerId, Arc<Serving>),
     /// Serve a connection that another worker has accepted.
@@ -172,13 +172,13 @@ impl Listeners {
     fn open(
         &mut self,
         id: ListenerId,
-        socket: std::net::TcpListener,
+        socket: ListeningSocket,
         serving: Arc<Serving>,
         stop: &CancellationToken,
     ) -> io::Result<impl Future<Output = ()> + use<>> {
         let acceptor = Rc::new(Acceptor {
             id,
-            socket: TcpListener::from_std(socket)?,
+            socket: AcceptSocket::try_from(socket)?,
             listener: RefCell::new(self.listener(serving)),
         });
         let close = stop.child_token();
@@ -197,7 +197,7 @@ impl Listeners {
         let listener = known.unwrap_or_else(|| self.listener(Arc::clone(&dealt.serving)));
         let peer = dealt.peer;
         let Some((client, permit)) = dealt.serve() else { return };
-        match TcpStream::from_std(client) {
+        match Stream::try_from(client) {
             Ok(client) => spawn_connection(&self.sessions, client, peer, permit, listener),
             Err(error) => {
                 tracing::debug!(%error, "cannot serve a connection that was handed over");
@@ -209,7 +209,7 @@ impl Listeners {
     fn update(&mut self, id: ListenerId, serving: Arc<Serving>) -> io::Result<()> {
         let listener = self.listener(serving);
         for (_, acceptor, _) in self.acceptors.iter().filter(|(other, ..)| *other == id) {
-            reconfigure(&acceptor.socket, &listener.serving.tcp, listener.serving.backlog)?;
+            acceptor.socket.reconfigure(&listener.serving.tcp, listener.serving.backlog)?;
             acceptor.listener.replace(Rc::clone(&listener));
         }
         self.set_tick();

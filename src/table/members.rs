@@ -52,7 +52,7 @@ impl Members {
     pub fn set(&mut self, position: usize, backend: Backend) {
         self.note(position, false);
         let before = &mut Arc::make_mut(&mut self.chunks[position / CHUNK])[position % CHUNK];
-        let is_elsewhere = (before.address, before.incarnation) != (backend.address, backend.incarnation);
+        let is_elsewhere = (&before.address, before.incarnation) != (&backend.address, backend.incarnation);
         *before = backend;
         self.roster += u64::from(is_elsewhere);
         self.note(position, true);

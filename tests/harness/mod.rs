@@ -74,7 +74,7 @@ impl Ringway {
 
     /// The address of the first listener.
     pub(crate) fn web(&self) -> SocketAddr {
-        let mut address = self.state().listeners[0].address;
+        let mut address = self.state().listeners[0].address.ip().expect("the first listener has an IP address");
         if address.ip().is_unspecified() {
             address.set_ip([127, 0, 0, 1].into());
         }

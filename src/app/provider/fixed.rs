@@ -2,19 +2,20 @@
 
 use std::collections::HashSet;
 use std::io;
-use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
 use super::source::{Boxed, Prepared, Source, Update};
+use crate::address::Address;
 use crate::app::StartError;
 use crate::app::context::PoolContext;
 use crate::app::tasks::until;
 use crate::config::{self, Config, StaticBackend};
 use crate::control::Event;
 use crate::control::provider::Listed;
+use crate::control::provider::Location;
 use crate::control::provider::names::{Addresses, Name, SharedAddresses, follow, resolve_all};
 
 /// The addresses of the backends, and where the task that repeats look-ups finds their names.
@@ -37,7 +38,7 @@ pub(super) async fn prepare(
     for backend in backends {
         let id: Arc<str> = backend.id.as_str().into();
         known.push(Event::Joined { id: Arc::clone(&id), weight: backend.weight });
-        known.extend(addresses.get(&id).map(|&address| Event::Started { id, address, replica: None }));
+        known.extend(addresses.get(&id).map(|address| Event::Started { id, address: address.clone(), replica: None }));
     }
     let addresses = Arc::new(Mutex::new(addresses));
     let (sender, names) = watch::channel(names(backends));
@@ -65,10 +66,9 @@ impl Source for Fixed {
             let (old, new) = (old.unwrap_or_default(), new.unwrap_or_default());
             // A name that did not change keeps its address while the name server is away.
             let kept = |backend: &StaticBackend| {
-                let same =
-                    |old: &&StaticBackend| old.id == backend.id && old.host == backend.host && old.port == backend.port;
+                let same = |old: &&StaticBackend| old.id == backend.id && old.location == backend.location;
                 let addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
-                old.iter().find(same).map(|old| addresses.get(&*old.id).copied())
+                old.iter().find(same).map(|old| addresses.get(&*old.id).cloned())
             };
             resolve(key_path, new, |_| false, kept).await
         })
@@ -98,16 +98,16 @@ fn changed_backends(
     for backend in backends {
         let id: Arc<str> = backend.id.as_str().into();
         events.push(Event::Joined { id: Arc::clone(&id), weight: backend.weight });
-        let address: Option<SocketAddr> = found.get(&id).copied();
-        if let Some(address) = address.filter(|address| known.get(&id) != Some(address)) {
-            events.push(Event::Started { id, address, replica: None });
+        let address = found.get(&id);
+        if let Some(address) = address.filter(|&address| known.get(&id) != Some(address)) {
+            events.push(Event::Started { id, address: address.clone(), replica: None });
         }
     }
     events
 }
 
 fn name(backend: &StaticBackend) -> Name {
-    Name { id: backend.id.as_str().into(), host: backend.host.clone(), port: backend.port }
+    Name { id: backend.id.as_str().into(), location: backend.location.clone() }
 }
 
 fn names(backends: &[StaticBackend]) -> Vec<Name> {
@@ -120,7 +120,7 @@ async fn resolve(
     key_path: &str,
     backends: &[StaticBackend],
     may_miss: impl Fn(usize) -> bool,
-    kept: impl Fn(&StaticBackend) -> Option<Option<SocketAddr>>,
+    kept: impl Fn(&StaticBackend) -> Option<Option<Address>>,
 ) -> Result<Addresses, StartError> {
     let results = resolve_all(&names(backends)).await;
     let resolved = results.iter().filter(|result| result.is_ok()).count();
@@ -158,10 +158,12 @@ pub async fn unknown_names(config: &Config) -> Vec<StartError> {
 
 fn unresolved(key_path: &str, n: usize, backend: &StaticBackend, error: io::Error) -> StartError {
     let key_path = format!("{key_path}.provider.static[{n}].address");
-    StartError::Resolve { key_path, host: backend.host.clone(), error }
+    // Only host names need a look-up.
+    let host = if let Location::Host { host, .. } = &backend.location { host.clone() } else { String::new() };
+    StartError::Resolve { key_path, host, error }
 }
 
 /// Converts a backend that a command adds into the form of the config.
 pub(in crate::app) fn listed(backend: Listed) -> StaticBackend {
-    StaticBackend { id: backend.id.to_string(), host: backend.host, port: backend.port, weight: backend.weight }
+    StaticBackend { id: backend.id.to_string(), location: backend.location, weight: backend.weight }
 }

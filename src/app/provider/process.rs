@@ -11,7 +11,7 @@ use crate::app::{Environment, StartError};
 use crate::config::{self, Provider};
 use crate::control::Event;
 use crate::control::provider::names::Addresses;
-use crate::control::supervisor::handover::{Handed, Handover, Spec};
+use crate::control::supervisor::handover::{Handed, Handover};
 use crate::control::supervisor::process::{Ports, Settings, is_runnable, supervise};
 
 /// The channels to the supervisor.
@@ -31,7 +31,8 @@ pub(super) fn prepare(
 ) -> Result<Prepared, StartError> {
     let key_path = format!("{key_path}.provider.process");
     check_program(&key_path, process)?;
-    let ports = Ports::reserve(&pool.name, process.ports, process.replicas as usize, &taken_over)
+    let slots = if process.spec.uses_sockets() { 0 } else { process.replicas as usize };
+    let ports = Ports::reserve(&pool.name, process.ports, slots, &taken_over)
         .map_err(|error| StartError::NoPorts { key_path: format!("{key_path}.ports"), error })?;
     let (sender, settings) = watch::channel(settings(pool, process, changes, context.environment));
     let (handovers, resting) = resting(context);
@@ -54,7 +55,7 @@ impl Source for Processes {
         new: &'a config::Pool,
     ) -> Boxed<'a, Result<Addresses, StartError>> {
         let checked = match (&old.provider, &new.provider) {
-            (Provider::Process(old), Provider::Process(new)) if old.command != new.command || old.env != new.env => {
+            (Provider::Process(old), Provider::Process(new)) if old.spec != new.spec => {
                 check_program(&format!("{key_path}.provider.process"), new)
             }
             _ => Ok(()),
@@ -81,7 +82,7 @@ impl Source for Processes {
 fn settings(pool: &config::Pool, process: &config::Process, changes: &OfPool, environment: &Environment) -> Settings {
     Settings {
         slots: slot_settings(pool, process.replicas, process.restart, changes),
-        spec: Arc::new(Spec { command: process.command.clone(), env: process.env.clone() }),
+        spec: Arc::new(process.spec.clone()),
         stop_grace: process.stop_grace,
         launcher: environment.executable.clone(),
         open_files: environment.replica_open_files,
@@ -89,9 +90,9 @@ fn settings(pool: &config::Pool, process: &config::Process, changes: &OfPool, en
 }
 
 fn check_program(key_path: &str, process: &config::Process) -> Result<(), StartError> {
-    let program = process.command.first().map_or("", String::as_str);
+    let program = process.spec.command.first().map_or("", String::as_str);
     // With a placeholder in the program or another PATH, only the start can show whether the program exists.
-    let is_known = !program.contains('{') && !process.env.iter().any(|(name, _)| name == "PATH");
+    let is_known = !program.contains('{') && !process.spec.env.iter().any(|(name, _)| name == "PATH");
     if is_known && !is_runnable(program) {
         return Err(StartError::NoProgram { key_path: format!("{key_path}.command"), program: program.to_owned() });
     }

@@ -10,11 +10,13 @@ use std::time::Duration;
 use hyper::Uri;
 use rustix::net::sockopt::set_tcp_quickack;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::TcpSocket;
 
 use super::http;
+use crate::address::Address;
 use crate::backend::ConnectFailure;
 use crate::labels::Label as _;
+use crate::stream::Stream;
 
 /// Most bytes of an answer that a check reads.
 pub(super) const MOST_READ: usize = 1024 * 1024;
@@ -31,14 +33,15 @@ const PARTS: u32 = 8;
 pub struct Check {
     /// What the check sends and expects.
     pub kind: Kind,
-    /// Port to check; `None`: the backend's own port.
+    /// Port to check; `None`: the backend's own port. A Unix socket has none.
     pub port: Option<u16>,
 }
 
 /// What a check sends and expects.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
-    /// Lets the kernel connect, and resets the connection before the server accepts it.
+    /// Lets the kernel connect, and resets the connection before the server accepts it. The server of a Unix socket accepts
+    /// it, and finds it closed.
     Tcp,
     /// Sends an HTTP `GET`.
     Http(Http),
@@ -51,7 +54,7 @@ pub enum Kind {
 pub struct Http {
     /// Path and query.
     pub path: Uri,
-    /// The header `host`; `None`: the backend's address.
+    /// The header `host`; `None`: the backend's address, or `localhost` for a Unix socket.
     pub host: Option<String>,
     /// Statuses that pass.
     pub status: RangeInclusive<u16>,
@@ -86,13 +89,13 @@ pub(super) enum Outcome {
 
 impl Check {
     /// Checks the backend at `address`, for at most `timeout`.
-    pub(super) async fn run(&self, address: SocketAddr, timeout: Duration) -> Outcome {
-        let address = self.port.map_or(address, |port| SocketAddr::new(address.ip(), port));
-        let checked = within(timeout, self.check(address)).await;
+    pub(super) async fn run(&self, address: &Address, timeout: Duration) -> Outcome {
+        let elsewhere = address.ip().zip(self.port).map(|(ip, port)| Address::Ip(SocketAddr::new(ip.ip(), port)));
+        let checked = within(timeout, self.check(elsewhere.as_ref().unwrap_or(address))).await;
         checked.unwrap_or_else(|| Outcome::Failed(ConnectFailure::Timeout.as_str().into()))
     }
 
-    async fn check(&self, address: SocketAddr) -> Outcome {
+    async fn check(&self, address: &Address) -> Outcome {
         let stream = match self.kind.connect(address).await {
             Ok(stream) => stream,
             Err(error) => {
@@ -104,14 +107,9 @@ impl Check {
                 };
             }
         };
-        // The system may pick a port on which nobody listens as our own source port: TCP then connects to itself.
-        if stream.local_addr().ok() == Some(address) {
-            return Outcome::Failed(ConnectFailure::Refused.as_str().into());
-        }
         let result = match &self.kind {
             Kind::Tcp => {
-                // Fails only on a socket that is already closed.
-                let _ = stream.set_zero_linger();
+                stream.reset_on_close();
                 Ok(())
             }
             Kind::Http(http) => http::speak(http, stream, address).await,
@@ -125,7 +123,11 @@ impl Check {
 }
 
 impl Kind {
-    async fn connect(&self, address: SocketAddr) -> io::Result<TcpStream> {
+    async fn connect(&self, address: &Address) -> io::Result<Stream> {
+        let address = match address {
+            Address::Ip(address) => *address,
+            Address::Unix(path) => return Stream::connect_unix(path).await,
+        };
         let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
         if *self == Self::Tcp {
             // The kernel then delays the last packet of the handshake (tcp(7), TCP_QUICKACK), and the check's reset comes
@@ -133,7 +135,12 @@ impl Kind {
             // HAProxy's checks do the same.
             let _ = set_tcp_quickack(&socket, false);
         }
-        socket.connect(address).await
+        let stream = socket.connect(address).await?;
+        // The system may pick a port on which nobody listens as our own source port: TCP then connects to itself.
+        if stream.local_addr().ok() == Some(address) {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        Ok(Stream::Tcp(stream))
     }
 }
 
@@ -151,7 +158,7 @@ async fn within<T>(timeout: Duration, check: impl Future<Output = T>) -> Option<
 }
 
 impl Expect {
-    async fn speak(&self, mut stream: TcpStream) -> Result<(), Reason> {
+    async fn speak(&self, mut stream: Stream) -> Result<(), Reason> {
         let broke = |error: std::io::Error| -> Reason { error.to_string().into() };
         stream.write_all(&self.send).await.map_err(broke)?;
         let mut answer = Vec::new();
@@ -187,7 +194,7 @@ pub(super) fn start_of(answer: &[u8]) -> String {
 }
 
 /// Closes gracefully: sends our end of stream, reads what the server still sends, then closes the socket.
-pub(super) async fn part(mut stream: TcpStream) {
+pub(super) async fn part(mut stream: Stream) {
     let _ = tokio::time::timeout(PARTING, async {
         stream.shutdown().await?;
         let mut rest = vec![0; 4096];
@@ -205,7 +212,7 @@ mod tests {
     #[tokio::test]
     async fn a_check_is_not_late_because_its_thread_was() {
         let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = server.local_addr().unwrap();
+        let address = Address::Ip(server.local_addr().unwrap());
         std::thread::spawn(move || {
             use std::io::{Read as _, Write as _};
             let (mut stream, _) = server.accept().unwrap();
@@ -220,7 +227,7 @@ mod tests {
             tokio::task::yield_now().await;
             std::thread::sleep(Duration::from_secs(1));
         };
-        let (outcome, ()) = tokio::join!(check.run(address, Duration::from_millis(400)), starve);
+        let (outcome, ()) = tokio::join!(check.run(&address, Duration::from_millis(400)), starve);
         assert!(matches!(outcome, Outcome::Passed), "{outcome:?}");
     }
 
@@ -230,7 +237,7 @@ mod tests {
         let expect = Expect { send: Vec::new(), expect: b"x".to_vec(), is_prefix: true };
         let check = Check { kind: Kind::Expect(expect), port: None };
         let began = std::time::Instant::now();
-        let outcome = check.run(silent.local_addr().unwrap(), Duration::from_millis(80)).await;
+        let outcome = check.run(&Address::Ip(silent.local_addr().unwrap()), Duration::from_millis(80)).await;
         assert!(matches!(outcome, Outcome::Failed(ref reason) if reason == "timeout"), "{outcome:?}");
         assert!(began.elapsed() >= Duration::from_millis(80));
     }

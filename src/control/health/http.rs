@@ -1,11 +1,10 @@
 //! The HTTP check: sends a `GET`, and reads as little of the answer as decides.
 
-use std::net::SocketAddr;
-
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 
 use super::check::{Http, MOST_READ, Reason, contains, part, start_of};
+use crate::address::Address;
+use crate::stream::Stream;
 
 /// Longest status line in bytes.
 const LONGEST_STATUS_LINE: usize = 4096;
@@ -14,7 +13,7 @@ const LONGEST_STATUS_LINE: usize = 4096;
 const LONGEST_HEAD: usize = 64 * 1024;
 
 /// Speaks to the server. The error is a short reason.
-pub(super) async fn speak(http: &Http, mut stream: TcpStream, address: SocketAddr) -> Result<(), Reason> {
+pub(super) async fn speak(http: &Http, mut stream: Stream, address: &Address) -> Result<(), Reason> {
     let request = request(http, address);
     // A server may answer and close without reading the request. Its answer counts all the same.
     let written = stream.write_all(request.as_bytes()).await;
@@ -35,8 +34,8 @@ pub(super) async fn speak(http: &Http, mut stream: TcpStream, address: SocketAdd
     result
 }
 
-fn request(http: &Http, address: SocketAddr) -> String {
-    let host = http.host.clone().unwrap_or_else(|| address.to_string());
+fn request(http: &Http, address: &Address) -> String {
+    let host = http.host.clone().unwrap_or_else(|| address.ip().map_or("localhost".to_owned(), |ip| ip.to_string()));
     let (path, version) = (&http.path, env!("CARGO_PKG_VERSION"));
     format!(
         "GET {path} HTTP/1.1\r\nhost: {host}\r\nuser-agent: ringway/{version}\r\naccept: */*\r\nconnection: close\r\n\r\n"

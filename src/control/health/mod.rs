@@ -14,7 +14,6 @@ mod not_done;
 mod rise_fall;
 mod schedule;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -26,6 +25,7 @@ pub use self::check::{Check, Expect, Http, Kind};
 pub use self::not_done::NotDone;
 use self::schedule::{Schedule, Ticket};
 use super::Event;
+use crate::address::Address;
 use crate::table::TableCell;
 
 /// Checks that start in one turn.
@@ -119,12 +119,12 @@ pub async fn check_all(
     }
 }
 
-async fn check(ticket: Ticket, address: SocketAddr, settings: Arc<Settings>) -> (Ticket, Outcome) {
-    let outcome = settings.check.run(address, settings.timeout).await;
+async fn check(ticket: Ticket, address: Address, settings: Arc<Settings>) -> (Ticket, Outcome) {
+    let outcome = settings.check.run(&address, settings.timeout).await;
     (ticket, outcome)
 }
 
 /// Whether a server accepts connections at this address, found out without a trace in its logs.
-pub(super) async fn accepts(address: SocketAddr, timeout: Duration) -> bool {
+pub(super) async fn accepts(address: &Address, timeout: Duration) -> bool {
     matches!(Check { kind: Kind::Tcp, port: None }.run(address, timeout).await, Outcome::Passed)
 }

@@ -2,7 +2,6 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -10,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::Settings;
 use super::check::Outcome;
 use super::rise_fall::RiseFall;
+use crate::address::Address;
 use crate::backend::{Backend, Live, State};
 use crate::control::Event;
 use crate::table::Members;
@@ -42,7 +42,7 @@ pub(super) struct Ticket {
 struct Subject {
     number: u64,
     incarnation: u64,
-    address: SocketAddr,
+    address: Address,
     live: Arc<Live>,
     rise_fall: RiseFall,
     since: Instant,
@@ -60,7 +60,7 @@ impl Schedule {
         }
         let mut before = std::mem::take(&mut self.subjects);
         for backend in members {
-            let Some(address) = backend.address else { continue };
+            let Some(address) = &backend.address else { continue };
             let known = before.remove(&backend.id).filter(|subject| subject.incarnation == backend.incarnation);
             let subject = known.unwrap_or_else(|| {
                 self.number += 1;
@@ -78,11 +78,11 @@ impl Schedule {
     }
 
     /// Takes a check that is due, and returns the address to check.
-    pub(super) fn start(&mut self, now: Instant) -> Option<(Ticket, SocketAddr)> {
+    pub(super) fn start(&mut self, now: Instant) -> Option<(Ticket, Address)> {
         while self.next().is_some_and(|at| at <= now) {
             let Reverse((_, ticket)) = self.due.pop()?;
             if let Some(subject) = self.subjects.get(&ticket.id).filter(|subject| subject.number == ticket.number) {
-                return Some((ticket, subject.address));
+                return Some((ticket, subject.address.clone()));
             }
         }
         None
@@ -134,13 +134,13 @@ impl Schedule {
 }
 
 impl Subject {
-    fn of(backend: &Backend, address: SocketAddr, number: u64, now: Instant) -> Self {
+    fn of(backend: &Backend, address: &Address, number: u64, now: Instant) -> Self {
         // If checks were off before, a backend that serves counts as healthy.
         let verdict = backend.health.verdict.or_else(|| (backend.state == State::Healthy).then_some(true));
         Self {
             number,
             incarnation: backend.incarnation,
-            address,
+            address: address.clone(),
             live: Arc::clone(&backend.live),
             rise_fall: RiseFall::new(verdict),
             since: now,
@@ -188,7 +188,7 @@ mod tests {
             slow_start: Duration::ZERO,
         };
         let known = started.iter().flat_map(|&(id, port)| {
-            let address = SocketAddr::from(([127, 0, 0, 1], port));
+            let address = Address::Ip(([127, 0, 0, 1], port).into());
             [Event::Joined { id: id.into(), weight: 1 }, Event::Started { id: id.into(), address, replica: None }]
         });
         Publisher::new("p".into(), settings, known, Instant::now()).table().load().backends().clone()
@@ -236,7 +236,7 @@ mod tests {
         let later = now + 10 * SECOND;
         let mut started = Vec::new();
         while let Some((ticket, address)) = schedule.start(later) {
-            started.push((ticket.id, address.port()));
+            started.push((ticket.id, address.ip().unwrap().port()));
         }
         assert_eq!(started, [("b".into(), 3)], "only the new replica is checked");
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use tokio::sync::{Notify, mpsc, watch};
 
+use crate::address::Address;
 use crate::backend::Replica;
 use crate::control::Event;
 use crate::control::docker::container::{Container, State};
@@ -33,7 +34,7 @@ pub struct Settings {
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Reported {
     replica: Replica,
-    address: SocketAddr,
+    address: Address,
     is_bad: bool,
 }
 
@@ -76,7 +77,7 @@ fn members(settings: &Settings, network: &str, containers: &[Container]) -> Hash
     let member = |container: &Container| {
         let &ip = container.addresses.get(network)?;
         let replica = Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name) };
-        let address = SocketAddr::new(ip, settings.port);
+        let address = Address::Ip(SocketAddr::new(ip, settings.port));
         Some((Arc::clone(&container.name), Reported { replica, address, is_bad: container.healthy == Some(false) }))
     };
     running.filter_map(member).collect()
@@ -104,13 +105,13 @@ fn news(before: &HashMap<Arc<str>, Reported>, now: &HashMap<Arc<str>, Reported>)
     for (id, member) in now {
         let known = before.get(id);
         let mut was_bad = known.is_some_and(|known| known.is_bad);
-        if known.is_none_or(|known| (&known.replica, known.address) != (&member.replica, member.address)) {
+        if known.is_none_or(|known| (&known.replica, &known.address) != (&member.replica, &member.address)) {
             was_bad = false;
             if known.is_none() {
                 news.push(Event::Joined { id: Arc::clone(id), weight: 1 });
             }
             let replica = Some(member.replica.clone());
-            news.push(Event::Started { id: Arc::clone(id), address: member.address, replica });
+            news.push(Event::Started { id: Arc::clone(id), address: member.address.clone(), replica });
         }
         if was_bad != member.is_bad {
             news.push(Event::Reported { id: Arc::clone(id), healthy: !member.is_bad });
@@ -125,7 +126,7 @@ mod tests {
 
     fn reported(id: &str, port: u16, is_bad: bool) -> (Arc<str>, Reported) {
         let replica = Replica::Container { id: format!("{id}{port}").into(), name: id.into() };
-        (id.into(), Reported { replica, address: ([10, 0, 0, 1], port).into(), is_bad })
+        (id.into(), Reported { replica, address: Address::Ip(([10, 0, 0, 1], port).into()), is_bad })
     }
 
     fn words(before: &[(Arc<str>, Reported)], now: &[(Arc<str>, Reported)]) -> Vec<String> {
@@ -134,7 +135,7 @@ mod tests {
             .into_iter()
             .map(|event| match event {
                 Event::Joined { id, .. } => format!("{id} joined"),
-                Event::Started { id, address, .. } => format!("{id} started {}", address.port()),
+                Event::Started { id, address, .. } => format!("{id} started {}", address.ip().unwrap().port()),
                 Event::Left { id } => format!("{id} left"),
                 Event::Reported { id, healthy } => format!("{id} healthy {healthy}"),
                 other => format!("{other:?}"),

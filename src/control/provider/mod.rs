@@ -3,25 +3,28 @@
 //!
 //! # Layout
 //!
-//! - this file: backends and slots that follow from the config
+//! - this file: backends and slots that follow from the config or a command
 //! - [`names`]: looks up the host names of listed backends
 //! - [`discover`]: containers that Ringway does not run itself
 
 pub mod discover;
 pub mod names;
 
+use std::fmt;
 use std::net::Ipv6Addr;
 use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+
+use crate::address::Address;
 
 /// A backend that is listed in the config or by a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
     /// Identity on the ring.
     pub id: Arc<str>,
-    /// IP address or host name.
-    pub host: String,
-    /// TCP port.
-    pub port: u16,
+    /// Where it listens.
+    pub location: Location,
     /// Multiple of the ring's virtual nodes.
     pub weight: u32,
 }
@@ -30,15 +33,15 @@ impl Listed {
     /// Parses a backend from its address. Without an `id` the address is its identity.
     ///
     /// # Errors
-    /// When the address is not `host:port`, or the id is empty. The text names the field and the remedy.
+    /// When the address is neither `host:port` nor `unix:/path`, or the id is empty. The text names the field and the
+    /// remedy.
     pub fn parse(address: &str, id: Option<String>, weight: u32) -> Result<Self, String> {
-        let (host, port) = Self::host_and_port(address)
-            .ok_or_else(|| format!("address: {address:?} is not host:port, like 10.0.0.5:6379 or [::1]:6379"))?;
+        let location = Location::parse(address).map_err(|problem| format!("address: {problem}"))?;
         let id = id.unwrap_or_else(|| address.to_owned());
         if let Some(problem) = Self::id_fault(&id) {
             return Err(format!("id {problem}"));
         }
-        Ok(Self { id: id.into(), host, port, weight })
+        Ok(Self { id: id.into(), location, weight })
     }
 
     /// What is wrong with an id, if anything. An id is a word in log lines and tables.
@@ -51,9 +54,46 @@ impl Listed {
             _ => None,
         }
     }
+}
+
+/// Where a listed backend listens, as the config or a command says it. Its text is `host:port` or `unix:/path`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Location {
+    /// A host and its TCP port.
+    Host {
+        /// IP address or host name.
+        host: String,
+        /// TCP port.
+        port: u16,
+    },
+    /// A Unix socket, which needs no look-up.
+    Unix {
+        /// Its path.
+        address: Address,
+    },
+}
+
+impl Location {
+    /// Parses `host:port` or `unix:/path`.
+    ///
+    /// # Errors
+    /// What is wrong with the text, and the remedy.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        if let Some(address) = Address::parse_unix(text) {
+            return address.map(|address| Self::Unix { address });
+        }
+        let parts = Self::host_and_port(text).map(|(host, port)| Self::Host { host, port });
+        parts.ok_or_else(|| {
+            format!(
+                "{text:?} is neither host:port nor unix:/path: write it like 10.0.0.5:6379, [::1]:6379, db.local:5432 or \
+                 unix:/run/db.sock"
+            )
+        })
+    }
 
     /// Splits `host:port`; an IPv6 address is in brackets. Returns `None` if the text is invalid.
-    pub fn host_and_port(text: &str) -> Option<(String, u16)> {
+    fn host_and_port(text: &str) -> Option<(String, u16)> {
         let (host, port) = text.rsplit_once(':')?;
         let port = port.parse().ok().filter(|&port: &u16| port > 0)?;
         let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
@@ -65,9 +105,15 @@ impl Listed {
     }
 }
 
-/// Joins host and port as `host:port`, with an IPv6 address in brackets.
-pub fn join_host(host: &str, port: u16) -> String {
-    if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") }
+impl fmt::Display for Location {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            // An IPv6 address.
+            Self::Host { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Self::Host { host, port } => write!(f, "{host}:{port}"),
+            Self::Unix { address } => address.fmt(f),
+        }
+    }
 }
 
 /// The providers `process` and `docker`: the slots of a pool, `echo-1`, `echo-2` and so on.

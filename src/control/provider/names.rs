@@ -12,7 +12,9 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
+use crate::address::Address;
 use crate::backend::State;
+use crate::control::provider::Location;
 use crate::control::{Event, health};
 use crate::table::{Table, TableCell};
 
@@ -32,7 +34,7 @@ const FIRST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(30);
 
 /// The address of each listed backend that has one.
-pub type Addresses = BTreeMap<Arc<str>, SocketAddr>;
+pub type Addresses = BTreeMap<Arc<str>, Address>;
 
 /// The addresses, shared with [`follow`].
 pub type SharedAddresses = Arc<Mutex<Addresses>>;
@@ -42,35 +44,40 @@ pub type SharedAddresses = Arc<Mutex<Addresses>>;
 pub struct Name {
     /// The backend.
     pub id: Arc<str>,
-    /// IP address or host name.
-    pub host: String,
-    /// TCP port.
-    pub port: u16,
+    /// Where it listens.
+    pub location: Location,
 }
 
 impl Name {
-    fn ip(&self) -> Option<IpAddr> {
-        self.host.parse().ok()
+    /// The address, or the host and port that need a look-up.
+    fn address(&self) -> Result<Address, (&str, u16)> {
+        match &self.location {
+            Location::Host { host, port } => {
+                let ip = host.parse::<IpAddr>().map_err(|_| (host.as_str(), *port))?;
+                Ok(Address::Ip(SocketAddr::new(ip, *port)))
+            }
+            Location::Unix { address } => Ok(address.clone()),
+        }
     }
 }
 
 /// Looks up all names side by side. The results are in the order of the names.
-pub async fn resolve_all(names: &[Name]) -> Vec<io::Result<SocketAddr>> {
+pub async fn resolve_all(names: &[Name]) -> Vec<io::Result<Address>> {
     let at_once = Arc::new(Semaphore::new(AT_ONCE));
     let mut lookups = JoinSet::new();
-    let mut found: Vec<io::Result<SocketAddr>> = Vec::with_capacity(names.len());
+    let mut found: Vec<io::Result<Address>> = Vec::with_capacity(names.len());
     for (n, name) in names.iter().enumerate() {
-        found.push(match name.ip() {
-            Some(ip) => Ok(SocketAddr::new(ip, name.port)),
-            None => Err(io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", PATIENCE.as_secs()))),
-        });
-        if name.ip().is_none() {
-            let (at_once, host, port) = (Arc::clone(&at_once), name.host.clone(), name.port);
+        let address = name.address();
+        if let Err((host, port)) = address {
+            let (at_once, host) = (Arc::clone(&at_once), host.to_owned());
             lookups.spawn(async move {
                 let _permit = at_once.acquire().await;
-                (n, resolve(&host, port).await)
+                (n, resolve(&host, port).await.map(Address::Ip))
             });
         }
+        found.push(address.map_err(|_| {
+            io::Error::new(io::ErrorKind::TimedOut, format!("no answer within {} s", PATIENCE.as_secs()))
+        }));
     }
     let _ = tokio::time::timeout(PATIENCE, async {
         while let Some(Ok((n, result))) = lookups.join_next().await {
@@ -91,7 +98,10 @@ async fn resolve(host: &str, port: u16) -> io::Result<SocketAddr> {
     if addresses.len() == 1 {
         return Ok(first);
     }
-    let mut tries: Vec<_> = addresses.iter().map(|&address| tokio::spawn(health::accepts(address, ACCEPTS))).collect();
+    let mut tries: Vec<_> = addresses
+        .iter()
+        .map(|&address| tokio::spawn(async move { health::accepts(&Address::Ip(address), ACCEPTS).await }))
+        .collect();
     for (address, accepts) in std::iter::zip(&addresses, &mut tries) {
         if accepts.await.unwrap_or_default() {
             return Ok(*address);
@@ -112,7 +122,7 @@ pub async fn follow(
     let mut wait = FIRST;
     // Only these can change their addresses. There can be thousands of others.
     let hosts = |names: &mut watch::Receiver<Vec<Name>>| -> Vec<Name> {
-        names.borrow_and_update().iter().filter(|name| name.ip().is_none()).cloned().collect()
+        names.borrow_and_update().iter().filter(|name| name.address().is_err()).cloned().collect()
     };
     let mut of_hosts = hosts(&mut names);
     loop {
@@ -137,11 +147,13 @@ pub async fn follow(
             let Ok(address) = found else { continue };
             // A reload may have given the backend another name meanwhile.
             let is_current = names.borrow().contains(name);
-            let set = || addresses.lock().unwrap_or_else(PoisonError::into_inner).insert(Arc::clone(&name.id), address);
-            if !is_current || set() == Some(address) {
+            let set = || {
+                addresses.lock().unwrap_or_else(PoisonError::into_inner).insert(Arc::clone(&name.id), address.clone())
+            };
+            if !is_current || set().as_ref() == Some(&address) {
                 continue;
             }
-            tracing::info!(%pool, backend = %name.id, host = name.host, %address, "the backend has a new address");
+            tracing::info!(%pool, backend = %name.id, name = %name.location, %address, "the backend has a new address");
             let event = Event::Started { id: Arc::clone(&name.id), address, replica: None };
             if events.send(event).await.is_err() {
                 return;

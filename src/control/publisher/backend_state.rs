@@ -1,11 +1,11 @@
 //! The state of one backend and the facts it follows from. Pure except for its counters.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Settings;
+use crate::address::Address;
 use crate::backend::{Admission, Backend, Drain, Eviction, Exit, Health, Live, Replica, State};
 use crate::control::Event;
 use crate::labels::Label as _;
@@ -125,7 +125,10 @@ impl BackendState {
         match event {
             Event::Started { address, replica, .. } => {
                 // A repeated report changes nothing.
-                if self.backend.address == Some(address) && replica.is_some() && self.backend.replica == replica {
+                if self.backend.address.as_ref() == Some(&address)
+                    && replica.is_some()
+                    && self.backend.replica == replica
+                {
                     return Change::Nothing;
                 }
                 self.backend.incarnation = next;
@@ -190,7 +193,7 @@ impl BackendState {
         Change::Backend
     }
 
-    fn started(&mut self, address: SocketAddr, replica: Option<Replica>, now: Instant) {
+    fn started(&mut self, address: Address, replica: Option<Replica>, now: Instant) {
         let backend = &mut self.backend;
         // The same container with a new address is not a restart.
         if replica.is_some() && self.runs.last != replica {
@@ -249,7 +252,7 @@ impl BackendState {
 
     /// Whether the replica works, regardless of drains; `None`: unknown.
     pub(super) fn well(&self, settings: &Settings) -> Option<bool> {
-        self.backend.address?;
+        self.backend.address.as_ref()?;
         if self.backend.reported_bad || self.is_ejected {
             return Some(false);
         }
@@ -273,7 +276,7 @@ impl BackendState {
     }
 
     pub(super) fn state(&self, settings: &Settings) -> State {
-        match (self.backend.address, self.healthy) {
+        match (&self.backend.address, self.healthy) {
             _ if self.backend.drain.is_some() => State::Draining,
             (None, _) if self.crash_loop => State::CrashLoop,
             (None, _) => State::Starting,

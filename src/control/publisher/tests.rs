@@ -1,4 +1,5 @@
 use super::*;
+use crate::address::Address;
 use crate::backend::{Admission, BackendPermit, Exit, Replica};
 
 fn joined(id: &str) -> Event {
@@ -6,7 +7,7 @@ fn joined(id: &str) -> Event {
 }
 
 fn started(id: &str, port: u16) -> Event {
-    let address = ([127, 0, 0, 1], port).into();
+    let address = Address::Ip(([127, 0, 0, 1], port).into());
     Event::Started { id: id.into(), address, replica: Some(Replica::Process { pid: port.into() }) }
 }
 
@@ -108,7 +109,7 @@ fn a_new_address_of_the_same_replica_is_not_a_restart() {
     let restarts = |publisher: &Publisher| publisher.table().load().backends()[0].restarts;
     let moved = Event::Started {
         id: "a".into(),
-        address: ([127, 0, 0, 9], 1).into(),
+        address: Address::Ip(([127, 0, 0, 9], 1).into()),
         replica: Some(Replica::Process { pid: 1 }),
     };
     publisher.take([stopped("a", false), moved], Instant::now());

@@ -169,7 +169,11 @@ impl Adapter for Containers {
     }
 
     fn running(&self) -> impl Iterator<Item = Running<'_>> {
-        self.known.iter().map(|(&slot, known)| Running { slot, address: known.address, replica: &known.replica })
+        self.known.iter().map(|(&slot, known)| Running {
+            slot,
+            address: known.address.as_ref(),
+            replica: &known.replica,
+        })
     }
 
     fn is_outdated(&self, slot: usize) -> bool {

@@ -1,13 +1,14 @@
 //! What one Ringway hands over to the next during an upgrade, and when its supervisors act on it.
 
 use std::io::{self, PipeReader};
-use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use socket2::Socket;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
+
+use crate::address::Address;
 
 /// Asks a supervisor to pause and to hand its replicas over to another process.
 #[derive(Debug)]
@@ -46,22 +47,45 @@ pub struct Handed {
     /// Its process id.
     pub pid: u32,
     /// Where it listens.
-    pub address: SocketAddr,
+    pub address: Address,
     /// The spec that it was started from.
     pub spec: Arc<Spec>,
     /// Ringway's end of its lifeline.
     pub lifeline: UnixStream,
     /// The pipe with its output.
     pub output: PipeReader,
-    /// The socket that reserves its port.
-    pub port: Socket,
+    /// The socket that reserves its port; `None` if it listens on a Unix socket.
+    pub port: Option<Socket>,
 }
+
+/// Placeholder for the port on which a replica listens.
+pub const PORT: &str = "{port}";
+
+/// Placeholder for the path of the Unix socket on which a replica listens.
+pub const SOCKET: &str = "{socket}";
+
+/// Placeholder for the name of a replica's slot.
+pub const SLOT: &str = "{slot}";
 
 /// What a replica is started from. A replica with a different spec is outdated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Spec {
-    /// Program and arguments, with the placeholders `{port}` and `{slot}`. The program `ringway` is the launcher.
+    /// Program and arguments, with the placeholder [`PORT`] or [`SOCKET`], and [`SLOT`]. The program `ringway` is the
+    /// launcher.
     pub command: Vec<String>,
     /// Additional environment variables, with the same placeholders.
     pub env: Vec<(String, String)>,
+}
+
+impl Spec {
+    /// Whether the command or a variable has this placeholder.
+    pub fn mentions(&self, placeholder: &str) -> bool {
+        let values = self.env.iter().map(|(_, value)| value);
+        self.command.iter().chain(values).any(|text| text.contains(placeholder))
+    }
+
+    /// Whether replicas listen on Unix sockets.
+    pub fn uses_sockets(&self) -> bool {
+        self.mentions(SOCKET)
+    }
 }

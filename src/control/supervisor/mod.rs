@@ -178,7 +178,7 @@ impl<A: Adapter> Supervisor<A> {
         // A leaving slot may have left before it joined again: report its replica to the publisher.
         let wanted = self.slots.settings.replicas as usize;
         for Running { slot, address, replica } in self.adapter.running().filter(|running| running.slot < wanted) {
-            let (Some(address), id) = (address, Arc::clone(&self.slots[slot].name)) else { continue };
+            let (Some(address), id) = (address.cloned(), Arc::clone(&self.slots[slot].name)) else { continue };
             self.slots.send(Event::Started { id, address, replica: Some(replica.clone()) }).await;
         }
         self.slots.withdraw_surplus().await;

@@ -5,11 +5,10 @@
 //! - this file: the adapter
 //! - [`lifeline`]: holds, awaits and ends a replica
 //! - [`start`]: starts a replica through its shim
-//! - [`ports`]: reserves the ports of replicas
+//! - [`ports`]: reserves the ports of replicas; [`sockets`]: the folders of their Unix sockets
 
 use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use super::handover::{Handed, Resting, Spec};
 use super::plan::Why;
 use super::{Adapter, Ending, Progress, Running, SlotSettings, Slots, Supervisor};
+use crate::address::Address;
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::control::provider::slot_number;
@@ -28,6 +28,7 @@ use crate::table::TableCell;
 
 mod lifeline;
 mod ports;
+mod sockets;
 mod start;
 
 pub use self::lifeline::let_go;
@@ -81,6 +82,7 @@ struct Processes {
 /// A running replica.
 struct ChildProcess {
     pid: u32,
+    address: Address,
     replica: Replica,
     /// The spec that Ringway started it from.
     spec: Arc<Spec>,
@@ -100,7 +102,8 @@ impl Adapter for Processes {
     }
 
     fn configure(&mut self, settings: Settings) {
-        if let Err(error) = self.ports.extend(settings.slots.replicas as usize) {
+        let ports = if settings.spec.uses_sockets() { 0 } else { settings.slots.replicas as usize };
+        if let Err(error) = self.ports.extend(ports) {
             tracing::error!(pool = %settings.slots.pool, %error, "not enough free ports for all replicas");
         }
         self.settings = settings;
@@ -109,7 +112,7 @@ impl Adapter for Processes {
     fn running(&self) -> impl Iterator<Item = Running<'_>> {
         let running = |(&slot, child)| {
             let child: &ChildProcess = child;
-            Running { slot, address: self.ports.address(slot), replica: &child.replica }
+            Running { slot, address: Some(&child.address), replica: &child.replica }
         };
         self.children.iter().map(running)
     }
@@ -129,11 +132,7 @@ impl Adapter for Processes {
     async fn start(&mut self, slots: &mut Slots, slot: usize, now: Instant) -> Progress {
         let name = Arc::clone(&slots[slot].name);
         slots[slot].starting();
-        let started = match self.ports.address(slot) {
-            Some(address) => self.spawn(&name, address.port()).await.map(|(pid, held)| (pid, held, address)),
-            None => Err(io::Error::other("no free port")),
-        };
-        match started {
+        match self.spawn(&name, slot).await {
             Ok((pid, held, address)) => {
                 slots.note_start();
                 tracing::debug!(pool = %slots.pool(), slot = %name, pid, %address, "replica started");
@@ -169,23 +168,28 @@ impl Adapter for Processes {
     }
 
     async fn observe(&mut self, slots: &mut Slots, (slot, exit): (usize, Exit)) {
-        self.children.remove(&slot);
+        if let Some(child) = self.children.remove(&slot) {
+            sockets::remove(&child.address);
+        }
         slots.ended(slot, exit).await;
     }
 
     fn hand_over(&self, slots: &Slots) -> io::Result<Vec<Handed>> {
         let handed = self.children.iter().map(|(&slot, child)| {
-            let (address, port) = self.ports.reserved.get(slot).ok_or(io::ErrorKind::NotFound)?;
+            let port = match &child.address {
+                Address::Ip(_) => Some(self.ports.socket(slot).ok_or(io::ErrorKind::NotFound)?.try_clone()?),
+                Address::Unix(_) => None,
+            };
             let Held { lifeline, output } = child.held.try_clone()?;
             Ok(Handed {
                 pool: slots.pool().to_string(),
                 slot: Arc::clone(&slots[slot].name),
                 pid: child.pid,
-                address: *address,
+                address: child.address.clone(),
                 spec: Arc::clone(&child.spec),
                 lifeline,
                 output,
-                port: port.try_clone()?,
+                port,
             })
         });
         handed.collect()
@@ -200,7 +204,7 @@ impl Adapter for Processes {
             child.stop.cancel();
         }
         while self.waiting.join_next().await.is_some() {}
-        self.children.clear();
+        self.children.drain().for_each(|(_, child)| sockets::remove(&child.address));
     }
 }
 
@@ -226,7 +230,7 @@ impl Processes {
         slots: &mut Slots,
         slot: usize,
         pid: u32,
-        address: SocketAddr,
+        address: Address,
         spec: Arc<Spec>,
         held: Held,
         now: Instant,
@@ -241,7 +245,8 @@ impl Processes {
         let grace = self.settings.stop_grace;
         let table = slots.table().clone();
         self.waiting.spawn(wait_for_exit(slot, Arc::clone(&name), waiter, table, stop.clone(), grace));
-        self.children.insert(slot, ChildProcess { pid, replica: replica.clone(), spec, held, stop });
+        let child = ChildProcess { pid, address: address.clone(), replica: replica.clone(), spec, held, stop };
+        self.children.insert(slot, child);
         slots.send(Event::Started { id: name, address, replica: Some(replica) }).await;
     }
 }

@@ -12,7 +12,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,9 @@ pub struct Shim {
     /// Soft limit on open files to give the program: Ringway has raised its own
     #[arg(long)]
     pub open_files: Option<u64>,
+    /// Folder to remove once the program has ended: that of its socket
+    #[arg(long)]
+    pub remove: Option<PathBuf>,
     /// The program and its arguments
     #[arg(trailing_var_arg = true, required = true)]
     pub command: Vec<OsString>,
@@ -63,6 +66,7 @@ pub fn run(shim: &Shim) -> io::Result<()> {
     }
     // A process group of its own: a signal reaches the replica and its children, but not the shim.
     command.arg("--").args(&shim.command).stdin(Stdio::null()).process_group(0);
+    let removing = Removing(shim.remove.as_deref());
     let mut child = command.spawn()?;
     let Some(pid) = i32::try_from(child.id()).ok().and_then(Pid::from_raw) else {
         return Err(io::ErrorKind::InvalidData.into());
@@ -75,9 +79,23 @@ pub fn run(shim: &Shim) -> io::Result<()> {
     signal(pid, Signal::KILL);
     let status = child.wait()?;
     kill_orphans();
+    // Before Ringway hears of the end.
+    drop(removing);
     let code = status.code().map_or_else(String::new, |code| code.to_string());
     let _ = writeln!(lifeline, "exit {code} {status}");
     ended
+}
+
+/// Removes a folder when it is dropped.
+struct Removing<'a>(Option<&'a Path>);
+
+impl Drop for Removing<'_> {
+    fn drop(&mut self) {
+        if let Some(folder) = self.0 {
+            // Fails if something else has removed it.
+            let _ = std::fs::remove_dir_all(folder);
+        }
+    }
 }
 
 /// Waits until the replica ends or must be killed. Passes on SIGTERM meanwhile.

@@ -1,7 +1,6 @@
 //! The slots of one pool: operations that all adapters share, and the events that report the slots to the publisher.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::ops::{Index, IndexMut};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,6 +10,7 @@ use tokio::sync::{mpsc, watch};
 
 use super::ends::Ends;
 use super::plan::{Plan, Policy, Slot, Why, plan};
+use crate::address::Address;
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::control::provider::slots;
@@ -207,7 +207,7 @@ impl Slots {
 pub(super) struct Running<'a> {
     pub(super) slot: usize,
     /// Its address; `None`: unreachable.
-    pub(super) address: Option<SocketAddr>,
+    pub(super) address: Option<&'a Address>,
     pub(super) replica: &'a Replica,
 }
 

@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use super::Containers;
 use super::work::{Done, Work};
+use crate::address::Address;
 use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::control::docker::container::{Container, State};
@@ -23,7 +24,7 @@ pub(super) struct Known {
     /// Digest of the settings that it was created from.
     pub(super) spec: String,
     /// As last reported to the publisher.
-    pub(super) address: Option<SocketAddr>,
+    pub(super) address: Option<Address>,
     /// As last reported to the publisher.
     pub(super) is_bad: bool,
 }
@@ -120,11 +121,11 @@ impl Containers {
         let name = &slots[slot].name;
         // A container created from other settings may listen on another port and be on another network.
         let port = container.label(label::PORT).parse().unwrap_or(self.settings.spec.port);
-        let address = ip_of(container, &self.scope.network).map(|ip| SocketAddr::new(ip, port));
+        let address = ip_of(container, &self.scope.network).map(|ip| Address::Ip(SocketAddr::new(ip, port)));
         let is_bad = container.healthy == Some(false);
         let mut news = Vec::new();
         if known.address != address {
-            news.push(match address {
+            news.push(match address.clone() {
                 Some(address) => {
                     let replica = Some(known.replica.clone());
                     Event::Started { id: Arc::clone(name), address, replica }

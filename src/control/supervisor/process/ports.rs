@@ -1,5 +1,6 @@
 //! The ports of replicas that are child processes.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -13,20 +14,24 @@ use crate::control::provider::slot_number;
 #[derive(Debug)]
 pub struct Ports {
     range: Option<(u16, u16)>,
-    pub(super) reserved: Vec<(SocketAddr, Socket)>,
+    reserved: Vec<(SocketAddr, Socket)>,
 }
 
 impl Ports {
-    /// Reserves one port for each slot. Replicas that are taken over keep theirs.
+    /// Reserves ports for this many slots. Replicas that are taken over keep theirs.
     ///
     /// # Errors
     /// When the range does not have enough free ports.
     pub fn reserve(pool: &str, range: Option<(u16, u16)>, slots: usize, handed: &[Handed]) -> io::Result<Self> {
         let mut ports = Self { range, reserved: Vec::new() };
-        let highest = handed.iter().filter_map(|one| slot_number(pool, &one.slot)).max().unwrap_or_default();
-        for n in 1..=slots.max(highest as usize) {
-            match handed.iter().find(|one| slot_number(pool, &one.slot) == u32::try_from(n).ok()) {
-                Some(one) => ports.reserved.push((one.address, one.port.try_clone()?)),
+        let with_port = handed
+            .iter()
+            .filter_map(|one| Some((slot_number(pool, &one.slot)? as usize, one.address.ip()?, one.port.as_ref()?)));
+        let handed: BTreeMap<usize, _> = with_port.map(|(n, address, port)| (n, (address, port))).collect();
+        let highest = handed.keys().max().copied().unwrap_or_default();
+        for n in 1..=slots.max(highest) {
+            match handed.get(&n) {
+                Some(&(address, port)) => ports.reserved.push((address, port.try_clone()?)),
                 None => ports.extend(n)?,
             }
         }
@@ -60,5 +65,10 @@ impl Ports {
 
     pub(super) fn address(&self, slot: usize) -> Option<SocketAddr> {
         self.reserved.get(slot).map(|(address, _)| *address)
+    }
+
+    /// The socket that reserves the port of a slot.
+    pub(super) fn socket(&self, slot: usize) -> Option<&Socket> {
+        self.reserved.get(slot).map(|(_, socket)| socket)
     }
 }

@@ -7,8 +7,10 @@ use std::path::Path;
 
 use tokio::process::Command;
 
-use super::Processes;
 use super::lifeline::{Held, first_word};
+use super::{Processes, sockets};
+use crate::address::Address;
+use crate::control::supervisor::handover::{PORT, SLOT, SOCKET};
 
 /// The name that stands for Ringway's own binary in a command.
 pub const THIS_BINARY: &str = "ringway";
@@ -30,11 +32,26 @@ pub fn is_runnable(program: &str) -> bool {
 }
 
 impl Processes {
-    /// Starts a shim, which starts the replica.
-    pub(super) async fn spawn(&self, slot: &str, port: u16) -> io::Result<(u32, Held)> {
+    /// Starts a shim, which starts the replica. Returns the replica's process id, and where it listens.
+    pub(super) async fn spawn(&self, name: &str, slot: usize) -> io::Result<(u32, Held, Address)> {
+        let address = if self.settings.spec.uses_sockets() {
+            sockets::create()?
+        } else {
+            self.ports.address(slot).ok_or_else(|| io::Error::other("no free port"))?.into()
+        };
+        match self.spawn_at(name, &address).await {
+            Ok((pid, held)) => Ok((pid, held, address)),
+            Err(error) => {
+                sockets::remove(&address);
+                Err(error)
+            }
+        }
+    }
+
+    async fn spawn_at(&self, name: &str, address: &Address) -> io::Result<(u32, Held)> {
         let (lifeline, of_shim) = UnixStream::pair()?;
         let (output, of_replica) = std::io::pipe()?;
-        let mut command = self.command(slot, port);
+        let mut command = self.command(name, address);
         let shim = command.stdin(OwnedFd::from(of_shim)).stdout(of_replica.try_clone()?).stderr(of_replica).spawn();
         // The command holds copies of the shim's ends; dropping it closes them.
         drop(command);
@@ -45,14 +62,21 @@ impl Processes {
         Ok((pid, held))
     }
 
-    fn command(&self, slot: &str, port: u16) -> Command {
-        let fill = |text: &str| text.replace("{port}", &port.to_string()).replace("{slot}", slot);
+    fn command(&self, name: &str, address: &Address) -> Command {
+        let (placeholder, place) = match address {
+            Address::Ip(address) => (PORT, address.port().to_string()),
+            Address::Unix(path) => (SOCKET, path.display().to_string()),
+        };
+        let fill = |text: &str| text.replace(placeholder, &place).replace(SLOT, name);
         let launcher = launcher(&self.settings.launcher);
         let mut words = self.settings.spec.command.iter().map(|word| fill(word));
         let mut command = Command::new(launcher);
         command.arg("shim");
         if let Some(open_files) = self.settings.open_files {
             command.args(["--open-files", &open_files.to_string()]);
+        }
+        if let Some(folder) = sockets::folder(address) {
+            command.arg("--remove").arg(&*folder);
         }
         command.arg("--");
         match words.next() {

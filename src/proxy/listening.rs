@@ -1,0 +1,299 @@
+//! Listening sockets of both families: TCP, and Unix with a path in the file system.
+
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::Arc;
+
+use socket2::{Domain, SockAddr, SockRef, Socket, Type};
+
+use super::socket::{self, Beside, TcpOptions};
+use crate::address::Address;
+
+/// A listening socket that no worker has yet, or a duplicate of one.
+#[derive(Debug)]
+pub enum ListeningSocket {
+    /// TCP.
+    Tcp(TcpListener),
+    /// A Unix stream socket.
+    Unix(UnixSocket),
+}
+
+/// A listening Unix socket, and its file.
+#[derive(Debug)]
+pub struct UnixSocket {
+    pub(super) listener: UnixListener,
+    path: Arc<Path>,
+    /// Device and inode of the file when this process took the socket; `None`: it had no file.
+    file: Option<(u64, u64)>,
+}
+
+/// What a listener asks of its sockets.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// Number of sockets: one per worker.
+    pub count: usize,
+    /// Length of the kernel's queue of connections that are not accepted yet.
+    pub backlog: u16,
+    /// Options of TCP sockets.
+    pub tcp: &'a TcpOptions,
+    /// Permissions of a Unix socket's file. Who may write to it may connect (unix(7)).
+    pub mode: u32,
+}
+
+impl ListeningSocket {
+    /// Takes a socket that another process has opened on this address.
+    pub fn inherit(descriptor: OwnedFd, address: &Address) -> Self {
+        match address {
+            Address::Ip(_) => Self::Tcp(descriptor.into()),
+            Address::Unix(path) => Self::Unix(UnixSocket::of(descriptor.into(), path)),
+        }
+    }
+
+    /// The bound address. It has the real port where the wanted one was 0.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn address(&self) -> io::Result<Address> {
+        Ok(match self {
+            Self::Tcp(listener) => Address::Ip(listener.local_addr()?),
+            Self::Unix(socket) => Address::Unix(Arc::clone(&socket.path)),
+        })
+    }
+
+    /// Duplicates the socket.
+    ///
+    /// # Errors
+    /// When the process has no free descriptor.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(listener) => Self::Tcp(listener.try_clone()?),
+            Self::Unix(socket) => Self::Unix(UnixSocket {
+                listener: socket.listener.try_clone()?,
+                path: Arc::clone(&socket.path),
+                file: socket.file,
+            }),
+        })
+    }
+
+    /// Makes a socket that is about to close invisible to new clients, while those that wait on it can still be accepted:
+    /// see [`socket::turn_away`]. Removes the file of a Unix socket.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn turn_away(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(listener) => socket::turn_away(listener),
+            Self::Unix(socket) => socket.remove_file(),
+        }
+    }
+
+    /// Ends the effect of [`Self::turn_away`] on a TCP socket, if there was one.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn take_back(&self) -> io::Result<()> {
+        match self {
+            Self::Tcp(listener) => socket::take_back(&SockRef::from(listener)),
+            Self::Unix(_) => Ok(()),
+        }
+    }
+
+    /// Sets the permissions of a Unix socket's file.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn set_mode(&self, mode: u32) -> io::Result<()> {
+        match self {
+            Self::Tcp(_) => Ok(()),
+            Self::Unix(socket) => std::fs::set_permissions(&socket.path, PermissionsExt::from_mode(mode)),
+        }
+    }
+}
+
+impl AsFd for ListeningSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(listener) => listener.as_fd(),
+            Self::Unix(socket) => socket.listener.as_fd(),
+        }
+    }
+}
+
+impl UnixSocket {
+    fn of(listener: UnixListener, path: &Arc<Path>) -> Self {
+        Self { listener, path: Arc::clone(path), file: file_at(path) }
+    }
+
+    /// Removes the socket's file, unless another socket's file has replaced it.
+    fn remove_file(&self) -> io::Result<()> {
+        if self.file.is_some() && file_at(&self.path) == self.file { std::fs::remove_file(&self.path) } else { Ok(()) }
+    }
+}
+
+fn file_at(path: &Path) -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
+}
+
+/// Opens the sockets of an address, one per worker. Several workers share one Unix socket.
+///
+/// # Errors
+/// The system's error from `bind` or `listen`; `AddrInUse` if another process listens there.
+pub fn listen(address: &Address, beside: Beside, wanted: &Wanted<'_>) -> io::Result<Vec<ListeningSocket>> {
+    match address {
+        Address::Ip(ip) => {
+            let sockets = socket::listen(*ip, wanted.count, wanted.backlog.into(), wanted.tcp, beside)?;
+            Ok(sockets.into_iter().map(ListeningSocket::Tcp).collect())
+        }
+        Address::Unix(path) => {
+            let listener = listen_on_path(path, wanted.backlog, wanted.mode)?;
+            share(vec![ListeningSocket::Unix(UnixSocket::of(listener, path))], wanted.count)
+        }
+    }
+}
+
+/// Adopts listening sockets that another process has opened, and returns at least one per worker. If there are fewer
+/// sockets than workers, workers share them. A new sibling would get its own queue, and the connections in it would be
+/// lost when the sibling closes.
+///
+/// # Errors
+/// The system's error from a socket call.
+pub fn adopt(sockets: Vec<ListeningSocket>, wanted: &Wanted<'_>, sets_mode: bool) -> io::Result<Vec<ListeningSocket>> {
+    for socket in &sockets {
+        match socket {
+            ListeningSocket::Tcp(listener) => socket::prepare(listener, wanted.backlog.into(), wanted.tcp)?,
+            ListeningSocket::Unix(unix) => {
+                unix.listener.set_nonblocking(true)?;
+                SockRef::from(&unix.listener).listen(wanted.backlog.into())?;
+                if sets_mode {
+                    socket.set_mode(wanted.mode)?;
+                }
+            }
+        }
+    }
+    share(sockets, wanted.count)
+}
+
+/// Duplicates sockets until there are `count`.
+fn share(mut sockets: Vec<ListeningSocket>, count: usize) -> io::Result<Vec<ListeningSocket>> {
+    let own = sockets.len().max(1);
+    for n in sockets.len()..count {
+        sockets.push(sockets[n % own].try_clone()?);
+    }
+    Ok(sockets)
+}
+
+/// Binds a path. The file of a process that has not removed it (it was killed) is replaced; the file of a socket that
+/// still listens, and any file that is no socket, is not.
+fn listen_on_path(path: &Path, backlog: u16, mode: u32) -> io::Result<UnixListener> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+    socket.set_nonblocking(true)?;
+    let address = SockAddr::unix(path)?;
+    if let Err(error) = socket.bind(&address) {
+        if error.kind() != io::ErrorKind::AddrInUse || !is_left_over(path)? {
+            return Err(error);
+        }
+        tracing::info!(path = %path.display(), "removing the file of a socket on which nobody listens");
+        std::fs::remove_file(path)?;
+        socket.bind(&address)?;
+    }
+    // Nobody can connect before the socket listens, so the permissions apply to everybody.
+    std::fs::set_permissions(path, PermissionsExt::from_mode(mode))?;
+    socket.listen(backlog.into())?;
+    Ok(socket.into())
+}
+
+/// Whether a file is that of a socket on which nobody listens.
+fn is_left_over(path: &Path) -> io::Result<bool> {
+    if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
+        return Ok(false);
+    }
+    // Does not wait for room in the queue of a socket that listens.
+    let probe = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    Ok(probe.connect(&SockAddr::unix(path)?).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    const WANTED: Wanted<'static> = Wanted {
+        count: 2,
+        backlog: 16,
+        tcp: &TcpOptions { keepalive: None, user_timeout: std::time::Duration::ZERO },
+        mode: 0o640,
+    };
+
+    fn address_in(folder: &tempfile::TempDir) -> Address {
+        Address::Unix(folder.path().join("s").into())
+    }
+
+    fn path_of(address: &Address) -> &Path {
+        let Address::Unix(path) = address else { unreachable!() };
+        path
+    }
+
+    #[test]
+    fn a_unix_socket_has_its_mode_and_its_file_goes_with_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = address_in(&folder);
+        let sockets = listen(&address, Beside::Nobody, &WANTED).unwrap();
+        assert_eq!(sockets.len(), 2);
+        assert_eq!(sockets[1].address().unwrap(), address);
+        let mode = || path_of(&address).metadata().unwrap().permissions().mode() & 0o777;
+        assert_eq!(mode(), 0o640);
+        sockets[0].set_mode(0o600).unwrap();
+        assert_eq!(mode(), 0o600);
+        UnixStream::connect(path_of(&address)).unwrap();
+        sockets[0].turn_away().unwrap();
+        assert!(!path_of(&address).exists());
+    }
+
+    #[test]
+    fn only_the_file_of_a_dead_socket_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = address_in(&folder);
+        let first = listen(&address, Beside::Nobody, &WANTED).unwrap();
+        let in_use = listen(&address, Beside::Nobody, &WANTED).unwrap_err();
+        assert_eq!(in_use.kind(), io::ErrorKind::AddrInUse);
+        UnixStream::connect(path_of(&address)).unwrap();
+        // Like a process that was killed: the file stays.
+        drop(first);
+        assert!(path_of(&address).exists());
+        drop(listen(&address, Beside::Nobody, &WANTED).unwrap());
+        std::fs::remove_file(path_of(&address)).unwrap();
+        std::fs::write(path_of(&address), "a file of the user").unwrap();
+        listen(&address, Beside::Nobody, &WANTED).unwrap_err();
+        assert_eq!(std::fs::read_to_string(path_of(&address)).unwrap(), "a file of the user");
+    }
+
+    #[test]
+    fn the_file_of_a_successor_stays() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = address_in(&folder);
+        let old = listen(&address, Beside::Nobody, &WANTED).unwrap();
+        std::fs::remove_file(path_of(&address)).unwrap();
+        let _new = listen(&address, Beside::Nobody, &WANTED).unwrap();
+        old[0].turn_away().unwrap();
+        UnixStream::connect(path_of(&address)).unwrap();
+    }
+
+    #[test]
+    fn an_adopted_unix_socket_serves_those_who_wait_on_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let address = address_in(&folder);
+        let sockets = listen(&address, Beside::Nobody, &WANTED).unwrap();
+        let _waiting = UnixStream::connect(path_of(&address)).unwrap();
+        let descriptor = sockets[0].as_fd().try_clone_to_owned().unwrap();
+        drop(sockets);
+        let adopted = adopt(vec![ListeningSocket::inherit(descriptor, &address)], &WANTED, true).unwrap();
+        assert_eq!(adopted.len(), 2);
+        let ListeningSocket::Unix(socket) = &adopted[1] else { unreachable!() };
+        socket.listener.accept().unwrap();
+    }
+}
