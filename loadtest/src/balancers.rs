@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use echo_server::Listen;
 use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use tempfile::TempDir;
@@ -98,9 +99,9 @@ pub fn ringway(given: Option<&Path>) -> anyhow::Result<PathBuf> {
 #[derive(Debug, Clone)]
 pub struct Setup {
     /// The backends.
-    pub backends: Vec<SocketAddr>,
+    pub backends: Vec<Listen>,
     /// The backend of a second listener, if there is one.
-    pub second: Option<SocketAddr>,
+    pub second: Option<Listen>,
     /// The number of connections that the balancer must be able to hold.
     pub connections: usize,
     /// The processors that the balancer runs on. An empty list means all.
@@ -226,7 +227,7 @@ pub fn pin(processors: &[usize]) -> std::io::Result<()> {
 }
 
 /// A listener of a config: its name, its address and its backends.
-type Listener<'a> = (&'static str, SocketAddr, &'a [SocketAddr]);
+type Listener<'a> = (&'static str, SocketAddr, &'a [Listen]);
 
 /// Returns free addresses. All are bound at the same time, so they differ.
 pub(crate) fn free_addresses<const COUNT: usize>() -> std::io::Result<[SocketAddr; COUNT]> {
@@ -274,6 +275,7 @@ fn haproxy(listeners: &[Listener<'_>], setup: &Setup) -> String {
              backend {name}\n  balance source\n  hash-type consistent\n"
         );
         for (index, backend) in backends.iter().enumerate() {
+            let backend = backend.to_string().replace("unix:", "unix@");
             let _ = writeln!(text, "  server b{index} {backend} check inter 2s");
         }
     }
@@ -302,7 +304,13 @@ fn nginx(listeners: &[Listener<'_>], setup: &Setup, files: &Path) -> String {
 /// Envoy reads YAML, and JSON is valid YAML.
 fn envoy(listeners: &[Listener<'_>], side_port: SocketAddr, setup: &Setup) -> String {
     let socket = |address: SocketAddr| serde_json::json!({ "socket_address": { "address": address.ip().to_string(), "port_value": address.port() } });
-    let endpoint = |backend: &SocketAddr| serde_json::json!({ "endpoint": { "address": socket(*backend) } });
+    let endpoint = |backend: &Listen| {
+        let address = match backend {
+            Listen::Ip(address) => socket(*address),
+            Listen::Unix(path) => serde_json::json!({ "pipe": { "path": path } }),
+        };
+        serde_json::json!({ "endpoint": { "address": address } })
+    };
     let thresholds =
         serde_json::json!([{ "max_connections": setup.connections, "max_pending_requests": setup.connections }]);
     let listener = |(name, address, _): &Listener<'_>| {

@@ -2,12 +2,15 @@
 //! balancer.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use tokio::net::{TcpListener, TcpStream};
+use echo_server::Listen;
+use tempfile::TempDir;
+use tokio::net::{TcpListener, TcpStream, UnixListener};
 
 use crate::balancers::{Balancer, Kind, Settings, Setup, pin};
 use crate::client::{Client, Protocol};
@@ -38,8 +41,16 @@ pub(crate) struct Places {
 pub(crate) struct Bench {
     /// The addresses of the servers, which run in this process.
     pub(crate) servers: Vec<SocketAddr>,
+    /// The same servers as the balancers reach them by TCP.
+    pub(crate) backends: Vec<Listen>,
+    /// The same servers on Unix sockets.
+    unix: Vec<Listen>,
     /// A server that runs on a thread of its own, behind the second listener.
     pub(crate) second: SocketAddr,
+    /// The same server on a Unix socket.
+    second_unix: Listen,
+    /// The folder of the Unix sockets.
+    sockets: TempDir,
     balancer_cpu: usize,
     load_cpu: usize,
 }
@@ -97,25 +108,53 @@ impl Bench {
              --balancer-cpu and --load-cpu"
         );
         pin(&[places.load_cpu]).with_context(|| format!("cannot run on processor {}", places.load_cpu))?;
-        let second = server_on_thread()?;
-        let mut bench =
-            Self { servers: Vec::new(), second, balancer_cpu: places.balancer_cpu, load_cpu: places.load_cpu };
-        for number in 0..servers {
-            bench.servers.push(server_with(&["--name", &format!("server-{}", number + 1)], "127.0.0.1:0").await?);
+        let sockets = TempDir::new().context("cannot make a directory for sockets")?;
+        // A balancer that root starts may connect as another user (nginx).
+        std::fs::set_permissions(sockets.path(), PermissionsExt::from_mode(0o755))?;
+        let second_unix = sockets.path().join("second");
+        let mut bench = Self {
+            servers: Vec::new(),
+            backends: Vec::new(),
+            unix: Vec::new(),
+            second: server_on_thread(&second_unix)?,
+            second_unix: Listen::Unix(second_unix),
+            balancer_cpu: places.balancer_cpu,
+            load_cpu: places.load_cpu,
+            sockets,
+        };
+        for number in 1..=servers {
+            let name = format!("server-{number}");
+            let address = server_with(&["--name", &name], "127.0.0.1:0").await?;
+            let path = bench.sockets.path().join(&name);
+            let listener = UnixListener::from_std(listen_on_path(&path)?)?;
+            tokio::spawn(echo_server::run(listener, options(&["--name", &name])?, std::future::pending()));
+            bench.servers.push(address);
+            bench.backends.push(Listen::Ip(address));
+            bench.unix.push(Listen::Unix(path));
         }
         Ok(bench)
     }
 
-    /// Starts a balancer on its processor, in front of the servers.
-    pub(crate) async fn start(&self, kind: Kind, program: &Path, connections: usize) -> anyhow::Result<Balancer> {
-        Balancer::start(kind, program, &self.setup(&self.servers, connections), &Settings::default()).await
+    /// Starts a balancer on its processor, in front of the servers, which it reaches by TCP or by Unix sockets.
+    pub(crate) async fn start(
+        &self,
+        kind: Kind,
+        program: &Path,
+        connections: usize,
+        by_unix: bool,
+    ) -> anyhow::Result<Balancer> {
+        let mut setup = self.setup(if by_unix { &self.unix } else { &self.backends }, connections);
+        if by_unix {
+            setup.second = Some(self.second_unix.clone());
+        }
+        Balancer::start(kind, program, &setup, &Settings::default()).await
     }
 
     /// Starts Ringway in front of these backends. With several workers, Ringway runs on both processors.
     pub(crate) async fn start_before(
         &self,
         program: &Path,
-        backends: &[SocketAddr],
+        backends: &[Listen],
         connections: usize,
         settings: &Settings,
     ) -> anyhow::Result<Balancer> {
@@ -126,20 +165,21 @@ impl Bench {
         Balancer::start(Kind::Ringway, program, &setup, settings).await
     }
 
-    fn setup(&self, backends: &[SocketAddr], connections: usize) -> Setup {
+    fn setup(&self, backends: &[Listen], connections: usize) -> Setup {
         Setup {
             backends: backends.to_vec(),
-            second: Some(self.second),
+            second: Some(Listen::Ip(self.second)),
             connections: connections + 512,
             processors: vec![self.balancer_cpu],
         }
     }
 
     /// Creates this number of backends. They are loopback addresses of one server.
-    pub(crate) async fn many(&self, backends: usize) -> anyhow::Result<Vec<SocketAddr>> {
+    pub(crate) async fn many(&self, backends: usize) -> anyhow::Result<Vec<Listen>> {
         let server = server_with(&["--name", "many"], "0.0.0.0:0").await?;
-        let address =
-            |number: usize| anyhow::Ok(SocketAddr::new(load::loopback(u16::try_from(number)?), server.port()));
+        let address = |number: usize| {
+            anyhow::Ok(Listen::Ip(SocketAddr::new(load::loopback(u16::try_from(number)?), server.port())))
+        };
         (1..=backends).map(address).collect()
     }
 
@@ -238,20 +278,28 @@ pub(crate) async fn put(load: &Load) -> anyhow::Result<(Record, Duration)> {
     Ok((record, took))
 }
 
-/// Starts an echo server on a thread of its own.
-fn server_on_thread() -> anyhow::Result<SocketAddr> {
-    use clap::Parser as _;
+/// Listens on a Unix socket to which every user may connect.
+fn listen_on_path(path: &Path) -> anyhow::Result<std::os::unix::net::UnixListener> {
+    let listener = std::os::unix::net::UnixListener::bind(path).context("cannot listen on a Unix socket")?;
+    listener.set_nonblocking(true)?;
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o777))?;
+    Ok(listener)
+}
 
+/// Starts an echo server on a thread of its own. It listens on a Unix socket too.
+fn server_on_thread(path: &Path) -> anyhow::Result<SocketAddr> {
+    let unix = listen_on_path(path)?;
     let listener = std::net::TcpListener::bind("127.0.0.1:0").context("cannot listen")?;
     listener.set_nonblocking(true)?;
     let address = listener.local_addr()?;
-    let options = echo_server::Options::try_parse_from(["echo-server", "--name", "second"])?;
+    let options = options(&["--name", "second"])?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     std::thread::Builder::new().name("second".to_owned()).spawn(move || {
         runtime.block_on(async move {
-            // The listener is valid, and the runtime has an I/O driver.
-            if let Ok(listener) = TcpListener::from_std(listener) {
-                echo_server::run(listener, options, std::future::pending()).await;
+            // The listeners are valid, and the runtime has an I/O driver.
+            if let (Ok(listener), Ok(unix)) = (TcpListener::from_std(listener), UnixListener::from_std(unix)) {
+                let on_unix = echo_server::run(unix, options.clone(), std::future::pending());
+                tokio::join!(echo_server::run(listener, options, std::future::pending()), on_unix);
             }
         });
     })?;
@@ -260,11 +308,14 @@ fn server_on_thread() -> anyhow::Result<SocketAddr> {
 
 /// Starts an echo server with these arguments in this process.
 pub(crate) async fn server_with(arguments: &[&str], address: &str) -> anyhow::Result<SocketAddr> {
-    use clap::Parser as _;
-
     let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
     let address = listener.local_addr()?;
-    let options = echo_server::Options::try_parse_from(std::iter::once(&"echo-server").chain(arguments))?;
-    tokio::spawn(echo_server::run(listener, options, std::future::pending()));
+    tokio::spawn(echo_server::run(listener, options(arguments)?, std::future::pending()));
     Ok(address)
+}
+
+fn options(arguments: &[&str]) -> anyhow::Result<echo_server::Options> {
+    use clap::Parser as _;
+
+    Ok(echo_server::Options::try_parse_from(std::iter::once(&"echo-server").chain(arguments))?)
 }

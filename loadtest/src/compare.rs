@@ -35,6 +35,9 @@ pub struct Options {
     /// Number of idle connections for the memory measurement
     #[arg(long, default_value_t = 4000, value_parser = clap::value_parser!(u32).range(100..=9000))]
     pub idle: u32,
+    /// Measure every balancer a second time, with Unix sockets to the backends
+    #[arg(long)]
+    pub unix: bool,
     /// Ringway programs. Ratios use the first one [default: the program in the directory of loadtest]
     #[arg(long, value_name = "FILE", value_delimiter = ',')]
     pub ringway: Vec<PathBuf>,
@@ -146,6 +149,8 @@ struct Contestant {
     name: String,
     /// `None` for the direct connection.
     kind: Option<Kind>,
+    /// It reaches the backends by Unix sockets.
+    by_unix: bool,
     program: PathBuf,
     version: String,
     figures: BTreeMap<Measure, Vec<f64>>,
@@ -275,19 +280,24 @@ fn contestants(options: &Options) -> anyhow::Result<Vec<Contestant>> {
         }
         for (index, program) in programs.into_iter().enumerate() {
             let name = if index == 0 { kind.name().to_owned() } else { format!("{} {}", kind.name(), index + 1) };
-            contestants.push(Contestant {
-                name,
-                kind: Some(*kind),
-                version: kind.version(&program),
-                program,
-                figures: BTreeMap::new(),
-            });
+            let version = kind.version(&program);
+            for by_unix in [false, true].into_iter().filter(|&by_unix| !by_unix || options.unix) {
+                contestants.push(Contestant {
+                    name: if by_unix { format!("{name}, Unix") } else { name.clone() },
+                    kind: Some(*kind),
+                    by_unix,
+                    version: version.clone(),
+                    program: program.clone(),
+                    figures: BTreeMap::new(),
+                });
+            }
         }
     }
     anyhow::ensure!(!contestants.is_empty(), "no balancer to compare is installed");
     contestants.push(Contestant {
         name: "no balancer".to_owned(),
         kind: None,
+        by_unix: false,
         program: PathBuf::new(),
         version: String::new(),
         figures: BTreeMap::new(),
@@ -297,9 +307,9 @@ fn contestants(options: &Options) -> anyhow::Result<Vec<Contestant>> {
 
 async fn start_all(bench: &Bench, contestants: &[Contestant]) -> anyhow::Result<Vec<Option<Balancer>>> {
     let mut running = Vec::new();
-    for Contestant { kind, program, .. } in contestants {
+    for Contestant { kind, program, by_unix, .. } in contestants {
         running.push(match kind {
-            Some(kind) => Some(bench.start(*kind, program, 512).await?),
+            Some(kind) => Some(bench.start(*kind, program, 512, *by_unix).await?),
             None => None,
         });
     }
@@ -319,7 +329,7 @@ fn place(bench: &Bench, balancer: Option<&Balancer>) -> (std::net::SocketAddr, O
 /// Starts a new process and measures its start-up time, its size, and the memory of idle connections.
 async fn footprint(bench: &Bench, contestant: &mut Contestant, idle: usize) -> anyhow::Result<()> {
     let Some(kind) = contestant.kind else { return Ok(()) };
-    let balancer = bench.start(kind, &contestant.program, idle).await?;
+    let balancer = bench.start(kind, &contestant.program, idle, contestant.by_unix).await?;
     let (size, start_up) = (std::fs::metadata(&contestant.program)?.len(), balancer.start_up);
     // The first connections cause one-time allocations, which do not count.
     let first = bench.idle(balancer.address, 100).await?;
@@ -348,13 +358,16 @@ fn show(options: &Options, contestants: &[Contestant], machine: String, rate: Op
     all.row(std::iter::once("version").chain(contestants.iter().map(|one| one.version.as_str())));
     let mut tables = vec![all];
     let mut plots = Vec::new();
-    let ringway = contestants.iter().find(|one| one.kind == Some(Kind::Ringway));
-    let is_peer = |one: &&Contestant| one.kind.is_some() && ringway.is_some_and(|ringway| ringway.name != one.name);
-    let peers: Vec<_> = contestants.iter().filter(is_peer).collect();
-    if let (Some(ringway), false) = (ringway, peers.is_empty()) {
-        let mut ratios = Table::new(
-            std::iter::once("Ringway / other balancer".to_owned()).chain(peers.iter().map(|peer| peer.name.clone())),
-        );
+    for by_unix in [false, true] {
+        let of_family = || contestants.iter().filter(|one| one.kind.is_some() && one.by_unix == by_unix);
+        let Some(ringway) = of_family().find(|one| one.kind == Some(Kind::Ringway)) else { continue };
+        let peers: Vec<_> = of_family().filter(|one| one.name != ringway.name).collect();
+        if peers.is_empty() {
+            continue;
+        }
+        let title = if by_unix { "Ringway / other balancer, Unix" } else { "Ringway / other balancer" };
+        let mut ratios =
+            Table::new(std::iter::once(title.to_owned()).chain(peers.iter().map(|peer| peer.name.clone())));
         for measure in Measure::COMPARED.into_iter().filter(|measure| !ringway.figures(*measure).is_empty()) {
             let ratio = |peer: &&Contestant| {
                 let (one, other) = (ringway.spread(measure)?, peer.spread(measure)?);

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use echo_server::Listen;
 use serde::Serialize;
 
 use crate::balancers::{Balancer, Kind, Settings, Setup, ringway};
@@ -80,7 +81,7 @@ pub async fn scale(options: &Options) -> anyhow::Result<()> {
     for servers in 1..=options.servers {
         let name = format!("server-{servers}");
         let arguments = ["--name", &name, "--delay-ms", &delay, "--concurrency", &concurrency];
-        backends.push(server_with(&arguments, "127.0.0.1:0").await?);
+        backends.push(Listen::Ip(server_with(&arguments, "127.0.0.1:0").await?));
         let setup = Setup { backends: backends.clone(), second: None, connections: most, processors: Vec::new() };
         let balancer = Balancer::start(Kind::Ringway, &program, &setup, &Settings::default()).await?;
         let load = Load {

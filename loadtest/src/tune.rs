@@ -153,12 +153,12 @@ pub async fn tune(options: &Options) -> anyhow::Result<()> {
     let duration = Duration::from_secs(options.seconds);
     let pieces: usize = variants.iter().map(|variant| variant.tasks.len()).sum();
     let bar = progress_bar(Duration::from_secs(u64::from(options.rounds) * pieces as u64));
-    let baseline = bench.start_before(&program, &bench.servers, IDLE, &Settings::default()).await?;
+    let baseline = bench.start_before(&program, &bench.backends, IDLE, &Settings::default()).await?;
     for round in 0..options.rounds as usize {
         for turn in 0..variants.len() {
             let number = (turn + round) % variants.len();
             let variant = &mut variants[number];
-            let backends = if variant.beside == Beside::ManyBackends { &many } else { &bench.servers };
+            let backends = if variant.beside == Beside::ManyBackends { &many } else { &bench.backends };
             let balancer = bench.start_before(&program, backends, IDLE, &variant.settings).await?;
             let beside = Company::join(&bench, &balancer, variant.beside).await?;
             for (index, task) in variant.tasks.iter().enumerate() {
