@@ -17,7 +17,7 @@
 //! - [`metrics`]: the name, labels and help text of every metric
 //! - [`config`]: the YAML file and its validation
 //!
-//! Several of these modules use [`http_client`], [`handover`], [`labels`], [`limits`],
+//! Several of these modules use [`address`], [`stream`], [`http_client`], [`handover`], [`labels`], [`limits`],
 //! [`lossy_writer`] and [`text`].
 
 pub mod address;

@@ -170,10 +170,10 @@ fn defaults() -> BTreeMap<String, String> {
     ];
     for provider in providers {
         let checks = ["{ kind: tcp, port: 1 }", "{ kind: http, host: h, body: b }", "{ kind: expect, expect: x }"];
-        for check in checks {
+        for (check, listen) in std::iter::zip(checks, ["0.0.0.0:1", "0.0.0.0:1", "unix:/s"]) {
             let yaml = format!(
                 "access_log: {{ path: stdout }}\napi: {{ token_file: t }}\n\
-                 listeners: [{{ name: a, listen: 0.0.0.0:1, pool: p, per_source: {{ rate: 1 }} }}]\n\
+                 listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }} }}]\n\
                  pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check} }}]"
             );
             let config = Config::parse(&yaml, "test").unwrap();
