@@ -1,6 +1,7 @@
 //! The table: the immutable snapshot of a pool (ring and backends) that the data plane reads, and its atomic swap. Only
 //! the control plane's publisher writes it.
 
+use std::rc::Rc;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
@@ -131,18 +132,39 @@ impl TableCell {
 
     /// Creates a reader with its own `Arc`; a read costs one atomic load while the table is unchanged.
     pub fn reader(&self) -> TableReader {
-        TableReader(Cache::new(Arc::clone(&self.current)))
+        let mut cache = Cache::new(Arc::clone(&self.current));
+        let local = LocalTable(Rc::new(Arc::clone(cache.load())));
+        TableReader { cache, local }
     }
 }
 
 /// A worker's cached view of a [`TableCell`].
 #[derive(Debug)]
-pub struct TableReader(Cache<Arc<ArcSwap<Table>>, Arc<Table>>);
+pub struct TableReader {
+    cache: Cache<Arc<ArcSwap<Table>>, Arc<Table>>,
+    local: LocalTable,
+}
+
+/// A table that the connections of one worker hold. To hold it, they need not write the count of holders that all workers
+/// share.
+#[derive(Debug, Clone)]
+#[expect(clippy::redundant_allocation, reason = "a clone of the `Rc` does not touch the count in the `Arc`")]
+pub struct LocalTable(Rc<Arc<Table>>);
+
+impl AsRef<Table> for LocalTable {
+    fn as_ref(&self) -> &Table {
+        &self.0
+    }
+}
 
 impl TableReader {
     /// The current table.
-    pub fn load(&mut self) -> &Arc<Table> {
-        self.0.load()
+    pub fn load(&mut self) -> LocalTable {
+        let current = self.cache.load();
+        if !Arc::ptr_eq(current, &self.local.0) {
+            self.local = LocalTable(Rc::new(Arc::clone(current)));
+        }
+        self.local.clone()
     }
 }
 
@@ -313,9 +335,9 @@ mod tests {
     fn readers_see_the_new_table_after_a_swap() {
         let cell = TableCell::new(table(&[]));
         let mut reader = cell.reader();
-        assert_eq!(reader.load().generation(), 0);
+        assert_eq!(reader.load().as_ref().generation(), 0);
         let next = table(&[]);
         cell.publish(Table { generation: 7, ..next });
-        assert_eq!((reader.load().generation(), cell.load().generation(), *cell.watch().borrow()), (7, 7, 7));
+        assert_eq!((reader.load().as_ref().generation(), cell.load().generation(), *cell.watch().borrow()), (7, 7, 7));
     }
 }

@@ -78,7 +78,7 @@ async fn a_draining_backend_gets_no_new_connection_and_its_connections_finish() 
     old.shutdown().await.unwrap();
     soon("the end", old.read_to_end(&mut Vec::new())).await.unwrap();
     eventually("none left", || ringway.backend(1).live.active.load(Ordering::Relaxed) == 0).await;
-    assert_eq!(ringway.state().listeners[0].stats.ended.of(EndReason::DrainDeadline), 0);
+    assert_eq!(ringway.state().listeners[0].stats.ended(EndReason::DrainDeadline), 0);
 
     ringway.send(Command::Undrain { pool: "echo".to_owned(), backend: "b1".to_owned() }).await.unwrap();
     eventually("healthy again", || ringway.states() == [State::Healthy; 3]).await;
@@ -96,7 +96,7 @@ async fn a_drain_resets_the_remaining_connections_and_not_before_its_deadline() 
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     assert!(took >= Duration::from_secs(2), "{took:?}");
     println!("2 s of drain took {took:?}");
-    eventually("counted", || ringway.state().listeners[0].stats.ended.of(EndReason::DrainDeadline) == 1).await;
+    eventually("counted", || ringway.state().listeners[0].stats.ended(EndReason::DrainDeadline) == 1).await;
 }
 
 #[tokio::test]

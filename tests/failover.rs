@@ -152,7 +152,7 @@ async fn a_shutdown_lets_connections_finish_within_the_drain() {
     let mut finishing = TcpStream::connect(ringway.web()).await.unwrap();
     let mut staying = TcpStream::connect(ringway.web()).await.unwrap();
     let stats = std::sync::Arc::clone(&ringway.state().listeners[0].stats);
-    eventually("both accepted", || stats.active.load(std::sync::atomic::Ordering::Relaxed) == 2).await;
+    eventually("both accepted", || stats.active() == 2).await;
     ringway.stop();
     eventually_async("no more accepts", async || TcpStream::connect(ringway.web()).await.is_err()).await;
     finishing.write_all(b"last words").await.unwrap();
@@ -163,7 +163,7 @@ async fn a_shutdown_lets_connections_finish_within_the_drain() {
     let error = soon("the drain's end", staying.read(&mut [0; 1])).await.unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     eventually("the end", || ringway.has_ended()).await;
-    assert_eq!(stats.ended.of(ringway::proxy::stats::EndReason::Shutdown), 1);
+    assert_eq!(stats.ended(ringway::proxy::stats::EndReason::Shutdown), 1);
 }
 
 #[tokio::test]

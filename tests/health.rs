@@ -171,7 +171,7 @@ async fn below_the_panic_threshold_all_backends_are_tried_and_the_metrics_show_i
         assert_eq!(ringway.metric("ringway_pool_panic", &[]).await, f64::from(u8::from(panic)));
         let _connections = loadtest::open(ringway.web(), 5).await.unwrap();
         let stats = Arc::clone(&pools.listeners[0].stats);
-        eventually("accepted", || stats.active.load(Ordering::Relaxed) == 5).await;
+        eventually("accepted", || stats.active() == 5).await;
         let picks = ringway.metric("ringway_pool_panic_picks_total", &[]).await;
         assert_eq!(picks > 0.0, panic, "{picks}");
     }
@@ -216,7 +216,7 @@ async fn connections_of_a_backend_that_goes_down_are_kept_or_reset() {
             let error = soon("the reset", client.read_exact(&mut byte)).await.unwrap_err();
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
             let stats = Arc::clone(&ringway.state().listeners[0].stats);
-            eventually("counted", || stats.ended.of(EndReason::BackendDown) == 1).await;
+            eventually("counted", || stats.ended(EndReason::BackendDown) == 1).await;
         }
     }
 }

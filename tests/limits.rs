@@ -1,6 +1,5 @@
 //! Limits of descriptors, memory, connections and ports.
 
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ringway::backend::State;
@@ -106,7 +105,7 @@ async fn a_source_over_its_limit_is_reset_and_others_are_not() {
         assert!(served_from(&format!("127.0.1.{}", n + 1), ringway.web()).await.is_some());
     }
     let stats = std::sync::Arc::clone(&ringway.state().listeners[0].stats);
-    assert_eq!(stats.refused.of(ringway::proxy::stats::RefusalReason::SourceConnections), 7);
+    assert_eq!(stats.refused(ringway::proxy::stats::RefusalReason::SourceConnections), 7);
     served.pop();
     eventually_async("room again", async || served_from("127.0.0.2", ringway.web()).await.is_some()).await;
 }
@@ -155,7 +154,7 @@ async fn connections_over_a_listener_s_limit_wait_in_the_backlog_and_other_liste
     let yaml = yaml.replace("pools:\n", "  - { name: other, listen: \"127.0.0.1:0\", pool: echo }\npools:\n");
     let ringway = Ringway::start(&yaml).await;
     let open = loadtest::open(ringway.web(), 5).await.unwrap();
-    let active = || ringway.state().listeners[0].stats.active.load(std::sync::atomic::Ordering::Relaxed);
+    let active = || ringway.state().listeners[0].stats.active();
     eventually_async("two", async || active() == 2).await;
     assert!(served_from("127.0.0.1", ringway.state().listeners[1].address.ip().unwrap()).await.is_some());
     assert_eq!(active(), 2);
@@ -241,7 +240,7 @@ async fn clients_that_have_gone_hold_no_permits_while_ringway_connects_for_them(
     let pool = "health_check: { kind: none }\nconnect: { timeout: 1m, attempts: 1 }";
     let ringway = Ringway::start(&config(&provider, listener, pool)).await;
     let stats = ringway.state().listeners[0].stats.clone();
-    let active = || stats.active.load(Ordering::Relaxed);
+    let active = || stats.active();
     let clients = loadtest::open(ringway.web(), 20).await.unwrap();
     eventually("all wait", || active() == 20).await;
     // The end of its stream is no reason to give a client up.
@@ -251,8 +250,8 @@ async fn clients_that_have_gone_hold_no_permits_while_ringway_connects_for_them(
         client.set_zero_linger().unwrap();
     }
     drop(clients);
-    eventually("only the patient one waits", || active() == 1 && stats.ended.of(EndReason::ClientReset) == 20).await;
-    assert_eq!(stats.refused.of(RefusalReason::ConnectFailed), 0);
+    eventually("only the patient one waits", || active() == 1 && stats.ended(EndReason::ClientReset) == 20).await;
+    assert_eq!(stats.refused(RefusalReason::ConnectFailed), 0);
 }
 
 /// A client that reads nothing blocks its stream, with a pipe full of bytes.
@@ -334,13 +333,13 @@ async fn a_renamed_listener_keeps_its_connections_in_its_counters() {
     );
     let ringway = Ringway::start(&yaml).await.ready().await;
     let open = loadtest::open(ringway.web(), 5).await.unwrap();
-    let active = || ringway.state().listeners[0].stats.active.load(Ordering::Relaxed);
+    let active = || ringway.state().listeners[0].stats.active();
     eventually("open", || active() == 5).await;
     ringway.reload(&yaml.replacen("name: web", "name: renamed", 1)).await.unwrap();
     assert_eq!((&*ringway.state().listeners[0].name, active()), ("renamed", 5));
     drop(open);
     eventually("ended", || active() == 0).await;
-    assert_eq!(ringway.state().listeners[0].stats.ended.total(), 5);
+    assert_eq!(ringway.state().listeners[0].stats.total_ended(), 5);
 }
 
 /// A port that was free a moment ago.

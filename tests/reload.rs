@@ -1,7 +1,6 @@
 //! Reloads: the changes that they make, and the connections that they keep.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ringway::backend::State;
@@ -238,7 +237,7 @@ async fn a_reload_changes_limits_and_names_the_settings_that_need_a_restart() {
     let yaml = format!("max_connections: 2\n{}", static_config(&[server.address], "health_check: { kind: none }"));
     let ringway = Ringway::start(&yaml).await;
     let mut open = loadtest::open(ringway.web(), 3).await.unwrap();
-    let active = || ringway.state().listeners[0].stats.active.load(Ordering::Relaxed);
+    let active = || ringway.state().listeners[0].stats.active();
     eventually("two of three", || active() == 2).await;
     let other = yaml.replace("max_connections: 2", "max_connections: 3").replace("workers: 2", "workers: 1");
     let report = ringway.reload(&other).await.unwrap();

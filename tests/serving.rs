@@ -181,7 +181,7 @@ async fn connections_over_the_limit_wait_in_the_backlog_and_are_served() {
     let yaml = format!("max_connections: 1\n{}", static_config(&[server.address], ""));
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     let stats = std::sync::Arc::clone(&ringway.state().listeners[0].stats);
-    let accepted = || stats.accepted.load(std::sync::atomic::Ordering::Relaxed);
+    let accepted = || stats.accepted();
     for round in 0..8 {
         let first = TcpStream::connect(ringway.web()).await.unwrap();
         eventually("the first is accepted", || accepted() == 2 * round + 1).await;
@@ -240,7 +240,7 @@ async fn the_access_log_has_a_text_format() {
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     spread(&ringway, 1).await;
     let stats = std::sync::Arc::clone(&ringway.state().listeners[0].stats);
-    eventually("its end", || stats.ended.total() == 1).await;
+    eventually("its end", || stats.total_ended() == 1).await;
     drop(ringway);
     let line = std::fs::read_to_string(log.path()).unwrap();
     for part in [

@@ -197,7 +197,7 @@ async fn what_the_other_side_sees_of_an_abnormal_end() {
     let yaml = to_paths(&[&path], "", "health_check: { kind: none }");
     let ringway = Ringway::start(&yaml).await;
     let ended = async |reason: EndReason, count: u64| {
-        eventually("the end", || ringway.state().listeners[0].stats.ended.of(reason) == count).await;
+        eventually("the end", || ringway.state().listeners[0].stats.ended(reason) == count).await;
     };
 
     // A backend that closes with unread bytes resets the client.
@@ -224,7 +224,7 @@ async fn what_the_other_side_sees_of_an_abnormal_end() {
     let mut silent = UnixStream::connect(&web).await.unwrap();
     assert_eq!(soon("the end", silent.read(&mut [0])).await.unwrap(), 0);
     let stats = std::sync::Arc::clone(&ringway.state().listeners[0].stats);
-    eventually("the refusal", || stats.refused.of(RefusalReason::ConnectFailed) == 1).await;
+    eventually("the refusal", || stats.refused(RefusalReason::ConnectFailed) == 1).await;
     let mut speaking = UnixStream::connect(&web).await.unwrap();
     // The write fails if Ringway has closed the connection already.
     if speaking.write_all(b"hello").await.is_ok() {

@@ -53,11 +53,15 @@ fn listeners(text: &mut Text, listeners: &[ListenerView]) {
             add(&mut samples, labels, listener);
         }
     };
-    each(&metrics::ACCEPTED, &|samples, labels, listener| samples.add(labels, load(&listener.stats.accepted)));
-    each(&metrics::ACTIVE, &|samples, labels, listener| samples.add(labels, load(&listener.stats.active)));
-    each(&metrics::ENDED, &|samples, labels, listener| tally(samples, labels, &listener.stats.ended));
-    each(&metrics::REFUSED, &|samples, labels, listener| tally(samples, labels, &listener.stats.refused));
-    each(&metrics::ACCEPT_ERRORS, &|samples, labels, listener| tally(samples, labels, &listener.stats.accept_errors));
+    each(&metrics::ACCEPTED, &|samples, labels, listener| samples.add(labels, listener.stats.accepted()));
+    each(&metrics::ACTIVE, &|samples, labels, listener| samples.add(labels, listener.stats.active()));
+    each(&metrics::ENDED, &|samples, labels, listener| tally(samples, labels, |reason| listener.stats.ended(reason)));
+    each(&metrics::REFUSED, &|samples, labels, listener| {
+        tally(samples, labels, |reason| listener.stats.refused(reason));
+    });
+    each(&metrics::ACCEPT_ERRORS, &|samples, labels, listener| {
+        tally(samples, labels, |error| listener.stats.accept_errors(error));
+    });
     each(&metrics::SOURCES_UNTRACKED, &|samples, labels, listener| {
         samples.add(labels, listener.sources.as_ref().map_or(0, |sources| sources.untracked()));
     });
@@ -174,17 +178,17 @@ fn process(text: &mut Text, state: &State) {
     one(&metrics::OPEN_FILES_LIMIT, limits::open_files());
     one(&metrics::MAX_CONNECTIONS, state.limit.size() as u64);
     one(&metrics::READY, state.ready.load(Ordering::Relaxed).into());
-    tally(&mut text.metric(&metrics::RELOADS), &none, &state.reloads);
-    tally(&mut text.metric(&metrics::UPGRADES), &none, &state.upgrades);
-    tally(&mut text.metric(&metrics::API_REJECTED), &none, state.guard.rejections());
+    tally(&mut text.metric(&metrics::RELOADS), &none, |outcome| state.reloads.of(outcome));
+    tally(&mut text.metric(&metrics::UPGRADES), &none, |outcome| state.upgrades.of(outcome));
+    tally(&mut text.metric(&metrics::API_REJECTED), &none, |rejection| state.guard.rejections().of(rejection));
     text.metric(&metrics::UPTIME).add(&none, state.started.elapsed().as_secs_f64());
     text.metric(&metrics::BUILD_INFO).add(&Labels::new(&["version"], &[crate::VERSION]), 1);
 }
 
 /// Adds every counter.
-fn tally<L: Label>(samples: &mut Samples<'_>, labels: &Labels, tally: &Tally<L>) {
+fn tally<L: Label>(samples: &mut Samples<'_>, labels: &Labels, count: impl Fn(L) -> u64) {
     for &label in L::ALL {
-        samples.add_with(labels, label.as_str(), tally.of(label));
+        samples.add_with(labels, label.as_str(), count(label));
     }
 }
 

@@ -201,10 +201,7 @@ impl Status {
 
 impl Listener {
     fn of(listener: &ListenerView) -> Self {
-        let connections = Connections {
-            active: listener.stats.active.load(Ordering::Relaxed),
-            total: listener.stats.accepted.load(Ordering::Relaxed),
-        };
+        let connections = Connections { active: listener.stats.active(), total: listener.stats.accepted() };
         Self {
             name: listener.name.to_string(),
             address: Some(listener.address.to_string()),

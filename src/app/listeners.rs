@@ -13,6 +13,7 @@ use crate::metrics::{self, Exporter};
 use crate::proxy::access_log::AccessLog;
 use crate::proxy::listening::{self, ListeningSocket, Wanted};
 use crate::proxy::socket::{self, Beside, overlap};
+use crate::proxy::stats::ListenerStats;
 use crate::proxy::{Intercept, Limit, ListenerId, Proxy, Route, Serving, SourceLimits, Sources};
 
 /// Length of the kernel's accept queue for the side port.
@@ -24,6 +25,8 @@ pub(super) struct ListenerContext<'a> {
     pub(super) exporter: &'a Exporter,
     pub(super) intercept: &'a Intercept,
     pub(super) access_log: Option<&'a AccessLog>,
+    /// Number of workers.
+    pub(super) workers: usize,
 }
 
 /// A listener that is bound but does not accept connections yet. Dropping it removes the file of a Unix socket that this
@@ -242,7 +245,7 @@ fn serving(
     Serving {
         name: listener.name.as_str().into(),
         route: route.clone(),
-        stats: before.map_or_else(Arc::default, |before| Arc::clone(&before.stats)),
+        stats: before.map_or_else(|| Arc::new(ListenerStats::new(context.workers)), |before| Arc::clone(&before.stats)),
         limit,
         sources,
         intercept: listener.answer_status.then(|| context.intercept.clone()),

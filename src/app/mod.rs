@@ -254,6 +254,7 @@ impl App {
             exporter: &self.state.exporter,
             intercept: &self.intercept,
             access_log: self.access_log.as_ref().map(|(log, _)| log),
+            workers: self.state.workers.len(),
         };
         for (listener, bound) in std::iter::zip(&self.config.listeners, self.bound.drain(..)) {
             // The config has checked that the pool exists.

@@ -159,6 +159,7 @@ impl App {
                 exporter: &self.state.exporter,
                 intercept: &self.intercept,
                 access_log: self.access_log.as_ref().filter(|_| config.access_log.is_some()).map(|(log, _)| log),
+                workers: self.state.workers.len(),
             };
             let position = open.iter().position(|open| open.can_become(listener));
             self.listeners.push(match (bound, position) {

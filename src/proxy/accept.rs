@@ -119,11 +119,11 @@ pub(super) async fn accept(
     let mut turn = 0;
     loop {
         // The permit comes first: connections over a limit wait in the kernel's backlog, not in this process.
-        let listener_limit = Arc::clone(&acceptor.listener.borrow().serving.limit);
+        let listener = acceptor.listener();
         let permit = tokio::select! {
             biased;
             () = stop.cancelled() => break,
-            permit = ConnectionPermit::acquire(&listener_limit, &process) => permit,
+            permit = ConnectionPermit::acquire(&listener.serving.limit, &process) => permit,
         };
         let accepted = tokio::select! {
             biased;
@@ -141,7 +141,7 @@ pub(super) async fn accept(
                 drop(permit);
                 let kind = classify(&error);
                 let listener = acceptor.listener();
-                listener.serving.stats.accept_errors.count(kind);
+                listener.share().count_error(kind);
                 if kind != AcceptError::Aborted {
                     tracing::debug!(listener = %listener.serving.name, kind = kind.as_str(), %error, "cannot accept");
                     tokio::time::sleep(PAUSE).await;

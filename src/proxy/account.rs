@@ -71,8 +71,7 @@ struct Served {
 impl Account {
     /// Counts an accepted connection. It is counted for the worker already: see [`Dealer`](super::deal::Dealer).
     pub(super) fn open(listener: Rc<WorkerListener>, client: Client, permit: ConnectionPermit) -> Self {
-        listener.serving.stats.accepted.fetch_add(1, Ordering::Relaxed);
-        listener.serving.stats.active.fetch_add(1, Ordering::Relaxed);
+        listener.share().count_accepted();
         Self {
             listener,
             client,
@@ -141,11 +140,10 @@ impl Drop for Account {
         }
         listener.serving.connection_seconds.record(duration.as_secs_f64());
         match self.outcome {
-            Outcome::Ended(end) => listener.serving.stats.ended.count(end),
-            Outcome::Refused(refusal) => listener.serving.stats.refused.count(refusal),
+            Outcome::Ended(end) => listener.share().count_end(end),
+            Outcome::Refused(refusal) => listener.share().count_refusal(refusal),
         }
         listener.worker.stats.connections.fetch_sub(1, Ordering::Relaxed);
-        listener.serving.stats.active.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -36,9 +36,9 @@ pub struct Connected {
 ///
 /// # Errors
 /// When no backend answers.
-pub async fn connect(
+pub async fn connect<T: AsRef<Table>>(
     route: &Route,
-    mut current: impl FnMut() -> Arc<Table>,
+    mut current: impl FnMut() -> T,
     key: &[u8],
     tcp: &TcpOptions,
 ) -> Result<Connected, RefusalReason> {
@@ -46,12 +46,12 @@ pub async fn connect(
     let mut left = route.connect_attempts;
     let mut tried: Vec<(Arc<str>, u64)> = Vec::new();
     let mut table = current();
-    if table.is_panic() {
+    if table.as_ref().is_panic() {
         route.stats.picked_in_panic.fetch_add(1, Ordering::Relaxed);
     }
     while left > 0 {
         let mut newer = None;
-        for (backend, address) in table.candidates(key) {
+        for (backend, address) in table.as_ref().candidates(key) {
             if left == 0 {
                 break;
             }
@@ -66,9 +66,9 @@ pub async fn connect(
             left -= 1;
             let attempt = attempt(backend, address, route, tcp).await;
             let now = current();
-            let is_stale = now.generation() != table.generation();
+            let is_stale = now.as_ref().generation() != table.as_ref().generation();
             match attempt {
-                Ok(stream) if !is_stale || now.still_takes(&backend.id, backend.incarnation) => {
+                Ok(stream) if !is_stale || now.as_ref().still_takes(&backend.id, backend.incarnation) => {
                     let (backend, address) = (Arc::clone(&backend.id), address.clone());
                     return Ok(Connected { backend, address, permit, stream });
                 }

@@ -12,14 +12,16 @@ use tokio::sync::Notify;
 
 use super::Serving;
 use super::pipe::PipePool;
-use super::stats::{EndReason, WorkerStats};
+use super::stats::{EndReason, ListenerShare, WorkerStats};
 use super::write_backlog::WriteBacklog;
 use crate::backend::{BackendPermit, Moved};
-use crate::table::{Table, TableReader};
+use crate::table::{LocalTable, TableReader};
 
 /// State shared by a worker's connections. It never crosses to another thread.
 #[derive(Debug)]
 pub(super) struct Worker {
+    /// Its number, from 0.
+    pub(super) index: usize,
     pub(super) stats: Arc<WorkerStats>,
     pub(super) scratch: RefCell<Box<[u8]>>,
     pub(super) write_backlog: RefCell<WriteBacklog>,
@@ -54,8 +56,13 @@ pub(super) struct WorkerListener {
 
 impl WorkerListener {
     /// The pool's current table.
-    pub(super) fn table(&self) -> Arc<Table> {
-        Arc::clone(self.table.borrow_mut().load())
+    pub(super) fn table(&self) -> LocalTable {
+        self.table.borrow_mut().load()
+    }
+
+    /// This worker's share of the listener's counters.
+    pub(super) fn share(&self) -> &ListenerShare {
+        self.serving.stats.share(self.worker.index)
     }
 }
 

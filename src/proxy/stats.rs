@@ -1,9 +1,9 @@
-//! The reasons why connections end, and the counters that all workers share.
+//! The reasons why connections end, and the counters of listeners, pools and workers.
 
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::label_enum;
-use crate::labels::Tally;
+use crate::labels::Label as _;
 
 label_enum! {
     /// Why a served connection ended.
@@ -86,19 +86,102 @@ label_enum! {
     }
 }
 
-/// Counters of one listener, shared by all workers. Each connection updates them once or twice.
-#[derive(Debug, Default)]
+/// Counters of one listener. Each worker counts in a share of its own, and readers add the shares up.
+#[derive(Debug)]
 pub struct ListenerStats {
+    shares: Box<[ListenerShare]>,
+}
+
+/// One worker's share of a listener's counters. Only that worker writes it. The alignment keeps shares out of one
+/// another's cache lines; processors fetch lines in pairs.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(super) struct ListenerShare {
+    accepted: Counter,
+    ended: [Counter; EndReason::ALL.len()],
+    refused: [Counter; RefusalReason::ALL.len()],
+    accept_errors: [Counter; AcceptError::ALL.len()],
+}
+
+/// A counter that one thread writes and others read.
+#[derive(Debug, Default)]
+struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds one. With one writer, this needs no atomic addition.
+    fn add_one(&self) {
+        self.0.store(self.get() + 1, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl ListenerShare {
+    pub(super) fn count_accepted(&self) {
+        self.accepted.add_one();
+    }
+
+    pub(super) fn count_end(&self, reason: EndReason) {
+        self.ended[reason.index()].add_one();
+    }
+
+    pub(super) fn count_refusal(&self, reason: RefusalReason) {
+        self.refused[reason.index()].add_one();
+    }
+
+    pub(super) fn count_error(&self, error: AcceptError) {
+        self.accept_errors[error.index()].add_one();
+    }
+}
+
+impl ListenerStats {
+    /// The counters of a listener that this number of workers serve.
+    pub fn new(workers: usize) -> Self {
+        Self { shares: (0..workers.max(1)).map(|_| ListenerShare::default()).collect() }
+    }
+
+    /// The share of a worker.
+    pub(super) fn share(&self, worker: usize) -> &ListenerShare {
+        &self.shares[worker]
+    }
+
     /// Connections accepted so far: active, ended and refused ones.
-    pub accepted: AtomicU64,
+    pub fn accepted(&self) -> u64 {
+        self.sum(|share| &share.accepted)
+    }
+
     /// Connections open now.
-    pub active: AtomicU64,
-    /// Connections that ended, by reason.
-    pub ended: Tally<EndReason>,
-    /// Refused connections, by reason.
-    pub refused: Tally<RefusalReason>,
-    /// Failed accepts, by error.
-    pub accept_errors: Tally<AcceptError>,
+    pub fn active(&self) -> u64 {
+        let over = self.total_ended() + RefusalReason::ALL.iter().map(|&reason| self.refused(reason)).sum::<u64>();
+        // Read last: a connection that begins and ends meanwhile must not count as less than none.
+        self.accepted().saturating_sub(over)
+    }
+
+    /// Connections that ended for this reason.
+    pub fn ended(&self, reason: EndReason) -> u64 {
+        self.sum(|share| &share.ended[reason.index()])
+    }
+
+    /// Connections that ended for any reason.
+    pub fn total_ended(&self) -> u64 {
+        EndReason::ALL.iter().map(|&reason| self.ended(reason)).sum()
+    }
+
+    /// Connections that were refused for this reason.
+    pub fn refused(&self, reason: RefusalReason) -> u64 {
+        self.sum(|share| &share.refused[reason.index()])
+    }
+
+    /// Accepts that failed with this error.
+    pub fn accept_errors(&self, error: AcceptError) -> u64 {
+        self.sum(|share| &share.accept_errors[error.index()])
+    }
+
+    fn sum<'a>(&'a self, counter: impl Fn(&'a ListenerShare) -> &'a Counter) -> u64 {
+        self.shares.iter().map(|share| counter(share).get()).sum()
+    }
 }
 
 /// Counters of one pool, shared by all workers.
@@ -127,4 +210,31 @@ pub struct WorkerStats {
     pub pipes: AtomicU64,
     /// How often a stream was copied because the pipe pool was exhausted.
     pub pipe_shortages: AtomicU64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readers_add_up_what_each_worker_counts() {
+        let stats = ListenerStats::new(3);
+        std::thread::scope(|scope| {
+            for worker in 0..3 {
+                let share = stats.share(worker);
+                scope.spawn(move || {
+                    for _ in 0..1000 {
+                        share.count_accepted();
+                        share.count_accepted();
+                        share.count_end(EndReason::Finished);
+                    }
+                    share.count_refusal(RefusalReason::NoBackend);
+                    share.count_error(AcceptError::Aborted);
+                });
+            }
+        });
+        assert_eq!((stats.accepted(), stats.active(), stats.total_ended()), (6000, 2997, 3000));
+        assert_eq!((stats.ended(EndReason::Finished), stats.refused(RefusalReason::NoBackend)), (3000, 3));
+        assert_eq!(stats.accept_errors(AcceptError::Aborted), 3);
+    }
 }

@@ -87,6 +87,7 @@ impl Drop for TellAtEnd {
 
 async fn serve(mut setup: Setup) {
     let worker = Rc::new(Worker {
+        index: setup.index,
         pipes: RefCell::new(PipePool::new(setup.max_pipes, Arc::clone(&setup.stats))),
         stats: setup.stats,
         scratch: RefCell::new(vec![0; setup.buffer].into_boxed_slice()),
