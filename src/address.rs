@@ -33,9 +33,11 @@ impl Address {
         let problem = if !path.starts_with('/') {
             "is not an absolute path: begin it with /".to_owned()
         } else if path.len() > LONGEST_PATH {
-            format!("has {} bytes, and the kernel takes {LONGEST_PATH}: choose a shorter path", path.len())
-        } else if path.ends_with('/') || !path.chars().all(|c| !c.is_control() && !c.is_whitespace()) {
-            "is not the path of a socket: write a file's path without spaces".to_owned()
+            format!("is {} bytes long, but the kernel allows at most {LONGEST_PATH}: choose a shorter path", path.len())
+        } else if path.ends_with('/') {
+            "ends with /: write the path of a file, like /run/web.sock".to_owned()
+        } else if !path.chars().all(|c| !c.is_control() && !c.is_whitespace()) {
+            "contains a space or a control character: remove it".to_owned()
         } else {
             return Ok(Self::Unix(Path::new(path).into()));
         };
@@ -103,7 +105,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_text_of_an_address_gives_the_address_again() {
+    fn an_address_survives_a_round_trip_through_its_text() {
         for text in ["10.0.0.5:80", "[::1]:80", "unix:/run/web.sock"] {
             let address: Address = text.parse().unwrap();
             assert_eq!(address.to_string(), text);
@@ -118,9 +120,9 @@ mod tests {
         let error = |text: &str| text.parse::<Address>().unwrap_err();
         assert!(error("unix:web.sock").contains("absolute"));
         assert!(error("unix:").contains("absolute"));
-        assert!(error("unix:/run/").contains("a file's path"));
-        assert!(error("unix:/run/a b").contains("without spaces"));
-        assert!(error(&format!("unix:/{}", "x".repeat(107))).contains("108 bytes"));
+        assert!(error("unix:/run/").contains("the path of a file"));
+        assert!(error("unix:/run/a b").contains("contains a space"));
+        assert!(error(&format!("unix:/{}", "x".repeat(107))).contains("108 bytes long"));
         assert!(format!("unix:/{}", "x".repeat(106)).parse::<Address>().is_ok());
         assert!(error("localhost:80").contains("unix:/path"));
     }

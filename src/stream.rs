@@ -1,6 +1,6 @@
 //! Stream sockets of both families, TCP and Unix, and who is at the other end of an accepted one.
 //!
-//! A Unix socket has no options of TCP and no reset. What differs is here, so the stages of a connection need not know.
+//! A Unix socket has no TCP options and no reset. This module hides the difference from the stages of a connection.
 
 use std::fmt;
 use std::io;
@@ -19,8 +19,9 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
 /// Pause before the next attempt to connect to a Unix socket whose queue is full. The kernel does not tell when it has
-/// room.
-const QUEUE_FULL: Duration = Duration::from_millis(5);
+/// room. The pause doubles up to [`LONGEST_PAUSE`].
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -31,7 +32,7 @@ pub enum Stream {
     Unix(UnixStream),
 }
 
-/// A stream socket that no runtime knows. It can go to another thread.
+/// A stream socket that is not registered with a runtime. It can go to another thread.
 #[derive(Debug)]
 pub enum IdleStream {
     /// TCP.
@@ -58,11 +59,13 @@ impl Stream {
     pub async fn connect_unix(path: &Path) -> io::Result<Self> {
         let address = SockAddr::unix(path)?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+        let mut pause = FIRST_PAUSE;
         while let Err(error) = socket.connect(&address) {
             if Errno::from_io_error(&error) != Some(Errno::AGAIN) {
                 return Err(error);
             }
-            tokio::time::sleep(QUEUE_FULL).await;
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(LONGEST_PAUSE);
         }
         UnixStream::from_std(socket.into()).map(Self::Unix)
     }
@@ -78,7 +81,7 @@ impl Stream {
         })
     }
 
-    /// Waits until the socket has an error, which a broken connection has.
+    /// Waits until the socket reports an error. A reset or lost connection always reports one.
     ///
     /// # Errors
     /// When the runtime ends.
@@ -86,12 +89,19 @@ impl Stream {
         either!(self, socket => socket.ready(Interest::ERROR).await).map(drop)
     }
 
-    /// The error that has broken the connection, if the system has reported one.
+    /// The error that has broken the connection, if the system has reported one. It is reported only once.
     pub fn broken(&self) -> Option<io::Error> {
         // Without an error event nothing has broken. The check of the event takes no system call.
         self.try_io(Interest::ERROR, || Ok(())).ok()?;
-        // A socket without a peer may have ended cleanly on both sides while it still holds unread bytes.
-        self.is_cut_off().then(|| either!(self, socket => socket.take_error()).ok().flatten()).flatten()
+        match self {
+            // A socket without a peer may have ended cleanly on both sides while it still holds unread bytes.
+            Self::Tcp(socket) => socket.peer_addr().is_err().then(|| socket.take_error().ok().flatten()).flatten(),
+            // The bytes that came before the error can still be read. A read, also of none, takes the error.
+            Self::Unix(socket) => {
+                let read = rustix::net::recv(socket, &mut [0; 1][..], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+                read.err().filter(|&error| error != Errno::AGAIN).map(Into::into)
+            }
+        }
     }
 
     /// Whether a socket with an error has lost its connection. A TCP socket with a peer is alive: its error is temporary,
@@ -162,8 +172,8 @@ impl Stream {
 }
 
 impl IdleStream {
-    /// Makes closing the socket send RST. A Unix socket has no reset. Its peer sees an error (`ECONNRESET`) if it has sent
-    /// bytes that nobody has read, and otherwise the end of the stream.
+    /// Makes closing the socket send RST. A Unix socket has no reset. If this side has not read all bytes,
+    /// the peer gets `ECONNRESET`. Otherwise the peer sees the end of the stream.
     pub fn reset_on_close(&self) {
         if let Self::Tcp(socket) = self {
             // Fails only on a socket that is already closed.
@@ -242,7 +252,7 @@ impl Client {
     pub fn of_unix(socket: &UnixStream) -> Self {
         static ACCEPTED: AtomicU64 = AtomicU64::new(0);
         let number = ACCEPTED.fetch_add(1, Ordering::Relaxed);
-        // The kernel keeps it for every connected socket (unix(7), SO_PEERCRED).
+        // The kernel keeps the peer's credentials for every connected socket (unix(7), SO_PEERCRED).
         let peer = socket.peer_cred();
         let (user, pid) = peer.map_or((u32::MAX, 0), |peer| (peer.uid(), peer.pid().unwrap_or_default()));
         Self::Unix { user, pid, number }

@@ -145,8 +145,7 @@ pub struct TableReader {
     local: LocalTable,
 }
 
-/// A table that the connections of one worker hold. To hold it, they need not write the count of holders that all workers
-/// share.
+/// A worker's handle on a table. A clone changes the worker's own reference count, not the count that all workers share.
 #[derive(Debug, Clone)]
 #[expect(clippy::redundant_allocation, reason = "a clone of the `Rc` does not touch the count in the `Arc`")]
 pub struct LocalTable(Rc<Arc<Table>>);

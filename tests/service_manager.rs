@@ -127,6 +127,51 @@ async fn a_dual_stack_socket_serves_a_listener_on_all_addresses() {
     assert_eq!(code, Some(0), "{log}");
 }
 
+/// As `ListenStream=/run/web.sock` and `SocketMode=0666` make it.
+#[tokio::test]
+async fn a_unix_socket_comes_from_the_service_manager_and_keeps_its_file() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let server = Server::echo("a").await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("web");
+    let socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o666)).unwrap();
+    let yaml = static_config(&[server.address], "health_check: { kind: none }")
+        .replace("listen: 127.0.0.1:0", &format!("listen: unix:{}\n    mode: \"0600\"", path.display()));
+    let config = file(&yaml);
+    // The first connection waits in the queue until Ringway starts.
+    let mut clients = vec![tokio::net::UnixStream::connect(&path).await.unwrap()];
+    for _ in 0..2 {
+        let ringway = start(&config, vec![OwnedFd::from(socket.try_clone().unwrap())]);
+        clients.push(tokio::net::UnixStream::connect(&path).await.unwrap());
+        for mut client in clients.drain(..) {
+            use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+            client.write_all(b"ping").await.unwrap();
+            soon("an echo", client.read_exact(&mut [0; 4])).await.unwrap();
+        }
+        stop(&ringway);
+        let (code, log) = ended(ringway).await;
+        assert_eq!(code, Some(0), "{log}");
+        assert_eq!(path.metadata().unwrap().permissions().mode() & 0o777, 0o666);
+    }
+}
+
+#[tokio::test]
+async fn an_abstract_unix_socket_in_the_unit_is_a_clear_error() {
+    use std::os::linux::net::SocketAddrExt as _;
+    use std::os::unix::net::{SocketAddr, UnixListener};
+
+    let server = Server::echo("a").await;
+    let config = file(&static_config(&[server.address], "health_check: { kind: none }"));
+    let name = format!("ringway-test-{}", std::process::id());
+    let socket = UnixListener::bind_addr(&SocketAddr::from_abstract_name(name).unwrap()).unwrap();
+    let (code, log) = ended(start(&config, vec![socket.into()])).await;
+    assert_eq!(code, Some(1), "{log}");
+    assert!(log.contains("a Unix socket without a path: write the path in ListenStream="), "{log}");
+}
+
 #[tokio::test]
 async fn a_udp_socket_in_the_unit_is_a_clear_error() {
     let server = Server::echo("a").await;

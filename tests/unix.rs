@@ -26,7 +26,7 @@ impl UnixServer {
     fn start(path: &Path, name: &str) -> Self {
         use clap::Parser as _;
 
-        // Like a server that was killed, the one before has not removed its file.
+        // The previous server did not remove its file, like a killed server.
         let _ = std::fs::remove_file(path);
         let options = echo_server::Options::parse_from(["echo-server", "--name", name, "--grace-ms", "0"]);
         let listener = UnixListener::bind(path).unwrap();
@@ -90,7 +90,7 @@ async fn every_kind_of_check_works_on_a_unix_socket() {
 }
 
 #[tokio::test]
-async fn a_missing_socket_and_a_dead_one_are_refusals_and_the_next_backend_serves() {
+async fn ringway_tries_the_next_backend_if_a_socket_is_missing_or_stale() {
     let folder = tempfile::tempdir().unwrap();
     let (missing, dead, alive) = (folder.path().join("m"), folder.path().join("d"), folder.path().join("a"));
     drop(UnixListener::bind(&dead).unwrap());
@@ -128,8 +128,15 @@ async fn ringway_waits_for_room_in_the_queue_of_a_backend_until_the_timeout() {
     let mut client = TcpStream::connect(ringway.web()).await.unwrap();
     let live = || ringway.backend(0).live.attempts.load(std::sync::atomic::Ordering::Relaxed);
     eventually("the attempt", || live() == 2).await;
-    // Room: the server accepts those that wait, and then Ringway.
-    let accepted: Vec<_> = (0..3).map(|_| socket.accept().unwrap()).collect();
+    // The server makes room: it accepts the waiting connections, then Ringway's.
+    socket.set_nonblocking(true).unwrap();
+    let mut accepted = Vec::new();
+    eventually("all are accepted", || {
+        accepted.extend(socket.accept());
+        accepted.len() == 3
+    })
+    .await;
+    accepted[2].0.set_nonblocking(false).unwrap();
     client.write_all(b"x").await.unwrap();
     let mut byte = [std::mem::MaybeUninit::uninit(); 1];
     assert_eq!(accepted[2].0.recv(&mut byte).unwrap(), 1);
@@ -168,7 +175,7 @@ async fn a_listener_at_a_path_has_its_mode_and_removes_its_file() {
 }
 
 #[tokio::test]
-async fn the_file_of_a_killed_ringway_is_replaced_and_that_of_a_living_one_is_not() {
+async fn ringway_replaces_a_stale_socket_but_not_one_in_use() {
     let folder = tempfile::tempdir().unwrap();
     let (web, _) = paths(&folder);
     let server = Server::echo("a").await;
@@ -188,9 +195,99 @@ async fn the_file_of_a_killed_ringway_is_replaced_and_that_of_a_living_one_is_no
     assert_eq!(std::fs::read_to_string(&web).unwrap(), "a file of the user");
 }
 
-/// A Unix socket has no reset. What a client sees instead is in the documentation of the relay.
 #[tokio::test]
-async fn what_the_other_side_sees_of_an_abnormal_end() {
+async fn a_listener_whose_file_was_deleted_gets_a_new_one_by_reload() {
+    let folder = tempfile::tempdir().unwrap();
+    let (web, _) = paths(&folder);
+    let server = Server::echo("a").await;
+    let yaml = on_path(&static_config(&[server.address], "health_check: { kind: none }"), &web, "backlog: 100");
+    let ringway = Ringway::start(&yaml).await;
+    let mut kept = UnixStream::connect(&web).await.unwrap();
+    std::fs::remove_file(&web).unwrap();
+    ringway.reload(&yaml).await.unwrap();
+    assert!(soon("an echo", connects(&web)).await);
+    assert!(soon("an echo of the old connection", echoes_unix(&mut kept)).await);
+    // A file of somebody else is not touched.
+    std::fs::remove_file(&web).unwrap();
+    std::fs::write(&web, "a file of the user").unwrap();
+    let error = ringway.reload(&yaml.replace("backlog: 100", "mode: \"0666\"")).await.unwrap_err();
+    assert!(error.to_string().contains("the file is not a socket"), "{error}");
+    drop(ringway);
+    assert_eq!(web.metadata().unwrap().permissions().mode() & 0o111, 0);
+    assert_eq!(std::fs::read_to_string(&web).unwrap(), "a file of the user");
+}
+
+#[tokio::test]
+async fn a_failed_upgrade_changes_no_permissions() {
+    let folder = tempfile::tempdir().unwrap();
+    let (web, _) = paths(&folder);
+    let server = Server::echo("a").await;
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let yaml = on_path(&static_config(&[server.address], "health_check: { kind: none }"), &web, "mode: \"0660\"");
+    let program = Program::start(&yaml).await;
+    let other = format!("  - {{ name: taken, listen: \"{}\", pool: echo }}\npools:", taken.local_addr().unwrap());
+    program.write_config(&yaml.replace("0660", "0666").replace("pools:", &other));
+    assert_ne!(http(program.api(), "POST", "/api/upgrade", b"").await.status(), 200);
+    assert_eq!(web.metadata().unwrap().permissions().mode() & 0o777, 0o660);
+    assert!(soon("an echo", connects(&web)).await);
+}
+
+#[tokio::test]
+async fn commands_follow_the_rules_of_the_config_for_unix_sockets() {
+    let folder = tempfile::tempdir().unwrap();
+    let (web, path) = paths(&folder);
+    let server = Server::echo("a").await;
+    let check = format!("health_check: {{ kind: tcp, port: {} }}", server.address.port());
+    let ringway = Ringway::start(&on_path(&static_config(&[server.address], &check), &web, "")).await;
+    let add = async |address: &Path| {
+        let body = format!("{{\"address\": \"unix:{}\"}}", address.display());
+        let answer = http(ringway.api(), "POST", "/api/pools/echo/backends", body.as_bytes()).await;
+        (answer.status().as_u16(), String::from_utf8(answer.into_body().to_vec()).unwrap())
+    };
+    let (status, text) = add(&path).await;
+    assert!(status == 409 && text.contains("health_check.port needs backends with a TCP address"), "{status} {text}");
+    let unchecked = static_config(&[server.address], "health_check: { kind: none }");
+    ringway.reload(&on_path(&unchecked, &web, "")).await.unwrap();
+    let (status, text) = add(&web).await;
+    assert!(status == 409 && text.contains("leads back to this pool"), "{status} {text}");
+    let (status, text) = add(&path).await;
+    assert_eq!(status, 200, "{text}");
+}
+
+/// The bytes are already in Ringway's socket when the backend breaks.
+#[tokio::test]
+async fn a_slow_client_gets_the_whole_answer_of_a_backend_that_closes_with_unread_bytes() {
+    const ANSWER: usize = 2 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let (web, path) = paths(&folder);
+    let backend = UnixListener::bind(&path).unwrap();
+    // A client on TCP would lose what waits in the kernel when Ringway passes the reset on.
+    let yaml = on_path(&to_paths(&[&path], "", "health_check: { kind: none }"), &web, "");
+    let ringway = Ringway::start(&format!("relay: {{ splice: false }}\n{yaml}")).await;
+    let mut client = UnixStream::connect(&web).await.unwrap();
+    client.write_all(b"unread").await.unwrap();
+    let (mut server, _) = soon("accept", backend.accept()).await.unwrap();
+    soon("the bytes", server.readable()).await.unwrap();
+    let answering = tokio::spawn(async move { server.write_all(&vec![7; ANSWER]).await });
+    // Read only until the backend has written all and broken. The rest waits in Ringway and in the sockets on both sides of
+    // it. Then pause for two inspections.
+    let mut answer = vec![0; ANSWER];
+    let mut got = 0;
+    while !answering.is_finished() && got < ANSWER {
+        got += soon("bytes", client.read(&mut answer[got..ANSWER.min(got + (32 << 10))])).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    soon("the end of the backend", answering).await.unwrap().unwrap();
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    soon("the rest", client.read_exact(&mut answer[got..])).await.unwrap();
+    assert!(answer.iter().all(|&byte| byte == 7));
+    assert_eq!(soon("the end", client.read(&mut [0])).await.unwrap(), 0);
+    eventually("its reason", || ringway.state().listeners[0].stats.ended(EndReason::BackendReset) == 1).await;
+}
+
+/// A Unix socket has no reset. `docs/configuration.md` says what a peer sees instead.
+#[tokio::test]
+async fn an_abnormal_end_is_an_error_or_an_end_of_stream() {
     let folder = tempfile::tempdir().unwrap();
     let (web, path) = paths(&folder);
     let backend = UnixListener::bind(&path).unwrap();
@@ -209,7 +306,7 @@ async fn what_the_other_side_sees_of_an_abnormal_end() {
     assert_eq!(soon("a reset", client.read(&mut [0])).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
     ended(EndReason::BackendReset, 1).await;
 
-    // A client's reset is the end of the stream for the backend, or an error if bytes of the backend were not read.
+    // After a client's reset, the backend sees the end of the stream.
     let client = TcpStream::connect(ringway.web()).await.unwrap();
     let (mut server, _) = soon("accept", backend.accept()).await.unwrap();
     client.set_zero_linger().unwrap();
@@ -233,7 +330,7 @@ async fn what_the_other_side_sees_of_an_abnormal_end() {
     }
 }
 
-/// The user stands for the address, and the connection's number for the port.
+/// Ringway uses the user id instead of the address, and the connection's number instead of the port.
 #[tokio::test]
 async fn clients_at_a_path_have_keys_limits_and_log_lines() {
     let folder = tempfile::tempdir().unwrap();
@@ -253,6 +350,7 @@ async fn clients_at_a_path_have_keys_limits_and_log_lines() {
         assert!(soon("an echo", connects(&web)).await);
     }
     assert_eq!(used(), 1, "the connections of a user went to several backends");
+    eventually("none is open", || ringway.state().listeners[0].stats.active() == 0).await;
     ringway.reload(&config("source")).await.unwrap();
     let mut open = Vec::new();
     for _ in 0..50 {
@@ -289,24 +387,25 @@ const ON_SOCKETS: &str =
 
 const CHECK: &str = "health_check: { kind: http, path: /heartbeat, interval: 200ms }\ndrain: 10s";
 
+async fn all_healthy(program: &Program) {
+    eventually_async("all healthy", async || {
+        let status = program.status().await;
+        status["pools"][0]["backends"].as_array().unwrap().iter().all(|one| one["state"] == "healthy")
+    })
+    .await;
+}
+
 /// The folders of sockets below `folder`.
 fn folders(folder: &Path) -> Vec<PathBuf> {
     std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
 
 #[tokio::test]
-async fn replicas_on_sockets_have_private_folders_that_go_with_them() {
+async fn ringway_removes_the_private_directory_of_a_replica_that_ends() {
     let folder = tempfile::tempdir().unwrap();
     let runtime = [("RUNTIME_DIRECTORY", folder.path().to_str().unwrap())];
     let mut program = Program::start_with(&config(ON_SOCKETS, "", CHECK), &runtime).await.ready().await;
-    let healthy = async |program: &Program| {
-        eventually_async("all healthy", async || {
-            let status = program.status().await;
-            status["pools"][0]["backends"].as_array().unwrap().iter().all(|one| one["state"] == "healthy")
-        })
-        .await;
-    };
-    healthy(&program).await;
+    all_healthy(&program).await;
     let before = folders(folder.path());
     assert_eq!(before.len(), 3);
     for folder in &before {
@@ -323,7 +422,7 @@ async fn replicas_on_sockets_have_private_folders_that_go_with_them() {
         now.len() == 3 && now[1] != replicas[1]
     })
     .await;
-    healthy(&program).await;
+    all_healthy(&program).await;
     let after = folders(folder.path());
     assert_eq!(after.len(), 3);
     assert_eq!(after.iter().filter(|folder| before.contains(folder)).count(), 2, "the folder of the dead one stays");
@@ -339,12 +438,13 @@ async fn replicas_on_sockets_have_private_folders_that_go_with_them() {
 }
 
 #[tokio::test]
-async fn a_folder_that_cannot_be_created_is_a_clear_reason() {
+async fn the_status_says_why_a_socket_directory_cannot_be_created() {
     let yaml = config(ON_SOCKETS, "", "health_check: { kind: none }");
     let program = Program::start_with(&yaml, &[("RUNTIME_DIRECTORY", "/proc/nowhere")]).await;
     eventually_async("the reason", async || {
         let reason = program.status().await["pools"][0]["backends"][0]["last_exit"]["reason"].to_string();
-        reason.contains("cannot create a socket in /proc/nowhere") && reason.contains("set RUNTIME_DIRECTORY")
+        reason.contains("cannot create a directory for a replica's socket in /proc/nowhere")
+            && reason.contains("set RUNTIME_DIRECTORY")
     })
     .await;
 }
@@ -366,6 +466,7 @@ async fn sockets_of_listeners_and_replicas_survive_an_upgrade() {
         .replace("pools:", &format!("  - {{ name: gone, listen: \"unix:{}\", pool: echo }}\npools:", gone.display()));
     let runtime = [("RUNTIME_DIRECTORY", sockets.path().to_str().unwrap())];
     let mut program = Program::start_with(&both, &runtime).await.ready().await;
+    all_healthy(&program).await;
     let replicas = program.replicas().await;
     let mut open = UnixStream::connect(&web).await.unwrap();
     assert!(soon("an echo", echoes_unix(&mut open)).await);
@@ -400,7 +501,8 @@ async fn sockets_of_listeners_and_replicas_survive_an_upgrade() {
 /// A pool changes from ports to sockets and back without a failed request.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reload_moves_replicas_from_ports_to_sockets_and_back() {
-    let on_ports = config(crate::harness::THREE_REPLICAS, "", CHECK);
+    let range = "process: { ports: 31000-31099, ";
+    let on_ports = config(&crate::harness::THREE_REPLICAS.replace("process: { ", range), "", CHECK);
     let ringway = Ringway::start(&on_ports).await.all_healthy().await;
     let load = tokio::spawn(loadtest::churn(ringway.web(), 100, Duration::from_secs(4), Duration::from_secs(10)));
     let are_on_sockets = || {
@@ -411,6 +513,7 @@ async fn a_reload_moves_replicas_from_ports_to_sockets_and_back() {
         let on_sockets = table.backends().iter().filter(|backend| is_on_socket(backend)).count();
         healthy.then_some(on_sockets)
     };
+    // The range of ports does not limit replicas on sockets.
     ringway.reload(&config(ON_SOCKETS, "", CHECK)).await.unwrap();
     eventually("all on sockets", || are_on_sockets() == Some(3)).await;
     ringway.reload(&on_ports).await.unwrap();

@@ -83,7 +83,7 @@ pub async fn run_until_signalled(options: Options) -> anyhow::Result<()> {
     })
     .await;
     if let Listen::Unix(path) = address {
-        // Fails if its folder has been removed meanwhile.
+        // Fails if the directory no longer exists.
         let _ = std::fs::remove_file(path);
     }
     Ok(())

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -24,9 +25,10 @@ impl FromStr for Listen {
         match text.strip_prefix("unix:") {
             Some("") => Err("unix: needs a path, like unix:/run/echo.sock".to_owned()),
             Some(path) => Ok(Self::Unix(path.into())),
-            None => {
-                text.parse().map(Self::Ip).map_err(|_| "write it like 127.0.0.1:9000 or unix:/run/echo.sock".to_owned())
-            }
+            None => text.parse().map(Self::Ip).map_err(|_| {
+                "the address is neither ip:port nor unix:/path: write it like 127.0.0.1:9000 or unix:/run/echo.sock"
+                    .to_owned()
+            }),
         }
     }
 }
@@ -72,7 +74,17 @@ impl Listener {
     pub(crate) fn bind(listen: &Listen) -> io::Result<Self> {
         let address = match listen {
             Listen::Ip(address) => *address,
-            Listen::Unix(path) => return UnixListener::bind(path).map(Self::Unix),
+            Listen::Unix(path) => {
+                let is_stale = || {
+                    let probe = std::os::unix::net::UnixStream::connect(path);
+                    let is_socket = path.symlink_metadata().is_ok_and(|file| file.file_type().is_socket());
+                    is_socket && probe.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+                };
+                if is_stale() {
+                    std::fs::remove_file(path)?;
+                }
+                return UnixListener::bind(path).map(Self::Unix);
+            }
         };
         let socket =
             if address.is_ipv4() { tokio::net::TcpSocket::new_v4()? } else { tokio::net::TcpSocket::new_v6()? };

@@ -12,10 +12,10 @@ pub(crate) async fn echo(mut stream: impl AsyncRead + AsyncWrite + Unpin, first:
     let mut buffer = vec![0; BUFFER];
     let held = first.len();
     buffer[..held].copy_from_slice(first);
-    // What has arrived with the first bytes goes back with them.
+    // Sends back the bytes that arrived with the first ones in the same write.
     let more = tokio::time::timeout(Duration::ZERO, stream.read(&mut buffer[held..])).await;
     let mut read = held + more.unwrap_or(Ok(0))?;
-    // No bytes at all are the end of the stream. After others, the next read finds it.
+    // Zero bytes mean the end of the stream. If bytes came before the end, the next read returns zero.
     while read > 0 {
         stream.write_all(&buffer[..read]).await?;
         read = stream.read(&mut buffer).await?;

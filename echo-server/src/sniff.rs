@@ -53,7 +53,7 @@ pub(crate) async fn protocol(stream: &mut (impl AsyncRead + Unpin)) -> io::Resul
 /// A stream whose first bytes were read before.
 pub(crate) struct Resumed<S> {
     first: First,
-    /// How many of the first bytes have been read again.
+    /// Number of first bytes that the reader has received.
     read: usize,
     stream: S,
 }

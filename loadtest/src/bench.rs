@@ -41,15 +41,15 @@ pub(crate) struct Places {
 pub(crate) struct Bench {
     /// The addresses of the servers, which run in this process.
     pub(crate) servers: Vec<SocketAddr>,
-    /// The same servers as the balancers reach them by TCP.
+    /// Their TCP addresses, for the balancers.
     pub(crate) backends: Vec<Listen>,
-    /// The same servers on Unix sockets.
+    /// Their Unix sockets.
     unix: Vec<Listen>,
     /// A server that runs on a thread of its own, behind the second listener.
     pub(crate) second: SocketAddr,
     /// The same server on a Unix socket.
     second_unix: Listen,
-    /// The folder of the Unix sockets.
+    /// The directory of the Unix sockets.
     sockets: TempDir,
     balancer_cpu: usize,
     load_cpu: usize,
@@ -280,7 +280,8 @@ pub(crate) async fn put(load: &Load) -> anyhow::Result<(Record, Duration)> {
 
 /// Listens on a Unix socket to which every user may connect.
 fn listen_on_path(path: &Path) -> anyhow::Result<std::os::unix::net::UnixListener> {
-    let listener = std::os::unix::net::UnixListener::bind(path).context("cannot listen on a Unix socket")?;
+    let listener = std::os::unix::net::UnixListener::bind(path)
+        .with_context(|| format!("cannot listen on unix:{}", path.display()))?;
     listener.set_nonblocking(true)?;
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o777))?;
     Ok(listener)

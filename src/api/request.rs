@@ -17,14 +17,13 @@ use serde::Deserialize;
 
 use super::error::Error;
 use super::{State, View};
-use crate::backend::BackendPermit;
 use crate::http_client::exchange;
 use crate::labels::Label as _;
 use crate::proxy::key::Key;
 use crate::proxy::socket::TcpOptions;
 use crate::proxy::stats::RefusalReason;
-use crate::proxy::{self, Route};
-use crate::stream::{Client, Stream};
+use crate::proxy::{self, Connected, Route};
+use crate::stream::Client;
 
 /// Maximum time from the connect to the end of the backend's response.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -56,12 +55,14 @@ pub(super) async fn forward(
     let pool = find_pool(&state, parameters.pool.as_deref())?;
     let address_key = Key::of(pool.key, Client::Ip(caller));
     let key = parameters.key.as_ref().map_or(address_key.as_bytes(), String::as_bytes);
-    let (backend, stream, _permit) = connect(pool, &state.tcp, key).await?;
+    let Connected { backend, address, stream, permit: _permit } = connect(pool, &state.tcp, key).await?;
+    // The id of a backend is a host, unless it is a path.
+    let host = if address.ip().is_some() { &*backend } else { "localhost" };
 
     let content_type =
         headers.get(CONTENT_TYPE).cloned().unwrap_or(HeaderValue::from_static("application/octet-stream"));
     let request = Request::post("/api/request")
-        .header(HOST, &*backend)
+        .header(HOST, host)
         .header(CONNECTION, "close")
         .header(CONTENT_TYPE, content_type)
         .body(Full::new(body))
@@ -87,8 +88,8 @@ fn find_pool<'a>(state: &'a View, wanted: Option<&str>) -> Result<&'a Route, Err
 }
 
 /// Connects to the first backend in ring order that accepts, as the data plane does.
-async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<(Arc<str>, Stream, BackendPermit), Error> {
-    let connected = proxy::connect(pool, || pool.table.load(), key, tcp).await.map_err(|reason| {
+async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<Connected, Error> {
+    proxy::connect(pool, || pool.table.load(), key, tcp).await.map_err(|reason| {
         let (status, what) = match reason {
             RefusalReason::NoBackend => (StatusCode::BAD_GATEWAY, "has no backend that accepts new connections"),
             RefusalReason::BackendsFull => {
@@ -103,8 +104,7 @@ async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<(Arc<str>
             }
         };
         Error::new(status, reason.as_str(), format!("pool {} {what}", pool.pool))
-    })?;
-    Ok((connected.backend, connected.stream, connected.permit))
+    })
 }
 
 fn bad_gateway(backend: &str, error: &dyn std::error::Error) -> Error {

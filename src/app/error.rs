@@ -11,7 +11,7 @@ use crate::address::Address;
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// A listen address cannot be bound.
-    #[error("{key_path}: cannot listen on {address}: {error}{}", remedy(error))]
+    #[error("{key_path}: cannot listen on {address}: {error}{}", remedy(address, error))]
     Listen {
         /// Key path of the setting in the config.
         key_path: String,
@@ -83,8 +83,18 @@ pub enum StartError {
     Metrics(#[from] BuildError),
 }
 
-fn remedy(error: &io::Error) -> &'static str {
+fn remedy(address: &Address, error: &io::Error) -> &'static str {
     match error.kind() {
+        io::ErrorKind::AddrInUse if address.ip().is_none() => {
+            "; another process already listens there, or the file is not a socket: stop the process, remove the file, or \
+             choose another path"
+        }
+        io::ErrorKind::PermissionDenied if address.ip().is_none() => {
+            "; Ringway's user may not create a file in this directory: change its permissions, or choose another path"
+        }
+        io::ErrorKind::NotFound if address.ip().is_none() => {
+            "; the directory does not exist: create it, or choose another path"
+        }
         io::ErrorKind::AddrInUse => {
             "; another program, perhaps another Ringway, already listens there: stop it, or choose another port"
         }

@@ -19,7 +19,7 @@ use crate::backend::State;
 use crate::config::Config;
 use crate::control::supervisor::handover::{Handed, Spec};
 use crate::handover::Channel;
-use crate::proxy::listening::ListeningSocket;
+use crate::proxy::listening::{FileId, ListeningSocket};
 use crate::table::Table;
 
 /// How long a successor waits for the first check results of the remaining backends.
@@ -59,6 +59,9 @@ pub(super) enum Message {
         /// The service manager has opened them, and keeps them open.
         #[serde(default)]
         is_managed: bool,
+        /// The file of a Unix socket.
+        #[serde(default)]
+        file: Option<FileId>,
     },
     /// A replica, with the descriptors of its lifeline, its output and its port, in that order.
     Replica { pool: String, slot: String, pid: u32, address: Address, command: Vec<String>, env: Vec<(String, String)> },
@@ -116,12 +119,13 @@ impl Inherited {
 
 /// A listening socket that the service manager has opened, and its address.
 fn of_service_manager(passed: &mut listenfd::ListenFd, n: usize) -> io::Result<(Address, ListeningSocket)> {
-    // After an error the descriptor is still there.
+    // If the descriptor is not a Unix socket, it stays there for the next call.
     if let Ok(Some(socket)) = passed.take_unix_listener(n) {
         let bound = socket.local_addr()?;
-        let path = bound.as_pathname().and_then(Path::to_str).unwrap_or_default();
+        let no_path = || io::Error::other("a Unix socket without a path: write the path in ListenStream=");
+        let path = bound.as_pathname().and_then(Path::to_str).ok_or_else(no_path)?;
         let address = Address::of_path(path).map_err(io::Error::other)?;
-        return Ok((address.clone(), ListeningSocket::inherit(socket.into(), &address)));
+        return Ok((address.clone(), ListeningSocket::inherit(socket.into(), &address, None)));
     }
     let socket = passed.take_tcp_listener(n)?.ok_or(io::ErrorKind::NotFound)?;
     Ok((socket.local_addr()?.into(), ListeningSocket::Tcp(socket)))
@@ -157,8 +161,9 @@ impl Inheritance {
             let message = channel.receive()?.ok_or(io::ErrorKind::UnexpectedEof)?;
             let mut descriptors = message.descriptors.into_iter();
             match serde_json::from_str(&message.text).map_err(io::Error::other)? {
-                Message::Sockets { name, listen, is_managed } => {
-                    let sockets = descriptors.map(|descriptor| ListeningSocket::inherit(descriptor, &listen)).collect();
+                Message::Sockets { name, listen, is_managed, file } => {
+                    let sockets =
+                        descriptors.map(|descriptor| ListeningSocket::inherit(descriptor, &listen, file)).collect();
                     inheritance.sockets.push(Inherited { name: Some(name), listen, is_managed, sockets });
                 }
                 Message::Replica { pool, slot, pid, address, command, env } => {
@@ -261,11 +266,17 @@ impl Inheritance {
     pub(super) fn tell_ready(&mut self, settled: watch::Sender<bool>) {
         let Some(channel) = self.predecessor.take() else { return };
         // The old process accepts the connections that wait on the sockets of a listener that has moved or is removed.
-        for left in self.sockets.drain(..).filter(|left| !left.is_managed) {
+        let left = self.sockets.drain(..).filter(|left| !left.is_managed);
+        let (on_unix, on_ip): (Vec<_>, Vec<_>) = left.partition(|left| left.listen.ip().is_none());
+        for left in &on_ip {
             turn_away(&left.sockets, &left.listen);
         }
-        if let Err(error) = channel.send(READY, &[]) {
-            tracing::warn!(%error, "the old process exited before this process could report that it is ready");
+        match channel.send(READY, &[]) {
+            // The old process cannot take back a file. So it loses the file only now.
+            Ok(()) => on_unix.iter().for_each(|left| turn_away(&left.sockets, &left.listen)),
+            Err(error) => {
+                tracing::warn!(%error, "the old process exited before this process could report that it is ready");
+            }
         }
         // The old process sends nothing more; the channel closes when it exits. That can take long, so a separate
         // thread waits for it.

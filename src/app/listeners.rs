@@ -45,7 +45,7 @@ pub(super) struct Bound {
 impl Drop for Bound {
     fn drop(&mut self) {
         if self.is_new {
-            turn_away(&self.copies, &self.address);
+            turn_away(&self.sockets, &self.address);
         }
     }
 }
@@ -88,7 +88,9 @@ pub(super) fn bind(
     inherited: Sockets,
     own: &[SocketAddr],
 ) -> Result<Bound, StartError> {
-    let Sockets { list: inherited, is_managed } = inherited;
+    let Sockets { list: mut inherited, is_managed } = inherited;
+    // A socket without its file gets no more clients. The old process accepts those that wait on it.
+    inherited.retain(|socket| is_managed || socket.is_reachable());
     let wanted = Wanted { count: workers, backlog: listener.backlog, tcp: &config.tcp, mode: listener.mode };
     let is_new = inherited.is_empty();
     let bind = || {
@@ -97,11 +99,12 @@ pub(super) fn bind(
             let beside = if is_own { Beside::OwnSockets } else { Beside::Nobody };
             listening::listen(&listener.listen, beside, &wanted)?
         } else {
-            listening::adopt(inherited, &wanted, !is_managed)?
+            listening::adopt(inherited, &wanted)?
         };
         let address = sockets[0].address()?;
-        let copies = sockets.iter().map(ListeningSocket::try_clone).collect::<io::Result<_>>()?;
-        Ok(Bound { sockets, copies, address, is_managed, is_new })
+        let mut bound = Bound { sockets, copies: Vec::new(), address, is_managed, is_new };
+        bound.copies = bound.sockets.iter().map(ListeningSocket::try_clone).collect::<io::Result<_>>()?;
+        Ok(bound)
     };
     let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address: listener.listen.clone(), error };
     bind().map_err(failed)
@@ -133,6 +136,10 @@ impl Bound {
         context: &ListenerContext<'_>,
         proxy: &mut Proxy,
     ) -> Listener {
+        if !self.is_new && !self.is_managed {
+            // Not before this process serves: the old one may have to go on.
+            set_mode(&self.copies, listener.mode, &self.address);
+        }
         self.is_new = false;
         let (copies, address, is_managed) = (std::mem::take(&mut self.copies), self.address.clone(), self.is_managed);
         let serving = serving(listener, route, context, None);
@@ -145,7 +152,9 @@ impl Bound {
 impl Listener {
     /// Whether an update to `new` can keep the sockets. Otherwise `new` needs a new bind.
     pub(super) fn can_become(&self, new: &config::Listener) -> bool {
-        self.config.listen == new.listen && (!new.listen.is_any_port() || self.config.name == new.name)
+        let is_reachable = self.is_managed || self.copies.iter().all(ListeningSocket::is_reachable);
+        let is_same = self.config.listen == new.listen && (!new.listen.is_any_port() || self.config.name == new.name);
+        is_same && is_reachable
     }
 
     /// Applies the settings of `new` to connections that the listener accepts from now on.
@@ -159,10 +168,7 @@ impl Listener {
         self.serving = serving(new, route, context, Some((&self.serving, self.sources.as_ref())));
         self.sources = self.serving.sources.clone().or(self.sources.take());
         if self.config.mode != new.mode && !self.is_managed {
-            let changed = self.copies.first().map_or(Ok(()), |socket| socket.set_mode(new.mode));
-            if let Err(error) = changed {
-                tracing::warn!(address = %self.address, %error, "cannot change the permissions of the socket's file");
-            }
+            set_mode(&self.copies, new.mode, &self.address);
         }
         self.config = new.clone();
         proxy.update(self.id, &self.serving);
@@ -178,8 +184,8 @@ impl Listener {
         proxy.close(self.id);
     }
 
-    /// Removes the file of a Unix socket: no process will listen there. Connections that wait on the socket can still be
-    /// accepted.
+    /// Removes the file of a Unix socket, on which no process will listen. Ringway can still accept the connections in its
+    /// queue.
     pub(super) fn remove_file(&self) {
         if matches!(self.address, Address::Unix(_)) && !self.is_managed {
             turn_away(&self.copies, &self.address);
@@ -209,11 +215,23 @@ impl Listener {
     }
 }
 
+/// Sets the permissions of a Unix socket's file.
+fn set_mode(sockets: &[ListeningSocket], mode: u32, address: &Address) {
+    if let Some(Err(error)) = sockets.first().map(|socket| socket.set_mode(mode)) {
+        tracing::warn!(%address, %error, "cannot set the permissions of a Unix socket's file");
+    }
+}
+
 /// Turns clients away from sockets that are about to close.
 pub(super) fn turn_away(sockets: &[ListeningSocket], address: &Address) {
     for socket in sockets {
         if let Err(error) = socket.turn_away() {
-            tracing::debug!(%address, %error, "cannot turn clients away from a socket that closes");
+            match socket {
+                ListeningSocket::Tcp(_) => {
+                    tracing::debug!(%address, %error, "cannot turn clients away from a socket that closes");
+                }
+                ListeningSocket::Unix(_) => tracing::warn!(%address, %error, "cannot remove the file of a Unix socket"),
+            }
         }
     }
 }

@@ -165,7 +165,7 @@ impl App {
         let guard = access::guard(&config.api, environment.token.as_deref())?;
 
         let engine = engine(&config, environment.docker_host.as_deref())?;
-        reload::check_sizes(&config)?;
+        reload::check_together(&config)?;
         let (tasks, panics) = Tasks::start().map_err(StartError::Threads)?;
         let context = PoolContext {
             config: &config,

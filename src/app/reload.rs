@@ -15,7 +15,7 @@ use super::listeners::{self, Bound, Listener};
 use super::outlook::Outlook;
 use super::pools::{self, Prepared, Update};
 use super::{App, Log, StartError, capacity, engine, open_log};
-use crate::config::Config;
+use crate::config::{Config, Fault};
 use crate::control::Event;
 use crate::control::command::Report;
 
@@ -61,7 +61,7 @@ impl App {
             stop_replicas: &self.tasks.stop_replicas,
             settled: self.is_settled.clone(),
         };
-        check_sizes(&config)?;
+        check_together(&config)?;
         let running: HashMap<&str, &pools::Pool> =
             self.pools.iter().map(|pool| (pool.config().name.as_str(), pool)).collect();
         let pools = config.pools.iter().enumerate().map(|(n, pool)| {
@@ -192,9 +192,12 @@ impl App {
 
 /// Checks again what the config parser has checked. Run-time changes, or keys that keep their running values, can break
 /// it.
-pub(super) fn check_sizes(config: &Config) -> Result<(), StartError> {
+pub(super) fn check_together(config: &Config) -> Result<(), StartError> {
+    if let Some(Fault { path, problem }) = config.loop_fault() {
+        return Err(StartError::Pool { key_path: path, problem });
+    }
     for (n, pool) in config.pools.iter().enumerate() {
-        let fault = pool.provider.size_fault().or_else(|| pool.too_many_points());
+        let fault = pool.provider.size_fault().or_else(|| pool.too_many_points()).or_else(|| pool.check_port_fault());
         if let Some(problem) = fault {
             return Err(StartError::Pool { key_path: format!("pools[{n}]"), problem });
         }

@@ -105,22 +105,25 @@ impl App {
     fn messages(&self, replicas: &[Handed]) -> io::Result<Vec<(String, Vec<OwnedFd>)>> {
         let mut messages = Vec::new();
         let text = |message: &Message| serde_json::to_string(message).map_err(io::Error::other);
-        let mut sockets = |name: &str, listen: &Address, sockets: &[BorrowedFd<'_>], is_managed| -> io::Result<()> {
-            for some in sockets.chunks(MOST_DESCRIPTORS) {
-                let copies = some.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
-                messages.push((
-                    text(&Message::Sockets { name: name.to_owned(), listen: listen.clone(), is_managed })?,
-                    copies,
-                ));
-            }
-            Ok(())
-        };
+        let mut sockets =
+            |name: &str, listen: &Address, sockets: &[BorrowedFd<'_>], is_managed, file| -> io::Result<()> {
+                for some in sockets.chunks(MOST_DESCRIPTORS) {
+                    let copies = some.iter().map(BorrowedFd::try_clone_to_owned).collect::<io::Result<_>>()?;
+                    messages.push((
+                        text(&Message::Sockets { name: name.to_owned(), listen: listen.clone(), is_managed, file })?,
+                        copies,
+                    ));
+                }
+                Ok(())
+            };
         for listener in &self.listeners {
             let (config, open, is_managed) = listener.sockets();
-            sockets(&config.name, &config.listen, &open.iter().map(AsFd::as_fd).collect::<Vec<_>>(), is_managed)?;
+            let file = open.first().and_then(ListeningSocket::file);
+            sockets(&config.name, &config.listen, &open.iter().map(AsFd::as_fd).collect::<Vec<_>>(), is_managed, file)?;
         }
         if let Some(side_port) = &self.api_socket {
-            sockets(SIDE_PORT, &self.config.api.listen.into(), &[side_port.socket.as_fd()], side_port.is_managed)?;
+            let listen = self.config.api.listen.into();
+            sockets(SIDE_PORT, &listen, &[side_port.socket.as_fd()], side_port.is_managed, None)?;
         }
         for replica in replicas {
             let message = Message::Replica {

@@ -53,7 +53,7 @@ pub(crate) enum RuntimeCommand {
     Add {
         /// The pool
         pool: String,
-        /// host:port
+        /// host:port or `unix:/path`
         address: String,
         /// Identity on the ring [default: the address]
         #[arg(long)]

@@ -21,7 +21,7 @@ pub(crate) fn healthcheck() -> Result<(), Failure> {
             Listen::Ip(listen) => (listen, "/heartbeat"),
             Listen::Unix(path) => {
                 let accepts = std::os::unix::net::UnixStream::connect(&path);
-                return Ok(accepts.map(drop).with_context(|| format!("unix:{}", path.display()))?);
+                return Ok(accepts.map(drop).with_context(|| format!("cannot connect to unix:{}", path.display()))?);
             }
         },
         // The other commands have no server to ask: a running process is healthy.

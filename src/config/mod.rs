@@ -216,7 +216,7 @@ pub struct Listener {
     pub name: String,
     /// Listen address; port 0 lets the system choose a port.
     pub listen: Address,
-    /// Permissions of the file of a Unix socket. Who may write to it may connect.
+    /// Permissions of the file of a Unix socket. A user with write permission may connect.
     pub mode: u32,
     /// Name of the pool that serves the connections. The pool exists.
     pub pool: String,
@@ -319,6 +319,14 @@ impl Config {
     pub fn parse(text: &str, origin: &str) -> Result<Self, Error> {
         let value = serde_yaml::from_str(text).map_err(|error| Error::NotYaml { origin: origin.to_owned(), error })?;
         parse::config(&value).map_err(|faults| Error::Faulty { origin: origin.to_owned(), faults })
+    }
+
+    /// The first static backend that leads back to its own listener. The parser has checked the file; a command can add a
+    /// backend.
+    pub fn loop_fault(&self) -> Option<Fault> {
+        let faults = reader::Faults::default();
+        parse::loops(&faults, &self.pools, &self.listeners);
+        faults.into_vec().into_iter().next()
     }
 
     /// Writes the whole config as YAML, with every default filled in. Loading that YAML gives the same config.

@@ -253,7 +253,8 @@ fn listen_address(item: &Item<'_>) -> Option<Address> {
 
 /// The permissions of a file, as octal digits.
 fn mode(item: &Item<'_>) -> Option<u32> {
-    let digits = item.value.as_str().filter(|text| (3..=4).contains(&text.len()));
+    let is_octal = |text: &&str| (3..=4).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
+    let digits = item.value.as_str().filter(is_octal);
     let mode = digits.and_then(|digits| u32::from_str_radix(digits, 8).ok()).filter(|&mode| mode <= 0o777);
     if mode.is_none() {
         // YAML would read 660 and 0o660 as different numbers.
@@ -313,8 +314,8 @@ fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Listener], api: 
 
 /// Reports static backends that lead back to the listener that they serve, directly or through other pools. Each
 /// connection, and each health check, would cause another one without end.
-fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
-    // By port; those on Unix sockets have none.
+pub(super) fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
+    // Groups the listeners by port. Listeners on Unix sockets have the key `None`.
     let by_port = listeners.iter().fold(HashMap::<Option<u16>, Vec<&Listener>>::new(), |mut by_port, listener| {
         by_port.entry(listener.listen.ip().map(|listen| listen.port())).or_default().push(listener);
         by_port
@@ -351,7 +352,7 @@ fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
     }
 }
 
-/// Whether a backend is a listener: its path, or its host, with a port that is the same.
+/// Whether a backend's address leads to this listener. Paths must be equal. For hosts, the caller has compared the ports.
 fn is_here(backend: &Location, listen: &Address) -> bool {
     let (host, listen) = match (backend, listen) {
         (Location::Host { host, .. }, Address::Ip(listen)) => (host, listen),

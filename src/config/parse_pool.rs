@@ -63,6 +63,13 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
 }
 
 impl Pool {
+    /// Why the check cannot use its port, in words. The parser has checked the file; a command can add a backend.
+    pub fn check_port_fault(&self) -> Option<String> {
+        let port = self.health_check.as_ref()?.check.port?;
+        let problem = "health_check.port needs backends with a TCP address, and a backend has a Unix socket";
+        self.provider.has_unix_sockets().then(|| format!("{problem}: remove the backend, or the key (port {port})"))
+    }
+
     /// Returns a fault text if the pool's ring would have too many points.
     pub fn too_many_points(&self) -> Option<String> {
         let points = points(&self.provider, self.ring);

@@ -86,13 +86,13 @@ fn process_of(mut section: Section<'_>) -> Process {
             "neither command nor env contains {port} or {socket}: add {port} where the replica reads its listen port, or \
              {socket} where it reads the path of its Unix socket",
         ),
-        (true, true) => section.fault("command and env contain both {port} and {socket}: a replica listens on one, so keep one"),
+        (true, true) => section.fault("command and env together contain {port} and {socket}, but a replica listens on only one address: remove {port} or {socket}"),
         _ => {}
     }
     if spec.uses_sockets()
         && let Some(item) = section.item("ports")
     {
-        item.fault("applies only to replicas with {port}: remove it, or write {port} in place of {socket}");
+        item.fault("applies only to replicas with {port}: remove this key, or write {port} in place of {socket}");
     }
     let ports = ports(&mut section, replicas);
     let restart = restart(section.section("restart"));

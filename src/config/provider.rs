@@ -172,7 +172,10 @@ impl Provider {
 
     /// The first and last port of the replicas, if the config has a range.
     pub fn port_range(&self) -> Option<(u16, u16)> {
-        if let Self::Process(process) = self { process.ports } else { None }
+        match self {
+            Self::Process(process) if !process.spec.uses_sockets() => process.ports,
+            _ => None,
+        }
     }
 
     /// How long a new backend may fail its checks and still count as starting. Ringway knows when its own replicas

@@ -125,6 +125,8 @@ pub(super) async fn accept(
             () = stop.cancelled() => break,
             permit = ConnectionPermit::acquire(&listener.serving.limit, &process) => permit,
         };
+        // Not held while the acceptor waits: a reload may replace it.
+        drop(listener);
         let accepted = tokio::select! {
             biased;
             () = stop.cancelled() => break,

@@ -42,8 +42,11 @@ pub(super) async fn dial(
     match address {
         Address::Ip(address) => dial_tcp(*address, timeout, tcp, search).await.map(Stream::Tcp),
         Address::Unix(path) => {
-            let connect = with_descriptor(|| Stream::connect_unix(path));
-            tokio::time::timeout(timeout, connect).await.unwrap_or_else(|_elapsed| Err(Errno::TIMEDOUT.into()))
+            let connect = async || {
+                let connected = tokio::time::timeout(timeout, Stream::connect_unix(path)).await;
+                connected.unwrap_or_else(|_elapsed| Err(Errno::TIMEDOUT.into()))
+            };
+            with_descriptor(connect).await
         }
     }
 }

@@ -9,10 +9,10 @@ label_enum! {
     /// The part of a connection that is hashed.
     pub enum KeyKind {
         /// The client's address and port: each connection is balanced independently, so load spreads evenly. On a Unix
-        /// socket, the connection's number stands for both.
+        /// socket: the client's user id and the connection's number.
         Source => "source",
-        /// The client's address: all connections of a client go to the same backend. On a Unix socket, the client's user
-        /// stands for the address.
+        /// The client's address: all connections of a client go to the same backend. On a Unix socket: the client's user
+        /// id.
         SourceIp => "source_ip",
     }
 }

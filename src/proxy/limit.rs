@@ -10,8 +10,8 @@ use super::source_limits::SourcePermit;
 
 /// A limit that can be resized while permits are in use.
 ///
-/// A connection takes a permit with one atomic operation and returns it with another. A semaphore of tokio would take a lock
-/// for each return. Who finds no permit waits in a queue, and nobody overtakes the queue.
+/// A connection takes a permit with one atomic operation and returns it with another. Tokio's semaphore takes a lock for each
+/// return. A task that finds no free permit waits in a queue, and a task that arrives later does not overtake it.
 #[derive(Debug)]
 pub struct Limit {
     size: AtomicUsize,
@@ -84,7 +84,7 @@ impl Limit {
         }
         let waiting = Waiting::begin(self);
         let mut returned = pin!(self.returned.notified());
-        // Joins the queue. From here on, who returns a permit wakes a task of the queue.
+        // Joins the queue. From here on, each returned permit wakes a task in the queue.
         returned.as_mut().enable();
         let mut is_first = waiting.is_first;
         loop {
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn those_who_wait_get_permits_in_the_order_of_their_arrival() {
+    async fn waiting_tasks_get_permits_in_the_order_of_their_arrival() {
         let limit = limit(1);
         let first = limit.take().await;
         let order = Arc::new(std::sync::Mutex::new(Vec::new()));
@@ -203,7 +203,7 @@ mod tests {
             tokio::task::yield_now().await;
         }
         drop(first);
-        // Someone who comes now does not overtake the queue.
+        // A task that arrives now waits behind the queue.
         let late = limit.take().await;
         assert_eq!(*order.lock().unwrap(), [0, 1, 2, 3, 4]);
         drop(late);
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn one_who_gives_up_passes_its_turn_on() {
+    async fn a_task_that_gives_up_passes_its_turn_to_the_next() {
         let limit = limit(1);
         let held = limit.take().await;
         let mut impatient = Box::pin(limit.take());
@@ -261,6 +261,24 @@ mod tests {
         resizing.abort();
         let most = most.load(Ordering::SeqCst);
         assert!((1..=5).contains(&most), "{most}");
+        // With a size that stays, no more are ever in use.
+        let _ = resizing.await;
+        limit.resize(Some(2));
+        let most = Arc::new(AtomicUsize::new(0));
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..16 {
+            let (limit, most) = (Arc::clone(&limit), Arc::clone(&most));
+            tasks.spawn(async move {
+                for _ in 0..1000 {
+                    let permit = limit.take().await;
+                    most.fetch_max(limit.used.load(Ordering::SeqCst), Ordering::SeqCst);
+                    tokio::task::yield_now().await;
+                    drop(permit);
+                }
+            });
+        }
+        tokio::time::timeout(Duration::from_secs(60), tasks.join_all()).await.expect("a task waits without end");
+        assert_eq!(most.load(Ordering::SeqCst), 2);
         assert_eq!((limit.used.load(Ordering::SeqCst), limit.waiting.load(Ordering::SeqCst)), (0, 0));
     }
 }

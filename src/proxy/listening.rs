@@ -1,5 +1,6 @@
 //! Listening sockets of both families: TCP, and Unix with a path in the file system.
 
+use std::fs::File;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -7,7 +8,10 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
 use super::socket::{self, Beside, TcpOptions};
@@ -27,11 +31,14 @@ pub enum ListeningSocket {
 pub struct UnixSocket {
     pub(super) listener: UnixListener,
     path: Arc<Path>,
-    /// Device and inode of the file when this process took the socket; `None`: it had no file.
-    file: Option<(u64, u64)>,
+    /// Its file when it was opened; `None`: it had none.
+    file: Option<FileId>,
 }
 
-/// What a listener asks of its sockets.
+/// Device and inode of a file. While a socket is open, no other file gets its inode.
+pub type FileId = (u64, u64);
+
+/// Settings of a listener's sockets.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
     /// Number of sockets: one per worker.
@@ -40,16 +47,33 @@ pub struct Wanted<'a> {
     pub backlog: u16,
     /// Options of TCP sockets.
     pub tcp: &'a TcpOptions,
-    /// Permissions of a Unix socket's file. Who may write to it may connect (unix(7)).
+    /// Permissions of a Unix socket's file. A user with write permission may connect (unix(7)).
     pub mode: u32,
 }
 
 impl ListeningSocket {
-    /// Takes a socket that another process has opened on this address.
-    pub fn inherit(descriptor: OwnedFd, address: &Address) -> Self {
+    /// Takes a socket that another process has opened on this address. `file` is what [`Self::file`] says in that process;
+    /// `None`: the file at the path is the socket's.
+    pub fn inherit(descriptor: OwnedFd, address: &Address, file: Option<FileId>) -> Self {
         match address {
             Address::Ip(_) => Self::Tcp(descriptor.into()),
-            Address::Unix(path) => Self::Unix(UnixSocket::of(descriptor.into(), path)),
+            Address::Unix(path) => {
+                let file = file.or_else(|| file_at(path));
+                Self::Unix(UnixSocket { listener: descriptor.into(), path: Arc::clone(path), file })
+            }
+        }
+    }
+
+    /// The file of a Unix socket, if it had one.
+    pub fn file(&self) -> Option<FileId> {
+        if let Self::Unix(socket) = self { socket.file } else { None }
+    }
+
+    /// Whether clients can find the socket: the file of a Unix socket is still there.
+    pub fn is_reachable(&self) -> bool {
+        match self {
+            Self::Tcp(_) => true,
+            Self::Unix(socket) => socket.has_file(),
         }
     }
 
@@ -79,8 +103,8 @@ impl ListeningSocket {
         })
     }
 
-    /// Makes a socket that is about to close invisible to new clients, while those that wait on it can still be accepted:
-    /// see [`socket::turn_away`]. Removes the file of a Unix socket.
+    /// Hides a socket that is about to close from new clients: see [`socket::turn_away`]. Ringway can still accept the
+    /// connections in its queue. A Unix socket loses its file.
     ///
     /// # Errors
     /// The system's error.
@@ -102,14 +126,16 @@ impl ListeningSocket {
         }
     }
 
-    /// Sets the permissions of a Unix socket's file.
+    /// Sets the permissions of a Unix socket's file, unless another file has replaced it.
     ///
     /// # Errors
     /// The system's error.
     pub fn set_mode(&self, mode: u32) -> io::Result<()> {
         match self {
-            Self::Tcp(_) => Ok(()),
-            Self::Unix(socket) => std::fs::set_permissions(&socket.path, PermissionsExt::from_mode(mode)),
+            Self::Unix(socket) if socket.has_file() => {
+                std::fs::set_permissions(&socket.path, PermissionsExt::from_mode(mode))
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -124,17 +150,17 @@ impl AsFd for ListeningSocket {
 }
 
 impl UnixSocket {
-    fn of(listener: UnixListener, path: &Arc<Path>) -> Self {
-        Self { listener, path: Arc::clone(path), file: file_at(path) }
+    /// Whether the file at the path is the socket's.
+    fn has_file(&self) -> bool {
+        self.file.is_some() && file_at(&self.path) == self.file
     }
 
-    /// Removes the socket's file, unless another socket's file has replaced it.
     fn remove_file(&self) -> io::Result<()> {
-        if self.file.is_some() && file_at(&self.path) == self.file { std::fs::remove_file(&self.path) } else { Ok(()) }
+        if self.has_file() { std::fs::remove_file(&self.path) } else { Ok(()) }
     }
 }
 
-fn file_at(path: &Path) -> Option<(u64, u64)> {
+fn file_at(path: &Path) -> Option<FileId> {
     std::fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
 }
 
@@ -150,7 +176,12 @@ pub fn listen(address: &Address, beside: Beside, wanted: &Wanted<'_>) -> io::Res
         }
         Address::Unix(path) => {
             let listener = listen_on_path(path, wanted.backlog, wanted.mode)?;
-            share(vec![ListeningSocket::Unix(UnixSocket::of(listener, path))], wanted.count)
+            let socket = ListeningSocket::inherit(listener.into(), address, None);
+            let spare = socket.try_clone();
+            share(vec![socket], wanted.count).inspect_err(|_no_descriptor| {
+                // Nobody would remove the file later.
+                let _ = spare.and_then(|socket| socket.turn_away());
+            })
         }
     }
 }
@@ -161,16 +192,17 @@ pub fn listen(address: &Address, beside: Beside, wanted: &Wanted<'_>) -> io::Res
 ///
 /// # Errors
 /// The system's error from a socket call.
-pub fn adopt(sockets: Vec<ListeningSocket>, wanted: &Wanted<'_>, sets_mode: bool) -> io::Result<Vec<ListeningSocket>> {
+pub fn adopt(mut sockets: Vec<ListeningSocket>, wanted: &Wanted<'_>) -> io::Result<Vec<ListeningSocket>> {
+    if let Some(ListeningSocket::Unix(_)) = sockets.first() {
+        // The others are duplicates of it.
+        sockets.truncate(1);
+    }
     for socket in &sockets {
         match socket {
             ListeningSocket::Tcp(listener) => socket::prepare(listener, wanted.backlog.into(), wanted.tcp)?,
             ListeningSocket::Unix(unix) => {
                 unix.listener.set_nonblocking(true)?;
                 SockRef::from(&unix.listener).listen(wanted.backlog.into())?;
-                if sets_mode {
-                    socket.set_mode(wanted.mode)?;
-                }
             }
         }
     }
@@ -186,28 +218,46 @@ fn share(mut sockets: Vec<ListeningSocket>, count: usize) -> io::Result<Vec<List
     Ok(sockets)
 }
 
-/// Binds a path. The file of a process that has not removed it (it was killed) is replaced; the file of a socket that
-/// still listens, and any file that is no socket, is not.
+/// Binds a path. Replaces a stale socket file, which a killed process left behind. Does not replace the file of a socket
+/// that listens, or a file that is not a socket.
 fn listen_on_path(path: &Path, backlog: u16, mode: u32) -> io::Result<UnixListener> {
+    // Otherwise two Ringways could find the same stale file, and one would remove the other's new one.
+    let _lock = lock_directory_of(path)?;
     let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     socket.set_nonblocking(true)?;
     let address = SockAddr::unix(path)?;
     if let Err(error) = socket.bind(&address) {
-        if error.kind() != io::ErrorKind::AddrInUse || !is_left_over(path)? {
+        if error.kind() != io::ErrorKind::AddrInUse || !is_stale(path)? {
             return Err(error);
         }
-        tracing::info!(path = %path.display(), "removing the file of a socket on which nobody listens");
         std::fs::remove_file(path)?;
+        tracing::info!(path = %path.display(), "removed a stale socket file");
         socket.bind(&address)?;
     }
     // Nobody can connect before the socket listens, so the permissions apply to everybody.
-    std::fs::set_permissions(path, PermissionsExt::from_mode(mode))?;
-    socket.listen(backlog.into())?;
+    let listens = std::fs::set_permissions(path, PermissionsExt::from_mode(mode));
+    if let Err(error) = listens.and_then(|()| socket.listen(backlog.into())) {
+        std::fs::remove_file(path)?;
+        return Err(error);
+    }
     Ok(socket.into())
 }
 
-/// Whether a file is that of a socket on which nobody listens.
-fn is_left_over(path: &Path) -> io::Result<bool> {
+/// Locks the directory of a path among Ringways, until the result is dropped.
+fn lock_directory_of(path: &Path) -> io::Result<File> {
+    const TRIES: u32 = 100;
+    let directory = File::open(path.parent().ok_or(io::ErrorKind::NotFound)?)?;
+    for _ in 0..TRIES {
+        match flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => std::thread::sleep(Duration::from_millis(5)),
+            other => return Ok(other.map(|()| directory)?),
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::ResourceBusy, "another process holds a lock on the directory"))
+}
+
+/// Whether the path is a stale socket file: a socket on which no process listens.
+fn is_stale(path: &Path) -> io::Result<bool> {
     if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
         return Ok(false);
     }
@@ -239,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_unix_socket_has_its_mode_and_its_file_goes_with_it() {
+    fn a_unix_socket_has_the_configured_mode_and_removes_its_file() {
         let folder = tempfile::tempdir().unwrap();
         let address = address_in(&folder);
         let sockets = listen(&address, Beside::Nobody, &WANTED).unwrap();
@@ -255,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_file_of_a_dead_socket_is_replaced() {
+    fn listen_replaces_only_a_stale_socket_file() {
         let folder = tempfile::tempdir().unwrap();
         let address = address_in(&folder);
         let first = listen(&address, Beside::Nobody, &WANTED).unwrap();
@@ -280,7 +330,26 @@ mod tests {
         std::fs::remove_file(path_of(&address)).unwrap();
         let _new = listen(&address, Beside::Nobody, &WANTED).unwrap();
         old[0].turn_away().unwrap();
+        old[0].set_mode(0o666).unwrap();
+        assert!(!old[0].is_reachable());
         UnixStream::connect(path_of(&address)).unwrap();
+        assert_eq!(path_of(&address).metadata().unwrap().permissions().mode() & 0o777, 0o640);
+    }
+
+    #[test]
+    fn only_one_of_several_concurrent_binds_replaces_a_stale_file() {
+        for _ in 0..20 {
+            let folder = tempfile::tempdir().unwrap();
+            let address = address_in(&folder);
+            drop(listen(&address, Beside::Nobody, &WANTED).unwrap());
+            let results: Vec<_> = std::thread::scope(|scope| {
+                let threads: Vec<_> =
+                    (0..4).map(|_| scope.spawn(|| listen(&address, Beside::Nobody, &WANTED))).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
+            UnixStream::connect(path_of(&address)).unwrap();
+        }
     }
 
     #[test]
@@ -291,7 +360,8 @@ mod tests {
         let _waiting = UnixStream::connect(path_of(&address)).unwrap();
         let descriptor = sockets[0].as_fd().try_clone_to_owned().unwrap();
         drop(sockets);
-        let adopted = adopt(vec![ListeningSocket::inherit(descriptor, &address)], &WANTED, true).unwrap();
+        let inherited = ListeningSocket::inherit(descriptor, &address, None);
+        let adopted = adopt(vec![inherited.try_clone().unwrap(), inherited], &WANTED).unwrap();
         assert_eq!(adopted.len(), 2);
         let ListeningSocket::Unix(socket) = &adopted[1] else { unreachable!() };
         socket.listener.accept().unwrap();

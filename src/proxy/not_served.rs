@@ -22,7 +22,7 @@ impl NotServed {
     }
 
     /// Waits until the client resets the connection or is lost. The end of its stream is not enough: it may wait for an
-    /// answer.
+    /// answer. So a client on a Unix socket that closes its socket is noticed only by the relay.
     pub(super) async fn is_reset(&self) {
         let stream = self.stream();
         if stream.wait_for_error().await.is_ok() && !stream.is_cut_off() {

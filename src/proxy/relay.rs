@@ -95,8 +95,12 @@ impl Relay {
     /// Checks for a broken side that no read or write would notice: the relay does not read a stream that has ended or
     /// that waits for its sink.
     fn inspect(&self) -> Option<EndReason> {
-        let of = |side, stream: &Stream| stream.broken().map(|error| reason(side, &error));
-        of(Side::Client, &self.client).or_else(|| of(Side::Backend, &self.backend))
+        let of = |side, stream: &Stream, from: &Direction| {
+            // The bytes that a Unix socket has sent survive its error. Once they are delivered, a read finds the error.
+            let has_more = from.is_holding() && matches!(stream, Stream::Unix(_));
+            if has_more { None } else { stream.broken().map(|error| reason(side, &error)) }
+        };
+        of(Side::Client, &self.client, &self.up).or_else(|| of(Side::Backend, &self.backend, &self.down))
     }
 
     fn poll_directions(&mut self, cx: &mut Context<'_>) -> Poll<EndReason> {

@@ -155,7 +155,7 @@ impl ListenerStats {
     /// Connections open now.
     pub fn active(&self) -> u64 {
         let over = self.total_ended() + RefusalReason::ALL.iter().map(|&reason| self.refused(reason)).sum::<u64>();
-        // Read last: a connection that begins and ends meanwhile must not count as less than none.
+        // Reads `accepted` last. Otherwise a connection that begins and ends meanwhile would make the result negative.
         self.accepted().saturating_sub(over)
     }
 

@@ -40,8 +40,8 @@ pub struct Check {
 /// What a check sends and expects.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Kind {
-    /// Lets the kernel connect, and resets the connection before the server accepts it. The server of a Unix socket accepts
-    /// it, and finds it closed.
+    /// Lets the kernel connect, and resets the connection before the server accepts it. On a Unix socket, the server
+    /// accepts the connection and sees its end.
     Tcp,
     /// Sends an HTTP `GET`.
     Http(Http),

@@ -5,7 +5,7 @@
 //! - this file: the adapter
 //! - [`lifeline`]: holds, awaits and ends a replica
 //! - [`start`]: starts a replica through its shim
-//! - [`ports`]: reserves the ports of replicas; [`sockets`]: the folders of their Unix sockets
+//! - [`ports`]: reserves the ports of replicas; [`sockets`]: the directories of their Unix sockets
 
 use std::collections::HashMap;
 use std::io;

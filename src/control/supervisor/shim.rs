@@ -29,7 +29,7 @@ pub struct Shim {
     /// Soft limit on open files to give the program: Ringway has raised its own
     #[arg(long)]
     pub open_files: Option<u64>,
-    /// Folder to remove once the program has ended: that of its socket
+    /// Directory of the program's socket. The shim removes it after the program has ended
     #[arg(long)]
     pub remove: Option<PathBuf>,
     /// The program and its arguments
@@ -79,14 +79,14 @@ pub fn run(shim: &Shim) -> io::Result<()> {
     signal(pid, Signal::KILL);
     let status = child.wait()?;
     kill_orphans();
-    // Before Ringway hears of the end.
+    // Before the shim reports the end to Ringway.
     drop(removing);
     let code = status.code().map_or_else(String::new, |code| code.to_string());
     let _ = writeln!(lifeline, "exit {code} {status}");
     ended
 }
 
-/// Removes a folder when it is dropped.
+/// Removes a directory when it is dropped.
 struct Removing<'a>(Option<&'a Path>);
 
 impl Drop for Removing<'_> {

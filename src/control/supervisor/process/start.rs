@@ -75,8 +75,8 @@ impl Processes {
         if let Some(open_files) = self.settings.open_files {
             command.args(["--open-files", &open_files.to_string()]);
         }
-        if let Some(folder) = sockets::folder(address) {
-            command.arg("--remove").arg(&*folder);
+        if let Some(directory) = sockets::directory(address) {
+            command.arg("--remove").arg(directory);
         }
         command.arg("--");
         match words.next() {
