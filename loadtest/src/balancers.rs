@@ -79,6 +79,8 @@ impl Kind {
         let said = Command::new(program).arg(flag).output();
         let said = said.map(|said| [said.stdout, said.stderr].concat()).unwrap_or_default();
         let said = String::from_utf8_lossy(&said).into_owned();
+        // Envoy prints its own path first, in which other versions may be.
+        let said = said.split_once("version").map_or(&*said, |(_, after)| after);
         // The version is the first word that starts with a digit and has a point: 2.6.12-1, 1.22.1, …/1.40.0/…
         let words = said.split(|c: char| c.is_whitespace() || c == '/');
         let is_version = |word: &&str| word.contains('.') && word.starts_with(|c: char| c.is_ascii_digit());
