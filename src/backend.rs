@@ -47,6 +47,8 @@ label_enum! {
         NoPorts => "no_ports",
         /// Local failure: no file descriptor or memory for the socket within one second.
         NoDescriptors => "no_descriptors",
+        /// The backend did not take the PROXY header.
+        ProxyHeader => "proxy_header",
         /// Any other error; the debug log has the system's error message.
         Other => "other",
     }

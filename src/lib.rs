@@ -17,7 +17,7 @@
 //! - [`metrics`]: the name, labels and help text of every metric
 //! - [`config`]: the YAML file and its validation
 //!
-//! Several of these modules use [`address`], [`stream`], [`http_client`], [`handover`], [`labels`], [`limits`],
+//! Several of these modules use [`address`], [`stream`], [`proxy_header`], [`http_client`], [`handover`], [`labels`], [`limits`],
 //! [`lossy_writer`] and [`text`].
 
 pub mod address;
@@ -33,6 +33,7 @@ pub mod limits;
 pub mod lossy_writer;
 pub mod metrics;
 pub mod proxy;
+pub mod proxy_header;
 pub mod ring;
 pub mod stream;
 pub mod table;

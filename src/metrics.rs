@@ -53,6 +53,7 @@ metrics! {
     ACTIVE: Gauge "connections_active" ["listener"] "Open connections";
     ENDED: Counter "connections_ended_total" ["listener", "reason"] "Served connections that ended, by reason";
     REFUSED: Counter "connections_refused_total" ["listener", "reason"] "Connections reset without being served, by reason";
+    PROXY_HEADERS: Counter "proxy_headers_total" ["listener", "result"] "Connections that may begin with a PROXY header, by what Ringway found";
     SOURCES_UNTRACKED: Counter "sources_untracked_total" ["listener"] "Connections admitted without limits because the source table was full";
     ACCEPT_ERRORS: Counter "accept_errors_total" ["listener", "error"] "Failed accepts, by error";
     CONNECTION_SECONDS: Histogram "connection_seconds" ["listener"] "Time from accept to the end of a connection";

@@ -13,9 +13,9 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::net::{RecvFlags, SendFlags};
 use socket2::{Domain, SockAddr, Socket, Type};
-use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, Ready};
 use tokio::net::{TcpStream, UnixStream};
 
 /// Pause before the next attempt to connect to a Unix socket whose queue is full. The kernel does not tell when it has
@@ -86,7 +86,7 @@ impl Stream {
     /// # Errors
     /// When the runtime ends.
     pub async fn wait_for_error(&self) -> io::Result<()> {
-        either!(self, socket => socket.ready(Interest::ERROR).await).map(drop)
+        self.ready(Interest::ERROR).await.map(drop)
     }
 
     /// The error that has broken the connection, if the system has reported one. It is reported only once.
@@ -113,6 +113,11 @@ impl Stream {
         }
     }
 
+    /// The address to which the peer connected; `None` for a Unix socket.
+    pub fn local_ip(&self) -> Option<SocketAddr> {
+        if let Self::Tcp(socket) = self { socket.local_addr().ok() } else { None }
+    }
+
     /// Polls until the socket may have room for bytes.
     ///
     /// # Errors
@@ -137,21 +142,30 @@ impl Stream {
         either!(self, socket => socket.try_io(interest, operation))
     }
 
-    /// Reads the first bytes and leaves them in the socket.
+    /// Waits until the socket is ready.
     ///
     /// # Errors
-    /// The system's error.
-    pub async fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::Tcp(socket) => socket.peek(buffer).await,
-            Self::Unix(socket) => {
-                socket
-                    .async_io(Interest::READABLE, || {
-                        Ok(rustix::net::recv(socket, &mut *buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT)?.0)
-                    })
-                    .await
-            }
-        }
+    /// When the runtime ends.
+    pub async fn ready(&self, interest: Interest) -> io::Result<Ready> {
+        either!(self, socket => socket.ready(interest).await)
+    }
+
+    /// Sends a few bytes on a new connection, before the runtime knows that it is writable.
+    ///
+    /// # Errors
+    /// The system's error; `WriteZero` if the socket does not take all of them.
+    pub fn send_first(&self, bytes: &[u8]) -> io::Result<()> {
+        let sent = rustix::net::send(self, bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?;
+        if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+    }
+
+    /// Takes bytes from the socket that a peek has found there.
+    ///
+    /// # Errors
+    /// The system's error; `UnexpectedEof` if there are fewer.
+    pub fn take_first(&self, bytes: &mut [u8]) -> io::Result<()> {
+        let (taken, _) = rustix::net::recv(self, &mut *bytes, RecvFlags::DONTWAIT)?;
+        if taken == bytes.len() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }
 
     /// Sends small writes at once. A Unix socket always does.

@@ -107,13 +107,13 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
     assert!(total < 6.8, "{total} a request: {calls:?}");
 
     drop(program);
-    let mut connections = trace_connections(CONNECTIONS, &yaml).await;
+    let mut connections = trace_connections(CONNECTIONS, &yaml, b"").await;
     for _ in 1..5 {
         if !connections.calls.contains_key("bind") {
             break;
         }
         // strace on a busy machine made connects so slow that the program took them for searches for a port.
-        connections = trace_connections(CONNECTIONS, &yaml).await;
+        connections = trace_connections(CONNECTIONS, &yaml, b"").await;
     }
     let Connections { calls, looks, met } = connections;
     println!("{CONNECTIONS} connections: {calls:?}");
@@ -137,6 +137,42 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
     }
 }
 
+/// A received header takes a look and a read. A sent one takes a write, the client's destination, and `TCP_NODELAY` for the
+/// bytes that follow. The port of this backend takes another look for a connection to itself.
+#[tokio::test]
+async fn proxy_headers_take_a_bounded_number_of_system_calls() {
+    const CONNECTIONS: usize = 100;
+    if !require_tool("strace") {
+        return;
+    }
+    let echo = Server::echo_at(&format!("127.0.0.1:{}", low_port())).await;
+    let behind_header = Server::start(|stream| async move {
+        let mut stream = tokio::io::BufReader::new(stream);
+        let mut line = String::new();
+        let _ = tokio::io::AsyncBufReadExt::read_line(&mut stream, &mut line).await;
+        let mut bytes = [0; 4];
+        while stream.read_exact(&mut bytes).await.is_ok() && stream.write_all(&bytes).await.is_ok() {}
+    })
+    .await;
+    let one_worker = |yaml: String| yaml.replace("workers: 2", "workers: 1");
+    let receives = static_config(&[echo.address], "health_check: { kind: none }")
+        .replace("    pool: echo", "    proxy_protocol: { from: [127.0.0.1] }\n    pool: echo");
+    let sends = static_config(&[behind_header.address], "health_check: { kind: none }\nsend_proxy: v1");
+    let header = b"PROXY TCP4 198.51.100.7 203.0.113.1 1 2\r\n";
+    for (yaml, header, most) in [
+        (receives, &header[..], [("recvfrom", 8.2), ("sendto", 2.05), ("setsockopt", 0.2), ("getsockname", 0.05)]),
+        (sends, b"", [("recvfrom", 5.2), ("sendto", 3.05), ("setsockopt", 1.3), ("getsockname", 2.1)]),
+    ] {
+        let Connections { calls, looks, met } = trace_connections(CONNECTIONS, &one_worker(yaml), header).await;
+        println!("{CONNECTIONS} connections: {calls:?}");
+        for (name, most) in most {
+            let each = each(&calls, &[name], CONNECTIONS);
+            let most = most + 4.0 * (looks + met) / CONNECTIONS as f64;
+            assert!(each <= most, "{each} {name} a connection: {calls:?}");
+        }
+    }
+}
+
 /// The system calls of short connections.
 struct Connections {
     calls: BTreeMap<String, f64>,
@@ -146,12 +182,17 @@ struct Connections {
     met: f64,
 }
 
-async fn trace_connections(count: usize, yaml: &str) -> Connections {
+/// `header`: what each client sends first.
+async fn trace_connections(count: usize, yaml: &str, header: &[u8]) -> Connections {
     let program = Program::start(yaml).await;
     let trace = Trace::begin(program.pid()).await.unwrap();
     let began = Instant::now();
     for _ in 0..count {
-        ping(&mut TcpStream::connect(program.web()).await.unwrap()).await;
+        let mut stream = TcpStream::connect(program.web()).await.unwrap();
+        if !header.is_empty() {
+            stream.write_all(header).await.unwrap();
+        }
+        ping(&mut stream).await;
     }
     let mut looks = 0.0;
     eventually_async("all have ended", async || {

@@ -45,7 +45,8 @@ async fn every_registered_metric_is_exported_once_there_was_a_connection() {
     // A cause of failed connects appears with the first failure.
     let refusing = crate::harness::backends::Refusing::new();
     let extra = "health_check: { kind: none }\nkey: source";
-    let yaml = crate::harness::static_config(&[server.address, refusing.address], extra);
+    let yaml = crate::harness::static_config(&[server.address, refusing.address], extra)
+        .replace("    pool: echo", "    proxy_protocol: { from: [127.0.0.0/8], required: false }\n    pool: echo");
     // Whether there is an engine or not.
     let yaml = format!(
         "{yaml}\n  - {{ name: found, provider: {{ docker: {{ discover: {{ label: no.such.label, port: 1 }} }} }} }}"
@@ -116,8 +117,13 @@ async fn open_metrics_are_answered_where_they_are_accepted() {
     }
     let all = ringway::metrics::ALL.iter().map(|metric| metric.name.strip_suffix("_total").unwrap_or(metric.name));
     let missing: Vec<_> = all.filter(|name| !families.contains(name)).collect();
-    // Nothing has failed, and there is no engine.
-    assert!(missing.iter().all(|name| name.contains("_engine_") || name.ends_with("connect_failures")), "{missing:?}");
+    // Nothing has failed, no listener accepts PROXY headers, and there is no engine.
+    assert!(
+        missing.iter().all(|name| name.contains("_engine_")
+            || name.ends_with("connect_failures")
+            || name.ends_with("proxy_headers")),
+        "{missing:?}"
+    );
 }
 
 #[tokio::test]
@@ -173,7 +179,7 @@ fn defaults() -> BTreeMap<String, String> {
         for (check, listen) in std::iter::zip(checks, ["0.0.0.0:1", "0.0.0.0:1", "unix:/s"]) {
             let yaml = format!(
                 "access_log: {{ path: stdout }}\napi: {{ token_file: t }}\n\
-                 listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }} }}]\n\
+                 listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }}, proxy_protocol: {{ from: [10.0.0.0/8] }} }}]\n\
                  pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check} }}]"
             );
             let config = Config::parse(&yaml, "test").unwrap();

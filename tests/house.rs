@@ -37,7 +37,8 @@ fn the_data_plane_and_the_control_plane_do_not_name_each_other() {
         ("api", &["crate::config", "crate::app"][..]),
     ] {
         for path in sources(&source.join(half)) {
-            let text = std::fs::read_to_string(&path).unwrap();
+            // The format of a header is a leaf, which both use.
+            let text = std::fs::read_to_string(&path).unwrap().replace("crate::proxy_header", "");
             let named: Vec<_> = foreign.iter().filter(|name| text.contains(**name)).collect();
             assert!(named.is_empty(), "{} names {named:?}", path.display());
         }

@@ -20,6 +20,7 @@ mod failover;
 mod house;
 mod limits;
 mod names;
+mod proxy_protocol;
 mod real_servers;
 mod reload;
 mod replicas;

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use super::{ListenerView, State};
 use crate::backend::{Backend, Moved, State as BackendState};
 use crate::control::docker::watch::EngineStatus;
-use crate::labels::{Label, Tally};
+use crate::labels::Label;
 use crate::limits;
 use crate::lossy_writer::LostLines;
 use crate::metrics::text::{Format, Labels, Samples, Text};
@@ -58,6 +58,9 @@ fn listeners(text: &mut Text, listeners: &[ListenerView]) {
     each(&metrics::ENDED, &|samples, labels, listener| tally(samples, labels, |reason| listener.stats.ended(reason)));
     each(&metrics::REFUSED, &|samples, labels, listener| {
         tally(samples, labels, |reason| listener.stats.refused(reason));
+    });
+    each(&metrics::PROXY_HEADERS, &|samples, labels, listener| {
+        counted(samples, labels, |result| listener.stats.proxy_headers(result));
     });
     each(&metrics::ACCEPT_ERRORS, &|samples, labels, listener| {
         tally(samples, labels, |error| listener.stats.accept_errors(error));
@@ -132,7 +135,9 @@ fn backends(text: &mut Text, pools: &[OfPool<'_>], per_backend: PerBackend) {
     });
     each(&metrics::CONNECT_ATTEMPTS, &|samples, labels, backend| samples.add(labels, load(&backend.live.attempts)));
     // Most backends never see most causes: a cause appears with its first failure.
-    each(&metrics::CONNECT_FAILURES, &|samples, labels, backend| counted(samples, labels, &backend.live.failures));
+    each(&metrics::CONNECT_FAILURES, &|samples, labels, backend| {
+        counted(samples, labels, |cause| backend.live.failures.of(cause));
+    });
     each(&metrics::HEALTH_CHECKS, &|samples, labels, backend| {
         samples.add_with(labels, "ok", load(&backend.live.checks_passed));
         samples.add_with(labels, "failed", load(&backend.live.checks_failed));
@@ -193,8 +198,8 @@ fn tally<L: Label>(samples: &mut Samples<'_>, labels: &Labels, count: impl Fn(L)
 }
 
 /// Adds the counters that are not zero.
-fn counted<L: Label>(samples: &mut Samples<'_>, labels: &Labels, tally: &Tally<L>) {
-    let counted = L::ALL.iter().map(|&label| (label, tally.of(label))).filter(|(_, count)| *count > 0);
+fn counted<L: Label>(samples: &mut Samples<'_>, labels: &Labels, count: impl Fn(L) -> u64) {
+    let counted = L::ALL.iter().map(|&label| (label, count(label))).filter(|(_, count)| *count > 0);
     counted.for_each(|(label, count)| samples.add_with(labels, label.as_str(), count));
 }
 

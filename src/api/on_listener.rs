@@ -44,7 +44,7 @@ pub async fn answer(state: Arc<State>, mut taken: mpsc::Receiver<Intercepted>) {
 async fn answer_one(state: &State, connection: Intercepted) -> Result<(), hyper::Error> {
     let _permit = connection.permit;
     let Ok(stream) = Stream::try_from(connection.stream) else { return Ok(()) };
-    let is_local = match connection.peer {
+    let is_local = match connection.client {
         Client::Ip(peer) => peer.ip().to_canonical().is_loopback(),
         Client::Unix { .. } => true,
     };

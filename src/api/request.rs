@@ -23,6 +23,7 @@ use crate::proxy::key::Key;
 use crate::proxy::socket::TcpOptions;
 use crate::proxy::stats::RefusalReason;
 use crate::proxy::{self, Connected, Route};
+use crate::proxy_header::local;
 use crate::stream::Client;
 
 /// Maximum time from the connect to the end of the backend's response.
@@ -59,6 +60,10 @@ pub(super) async fn forward(
     // The id of a backend is a host, unless it is a path.
     let host = if address.ip().is_some() { &*backend } else { "localhost" };
 
+    if pool.send_proxy.is_some() {
+        // The request must not wait until the header is acknowledged.
+        stream.set_nodelay();
+    }
     let content_type =
         headers.get(CONTENT_TYPE).cloned().unwrap_or(HeaderValue::from_static("application/octet-stream"));
     let request = Request::post("/api/request")
@@ -89,15 +94,19 @@ fn find_pool<'a>(state: &'a View, wanted: Option<&str>) -> Result<&'a Route, Err
 
 /// Connects to the first backend in ring order that accepts, as the data plane does.
 async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<Connected, Error> {
-    proxy::connect(pool, || pool.table.load(), key, tcp).await.map_err(|reason| {
+    proxy::connect(pool, || pool.table.load(), key, tcp, &local(pool.send_proxy)).await.map_err(|reason| {
         let (status, what) = match reason {
             RefusalReason::NoBackend => (StatusCode::BAD_GATEWAY, "has no backend that accepts new connections"),
             RefusalReason::BackendsFull => {
                 (StatusCode::SERVICE_UNAVAILABLE, "has no backend below its connection limit")
             }
-            RefusalReason::SourceConnections | RefusalReason::SourceRate => {
-                (StatusCode::TOO_MANY_REQUESTS, "refuses the request because the source address is over its limit")
-            }
+            // Only listeners have these reasons.
+            RefusalReason::SourceConnections
+            | RefusalReason::SourceRate
+            | RefusalReason::ProxyUntrusted
+            | RefusalReason::ProxyHeaderMissing
+            | RefusalReason::ProxyHeaderInvalid
+            | RefusalReason::ProxyHeaderTimeout => (StatusCode::FORBIDDEN, "refuses the request"),
             RefusalReason::ConnectFailed => (StatusCode::BAD_GATEWAY, "has no backend that could be reached"),
             RefusalReason::NoDescriptors => {
                 (StatusCode::SERVICE_UNAVAILABLE, "cannot be reached because Ringway is out of file descriptors")

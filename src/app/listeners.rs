@@ -266,6 +266,7 @@ fn serving(
         stats: before.map_or_else(|| Arc::new(ListenerStats::new(context.workers)), |before| Arc::clone(&before.stats)),
         limit,
         sources,
+        proxy_protocol: listener.proxy_protocol.clone().map(Arc::new),
         intercept: listener.answer_status.then(|| context.intercept.clone()),
         tcp: context.config.tcp,
         backlog: listener.backlog,

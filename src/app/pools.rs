@@ -84,6 +84,7 @@ pub(super) async fn prepare(
         key: pool.key,
         table: publisher.table(),
         most_per_backend: u64::MAX,
+        send_proxy: None,
         connect_timeout: Duration::ZERO,
         connect_attempts: 1,
         idle: Duration::ZERO,

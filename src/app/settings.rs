@@ -16,6 +16,7 @@ pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Fa
         key: pool.key,
         table: base.table.clone(),
         most_per_backend: pool.max_connections_per_backend.map_or(u64::MAX, Into::into),
+        send_proxy: pool.send_proxy,
         connect_timeout: pool.connect.timeout,
         connect_attempts: pool.connect.attempts.into(),
         idle: pool.timeouts.idle,

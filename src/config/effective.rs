@@ -8,6 +8,8 @@ use super::parse_check::{Match, bytes_value};
 use super::{Api, Config, Containers, Ejection, Listener, PerSource, Pool, Process, Provider, Relay, Restart};
 use crate::control::health::{self, Kind};
 use crate::labels::Label as _;
+use crate::proxy::ProxyProtocol;
+use crate::proxy_header::Version;
 
 pub(super) fn yaml(config: &Config) -> String {
     // A value that consists of text, numbers, lists and mappings always serializes.
@@ -70,8 +72,20 @@ fn listener(listener: &Listener) -> Value {
         ("backlog", listener.backlog.into()),
         ("max_connections", auto(listener.max_connections)),
         ("per_source", per_source(listener.per_source)),
+        ("proxy_protocol", off(listener.proxy_protocol.as_ref().map(proxy_protocol))),
     ]);
     map(entries)
+}
+
+fn proxy_protocol(rules: &ProxyProtocol) -> Value {
+    let networks = rules.from.iter().map(|network| network.to_string().into());
+    map([
+        ("from", list(networks.chain(rules.from_unix.then(|| "unix".into())))),
+        ("required", rules.is_required.into()),
+        ("timeout", duration(rules.timeout)),
+        ("others", if rules.resets_others { "reset" } else { "plain" }.into()),
+        ("i_trust_everybody", rules.from.iter().any(|network| network.prefix_len() == 0).into()),
+    ])
 }
 
 fn per_source(limits: PerSource) -> Value {
@@ -101,6 +115,7 @@ fn pool(pool: &Pool) -> Value {
         ("ring", ring),
         ("provider", provider(&pool.provider)),
         ("connect", connect),
+        ("send_proxy", pool.send_proxy.map_or("off", Version::as_str).into()),
         ("timeouts", timeouts),
         ("health_check", health_check(pool.health_check.as_ref())),
         ("ejection", off(pool.ejection.map(ejection))),

@@ -28,9 +28,11 @@ use crate::control::ejection;
 use crate::control::health;
 use crate::control::publisher::OnDown;
 use crate::metrics::PerBackend;
+use crate::proxy::ProxyProtocol;
 use crate::proxy::access_log::Format;
 use crate::proxy::key::KeyKind;
 use crate::proxy::socket::TcpOptions;
+use crate::proxy_header::Version;
 use crate::ring::Parameters;
 
 pub use self::provider::{Containers, Discover, Process, Provider, Restart, StaticBackend};
@@ -228,6 +230,8 @@ pub struct Listener {
     pub max_connections: Option<usize>,
     /// Limits for each source address.
     pub per_source: PerSource,
+    /// From whom the listener accepts a PROXY header; `None`: from nobody.
+    pub proxy_protocol: Option<ProxyProtocol>,
 }
 
 /// Limits for each source address on a listener. All addresses of an IPv6 /64 count as one source.
@@ -254,6 +258,8 @@ pub struct Pool {
     pub provider: Provider,
     /// How Ringway connects to the backends.
     pub connect: Connect,
+    /// Version of the PROXY header that backends get; `None`: none.
+    pub send_proxy: Option<Version>,
     /// Timeouts and the maximum age of a connection.
     pub timeouts: Timeouts,
     /// Health checks of the backends; `None`: off.

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde_yaml::Value;
 
 use super::parse_pool::pool;
@@ -15,7 +16,9 @@ use super::{
 };
 use crate::address::Address;
 use crate::control::provider::Location;
+use crate::label_enum;
 use crate::metrics::PerBackend;
+use crate::proxy::ProxyProtocol;
 use crate::proxy::access_log::Format;
 use crate::proxy::socket::{Keepalive, TcpOptions};
 
@@ -217,6 +220,10 @@ fn listener(mut section: Section<'_>, pools: &[Pool]) -> Listener {
         backlog: narrow(section.integer("backlog", 1..=65_535, 4096)),
         max_connections: section.auto_or_integer("max_connections", 1..=1_000_000),
         per_source: per_source(section.section("per_source")),
+        proxy_protocol: section
+            .item("proxy_protocol")
+            .filter(|item| !item.is_off())
+            .map(|item| proxy_protocol(item.section())),
     };
     section.finish();
     listener
@@ -233,6 +240,49 @@ fn per_source(mut section: Section<'_>) -> PerSource {
     let burst = burst.and_then(|item| item.integer(&(1..=1_000_000))).map_or(rate.unwrap_or(1), narrow);
     section.finish();
     PerSource { max_connections, rate, burst }
+}
+
+label_enum! {
+    enum Others { Plain => "plain", Reset => "reset", }
+}
+
+fn proxy_protocol(mut section: Section<'_>) -> ProxyProtocol {
+    let mut rules = ProxyProtocol {
+        from: Vec::new(),
+        from_unix: false,
+        is_required: section.truth("required", true),
+        resets_others: section.choice("others", Others::Plain) == Others::Reset,
+        // A lost packet of the sender is repeated after a second, and once more after two.
+        timeout: section.duration("timeout", 3 * SECOND..=MINUTE, 5 * SECOND),
+    };
+    let trusts_everybody = section.truth("i_trust_everybody", false);
+    if let Some(list) = section.required("from", "the addresses of the balancers that send the header, like 10.0.0.0/8")
+    {
+        let items = list.list();
+        if items.is_empty() && list.value.is_sequence() {
+            list.fault("is empty: give the addresses of the balancers that send the header, like 10.0.0.0/8");
+        }
+        for item in items {
+            let Some(text) = item.text() else { continue };
+            let network = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+            match network {
+                _ if text == "unix" => rules.from_unix = true,
+                Ok(network) if network.prefix_len() == 0 && !trusts_everybody => item.fault(format_args!(
+                    "{text} is every address: anybody could choose the client address. Give the balancers' addresses, or set \
+                     i_trust_everybody to true"
+                )),
+                Ok(IpNet::V6(network)) if network.addr().to_ipv4_mapped().is_some() => item.fault(format_args!(
+                    "{text} has mapped IPv4 addresses: write the IPv4 network, like 10.0.0.0/8"
+                )),
+                Ok(network) => rules.from.push(network),
+                Err(_) => item.fault(format_args!(
+                    "{text:?} is neither a network nor an address: write it like 10.0.0.0/8, fd00::/8, 10.0.0.5 or unix"
+                )),
+            }
+        }
+    }
+    section.finish();
+    rules
 }
 
 /// The address of a listener: `ip:port` or `unix:/path`.

@@ -10,6 +10,7 @@ use super::reader::{HOUR, Item, MS, SECOND, Section, narrow, show};
 use crate::control::health::{self, Check, Expect, Http, Kind};
 use crate::label_enum;
 use crate::labels::Label as _;
+use crate::proxy_header::Version;
 
 label_enum! {
     enum CheckKind { Tcp => "tcp", Http => "http", Expect => "expect", None => "none", }
@@ -31,8 +32,13 @@ const OF_KINDS: [(&str, CheckKind); 7] = [
 ];
 
 /// `grace`: how long a new backend may fail its checks and still count as starting.
-/// `on_unix`: a backend has a Unix socket.
-pub(super) fn health_check(mut section: Section<'_>, grace: Duration, on_unix: bool) -> Option<health::Settings> {
+/// `on_unix`: a backend has a Unix socket. `send_proxy`: the PROXY header that backends get.
+pub(super) fn health_check(
+    mut section: Section<'_>,
+    grace: Duration,
+    on_unix: bool,
+    send_proxy: Option<Version>,
+) -> Option<health::Settings> {
     let kind = section.choice("kind", CheckKind::Tcp);
     for (key, other) in OF_KINDS.into_iter().filter(|&(_, other)| other != kind) {
         if let Some(item) = section.item(key) {
@@ -54,7 +60,8 @@ pub(super) fn health_check(mut section: Section<'_>, grace: Duration, on_unix: b
     let timeout = section.duration("timeout", MS..=HOUR, SECOND);
     let counts: RangeInclusive<u64> = 1..=100;
     let check = health::Settings {
-        check: Check { kind: wanted, port },
+        // Another port belongs to another server.
+        check: Check { kind: wanted, port, send_proxy: send_proxy.filter(|_| port.is_none()) },
         interval,
         fast_interval,
         jitter: narrow(section.integer("jitter", 0..=100, 10)),

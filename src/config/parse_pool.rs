@@ -7,12 +7,18 @@ use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, name, narrow};
 use super::{Connect, Ejection, Pool, Provider, Timeouts, parse_check, parse_provider};
 use crate::control::ejection;
 use crate::control::publisher::OnDown;
+use crate::label_enum;
 use crate::proxy::key::KeyKind;
+use crate::proxy_header::Version;
 use crate::ring::Parameters;
 
 /// Maximum number of points on one ring. A ring of this size uses 50 MB of memory and takes a third of a second to
 /// build.
 const MOST_POINTS: u64 = 1 << 22;
+
+label_enum! {
+    enum SendProxy { Off => "off", V1 => "v1", V2 => "v2", }
+}
 
 pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let name = name(&mut section);
@@ -30,6 +36,11 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         connect.finish();
         settings
     };
+    let send_proxy = match section.choice("send_proxy", SendProxy::Off) {
+        SendProxy::Off => None,
+        SendProxy::V1 => Some(Version::V1),
+        SendProxy::V2 => Some(Version::V2),
+    };
     let mut timeouts = section.section("timeouts");
     let timeouts = {
         let settings = Timeouts {
@@ -46,8 +57,9 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         ring,
         provider,
         connect,
+        send_proxy,
         timeouts,
-        health_check: parse_check::health_check(section.section("health_check"), grace, on_unix),
+        health_check: parse_check::health_check(section.section("health_check"), grace, on_unix, send_proxy),
         ejection: ejection(&mut section),
         panic_threshold: narrow(section.integer("panic_threshold", 0..=100, 50)),
         on_down: section.choice("on_down", OnDown::Keep),

@@ -110,6 +110,8 @@ pub(super) struct Line<'a> {
     pub(super) listener: &'a str,
     pub(super) pool: &'a str,
     pub(super) client: Client,
+    /// Who sent the PROXY header with the client's address.
+    pub(super) peer: Option<Client>,
     pub(super) backend: Option<(&'a str, &'a Address)>,
     pub(super) outcome: &'static str,
     pub(super) from_client: u64,
@@ -123,9 +125,10 @@ impl Line<'_> {
     fn text(&self) -> String {
         let (id, address) = self.backend.map_or(("-", "-".to_owned()), |(id, address)| (id, address.to_string()));
         let connect = self.connect.map_or("-".to_owned(), |time| format!("{:.6}", time.as_secs_f64()));
+        let peer = self.peer.map_or("-".to_owned(), |peer| peer.to_string());
         format!(
-            "{} listener={} pool={} client={} backend={id} address={address} end={} from_client={} to_client={} \
-             connect={connect} duration={:.6}\n",
+            "{} listener={} pool={} client={} peer={peer} backend={id} address={address} end={} from_client={} \
+             to_client={} connect={connect} duration={:.6}\n",
             now(),
             self.listener,
             self.pool,
@@ -144,6 +147,7 @@ impl Line<'_> {
             listener: &'a str,
             pool: &'a str,
             client: String,
+            peer: Option<String>,
             backend: Option<&'a str>,
             address: Option<&'a Address>,
             end: &'static str,
@@ -157,6 +161,7 @@ impl Line<'_> {
             listener: self.listener,
             pool: self.pool,
             client: self.client.to_string(),
+            peer: self.peer.map(|peer| peer.to_string()),
             backend: self.backend.map(|(id, _)| id),
             address: self.backend.map(|(_, address)| address),
             end: self.outcome,

@@ -11,6 +11,7 @@ use super::context::{KeepaliveState, Progress, Traffic, WorkerListener};
 use super::deal::SHORT;
 use super::key::{Key, KeyKind};
 use super::limit::ConnectionPermit;
+use super::proxy_protocol::Proxied;
 use super::stats::{EndReason, RefusalReason};
 use crate::address::Address;
 use crate::backend::BackendPermit;
@@ -50,7 +51,10 @@ impl From<RefusalReason> for Outcome {
 #[derive(Debug)]
 pub(super) struct Account {
     pub(super) listener: Rc<WorkerListener>,
+    /// The client: the one in a PROXY header, if there is one.
     pub(super) client: Client,
+    /// What the PROXY header said. Boxed, because most connections have none.
+    pub(super) proxied: Option<Box<Proxied>>,
     /// The connection's permit, until it is handed over with the connection.
     pub(super) permit: Option<ConnectionPermit>,
     opened: Instant,
@@ -75,6 +79,7 @@ impl Account {
         Self {
             listener,
             client,
+            proxied: None,
             permit: Some(permit),
             opened: Instant::now(),
             outcome: Outcome::Ended(EndReason::Dropped),
@@ -130,6 +135,7 @@ impl Drop for Account {
                 listener: &listener.serving.name,
                 pool: &listener.serving.route.pool,
                 client: self.client,
+                peer: self.proxied.as_ref().map(|proxied| proxied.peer),
                 backend: self.served.as_ref().map(|served| (&*served.id, &served.address)),
                 outcome: self.outcome.as_str(),
                 from_client: self.served.as_ref().map_or(0, |served| served.progress.from_client.total()),

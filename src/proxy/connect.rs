@@ -31,6 +31,8 @@ pub struct Connected {
 /// Tries the backends that the ring offers for `key`, in order, and makes at most `connect_attempts` attempts. Counts
 /// each attempt for its backend. A full backend is skipped and does not count as an attempt.
 ///
+/// `header` is sent to the backend at once; empty: nothing. A failure of that is a failed attempt.
+///
 /// An attempt can take seconds, in which backends leave and others join. So each attempt uses the current table, and a
 /// connection to a backend that has left meanwhile is not used.
 ///
@@ -41,6 +43,7 @@ pub async fn connect<T: AsRef<Table>>(
     mut current: impl FnMut() -> T,
     key: &[u8],
     tcp: &TcpOptions,
+    header: &[u8],
 ) -> Result<Connected, RefusalReason> {
     let mut refusal = RefusalReason::NoBackend;
     let mut left = route.connect_attempts;
@@ -64,7 +67,7 @@ pub async fn connect<T: AsRef<Table>>(
                 continue;
             };
             left -= 1;
-            let attempt = attempt(backend, address, route, tcp).await;
+            let attempt = attempt(backend, address, route, tcp, header).await;
             let now = current();
             let is_stale = now.as_ref().generation() != table.as_ref().generation();
             match attempt {
@@ -98,11 +101,20 @@ async fn attempt(
     address: &Address,
     route: &Route,
     tcp: &TcpOptions,
+    header: &[u8],
 ) -> Result<Stream, ConnectFailure> {
     let live = &backend.live;
     live.attempts.fetch_add(1, Ordering::Relaxed);
     let began = Instant::now();
-    match dial(address, route.connect_timeout, tcp, &live.port_search).await {
+    let dialed = dial(address, route.connect_timeout, tcp, &live.port_search).await;
+    let sent = dialed.map_err(|error| (ConnectFailure::of(&error), error)).and_then(|stream| {
+        let sent = if header.is_empty() { Ok(()) } else { stream.send_first(header) };
+        sent.map(|()| stream).map_err(|error| match ConnectFailure::of(&error) {
+            ours @ ConnectFailure::NoDescriptors => (ours, error),
+            _ => (ConnectFailure::ProxyHeader, error),
+        })
+    });
+    match sent {
         Ok(stream) => {
             route.connect_seconds.record(began.elapsed().as_secs_f64());
             // Store only on a change: all workers share this cache line.
@@ -111,8 +123,7 @@ async fn attempt(
             }
             Ok(stream)
         }
-        Err(error) => {
-            let failure = ConnectFailure::of(&error);
+        Err((failure, error)) => {
             tracing::debug!(backend = %backend.id, %address, failure = failure.as_str(), %error, "cannot connect");
             live.failures.count(failure);
             if !failure.is_ours() {

@@ -38,9 +38,7 @@ pub(super) struct Direction {
     run: u8,
     held: Held,
     ended: bool,
-    /// Whether the sink has `TCP_NODELAY`. It matters from the second write: only a small write that follows another
-    /// unacknowledged small one waits (Minshall's version of the Nagle algorithm, as in Linux).
-    is_nodelay: bool,
+    nodelay: Nodelay,
     /// The source has broken: the sink must not see a clean end of stream.
     pub(super) last_words: bool,
 }
@@ -52,6 +50,17 @@ enum Path {
     Splice,
     /// The kernel cannot splice these sockets.
     OnlyCopy,
+}
+
+/// When the sink gets `TCP_NODELAY`. It matters from the second write: only a small write that follows another
+/// unacknowledged small one waits (Minshall's version of the Nagle algorithm, as in Linux).
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Nodelay {
+    #[default]
+    BeforeSecondWrite,
+    /// A PROXY header was the first write.
+    BeforeNextWrite,
+    Set,
 }
 
 /// Bytes that have been read but not yet written.
@@ -73,9 +82,15 @@ pub(super) enum Broken {
 }
 
 impl Direction {
+    /// A direction to a new connection.
+    pub(super) fn to_connected(follows_header: bool) -> Self {
+        let nodelay = if follows_header { Nodelay::BeforeNextWrite } else { Nodelay::BeforeSecondWrite };
+        Self { nodelay, ..Self::default() }
+    }
+
     /// A direction to a sink that has inherited `TCP_NODELAY`.
     pub(super) fn to_accepted() -> Self {
-        Self { is_nodelay: true, ..Self::default() }
+        Self { nodelay: Nodelay::Set, ..Self::default() }
     }
 
     /// Whether the source has ended and the end was passed on to the sink.
@@ -209,8 +224,13 @@ impl Direction {
         if bytes.is_empty() {
             return Poll::Ready(Ok(Read::End));
         }
-        if !self.is_nodelay && traffic.total() > 0 {
-            self.is_nodelay = true;
+        let is_due = match self.nodelay {
+            Nodelay::BeforeSecondWrite => traffic.total() > 0,
+            Nodelay::BeforeNextWrite => true,
+            Nodelay::Set => false,
+        };
+        if is_due {
+            self.nodelay = Nodelay::Set;
             sink.set_nodelay();
         }
         let written = match Pin::new(sink).poll_write(cx, bytes) {

@@ -11,6 +11,7 @@
 //! - [`direction`], [`pipe`], [`write_backlog`]: one half of a relay, and the pipes and buffers that it uses
 //! - [`worker`], [`timeouts`]: a worker's thread, and its timeout task with a coarse clock
 //! - [`context`], [`stats`]: state shared by the connections of one worker, and counters shared by all workers
+//! - [`mod@proxy_protocol`], [`mod@peek`]: PROXY headers, and a look at first bytes
 //! - [`not_served`]: a client's connection until it has a backend
 //! - [`limit`], [`source_limits`]: connection limits of the process and its listeners, and of single source addresses
 //! - [`listening`]: listening sockets of both families; [`socket`]: those of TCP, and TCP options
@@ -32,7 +33,9 @@ mod dial;
 mod direction;
 mod limit;
 mod not_served;
+mod peek;
 mod pipe;
+mod proxy_protocol;
 mod relay;
 mod route;
 mod session;
@@ -53,6 +56,7 @@ pub use self::connect::{Connected, connect};
 use self::deal::Peer;
 pub use self::limit::{ConnectionPermit, Limit};
 use self::listening::ListeningSocket;
+pub use self::proxy_protocol::ProxyProtocol;
 pub use self::route::{Reports, Route};
 use self::socket::TcpOptions;
 pub use self::source_limits::{SourceLimits, Sources};
@@ -93,6 +97,8 @@ pub struct Serving {
     pub limit: Arc<Limit>,
     /// Limits per source address; `None`: unlimited.
     pub sources: Option<Arc<Sources>>,
+    /// From whom the listener accepts a PROXY header; `None`: from nobody.
+    pub proxy_protocol: Option<Arc<ProxyProtocol>>,
     /// Recognizes connections by their first bytes and hands them to another task; `None`: every connection goes to a
     /// backend.
     pub intercept: Option<Intercept>,
@@ -120,8 +126,8 @@ pub struct Intercept {
 pub struct Intercepted {
     /// The client's socket in non-blocking mode, with no bytes read.
     pub stream: IdleStream,
-    /// Who is at its other end.
-    pub peer: Client,
+    /// Who the client is.
+    pub client: Client,
     /// The connection's permit under `max_connections`; keep it as long as the stream.
     pub permit: ConnectionPermit,
 }

@@ -42,8 +42,9 @@ enum Side {
 }
 
 impl Relay {
-    pub(super) fn new(client: Stream, backend: Stream, progress: Rc<Progress>) -> Self {
-        let (up, down) = (Direction::default(), Direction::to_accepted());
+    /// `follows_header`: the backend has got a PROXY header before.
+    pub(super) fn new(client: Stream, backend: Stream, follows_header: bool, progress: Rc<Progress>) -> Self {
+        let (up, down) = (Direction::to_connected(follows_header), Direction::to_accepted());
         Self { client, backend, up, down, breaking: None, end: EndReason::Dropped, progress }
     }
 

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use super::key::KeyKind;
 use super::stats::PoolStats;
 use crate::backend::Failing;
+use crate::proxy_header::Version;
 use crate::table::TableCell;
 
 /// How a listener's connections are balanced over a pool.
@@ -22,6 +23,8 @@ pub struct Route {
     pub table: TableCell,
     /// Maximum connections per backend; a backend that has reached it is skipped.
     pub most_per_backend: u64,
+    /// Version of the PROXY header that backends get; `None`: none.
+    pub send_proxy: Option<Version>,
     /// Timeout of one connect attempt.
     pub connect_timeout: Duration,
     /// Maximum backends tried per connection; at least 1.

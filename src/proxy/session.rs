@@ -7,6 +7,7 @@ use super::admit::admit;
 use super::connect::connect;
 use super::key::Key;
 use super::not_served::NotServed;
+use super::proxy_protocol::header_of;
 use super::relay::Relay;
 use super::stats::EndReason;
 use crate::stream::Stream;
@@ -37,16 +38,17 @@ pub(super) fn serve_connection(client: Stream, mut account: Account) -> impl Fut
 /// Runs the stages up to the connection to a backend.
 async fn reach_backend(client: NotServed, account: &mut Account) -> Result<Relay, Outcome> {
     let listener = Rc::clone(&account.listener);
-    let (serving, peer) = (&listener.serving, account.client);
+    let route = &listener.serving.route;
 
-    let client = admit(client, peer, &mut account.permit, serving).await?;
-    let key = Key::of(serving.route.key, peer);
-    let connect = connect(&serving.route, || listener.table(), key.as_bytes(), &serving.tcp);
+    let client = admit(client, account).await?;
+    let key = Key::of(route.key, account.client);
+    let header = header_of(route.send_proxy, client.stream(), account);
+    let connect = connect(route, || listener.table(), key.as_bytes(), &listener.serving.tcp, &header);
     let backend = tokio::select! {
         biased;
         backend = connect => backend?,
         () = client.is_reset() => return Err(EndReason::ClientReset.into()),
     };
     let progress = account.serve(backend.backend, backend.address, backend.permit);
-    Ok(Relay::new(client.serve(), backend.stream, progress))
+    Ok(Relay::new(client.serve(), backend.stream, !header.is_empty(), progress))
 }

@@ -69,6 +69,36 @@ label_enum! {
         SourceRate => "source_rate",
         /// Local failure: no file descriptor for the connection to the backend.
         NoDescriptors => "no_descriptors",
+        /// The client is none of those from whom the listener accepts a PROXY header.
+        ProxyUntrusted => "proxy_untrusted",
+        /// The PROXY header is missing.
+        ProxyHeaderMissing => "proxy_header_missing",
+        /// The PROXY header is wrong.
+        ProxyHeaderInvalid => "proxy_header_invalid",
+        /// The PROXY header did not arrive in time.
+        ProxyHeaderTimeout => "proxy_header_timeout",
+    }
+}
+
+label_enum! {
+    /// What Ringway found where a PROXY header may be.
+    pub enum ProxyResult {
+        /// A header of version 1 with the client's address.
+        V1 => "v1",
+        /// A header of version 2 with the client's address.
+        V2 => "v2",
+        /// A header without the client's address: a health check, or an unknown client.
+        Local => "local",
+        /// No header, and none is required.
+        Plain => "plain",
+        /// The end of the stream, without a byte before it.
+        Probe => "probe",
+        /// No header, although one is required.
+        Missing => "missing",
+        /// A wrong header.
+        Invalid => "invalid",
+        /// No complete header in time, although one is required.
+        Timeout => "timeout",
     }
 }
 
@@ -101,6 +131,7 @@ pub(super) struct ListenerShare {
     ended: [Counter; EndReason::ALL.len()],
     refused: [Counter; RefusalReason::ALL.len()],
     accept_errors: [Counter; AcceptError::ALL.len()],
+    proxy_headers: [Counter; ProxyResult::ALL.len()],
 }
 
 /// A counter that one thread writes and others read.
@@ -129,6 +160,10 @@ impl ListenerShare {
 
     pub(super) fn count_refusal(&self, reason: RefusalReason) {
         self.refused[reason.index()].add_one();
+    }
+
+    pub(super) fn count_header(&self, result: ProxyResult) {
+        self.proxy_headers[result.index()].add_one();
     }
 
     pub(super) fn count_error(&self, error: AcceptError) {
@@ -177,6 +212,11 @@ impl ListenerStats {
     /// Accepts that failed with this error.
     pub fn accept_errors(&self, error: AcceptError) -> u64 {
         self.sum(|share| &share.accept_errors[error.index()])
+    }
+
+    /// Connections with this result where a PROXY header may be.
+    pub fn proxy_headers(&self, result: ProxyResult) -> u64 {
+        self.sum(|share| &share.proxy_headers[result.index()])
     }
 
     fn sum<'a>(&'a self, counter: impl Fn(&'a ListenerShare) -> &'a Counter) -> u64 {

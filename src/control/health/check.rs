@@ -16,6 +16,7 @@ use super::http;
 use crate::address::Address;
 use crate::backend::ConnectFailure;
 use crate::labels::Label as _;
+use crate::proxy_header::{Version, local};
 use crate::stream::Stream;
 
 /// Most bytes of an answer that a check reads.
@@ -35,6 +36,9 @@ pub struct Check {
     pub kind: Kind,
     /// Port to check; `None`: the backend's own port. A Unix socket has none.
     pub port: Option<u16>,
+    /// Version of the PROXY header that a check sends first, in which it speaks for itself; `None`: none. A `tcp` check sends
+    /// nothing.
+    pub send_proxy: Option<Version>,
 }
 
 /// What a check sends and expects.
@@ -96,7 +100,16 @@ impl Check {
     }
 
     async fn check(&self, address: &Address) -> Outcome {
-        let stream = match self.kind.connect(address).await {
+        let connected = self.kind.connect(address).await.and_then(|stream| {
+            let header = local(self.send_proxy.filter(|_| self.kind != Kind::Tcp));
+            if !header.is_empty() {
+                stream.send_first(&header)?;
+                // What follows must not wait until the header is acknowledged.
+                stream.set_nodelay();
+            }
+            Ok(stream)
+        });
+        let stream = match connected {
             Ok(stream) => stream,
             Err(error) => {
                 let failure = ConnectFailure::of(&error);
@@ -222,7 +235,7 @@ mod tests {
             stream.write_all(b"PONG").unwrap();
         });
         let expect = Expect { send: b"PING".to_vec(), expect: b"PONG".to_vec(), is_prefix: true };
-        let check = Check { kind: Kind::Expect(expect), port: None };
+        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: None };
         let starve = async {
             tokio::task::yield_now().await;
             std::thread::sleep(Duration::from_secs(1));
@@ -235,7 +248,7 @@ mod tests {
     async fn a_check_fails_after_its_timeout() {
         let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let expect = Expect { send: Vec::new(), expect: b"x".to_vec(), is_prefix: true };
-        let check = Check { kind: Kind::Expect(expect), port: None };
+        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: None };
         let began = std::time::Instant::now();
         let outcome = check.run(&Address::Ip(silent.local_addr().unwrap()), Duration::from_millis(80)).await;
         assert!(matches!(outcome, Outcome::Failed(ref reason) if reason == "timeout"), "{outcome:?}");
