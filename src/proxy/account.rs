@@ -11,7 +11,7 @@ use super::context::{KeepaliveState, Progress, Traffic, WorkerListener};
 use super::deal::SHORT;
 use super::key::{Key, KeyKind};
 use super::limit::ConnectionPermit;
-use super::proxy_protocol::Proxied;
+use super::proxy_protocol::Origin;
 use super::stats::{EndReason, RefusalReason};
 use crate::address::Address;
 use crate::backend::BackendPermit;
@@ -51,10 +51,7 @@ impl From<RefusalReason> for Outcome {
 #[derive(Debug)]
 pub(super) struct Account {
     pub(super) listener: Rc<WorkerListener>,
-    /// The client: the one in a PROXY header, if there is one.
-    pub(super) client: Client,
-    /// What the PROXY header said. Boxed, because most connections have none.
-    pub(super) proxied: Option<Box<Proxied>>,
+    pub(super) origin: Origin,
     /// The connection's permit, until it is handed over with the connection.
     pub(super) permit: Option<ConnectionPermit>,
     opened: Instant,
@@ -78,8 +75,7 @@ impl Account {
         listener.share().count_accepted();
         Self {
             listener,
-            client,
-            proxied: None,
+            origin: Origin::Direct(client),
             permit: Some(permit),
             opened: Instant::now(),
             outcome: Outcome::Ended(EndReason::Dropped),
@@ -98,7 +94,7 @@ impl Account {
             to_client: Traffic::default(),
             is_active: Cell::new(true),
             last_active: Cell::new(now),
-            expires: expiry(self.listener.serving.route.max_age, self.client, now),
+            expires: expiry(self.listener.serving.route.max_age, self.origin.client(), now),
             half_closed: Cell::new(false),
             blocked: Cell::new(false),
             keepalive: Cell::new(KeepaliveState::NotYet),
@@ -134,8 +130,8 @@ impl Drop for Account {
             log.write(&Line {
                 listener: &listener.serving.name,
                 pool: &listener.serving.route.pool,
-                client: self.client,
-                peer: self.proxied.as_ref().map(|proxied| proxied.peer),
+                client: self.origin.client(),
+                peer: self.origin.peer(),
                 backend: self.served.as_ref().map(|served| (&*served.id, &served.address)),
                 outcome: self.outcome.as_str(),
                 from_client: self.served.as_ref().map_or(0, |served| served.progress.from_client.total()),

@@ -30,7 +30,7 @@ pub(super) async fn admit(client: NotServed, account: &mut Account) -> Result<No
         receive(client.stream(), account, rules).await?;
     }
     if let (Some(sources), Some(permit)) = (&serving.sources, account.permit.as_mut()) {
-        permit.source = sources.admit(account.client, std::time::Instant::now())?;
+        permit.source = sources.admit(account.origin.client(), std::time::Instant::now())?;
     }
     match &serving.intercept {
         Some(intercept) => Ok(inspect(client, account, intercept).await?),
@@ -57,7 +57,7 @@ async fn inspect(client: NotServed, account: &mut Account, intercept: &Intercept
     }
     let Ok(slot) = intercept.taker.try_reserve() else { return Ok(client) };
     if let (Ok(stream), Some(permit)) = (client.serve().into_idle(), account.permit.take()) {
-        slot.send(Intercepted { stream, client: account.client, permit });
+        slot.send(Intercepted { stream, client: account.origin.client(), permit });
     }
     Err(EndReason::Answered)
 }

@@ -41,13 +41,38 @@ impl ProxyProtocol {
     }
 }
 
+/// Where a connection comes from. It is as large as a [`Client`], because every idle connection has one.
+#[derive(Debug)]
+pub(super) enum Origin {
+    /// From the client itself.
+    Direct(Client),
+    /// From a balancer, which has sent a header.
+    Proxied(Box<Proxied>),
+}
+
 /// What a PROXY header said about a connection.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) struct Proxied {
+    client: Client,
     /// Who sent the header.
-    pub(super) peer: Client,
+    peer: Client,
     /// Where the client connected.
-    pub(super) destination: SocketAddr,
+    destination: SocketAddr,
+}
+
+impl Origin {
+    /// The client.
+    pub(super) fn client(&self) -> Client {
+        match self {
+            Self::Direct(client) => *client,
+            Self::Proxied(proxied) => proxied.client,
+        }
+    }
+
+    /// The balancer before Ringway.
+    pub(super) fn peer(&self) -> Option<Client> {
+        if let Self::Proxied(proxied) = self { Some(proxied.peer) } else { None }
+    }
 }
 
 /// Receives the header of a connection, if its peer may send one. The client in the header becomes the connection's client.
@@ -55,7 +80,7 @@ pub(super) struct Proxied {
 /// # Errors
 /// When the connection does not continue.
 pub(super) async fn receive(client: &Stream, account: &mut Account, rules: &ProxyProtocol) -> Result<(), Outcome> {
-    let peer = account.client;
+    let peer = account.origin.client();
     if !rules.believes(peer) {
         return if rules.resets_others { Err(RefusalReason::ProxyUntrusted.into()) } else { Ok(()) };
     }
@@ -77,8 +102,7 @@ pub(super) async fn receive(client: &Stream, account: &mut Account, rules: &Prox
         ProxyResult::Timeout => Err(RefusalReason::ProxyHeaderTimeout.into()),
         ProxyResult::V1 | ProxyResult::V2 | ProxyResult::Local | ProxyResult::Plain => {
             if let Some(Ends { source, destination }) = ends {
-                account.client = Client::Ip(source);
-                account.proxied = Some(Box::new(Proxied { peer, destination }));
+                account.origin = Origin::Proxied(Box::new(Proxied { client: Client::Ip(source), peer, destination }));
             }
             Ok(())
         }
@@ -125,8 +149,21 @@ async fn read(
 pub(super) fn header_of(version: Option<Version>, client: &Stream, account: &Account) -> Vec<u8> {
     let Some(version) = version else { return Vec::new() };
     // A process on this host has no address.
-    let Client::Ip(source) = account.client else { return write(version, None) };
-    let destination = account.proxied.as_ref().map(|proxied| proxied.destination).or_else(|| client.local_ip());
+    let Client::Ip(source) = account.origin.client() else { return write(version, None) };
+    let destination = match &account.origin {
+        Origin::Direct(_) => client.local_ip(),
+        Origin::Proxied(proxied) => Some(proxied.destination),
+    };
     let plain = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
     write(version, destination.map(|destination| Ends { source: plain(source), destination: plain(destination) }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_origin_is_not_larger_than_a_client() {
+        assert_eq!(size_of::<Origin>(), size_of::<Client>());
+    }
 }

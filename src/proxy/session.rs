@@ -41,7 +41,7 @@ async fn reach_backend(client: NotServed, account: &mut Account) -> Result<Relay
     let route = &listener.serving.route;
 
     let client = admit(client, account).await?;
-    let key = Key::of(route.key, account.client);
+    let key = Key::of(route.key, account.origin.client());
     let header = header_of(route.send_proxy, client.stream(), account);
     let connect = connect(route, || listener.table(), key.as_bytes(), &listener.serving.tcp, &header);
     let backend = tokio::select! {
