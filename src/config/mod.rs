@@ -5,10 +5,12 @@
 //! - this file: the config types and loading
 //! - [`parse`], [`parse_pool`], [`parse_check`], [`parse_provider`]: every key with its range and default
 //! - [`provider`]: the kinds of providers, and what each kind implies
+//! - [`conflicts`]: equal names, clashing addresses and ports, and loops
 //! - [`reader`]: typed access to YAML; collects each fault with its key path
 //! - [`diff`]: the differences between two configs
 //! - [`effective`]: the reverse of parsing: writes the config as YAML, with every default filled in
 
+mod conflicts;
 pub mod diff;
 
 mod effective;
@@ -331,7 +333,7 @@ impl Config {
     /// backend.
     pub fn loop_fault(&self) -> Option<Fault> {
         let faults = reader::Faults::default();
-        parse::loops(&faults, &self.pools, &self.listeners);
+        conflicts::loops(&faults, &self.pools, &self.listeners);
         faults.into_vec().into_iter().next()
     }
 

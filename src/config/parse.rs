@@ -1,21 +1,18 @@
-//! Parses every key outside of pools: ranges, defaults and constraints between keys. No later code validates the
-//! config again.
+//! Parses every key outside of pools: ranges, defaults and constraints between keys. No later code validates the config
+//! again, except for what run-time changes can break.
 
-use std::collections::{HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use ipnet::IpNet;
 use serde_yaml::Value;
 
+use super::conflicts::{clashing_addresses, clashing_ports, duplicate_names, loops};
 use super::parse_pool::pool;
 use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, check_name, hint, name, narrow, show};
-use super::{
-    AccessLog, Api, Config, Docker, Fault, Listener, Metrics, PerSource, Pool, Process, Provider, Relay, Shutdown,
-};
+use super::{AccessLog, Api, Config, Docker, Fault, Listener, Metrics, PerSource, Pool, Relay, Shutdown};
 use crate::address::Address;
-use crate::control::provider::Location;
 use crate::label_enum;
 use crate::metrics::PerBackend;
 use crate::proxy::ProxyProtocol;
@@ -325,114 +322,4 @@ fn address(item: &Item<'_>) -> Option<SocketAddr> {
         ));
     }
     address
-}
-
-fn duplicate_names<'a>(faults: &Faults, list: &str, names: impl Iterator<Item = &'a str>) {
-    let mut seen = HashMap::new();
-    for (n, name) in names.enumerate().filter(|(_, name)| !name.is_empty()) {
-        if let Some(first) = seen.insert(name, n) {
-            faults.add(
-                &format!("{list}[{n}].name"),
-                format_args!("{name:?} is already the name of {list}[{first}]: choose another name"),
-            );
-        }
-    }
-}
-
-/// Reports port ranges of replicas that overlap each other, a listener or the side port. Replicas listen on 127.0.0.1.
-fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Listener], api: &Api) {
-    let on_loopback = |address: SocketAddr| {
-        address.is_ipv4() && (address.ip().is_unspecified() || address.ip().is_loopback()) && address.port() != 0
-    };
-    let mut taken: Vec<(String, u16, u16)> = Vec::new();
-    let on_ip = listeners.iter().enumerate().filter_map(|(n, listener)| Some((n, listener.listen.ip()?)));
-    for (n, listen) in on_ip.filter(|&(_, listen)| on_loopback(listen)) {
-        taken.push((format!("listeners[{n}].listen"), listen.port(), listen.port()));
-    }
-    if on_loopback(api.listen) {
-        taken.push(("api.listen".to_owned(), api.listen.port(), api.listen.port()));
-    }
-    for (n, pool) in pools.iter().enumerate() {
-        let Provider::Process(Process { ports: Some((first, last)), .. }) = pool.provider else { continue };
-        let path = format!("pools[{n}].provider.process.ports");
-        if let Some((other, ..)) = taken.iter().find(|&&(_, from, to)| first <= to && from <= last) {
-            faults.add(&path, format_args!("{first}-{last} overlaps {other}: choose other ports"));
-        }
-        taken.push((path, first, last));
-    }
-}
-
-/// Reports static backends that lead back to the listener that they serve, directly or through other pools. Each
-/// connection, and each health check, would cause another one without end.
-pub(super) fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
-    // Groups the listeners by port. Listeners on Unix sockets have the key `None`.
-    let by_port = listeners.iter().fold(HashMap::<Option<u16>, Vec<&Listener>>::new(), |mut by_port, listener| {
-        by_port.entry(listener.listen.ip().map(|listen| listen.port())).or_default().push(listener);
-        by_port
-    });
-    // For each pool: its backends that are listeners, with their places in the config and the pools behind them.
-    let next: Vec<Vec<(usize, usize)>> = pools
-        .iter()
-        .map(|pool| {
-            let backends = pool.provider.static_backends().unwrap_or_default().iter().enumerate();
-            let behind = backends.filter_map(|(n, backend)| {
-                let port = if let Location::Host { port, .. } = backend.location { Some(port) } else { None };
-                let mut alike = by_port.get(&port)?.iter();
-                let listener = alike.find(|listener| is_here(&backend.location, &listener.listen))?;
-                Some((n, pools.iter().position(|pool| pool.name == listener.pool)?))
-            });
-            behind.collect()
-        })
-        .collect();
-    for (n, ways) in next.iter().enumerate() {
-        for &(backend, behind) in ways {
-            let (mut seen, mut open) = (HashSet::new(), vec![behind]);
-            while let Some(pool) = open.pop() {
-                if seen.insert(pool) {
-                    open.extend(next[pool].iter().map(|(_, behind)| behind));
-                }
-            }
-            if seen.contains(&n) {
-                faults.add(
-                    &format!("pools[{n}].provider.static[{backend}].address"),
-                    "is a listener of this config that leads back to this pool: connections would go round without end",
-                );
-            }
-        }
-    }
-}
-
-/// Whether a backend's address leads to this listener. Paths must be equal. For hosts, the caller has compared the ports.
-fn is_here(backend: &Location, listen: &Address) -> bool {
-    let (host, listen) = match (backend, listen) {
-        (Location::Host { host, .. }, Address::Ip(listen)) => (host, listen),
-        (Location::Unix { address }, listen) => return address == listen,
-        (Location::Host { .. }, Address::Unix(_)) => return false,
-    };
-    let ip = if host.eq_ignore_ascii_case("localhost") { Some(Ipv4Addr::LOCALHOST.into()) } else { host.parse().ok() };
-    let is_same = |ip: IpAddr| {
-        ip == listen.ip() || listen.ip().is_unspecified() && ip.is_loopback() && ip.is_ipv4() == listen.is_ipv4()
-    };
-    ip.is_some_and(is_same)
-}
-
-/// Reports listen addresses that clash: one socket would receive connections that are meant for the other.
-fn clashing_addresses(faults: &Faults, listeners: &[Listener], api: &Api) {
-    let mut taken = vec![("api.listen".to_owned(), Address::Ip(api.listen))];
-    for (n, listener) in listeners.iter().enumerate() {
-        let (path, new) = (format!("listeners[{n}].listen"), listener.listen.clone());
-        let clash = taken.iter().find(|(_, old)| match (old.ip(), new.ip()) {
-            (Some(old), Some(new)) => {
-                let same_ip = old.ip() == new.ip()
-                    || (old.is_ipv4() == new.is_ipv4() && (old.ip().is_unspecified() || new.ip().is_unspecified()));
-                new.port() != 0 && old.port() == new.port() && same_ip
-            }
-            _ => *old == new,
-        });
-        if let Some((other, old)) = clash {
-            let what = if new.ip().is_some() { "port" } else { "path" };
-            faults.add(&path, format_args!("{new} clashes with {other} ({old}): choose another {what}"));
-        }
-        taken.push((path, new));
-    }
 }
