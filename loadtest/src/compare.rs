@@ -1,12 +1,15 @@
 //! `loadtest compare` measures several balancers on the same work in the same run. They take turns in rounds, so a
 //! disturbance of the machine affects all of them.
 
+mod measure;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
 
+use self::measure::Measure;
 use crate::balancers::{Balancer, Kind};
 use crate::bench::{Bench, Places, Task};
 use crate::findings::{Output, machine};
@@ -76,71 +79,6 @@ impl Options {
     /// The number of rounds of this work.
     fn rounds_of(&self, work: Work) -> usize {
         if self.work.contains(&work) { self.rounds as usize } else { 0 }
-    }
-}
-
-/// What the command measures. The order is the order of the rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Measure {
-    RequestCpu,
-    ConnectionCpu,
-    BulkCpu,
-    StreamsCpu,
-    P50,
-    P99,
-    BesideP50,
-    BesideP99,
-    RequestRate,
-    IdleMemory,
-    ProgramSize,
-    StartUp,
-}
-
-impl Measure {
-    const ALL: [Self; 12] = [
-        Self::RequestCpu,
-        Self::ConnectionCpu,
-        Self::BulkCpu,
-        Self::StreamsCpu,
-        Self::P50,
-        Self::P99,
-        Self::BesideP50,
-        Self::BesideP99,
-        Self::RequestRate,
-        Self::IdleMemory,
-        Self::ProgramSize,
-        Self::StartUp,
-    ];
-
-    /// The measures in which less is better and a ratio is meaningful.
-    const COMPARED: [Self; 9] = [
-        Self::RequestCpu,
-        Self::ConnectionCpu,
-        Self::BulkCpu,
-        Self::StreamsCpu,
-        Self::P50,
-        Self::P99,
-        Self::BesideP50,
-        Self::BesideP99,
-        Self::IdleMemory,
-    ];
-
-    /// The label in tables, plots and JSON.
-    fn label(self) -> &'static str {
-        match self {
-            Self::RequestCpu => "CPU µs per request",
-            Self::ConnectionCpu => "CPU µs per connection",
-            Self::BulkCpu => "CPU s per GB, 1 stream",
-            Self::StreamsCpu => "CPU s per GB, 32 streams",
-            Self::P50 => "p50 ms",
-            Self::P99 => "p99 ms",
-            Self::BesideP50 => "p50 ms beside 32 streams",
-            Self::BesideP99 => "p99 ms beside 32 streams",
-            Self::RequestRate => "requests per second",
-            Self::IdleMemory => "bytes per idle connection",
-            Self::ProgramSize => "program MB",
-            Self::StartUp => "start-up ms",
-        }
     }
 }
 
