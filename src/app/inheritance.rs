@@ -63,7 +63,7 @@ pub(super) enum Message {
         #[serde(default)]
         file: Option<FileId>,
     },
-    /// A replica, with the descriptors of its lifeline, its output and its port, in that order.
+    /// A replica, with the descriptors of its lifeline, its output and, if it listens on one, its port, in that order.
     Replica { pool: String, slot: String, pid: u32, address: Address, command: Vec<String>, env: Vec<(String, String)> },
     /// A part of the config of the old process, as YAML.
     File { part: String },

@@ -1,5 +1,5 @@
-//! Stage admit: receives a PROXY header, applies the limits of the source address, and inspects a connection's first bytes,
-//! of which it consumes none. Each happens only if the listener requires it.
+//! Stage admit: receives a PROXY header, applies the limits of the source address, and inspects a connection's first bytes.
+//! The inspection consumes no bytes. Ringway does only what the listener asks for.
 
 use std::rc::Rc;
 use std::time::Duration;

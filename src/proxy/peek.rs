@@ -8,8 +8,8 @@ use tokio::io::Interest;
 use super::context::Worker;
 use crate::stream::Stream;
 
-/// Waits until `decide` decides by the first bytes, of which it gets at most `most`. Its second argument says that no more
-/// will come: it must decide then, or the result is an error. The bytes are read into the worker's buffer, so a waiting
+/// Waits until `decide` decides by the first bytes. It gets at most `most` bytes. Its second argument says that no more bytes
+/// will come. If `decide` does not decide then, the result is an error. The bytes are in the worker's buffer, so a waiting
 /// connection holds no memory for them.
 ///
 /// # Errors

@@ -69,7 +69,7 @@ label_enum! {
         SourceRate => "source_rate",
         /// Local failure: no file descriptor for the connection to the backend.
         NoDescriptors => "no_descriptors",
-        /// The client is none of those from whom the listener accepts a PROXY header.
+        /// The listener accepts PROXY headers, and resets all clients that may not send one. This client may not.
         ProxyUntrusted => "proxy_untrusted",
         /// The PROXY header is missing.
         ProxyHeaderMissing => "proxy_header_missing",

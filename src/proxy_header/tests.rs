@@ -89,7 +89,7 @@ fn binary_headers() {
     }
 }
 
-/// A header with some fields, the last of which is the checksum.
+/// A header with some fields. The checksum is the last one.
 fn with_checksum() -> Vec<u8> {
     let v4 = [10, 0, 0, 1, 10, 0, 0, 2, 0, 80, 0, 81];
     let fields = [0xea, 0, 2, 0xff, 0xfe, 0xea, 0, 0, 0x04, 0, 1, 0, CRC32C, 0, 4, 0, 0, 0, 0];
