@@ -17,13 +17,14 @@
 //! - [`metrics`]: the name, labels and help text of every metric
 //! - [`config`]: the YAML file and its validation
 //!
-//! Several of these modules use [`address`], [`stream`], [`proxy_header`], [`http_client`], [`handover`], [`labels`], [`limits`],
-//! [`lossy_writer`] and [`text`].
+//! Several of these modules use [`address`], [`stream`], [`networks`], [`proxy_header`], [`client_hello`], [`http_client`],
+//! [`handover`], [`labels`], [`limits`], [`lossy_writer`] and [`text`].
 
 pub mod address;
 pub mod api;
 pub mod app;
 pub mod backend;
+pub mod client_hello;
 pub mod config;
 pub mod control;
 pub mod handover;
@@ -32,6 +33,7 @@ pub mod labels;
 pub mod limits;
 pub mod lossy_writer;
 pub mod metrics;
+pub mod networks;
 pub mod proxy;
 pub mod proxy_header;
 pub mod ring;

@@ -12,7 +12,7 @@ use crate::label_enum;
 pub mod text;
 
 /// The definition of a metric, as documented and exported.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Metric {
     /// Full name, including the `ringway_` prefix and the unit.
     pub name: &'static str,
@@ -31,7 +31,7 @@ pub enum Kind {
     Counter,
     /// A value that goes up and down.
     Gauge,
-    /// A distribution of durations in seconds, counted in buckets.
+    /// A distribution of durations in seconds, or of lengths in bytes, counted in buckets.
     Histogram,
 }
 
@@ -54,6 +54,10 @@ metrics! {
     ENDED: Counter "connections_ended_total" ["listener", "reason"] "Served connections that ended, by reason";
     REFUSED: Counter "connections_refused_total" ["listener", "reason"] "Connections reset without being served, by reason";
     PROXY_HEADERS: Counter "proxy_headers_total" ["listener", "result"] "Connections that may begin with a PROXY header, by what Ringway found";
+    ROUTED: Counter "routes_total" ["listener", "route"] "Connections that took a route of a listener, `default` among them; only for listeners with routes";
+    HELLOS: Counter "hellos_total" ["listener", "result"] "Connections whose ClientHello a route or a key needs, by what Ringway found";
+    HELLOS_WITH_ECH: Counter "hellos_with_ech_total" ["listener"] "ClientHellos with the extension for an encrypted ClientHello; many browsers always send it";
+    HELLO_BYTES: Histogram "hello_bytes" ["listener"] "Length of ClientHellos";
     SOURCES_UNTRACKED: Counter "sources_untracked_total" ["listener"] "Connections admitted without limits because the source table was full";
     ACCEPT_ERRORS: Counter "accept_errors_total" ["listener", "error"] "Failed accepts, by error";
     CONNECTION_SECONDS: Histogram "connection_seconds" ["listener"] "Time from accept to the end of a connection";
@@ -135,6 +139,9 @@ impl PerBackend {
 const BUCKETS: [f64; 14] =
     [0.0001, 0.000_25, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 10.0, 60.0, 600.0];
 
+/// Upper bounds of the histogram buckets in bytes: from a small ClientHello to the largest that a listener may accept.
+const BYTE_BUCKETS: [f64; 8] = [256.0, 512.0, 1024.0, 1536.0, 2048.0, 4096.0, 16384.0, 65536.0];
+
 /// Holds the histograms of one app. It is not global, because several apps can run in one process. All other values are in
 /// counters of the parts that count, and each scrape reads them there.
 pub struct Exporter {
@@ -157,7 +164,8 @@ impl Exporter {
         let mut builder = PrometheusBuilder::new();
         let histograms = ALL.iter().filter(|metric| metric.kind == Kind::Histogram);
         for metric in histograms.clone() {
-            builder = builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), &BUCKETS)?;
+            let buckets = if *metric == HELLO_BYTES { &BYTE_BUCKETS[..] } else { &BUCKETS };
+            builder = builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), buckets)?;
         }
         let recorder = builder.build_recorder();
         for metric in histograms {

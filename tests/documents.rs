@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use ringway::config::Config;
 use ringway::metrics::{self, Kind};
+use tokio::io::AsyncWriteExt as _;
 
 const CONFIGURATION: &str = include_str!("../docs/configuration.md");
 const METRICS: &str = include_str!("../docs/metrics.md");
@@ -46,7 +47,8 @@ async fn every_registered_metric_is_exported_once_there_was_a_connection() {
     let refusing = crate::harness::backends::Refusing::new();
     let extra = "health_check: { kind: none }\nkey: source";
     let yaml = crate::harness::static_config(&[server.address, refusing.address], extra)
-        .replace("    pool: echo", "    proxy_protocol: { from: [127.0.0.0/8], required: false }\n    pool: echo");
+        .replace("    pool: echo", "    proxy_protocol: { from: [127.0.0.0/8], required: false }\n    pool: echo")
+        .replace("    pool: echo", "    routes: [{ tls: true, pool: echo, name: tls }]\n    pool: echo");
     // Whether there is an engine or not.
     let yaml = format!(
         "{yaml}\n  - {{ name: found, provider: {{ docker: {{ discover: {{ label: no.such.label, port: 1 }} }} }} }}"
@@ -54,6 +56,8 @@ async fn every_registered_metric_is_exported_once_there_was_a_connection() {
     let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
     crate::harness::eventually_async("all metrics", async || {
         crate::harness::http(ringway.web(), "GET", "/heartbeat", b"").await;
+        let mut tls = tokio::net::TcpStream::connect(ringway.web()).await.unwrap();
+        tls.write_all(&loadtest::client_hello("a.example", &[])).await.unwrap();
         let text = crate::harness::get(ringway.api(), "/metrics").await.1;
         metrics::ALL.iter().all(|metric| text.contains(&format!("# TYPE {} ", metric.name)))
     })
@@ -117,11 +121,14 @@ async fn open_metrics_are_answered_where_they_are_accepted() {
     }
     let all = ringway::metrics::ALL.iter().map(|metric| metric.name.strip_suffix("_total").unwrap_or(metric.name));
     let missing: Vec<_> = all.filter(|name| !families.contains(name)).collect();
-    // Nothing has failed, no listener accepts PROXY headers, and there is no engine.
+    // Nothing has failed, no listener accepts PROXY headers or has routes, and there is no engine.
     assert!(
         missing.iter().all(|name| name.contains("_engine_")
             || name.ends_with("connect_failures")
-            || name.ends_with("proxy_headers")),
+            || name.ends_with("proxy_headers")
+            || name.ends_with("routes")
+            || name.ends_with("hellos")
+            || name.ends_with("hello_bytes")),
         "{missing:?}"
     );
 }
@@ -179,7 +186,8 @@ fn defaults() -> BTreeMap<String, String> {
         for (check, listen) in std::iter::zip(checks, ["0.0.0.0:1", "0.0.0.0:1", "unix:/s"]) {
             let yaml = format!(
                 "access_log: {{ path: stdout }}\napi: {{ token_file: t }}\n\
-                 listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }}, proxy_protocol: {{ from: [10.0.0.0/8] }} }}]\n\
+                 listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }}, proxy_protocol: {{ from: [10.0.0.0/8] }}, \
+                 routes: [{{ sni: [a.b], alpn: [h2], from: [10.0.0.0/8], tls: true, pool: p }}] }}]\n\
                  pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check} }}]"
             );
             let config = Config::parse(&yaml, "test").unwrap();

@@ -24,6 +24,7 @@ mod proxy_protocol;
 mod real_servers;
 mod reload;
 mod replicas;
+mod routes;
 mod service_manager;
 mod serving;
 mod side_port;

@@ -227,7 +227,7 @@ async fn every_connection_is_counted_once() {
             (&line["listener"], &line["pool"], &line["end"]),
             (&"web".into(), &"echo".into(), &"finished".into())
         );
-        assert!(line["to_client"].as_u64().unwrap() > 30 && line["duration_seconds"].as_f64().unwrap() > 0.0, "{line}");
+        assert!(line["to_client"].as_u64().unwrap() > 30 && line["duration_ms"].as_f64().unwrap() > 0.0, "{line}");
     }
 }
 
@@ -244,9 +244,10 @@ async fn the_access_log_has_a_text_format() {
     drop(ringway);
     let line = std::fs::read_to_string(log.path()).unwrap();
     for part in [
-        " listener=web pool=echo client=127.0.0.1:",
-        &format!(" backend=b0 address={} end=finished from_client=", server.address),
-        " duration=0.",
+        " listener=web route=default pool=echo client=127.0.0.1:",
+        &format!(" backend=b0 address={} tries=- end=finished from_client=", server.address),
+        " connect_ms=0.",
+        " duration_ms=",
     ] {
         assert!(line.contains(part), "{line:?} lacks {part:?}");
     }

@@ -5,6 +5,7 @@
 //! - [`load`]: the loads, each on a [`client`]; [`record`] collects figures, and [`report`] collects single outcomes
 //! - [`run`]: one load on any target; [`soak`]: a long mixed load, with commands to the balancer
 //! - [`compare`]: a comparison of the balancers that [`balancers`] starts on a [`mod@bench`]; [`findings`]: its results
+//! - [`tls`]: the first message of a TLS client
 //! - [`tune`]: settings of Ringway on the same bench; [`scale`]: more servers; [`mod@large`]: large configs
 //! - [`preflight`], [`process`]: the limits of this machine, and the resources that a process uses
 //! - [`spread`], [`plot`], [`table`]: figures of repeated runs, and the presentation of results
@@ -24,6 +25,7 @@ pub mod scale;
 pub mod soak;
 pub mod spread;
 pub mod table;
+pub mod tls;
 pub mod tune;
 
 mod bench;
@@ -39,6 +41,7 @@ use tokio::net::TcpStream;
 pub use self::client::Protocol;
 use self::load::{Load, Pace, Work};
 pub use self::report::Report;
+pub use self::tls::client_hello;
 
 /// Opens `count` connections and sends nothing on them. Returns all of them, or the first error.
 ///

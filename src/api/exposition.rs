@@ -62,6 +62,16 @@ fn listeners(text: &mut Text, listeners: &[ListenerView]) {
     each(&metrics::PROXY_HEADERS, &|samples, labels, listener| {
         counted(samples, labels, |result| listener.stats.proxy_headers(result));
     });
+    each(&metrics::ROUTED, &|samples, _, listener| {
+        for rule in listener.routing.rules.iter().filter(|_| listener.routing.has_rules()) {
+            let labels = Labels::new(&["listener", "route"], &[&listener.name, &rule.name]);
+            samples.add(&labels, rule.matched.load(Ordering::Relaxed));
+        }
+    });
+    each(&metrics::HELLOS, &|samples, labels, listener| {
+        counted(samples, labels, |result| listener.stats.hellos(result));
+    });
+    each(&metrics::HELLOS_WITH_ECH, &|samples, labels, listener| samples.add(labels, listener.stats.hellos_with_ech()));
     each(&metrics::ACCEPT_ERRORS, &|samples, labels, listener| {
         tally(samples, labels, |error| listener.stats.accept_errors(error));
     });

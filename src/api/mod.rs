@@ -47,7 +47,7 @@ use crate::metrics::{Exporter, PerBackend};
 use crate::proxy::socket::TcpOptions;
 use crate::proxy::stats::ListenerStats;
 use crate::proxy::stats::WorkerStats;
-use crate::proxy::{Limit, Proxy, Route, Sources};
+use crate::proxy::{Limit, Proxy, Route, Routing, Sources};
 
 label_enum! {
     /// Result of a reload or an upgrade.
@@ -178,14 +178,27 @@ pub struct ListenerView {
     pub name: Arc<str>,
     /// The bound address, with the real port.
     pub address: Address,
-    /// The pool that serves it.
-    pub pool: Arc<str>,
+    /// Its routes.
+    pub routing: Arc<Routing>,
     /// Counters.
     pub stats: Arc<ListenerStats>,
     /// Limit on its connections.
     pub limit: Arc<Limit>,
     /// The counts of source addresses, if their limits are on or have been on.
     pub sources: Option<Arc<Sources>>,
+}
+
+impl ListenerView {
+    /// The pool of the last rule, which takes what no other rule takes; `None`: those connections are reset.
+    pub fn default_pool(&self) -> Option<&str> {
+        let rule = self.routing.rules.last()?;
+        Some(&self.routing.routes[rule.route?].pool)
+    }
+
+    /// The default pool, or that of the first route.
+    pub fn main_pool(&self) -> Option<&str> {
+        self.default_pool().or_else(|| self.routing.routes.first().map(|route| &*route.pool))
+    }
 }
 
 /// Every route of the side port.

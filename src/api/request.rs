@@ -54,7 +54,7 @@ pub(super) async fn forward(
     })?;
     let state = state.view();
     let pool = find_pool(&state, parameters.pool.as_deref())?;
-    let address_key = Key::of(pool.key, Client::Ip(caller));
+    let address_key = Key::of(pool.key, Client::Ip(caller), None);
     let key = parameters.key.as_ref().map_or(address_key.as_bytes(), String::as_bytes);
     let Connected { backend, address, stream, permit: _permit } = connect(pool, &state.tcp, key).await?;
     // The id of a backend is a host, unless it is a path.
@@ -83,8 +83,8 @@ pub(super) async fn forward(
 }
 
 fn find_pool<'a>(state: &'a View, wanted: Option<&str>) -> Result<&'a Route, Error> {
-    let first = state.listeners.first().map(|listener| &*listener.pool);
-    let wanted = wanted.or(first).unwrap_or_default();
+    let first = || state.listeners.first().and_then(|listener| listener.main_pool());
+    let wanted = wanted.or_else(first).unwrap_or_default();
     state.pools.iter().find(|pool| &*pool.pool == wanted).ok_or_else(|| {
         let names: Vec<_> = state.pools.iter().map(|pool| &*pool.pool).collect();
         let message = format!("pool {wanted:?} does not exist; existing pools: {}", names.join(", "));
@@ -94,7 +94,9 @@ fn find_pool<'a>(state: &'a View, wanted: Option<&str>) -> Result<&'a Route, Err
 
 /// Connects to the first backend in ring order that accepts, as the data plane does.
 async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<Connected, Error> {
-    proxy::connect(pool, || pool.table.load(), key, tcp, &local(pool.send_proxy)).await.map_err(|reason| {
+    let connected =
+        proxy::connect(pool, || pool.table.load(), key, tcp, &local(pool.send_proxy), &mut Vec::new()).await;
+    connected.map_err(|reason| {
         let (status, what) = match reason {
             RefusalReason::NoBackend => (StatusCode::BAD_GATEWAY, "has no backend that accepts new connections"),
             RefusalReason::BackendsFull => {
@@ -106,7 +108,13 @@ async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<Connected
             | RefusalReason::ProxyUntrusted
             | RefusalReason::ProxyHeaderMissing
             | RefusalReason::ProxyHeaderInvalid
-            | RefusalReason::ProxyHeaderTimeout => (StatusCode::FORBIDDEN, "refuses the request"),
+            | RefusalReason::ProxyHeaderTimeout
+            | RefusalReason::Denied
+            | RefusalReason::NotAllowed
+            | RefusalReason::HelloInvalid
+            | RefusalReason::HelloTooLarge
+            | RefusalReason::HelloTimeout
+            | RefusalReason::NoRoute => (StatusCode::FORBIDDEN, "refuses the request"),
             RefusalReason::ConnectFailed => (StatusCode::BAD_GATEWAY, "has no backend that could be reached"),
             RefusalReason::NoDescriptors => {
                 (StatusCode::SERVICE_UNAVAILABLE, "cannot be reached because Ringway is out of file descriptors")

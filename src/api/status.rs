@@ -16,6 +16,9 @@ use crate::labels::Label as _;
 use crate::proxy::{Limit, Route};
 use crate::table::Table;
 
+/// In place of a pool: the connections are reset.
+const RESET: &str = "reset";
+
 /// The response. Later versions can add fields but never rename one.
 #[derive(Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
@@ -34,8 +37,18 @@ pub struct Listener {
     pub name: String,
     pub address: Option<String>,
     pub pool: String,
+    #[serde(default)]
+    pub routes: Vec<RouteTaken>,
     pub connections: Connections,
     pub max_connections: Option<u64>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
+pub struct RouteTaken {
+    pub name: String,
+    pub pool: Option<String>,
+    pub connections: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -158,9 +171,12 @@ pub(super) async fn status(Extract(state): Extract<Arc<State>>) -> Json<Status> 
 impl Status {
     /// Finds a pool by its own name, or by the name of a listener that uses it.
     pub fn pool(&self, name: &str) -> Option<&Pool> {
-        let behind = self.listeners.iter().find(|listener| listener.name == name).map(|listener| &listener.pool);
         let find = |name: &str| self.pools.iter().find(|pool| pool.name == name);
-        find(name).or_else(|| find(behind?))
+        let listener = self.listeners.iter().find(|listener| listener.name == name);
+        let of_route = |listener: &Listener| listener.routes.iter().find_map(|route| route.pool.clone());
+        let behind = listener
+            .and_then(|listener| find(&listener.pool).map(|pool| pool.name.clone()).or_else(|| of_route(listener)));
+        find(name).or_else(|| find(&behind?))
     }
 
     /// Keeps what clients of a listener may see: names, states, counts and shares. Removes addresses, process ids,
@@ -205,10 +221,24 @@ impl Listener {
         Self {
             name: listener.name.to_string(),
             address: Some(listener.address.to_string()),
-            pool: listener.pool.to_string(),
+            pool: listener.default_pool().unwrap_or(RESET).to_owned(),
+            routes: RouteTaken::all(listener),
             connections,
             max_connections: Some(listener.limit.size() as u64).filter(|&most| most < Limit::UNLIMITED),
         }
+    }
+}
+
+impl RouteTaken {
+    /// The routes of a listener; empty if it has only its default.
+    fn all(listener: &ListenerView) -> Vec<Self> {
+        let routing = &listener.routing;
+        let taken = routing.rules.iter().filter(|_| routing.has_rules()).map(|rule| Self {
+            name: rule.name.to_string(),
+            pool: rule.route.map(|route| routing.routes[route].pool.to_string()),
+            connections: rule.matched.load(Ordering::Relaxed),
+        });
+        taken.collect()
     }
 }
 

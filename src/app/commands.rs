@@ -192,7 +192,7 @@ impl App {
     fn pool_name(&self, name: String) -> String {
         let is_pool = self.config.pools.iter().any(|pool| pool.name == name);
         let listener = self.config.listeners.iter().find(|listener| listener.name == name && !is_pool);
-        listener.map_or(name, |listener| listener.pool.clone())
+        listener.and_then(|listener| listener.main_pool()).map_or(name, str::to_owned)
     }
 
     /// A pool under the running config.

@@ -1,5 +1,6 @@
 //! Binds, updates and closes the listeners of the app.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
@@ -14,7 +15,9 @@ use crate::proxy::access_log::AccessLog;
 use crate::proxy::listening::{self, ListeningSocket, Wanted};
 use crate::proxy::socket::{self, Beside, overlap};
 use crate::proxy::stats::ListenerStats;
-use crate::proxy::{Intercept, Limit, ListenerId, Proxy, Route, Serving, SourceLimits, Sources};
+use crate::proxy::{
+    Condition, DEFAULT, Intercept, Limit, ListenerId, Proxy, Route, Routing, Rule, Serving, SourceLimits, Sources,
+};
 
 /// Length of the kernel's accept queue for the side port.
 const API_BACKLOG: u16 = 1024;
@@ -22,6 +25,8 @@ const API_BACKLOG: u16 = 1024;
 /// What all listeners need to serve connections.
 pub(super) struct ListenerContext<'a> {
     pub(super) config: &'a Config,
+    /// The routes of all pools, by name.
+    pub(super) routes: &'a HashMap<&'a str, &'a Route>,
     pub(super) exporter: &'a Exporter,
     pub(super) intercept: &'a Intercept,
     pub(super) access_log: Option<&'a AccessLog>,
@@ -132,7 +137,6 @@ impl Bound {
     pub(super) fn open(
         mut self,
         listener: &config::Listener,
-        route: &Route,
         context: &ListenerContext<'_>,
         proxy: &mut Proxy,
     ) -> Listener {
@@ -142,7 +146,7 @@ impl Bound {
         }
         self.is_new = false;
         let (copies, address, is_managed) = (std::mem::take(&mut self.copies), self.address.clone(), self.is_managed);
-        let serving = serving(listener, route, context, None);
+        let serving = serving(listener, context, None);
         let id = proxy.open(std::mem::take(&mut self.sockets), &serving);
         let sources = serving.sources.clone();
         Listener { id, config: listener.clone(), address, copies, is_managed, serving, sources }
@@ -158,14 +162,8 @@ impl Listener {
     }
 
     /// Applies the settings of `new` to connections that the listener accepts from now on.
-    pub(super) fn update(
-        &mut self,
-        new: &config::Listener,
-        route: &Route,
-        context: &ListenerContext<'_>,
-        proxy: &Proxy,
-    ) {
-        self.serving = serving(new, route, context, Some((&self.serving, self.sources.as_ref())));
+    pub(super) fn update(&mut self, new: &config::Listener, context: &ListenerContext<'_>, proxy: &Proxy) {
+        self.serving = serving(new, context, Some((&self.serving, self.sources.as_ref())));
         self.sources = self.serving.sources.clone().or(self.sources.take());
         if self.config.mode != new.mode && !self.is_managed {
             set_mode(&self.copies, new.mode, &self.address);
@@ -207,7 +205,7 @@ impl Listener {
         ListenerView {
             name: Arc::clone(&self.serving.name),
             address: self.address.clone(),
-            pool: Arc::clone(&self.serving.route.pool),
+            routing: Arc::clone(&self.serving.routing),
             stats: Arc::clone(&self.serving.stats),
             limit: Arc::clone(&self.serving.limit),
             sources: self.sources.clone(),
@@ -239,7 +237,6 @@ pub(super) fn turn_away(sockets: &[ListeningSocket], address: &Address) {
 /// Builds the settings with which the data plane serves a listener. Limits and counters carry over from `before`.
 fn serving(
     listener: &config::Listener,
-    route: &Route,
     context: &ListenerContext<'_>,
     before: Option<(&Serving, Option<&Arc<Sources>>)>,
 ) -> Serving {
@@ -262,7 +259,7 @@ fn serving(
     let same = before.filter(|before| *before.name == listener.name);
     Serving {
         name: listener.name.as_str().into(),
-        route: route.clone(),
+        routing: Arc::new(routing(listener, context, same)),
         stats: before.map_or_else(|| Arc::new(ListenerStats::new(context.workers)), |before| Arc::clone(&before.stats)),
         limit,
         sources,
@@ -274,6 +271,39 @@ fn serving(
         connection_seconds: same.map_or_else(
             || context.exporter.histogram(&metrics::CONNECTION_SECONDS, &[&listener.name]),
             |same| same.connection_seconds.clone(),
+        ),
+    }
+}
+
+/// Builds what a listener decides for its connections. The counters of rules carry over from `before`, by name.
+fn routing(listener: &config::Listener, context: &ListenerContext<'_>, before: Option<&Serving>) -> Routing {
+    let default = (DEFAULT, Condition::default(), listener.pool.as_deref());
+    let rules = listener.routes.iter().map(|route| (route.name.as_str(), route.when.clone(), route.pool.as_deref()));
+    let mut routes: Vec<Route> = Vec::new();
+    let rules = rules.chain([default]).map(|(name, when, pool)| {
+        // The config has checked that the pool exists.
+        let route = pool.and_then(|pool| context.routes.get(pool)).map(|&route| {
+            let known = routes.iter().position(|known| known.pool == route.pool);
+            known.unwrap_or_else(|| {
+                routes.push(route.clone());
+                routes.len() - 1
+            })
+        });
+        let known = before.and_then(|before| before.routing.rules.iter().find(|rule| *rule.name == *name));
+        let matched = known.map_or_else(Arc::default, |rule| Arc::clone(&rule.matched));
+        Rule { name: name.into(), when, route, matched }
+    });
+    let rules = rules.collect();
+    let networks = |list: &Option<config::AccessList>| list.as_ref().map(|list| Arc::clone(&list.networks));
+    Routing {
+        allow: networks(&listener.allow),
+        deny: networks(&listener.deny),
+        rules,
+        routes: routes.into(),
+        hello: listener.hello,
+        hello_bytes: before.map_or_else(
+            || context.exporter.histogram(&metrics::HELLO_BYTES, &[&listener.name]),
+            |before| before.routing.hello_bytes.clone(),
         ),
     }
 }

@@ -249,17 +249,17 @@ impl App {
 
     /// Opens the listeners.
     fn open(&mut self) {
+        let routes = pools::routes(&self.pools);
         let context = listeners::ListenerContext {
             config: &self.config,
+            routes: &routes,
             exporter: &self.state.exporter,
             intercept: &self.intercept,
             access_log: self.access_log.as_ref().map(|(log, _)| log),
             workers: self.state.workers.len(),
         };
         for (listener, bound) in std::iter::zip(&self.config.listeners, self.bound.drain(..)) {
-            // The config has checked that the pool exists.
-            let pool = self.pools.iter().find(|pool| pool.config().name == listener.pool).unwrap_or(&self.pools[0]);
-            self.listeners.push(bound.open(listener, &pool.route, &context, &mut self.proxy));
+            self.listeners.push(bound.open(listener, &context, &mut self.proxy));
         }
     }
 

@@ -2,6 +2,7 @@
 //!
 //! The fallible steps run first and change nothing. The steps after them cannot fail.
 
+use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -110,6 +111,11 @@ pub(super) async fn prepare(
         over: CancellationToken::new(),
     };
     Ok(Prepared { pool, publisher, reports: reported, start })
+}
+
+/// The routes of all pools, by name.
+pub(super) fn routes(pools: &[Pool]) -> HashMap<&str, &Route> {
+    pools.iter().map(|pool| (pool.config.name.as_str(), &pool.route)).collect()
 }
 
 impl Prepared {

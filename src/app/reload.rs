@@ -149,13 +149,12 @@ impl App {
         };
         let _ = hurry.run_until_cancelled(tokio::time::timeout(FRESH, all_healthy)).await;
 
-        let by_name: HashMap<&str, &pools::Pool> =
-            self.pools.iter().map(|pool| (pool.config().name.as_str(), pool)).collect();
+        let routes = pools::routes(&self.pools);
         let mut open: Vec<Listener> = std::mem::take(&mut self.listeners);
         for (listener, bound) in std::iter::zip(&config.listeners, listeners) {
-            let Some(pool) = by_name.get(listener.pool.as_str()) else { continue };
             let context = listeners::ListenerContext {
                 config: &config,
+                routes: &routes,
                 exporter: &self.state.exporter,
                 intercept: &self.intercept,
                 access_log: self.access_log.as_ref().filter(|_| config.access_log.is_some()).map(|(log, _)| log),
@@ -163,10 +162,10 @@ impl App {
             };
             let position = open.iter().position(|open| open.can_become(listener));
             self.listeners.push(match (bound, position) {
-                (Some(bound), _) => bound.open(listener, &pool.route, &context, &mut self.proxy),
+                (Some(bound), _) => bound.open(listener, &context, &mut self.proxy),
                 (None, Some(position)) => {
                     let mut known = open.swap_remove(position);
-                    known.update(listener, &pool.route, &context, &self.proxy);
+                    known.update(listener, &context, &self.proxy);
                     known
                 }
                 (None, None) => continue,

@@ -147,6 +147,9 @@ pub(crate) fn check(common: &Common, check: &Check) -> Result<(), Failure> {
         // Nobody may be reading it.
         let _ = writeln!(std::io::stderr(), "ringway: warning: {error}");
     }
+    for (n, pool) in config.unused_pools() {
+        let _ = writeln!(std::io::stderr(), "ringway: warning: pools[{n}]: no listener leads to the pool {pool:?}");
+    }
     print(&format!("# {origin}, with every default filled in\n{}", config.to_yaml()))
 }
 

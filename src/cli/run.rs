@@ -181,8 +181,10 @@ fn program() -> String {
 
 /// Whether the first listener leads to the demo backend, which understands the commands of the banner.
 fn is_demo(config: &Config) -> bool {
-    let first =
-        config.listeners.first().and_then(|listener| config.pools.iter().find(|pool| pool.name == listener.pool));
+    let first = config
+        .listeners
+        .first()
+        .and_then(|listener| config.pools.iter().find(|pool| Some(&pool.name) == listener.pool.as_ref()));
     first.is_some_and(|pool| match &pool.provider {
         Provider::Process(process) => process.spec.command.iter().take(2).eq(["ringway", "echo-server"]),
         Provider::Containers(containers) => {

@@ -61,9 +61,10 @@ pub(super) fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
                 let port = if let Location::Host { port, .. } = backend.location { Some(port) } else { None };
                 let mut alike = by_port.get(&port)?.iter();
                 let listener = alike.find(|listener| is_here(&backend.location, &listener.listen))?;
-                Some((n, pools.iter().position(|pool| pool.name == listener.pool)?))
+                let index = |name: &str| pools.iter().position(|pool| pool.name == name);
+                Some(listener.pools().filter_map(index).map(move |pool| (n, pool)).collect::<Vec<_>>())
             });
-            behind.collect()
+            behind.flatten().collect()
         })
         .collect();
     for (n, ways) in next.iter().enumerate() {

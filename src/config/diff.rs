@@ -24,7 +24,8 @@ impl std::fmt::Display for Difference {
 /// Returns every key that differs, in the order of the old config. Keys that only the new config has follow.
 pub fn differences(old: &Config, new: &Config) -> Vec<Difference> {
     let mut found = Vec::new();
-    compare("", Some(&super::effective::value(old)), Some(&super::effective::value(new)), &mut found);
+    let values = [old, new].map(|config| super::effective::value(config, true));
+    compare("", Some(&values[0]), Some(&values[1]), &mut found);
     found
 }
 
@@ -42,6 +43,14 @@ fn compare(path: &str, old: Option<&Value>, new: Option<&Value>, found: &mut Vec
             let (listed, added) = (by_name(old), by_name(new));
             let (old, new): (HashMap<_, _>, HashMap<_, _>) =
                 (listed.iter().copied().collect(), added.iter().copied().collect());
+            // The first route that matches decides, so their order counts.
+            let order = |list: &[(&str, _)], other: &HashMap<&str, _>| -> Vec<String> {
+                list.iter().filter(|(name, _)| other.contains_key(name)).map(|(name, _)| (*name).to_owned()).collect()
+            };
+            let (was, is) = (order(&listed, &new), order(&added, &old));
+            if path.ends_with(".routes") && was != is {
+                tell(format!("order: {} -> {}", was.join(", "), is.join(", ")));
+            }
             for (name, _) in listed.iter().chain(added.iter().filter(|(name, _)| !old.contains_key(name))) {
                 let (old, new) = (old.get(name).copied(), new.get(name).copied());
                 // Most of a long list is the same.

@@ -5,18 +5,24 @@ use std::time::Duration;
 use serde_yaml::{Mapping, Value};
 
 use super::parse_check::{Match, bytes_value};
-use super::{Api, Config, Containers, Ejection, Listener, PerSource, Pool, Process, Provider, Relay, Restart};
+use super::parse_routes::RESET;
+use super::{
+    AccessList, Api, Config, Containers, Ejection, Listener, PerSource, Pool, Process, Provider, Relay, Restart, Route,
+};
 use crate::control::health::{self, Kind};
 use crate::labels::Label as _;
-use crate::proxy::ProxyProtocol;
+use crate::networks::Networks;
+use crate::proxy::key::KeyKind;
+use crate::proxy::{Condition, HelloSettings, ProxyProtocol};
 use crate::proxy_header::Version;
 
 pub(super) fn yaml(config: &Config) -> String {
     // A value that consists of text, numbers, lists and mappings always serializes.
-    serde_yaml::to_string(&value(config)).unwrap_or_default()
+    serde_yaml::to_string(&value(config, false)).unwrap_or_default()
 }
 
-pub(super) fn value(config: &Config) -> Value {
+/// `with_contents`: also what the files hold that the config names. Without it, the value is a config.
+pub(super) fn value(config: &Config, with_contents: bool) -> Value {
     let mut root = vec![
         ("workers", auto(config.workers)),
         ("max_connections", auto(config.max_connections)),
@@ -39,7 +45,8 @@ pub(super) fn value(config: &Config) -> Value {
         ]),
     ));
     root.push(("shutdown", map([("delay", duration(config.shutdown.delay))])));
-    root.push(("listeners", list(config.listeners.iter().map(listener))));
+    let of_listener = |one: &Listener| listener(one, with_contents);
+    root.push(("listeners", list(config.listeners.iter().map(of_listener))));
     root.push(("pools", list(config.pools.iter().map(pool))));
     map(root)
 }
@@ -63,11 +70,15 @@ fn tcp(config: &Config) -> Value {
     map([("keepalive", keepalive), ("user_timeout", duration(config.tcp.user_timeout))])
 }
 
-fn listener(listener: &Listener) -> Value {
+fn listener(listener: &Listener, with_contents: bool) -> Value {
     let mut entries = vec![("name", listener.name.as_str().into()), ("listen", listener.listen.to_string().into())];
     entries.extend(listener.listen.ip().is_none().then(|| ("mode", format!("{:04o}", listener.mode).into())));
     entries.extend([
-        ("pool", listener.pool.as_str().into()),
+        ("allow", off(listener.allow.as_ref().map(|list| access_list(list, with_contents)))),
+        ("deny", off(listener.deny.as_ref().map(|list| access_list(list, with_contents)))),
+        ("routes", list(listener.routes.iter().map(route))),
+        ("pool", listener.pool.as_deref().unwrap_or(RESET).into()),
+        ("hello", hello(listener.hello)),
         ("answer_status", listener.answer_status.into()),
         ("backlog", listener.backlog.into()),
         ("max_connections", auto(listener.max_connections)),
@@ -77,14 +88,54 @@ fn listener(listener: &Listener) -> Value {
     map(entries)
 }
 
-fn proxy_protocol(rules: &ProxyProtocol) -> Value {
-    let networks = rules.from.iter().map(|network| network.to_string().into());
+fn networks(networks: &Networks) -> Value {
+    list(networks.list().iter().map(|network| network.to_string().into()))
+}
+
+fn access_list(access: &AccessList, with_contents: bool) -> Value {
+    let Some(file) = &access.file else { return networks(&access.networks) };
+    let mut entries = vec![("file", file.display().to_string().into())];
+    if with_contents {
+        let names: Vec<_> = access.networks.list().iter().map(ToString::to_string).collect();
+        let (count, digest) = (names.len(), seahash::hash(names.join(" ").as_bytes()));
+        entries.push(("contents", format!("{count} networks, digest {digest:016x}").into()));
+    }
+    map(entries)
+}
+
+fn route(route: &Route) -> Value {
+    let Condition { sni, alpn, from, tls } = &route.when;
+    let mut entries = vec![("name", route.name.as_str().into())];
+    entries.extend((!sni.is_empty()).then(|| ("sni", list(sni.iter().map(|name| name.to_string().into())))));
+    entries.extend((!alpn.is_empty()).then(|| ("alpn", words(alpn))));
+    entries.extend(from.as_ref().map(|from| ("from", networks(from))));
+    entries.extend(tls.map(|tls| ("tls", tls.into())));
+    entries.push(("pool", route.pool.as_deref().unwrap_or(RESET).into()));
+    map(entries)
+}
+
+fn hello(settings: HelloSettings) -> Value {
     map([
-        ("from", list(networks.chain(rules.from_unix.then(|| "unix".into())))),
+        ("timeout", duration(settings.timeout)),
+        ("max_kib", (settings.most as u64 / 1024).into()),
+        ("undecided", if settings.undecided_takes_default { "default" } else { "reset" }.into()),
+    ])
+}
+
+fn key(key: KeyKind) -> Value {
+    match key {
+        KeyKind::SourceNet { v4, v6 } => map([("source_net", map([("v4", v4.into()), ("v6", v6.into())]))]),
+        KeyKind::Source | KeyKind::SourceIp | KeyKind::Sni => key.as_str().into(),
+    }
+}
+
+fn proxy_protocol(rules: &ProxyProtocol) -> Value {
+    map([
+        ("from", networks(&rules.from)),
         ("required", rules.is_required.into()),
         ("timeout", duration(rules.timeout)),
         ("others", if rules.resets_others { "reset" } else { "plain" }.into()),
-        ("i_trust_everybody", rules.from.iter().any(|network| network.prefix_len() == 0).into()),
+        ("i_trust_everybody", rules.from.has_everybody().into()),
     ])
 }
 
@@ -111,7 +162,7 @@ fn pool(pool: &Pool) -> Value {
     ]);
     map([
         ("name", pool.name.as_str().into()),
-        ("key", pool.key.as_str().into()),
+        ("key", key(pool.key)),
         ("ring", ring),
         ("provider", provider(&pool.provider)),
         ("connect", connect),

@@ -3,8 +3,9 @@
 //! # Layout
 //!
 //! - this file: the config types and loading
-//! - [`parse`], [`parse_pool`], [`parse_check`], [`parse_provider`]: every key with its range and default
-//! - [`provider`]: the kinds of providers, and what each kind implies
+//! - [`parse`], [`parse_listener`], [`parse_routes`], [`parse_pool`], [`parse_check`], [`parse_provider`]: every key with its
+//!   range and default
+//! - [`listener`]: listeners, their routes and access lists; [`provider`]: the kinds of providers
 //! - [`conflicts`]: equal names, clashing addresses and ports, and loops
 //! - [`reader`]: typed access to YAML; collects each fault with its key path
 //! - [`diff`]: the differences between two configs
@@ -14,10 +15,13 @@ mod conflicts;
 pub mod diff;
 
 mod effective;
+mod listener;
 mod parse;
 mod parse_check;
+mod parse_listener;
 mod parse_pool;
 mod parse_provider;
+mod parse_routes;
 mod provider;
 mod reader;
 
@@ -25,18 +29,17 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::address::Address;
 use crate::control::ejection;
 use crate::control::health;
 use crate::control::publisher::OnDown;
 use crate::metrics::PerBackend;
-use crate::proxy::ProxyProtocol;
 use crate::proxy::access_log::Format;
 use crate::proxy::key::KeyKind;
 use crate::proxy::socket::TcpOptions;
 use crate::proxy_header::Version;
 use crate::ring::Parameters;
 
+pub use self::listener::{AccessList, Listener, PerSource, Route};
 pub use self::provider::{Containers, Discover, Process, Provider, Restart, StaticBackend};
 
 /// The config that is built into the binary: the repository's `config.yaml`.
@@ -213,40 +216,6 @@ pub struct Docker {
     pub timeout: Duration,
 }
 
-/// An address that accepts clients.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listener {
-    /// Name, unique among the listeners.
-    pub name: String,
-    /// Listen address; port 0 lets the system choose a port.
-    pub listen: Address,
-    /// Permissions of the file of a Unix socket. A user with write permission may connect.
-    pub mode: u32,
-    /// Name of the pool that serves the connections. The pool exists.
-    pub pool: String,
-    /// Whether Ringway answers `GET /api/status` on this listener itself.
-    pub answer_status: bool,
-    /// Length of the kernel's queue of connections that are not accepted yet.
-    pub backlog: u16,
-    /// Maximum of open connections on this listener; `None`: only the process-wide limit applies.
-    pub max_connections: Option<usize>,
-    /// Limits for each source address.
-    pub per_source: PerSource,
-    /// From whom the listener accepts a PROXY header; `None`: from nobody.
-    pub proxy_protocol: Option<ProxyProtocol>,
-}
-
-/// Limits for each source address on a listener. All addresses of an IPv6 /64 count as one source.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PerSource {
-    /// Maximum of open connections per source; `None`: unlimited.
-    pub max_connections: Option<u32>,
-    /// Maximum average rate of new connections per second; `None`: unlimited.
-    pub rate: Option<u32>,
-    /// Number of new connections that a source may open at once. Used only with `rate`.
-    pub burst: u32,
-}
-
 /// A named set of backends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pool {
@@ -335,6 +304,13 @@ impl Config {
         let faults = reader::Faults::default();
         conflicts::loops(&faults, &self.pools, &self.listeners);
         faults.into_vec().into_iter().next()
+    }
+
+    /// The pools that no listener leads to, with their positions. Only `/api/request` can reach them.
+    pub fn unused_pools(&self) -> impl Iterator<Item = (usize, &str)> {
+        let is_used = |name: &str| self.listeners.iter().any(|listener| listener.pools().any(|pool| pool == name));
+        let pools = self.pools.iter().map(|pool| pool.name.as_str()).enumerate();
+        pools.filter(move |(_, name)| !is_used(name))
     }
 
     /// Writes the whole config as YAML, with every default filled in. Loading that YAML gives the same config.

@@ -1,26 +1,20 @@
-//! Parses every key outside of pools: ranges, defaults and constraints between keys. No later code validates the config
+//! Parses every key outside of listeners and pools: ranges, defaults and constraints between keys. No later code validates the config
 //! again, except for what run-time changes can break.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use ipnet::IpNet;
 use serde_yaml::Value;
 
 use super::conflicts::{clashing_addresses, clashing_ports, duplicate_names, loops};
+use super::parse_listener::listener;
 use super::parse_pool::pool;
-use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, check_name, hint, name, narrow, show};
-use super::{AccessLog, Api, Config, Docker, Fault, Listener, Metrics, PerSource, Pool, Relay, Shutdown};
-use crate::address::Address;
-use crate::label_enum;
+use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, check_name, narrow, show};
+use super::{AccessLog, Api, Config, Docker, Fault, Metrics, Relay, Shutdown};
 use crate::metrics::PerBackend;
-use crate::proxy::ProxyProtocol;
 use crate::proxy::access_log::Format;
 use crate::proxy::socket::{Keepalive, TcpOptions};
-
-/// Permissions of the file of a Unix socket on which only Ringway's own user, and root, may connect.
-const OWNER_ONLY: u32 = 0o600;
 
 pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     let faults = Faults::default();
@@ -52,7 +46,7 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
         if items.is_empty() && list.value.is_sequence() {
             list.fault("is empty: give at least one listener");
         }
-        items.into_iter().map(|item| listener(item.section(), &pools)).collect::<Vec<_>>()
+        items.into_iter().map(|item| listener(item.section(), &pools, &relay)).collect::<Vec<_>>()
     });
     root.finish();
     duplicate_names(&faults, "listeners", listeners.iter().map(|listener| listener.name.as_str()));
@@ -181,136 +175,6 @@ fn docker(mut section: Section<'_>) -> Docker {
     };
     section.finish();
     docker
-}
-
-fn listener(mut section: Section<'_>, pools: &[Pool]) -> Listener {
-    let name = name(&mut section);
-    let listen = section
-        .required("listen", "an address like 0.0.0.0:8000 or unix:/run/ringway.sock")
-        .and_then(|item| listen_address(&item));
-    let mode = section.item("mode").and_then(|item| {
-        if matches!(listen, Some(Address::Ip(_))) {
-            item.fault("applies only to a Unix socket: listen on unix:/path, or remove this key");
-        }
-        mode(&item)
-    });
-    let pool = section.required("pool", "the name of a pool");
-    let pool = pool.and_then(|item| {
-        let names: Vec<_> = pools.iter().map(|pool| pool.name.as_str()).collect();
-        let name = item.text()?;
-        // A config without pools already has a fault.
-        if !names.is_empty() && !names.contains(&name.as_str()) {
-            item.fault(format_args!(
-                "pool {name:?} does not exist{}; existing pools: {}",
-                hint(item.value, &names),
-                names.join(", ")
-            ));
-        }
-        Some(name)
-    });
-    let listener = Listener {
-        name,
-        listen: listen.unwrap_or(Address::Ip(([0, 0, 0, 0], 0).into())),
-        mode: mode.unwrap_or(OWNER_ONLY),
-        pool: pool.unwrap_or_default(),
-        answer_status: section.truth("answer_status", false),
-        backlog: narrow(section.integer("backlog", 1..=65_535, 4096)),
-        max_connections: section.auto_or_integer("max_connections", 1..=1_000_000),
-        per_source: per_source(section.section("per_source")),
-        proxy_protocol: section
-            .item("proxy_protocol")
-            .filter(|item| !item.is_off())
-            .map(|item| proxy_protocol(item.section())),
-    };
-    section.finish();
-    listener
-}
-
-fn per_source(mut section: Section<'_>) -> PerSource {
-    let max_connections = section.off_or_integer("max_connections", 1..=1_000_000).map(narrow);
-    let rate = section.off_or_integer("rate", 1..=1_000_000).map(narrow);
-    let burst = section.item("burst");
-    if let Some(item) = burst.as_ref().filter(|_| rate.is_none()) {
-        item.fault("requires rate: set rate, or remove burst");
-    }
-    // The default burst is the number of connections that the rate allows in one second.
-    let burst = burst.and_then(|item| item.integer(&(1..=1_000_000))).map_or(rate.unwrap_or(1), narrow);
-    section.finish();
-    PerSource { max_connections, rate, burst }
-}
-
-label_enum! {
-    enum Others { Plain => "plain", Reset => "reset", }
-}
-
-fn proxy_protocol(mut section: Section<'_>) -> ProxyProtocol {
-    let mut rules = ProxyProtocol {
-        from: Vec::new(),
-        from_unix: false,
-        is_required: section.truth("required", true),
-        resets_others: section.choice("others", Others::Plain) == Others::Reset,
-        // A lost packet of the sender is repeated after a second, and once more after two.
-        timeout: section.duration("timeout", 3 * SECOND..=MINUTE, 5 * SECOND),
-    };
-    let trusts_everybody = section.truth("i_trust_everybody", false);
-    if let Some(list) = section.required("from", "the addresses of the balancers that send the header, like 10.0.0.0/8")
-    {
-        let items = list.list();
-        if items.is_empty() && list.value.is_sequence() {
-            list.fault("is empty: give the addresses of the balancers that send the header, like 10.0.0.0/8");
-        }
-        for item in items {
-            let Some(text) = item.text() else { continue };
-            let network = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-            match network {
-                _ if text == "unix" => rules.from_unix = true,
-                Ok(network) if network.prefix_len() == 0 && !trusts_everybody => item.fault(format_args!(
-                    "{text} is every address: anybody could choose the client address. Give the balancers' addresses, or set \
-                     i_trust_everybody to true"
-                )),
-                Ok(IpNet::V6(network)) if network.addr().to_ipv4_mapped().is_some() => item.fault(format_args!(
-                    "{text} has mapped IPv4 addresses: write the IPv4 network, like 10.0.0.0/8"
-                )),
-                Ok(network) => rules.from.push(network),
-                Err(_) => item.fault(format_args!(
-                    "{text:?} is neither a network nor an address: write it like 10.0.0.0/8, fd00::/8, 10.0.0.5 or unix"
-                )),
-            }
-        }
-    }
-    section.finish();
-    rules
-}
-
-/// The address of a listener: `ip:port` or `unix:/path`.
-fn listen_address(item: &Item<'_>) -> Option<Address> {
-    let parsed = |text| Address::parse_unix(text).or_else(|| text.parse().ok().map(|address| Ok(Address::Ip(address))));
-    let address = item.value.as_str().and_then(parsed);
-    let problem = match address {
-        Some(Ok(address)) => return Some(address),
-        Some(Err(problem)) => problem,
-        None => format!(
-            "{} is neither ip:port nor unix:/path: write it like 0.0.0.0:8000, [::]:8000 or unix:/run/web.sock",
-            show(item.value)
-        ),
-    };
-    item.fault(problem);
-    None
-}
-
-/// The permissions of a file, as octal digits.
-fn mode(item: &Item<'_>) -> Option<u32> {
-    let is_octal = |text: &&str| (3..=4).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
-    let digits = item.value.as_str().filter(is_octal);
-    let mode = digits.and_then(|digits| u32::from_str_radix(digits, 8).ok()).filter(|&mode| mode <= 0o777);
-    if mode.is_none() {
-        // YAML would read 660 and 0o660 as different numbers.
-        item.fault(format_args!(
-            "{} is not a file mode: write octal digits in quotes, like \"0660\"",
-            show(item.value)
-        ));
-    }
-    mode
 }
 
 fn address(item: &Item<'_>) -> Option<SocketAddr> {

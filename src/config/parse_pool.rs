@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, name, narrow};
+use super::parse_routes::RESET;
+use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, hint, name, narrow, show};
 use super::{Connect, Ejection, Pool, Provider, Timeouts, parse_check, parse_provider};
 use crate::control::ejection;
 use crate::control::publisher::OnDown;
@@ -22,7 +23,10 @@ label_enum! {
 
 pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let name = name(&mut section);
-    let key = section.choice("key", KeyKind::Source);
+    if name == RESET {
+        section.fault("reset is not a valid name of a pool: listeners use the word for connections that get a reset");
+    }
+    let key = section.item("key").map_or(KeyKind::Source, |item| key(&item));
     let ring = ring(section.section("ring"));
     let provider = section.required("provider", parse_provider::KINDS);
     let provider = provider.map_or(Provider::Static(Arc::default()), |item| parse_provider::provider(item.section()));
@@ -90,6 +94,33 @@ impl Pool {
                 "the ring would have {points} points, but the maximum is {MOST_POINTS}: lower virtual_nodes, weights or the number of backends"
             )
         })
+    }
+}
+
+/// The part of a connection that is hashed: a name, or a section for a kind that has settings.
+fn key(item: &Item<'_>) -> KeyKind {
+    let net = |mut section: Section<'_>| {
+        let v4 = narrow(section.integer("v4", 1..=32, 24));
+        let v6 = narrow(section.integer("v6", 1..=128, 64));
+        section.finish();
+        KeyKind::SourceNet { v4, v6 }
+    };
+    if item.value.is_mapping() {
+        let mut section = item.clone().section();
+        let kind = section.required("source_net", "a section with v4 and v6").map(|item| net(item.section()));
+        section.finish();
+        return kind.unwrap_or(KeyKind::Source);
+    }
+    match item.value.as_str() {
+        Some("source") => KeyKind::Source,
+        Some("source_ip") => KeyKind::SourceIp,
+        Some("source_net") => KeyKind::SourceNet { v4: 24, v6: 64 },
+        Some("sni") => KeyKind::Sni,
+        _ => {
+            let (names, hint) = (KeyKind::NAMES.join(", "), hint(item.value, &KeyKind::NAMES));
+            item.fault(format_args!("{} is not one of {names}{hint}", show(item.value)));
+            KeyKind::Source
+        }
     }
 }
 

@@ -27,6 +27,10 @@ impl Faults {
         self.0.borrow_mut().push(Fault { path: path.to_owned(), problem: problem.to_string() });
     }
 
+    pub(super) fn count(&self) -> usize {
+        self.0.borrow().len()
+    }
+
     pub(super) fn into_vec(self) -> Vec<Fault> {
         self.0.take()
     }
@@ -37,7 +41,7 @@ impl Faults {
 pub(super) struct Item<'a> {
     pub(super) value: &'a Value,
     pub(super) path: String,
-    faults: Faults,
+    pub(super) faults: Faults,
 }
 
 impl<'a> Item<'a> {
@@ -103,7 +107,7 @@ impl<'a> Item<'a> {
         number
     }
 
-    fn truth(&self) -> Option<bool> {
+    pub(super) fn truth(&self) -> Option<bool> {
         let truth = self.value.as_bool();
         if truth.is_none() {
             self.fault(format_args!("{} is neither true nor false", show(self.value)));

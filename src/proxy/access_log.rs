@@ -8,10 +8,12 @@ use std::time::{Duration, SystemTime};
 use arc_swap::ArcSwap;
 use serde::Serialize;
 
+use super::connect::Try;
+use super::connection::Connection;
 use crate::address::Address;
 use crate::label_enum;
+use crate::labels::Label;
 use crate::lossy_writer::{LossyWriter, LostLines, Sink, append};
-use crate::stream::Client;
 
 label_enum! {
     /// The format of a log line.
@@ -107,75 +109,141 @@ fn open(path: &Path) -> io::Result<Sink> {
 /// The details of an ended connection.
 #[derive(Debug)]
 pub(super) struct Line<'a> {
-    pub(super) listener: &'a str,
-    pub(super) pool: &'a str,
-    pub(super) client: Client,
-    /// Who sent the PROXY header with the client's address.
-    pub(super) peer: Option<Client>,
-    pub(super) backend: Option<(&'a str, &'a Address)>,
+    pub(super) connection: &'a Connection,
+    /// The backends that were tried in vain.
+    pub(super) tries: &'a [Try],
     pub(super) outcome: &'static str,
-    pub(super) from_client: u64,
-    pub(super) to_client: u64,
-    /// Time from accept until the connection to the backend was established.
-    pub(super) connect: Option<Duration>,
     pub(super) duration: Duration,
 }
 
+/// The fields of a line, in the order of both formats. `None` is written as `-` and `null`.
+#[derive(Debug, Serialize)]
+struct Fields<'a> {
+    time: String,
+    id: String,
+    listener: &'a str,
+    route: Option<&'a str>,
+    pool: Option<&'a str>,
+    client: String,
+    peer: Option<String>,
+    proxy: Option<&'static str>,
+    sni: Option<&'a str>,
+    alpn: Option<Vec<String>>,
+    backend: Option<&'a str>,
+    address: Option<&'a Address>,
+    tries: Vec<Tried<'a>>,
+    end: &'static str,
+    from_client: u64,
+    to_client: u64,
+    connect_ms: Option<f64>,
+    duration_ms: f64,
+}
+
+/// A backend that was tried in vain.
+#[derive(Debug, Serialize)]
+struct Tried<'a> {
+    backend: &'a str,
+    failure: &'static str,
+}
+
 impl Line<'_> {
+    fn fields(&self) -> Fields<'_> {
+        let Self { connection, tries, outcome, duration } = *self;
+        let (serving, served) = (&connection.listener.serving, connection.served.get());
+        let hello = connection.hello.get();
+        let rule = connection.rule.get().map(|rule| &serving.routing.rules[usize::from(rule)]);
+        let tried = |one: &'_ Try| one.failure.map_or("left", |failure| failure.as_str());
+        Fields {
+            time: now(),
+            id: connection.id.to_string(),
+            listener: &serving.name,
+            route: rule.map(|rule| &*rule.name),
+            pool: connection.route().map(|route| &*route.pool),
+            client: connection.client().to_string(),
+            peer: connection.balancer().map(|peer| peer.to_string()),
+            proxy: connection.proxy_header.get().map(Label::as_str),
+            sni: connection.server_name(),
+            alpn: hello.map(|hello| hello.protocols().map(escaped).collect()),
+            backend: served.map(|served| &*served.backend),
+            address: served.map(|served| &served.address),
+            tries: tries.iter().map(|one| Tried { backend: &one.backend, failure: tried(one) }).collect(),
+            end: outcome,
+            from_client: connection.from_client.total(),
+            to_client: connection.to_client.total(),
+            connect_ms: served.map(|served| milliseconds(served.connected_after)),
+            duration_ms: milliseconds(duration),
+        }
+    }
+
     fn text(&self) -> String {
-        let (id, address) = self.backend.map_or(("-", "-".to_owned()), |(id, address)| (id, address.to_string()));
-        let connect = self.connect.map_or("-".to_owned(), |time| format!("{:.6}", time.as_secs_f64()));
-        let peer = self.peer.map_or("-".to_owned(), |peer| peer.to_string());
+        let Fields {
+            time,
+            id,
+            listener,
+            route,
+            pool,
+            client,
+            peer,
+            proxy,
+            sni,
+            alpn,
+            backend,
+            address,
+            tries,
+            end,
+            from_client,
+            to_client,
+            connect_ms,
+            duration_ms,
+        } = self.fields();
+        let (route, pool, sni, backend) = (or_dash(route), or_dash(pool), or_dash(sni), or_dash(backend));
+        let (peer, proxy, address) = (or_dash(peer), or_dash(proxy), or_dash(address));
+        let alpn = or_dash(alpn.filter(|list| !list.is_empty()).map(|list| list.join(",")));
+        let tries: Vec<_> = tries.iter().map(|one| format!("{}({})", one.backend, one.failure)).collect();
+        let tries = or_dash(Some(tries.join(",")).filter(|list| !list.is_empty()));
+        let connect = or_dash(connect_ms.map(|time| format!("{time:.3}")));
         format!(
-            "{} listener={} pool={} client={} peer={peer} backend={id} address={address} end={} from_client={} \
-             to_client={} connect={connect} duration={:.6}\n",
-            now(),
-            self.listener,
-            self.pool,
-            self.client,
-            self.outcome,
-            self.from_client,
-            self.to_client,
-            self.duration.as_secs_f64(),
+            "{time} id={id} listener={listener} route={route} pool={pool} client={client} peer={peer} proxy={proxy} \
+             sni={sni} alpn={alpn} backend={backend} address={address} tries={tries} end={end} \
+             from_client={from_client} to_client={to_client} connect_ms={connect} duration_ms={duration_ms:.3}\n"
         )
     }
 
     fn json(&self) -> String {
-        #[derive(Serialize)]
-        struct Json<'a> {
-            time: String,
-            listener: &'a str,
-            pool: &'a str,
-            client: String,
-            peer: Option<String>,
-            backend: Option<&'a str>,
-            address: Option<&'a Address>,
-            end: &'static str,
-            from_client: u64,
-            to_client: u64,
-            connect_seconds: Option<f64>,
-            duration_seconds: f64,
-        }
-        let json = serde_json::to_string(&Json {
-            time: now(),
-            listener: self.listener,
-            pool: self.pool,
-            client: self.client.to_string(),
-            peer: self.peer.map(|peer| peer.to_string()),
-            backend: self.backend.map(|(id, _)| id),
-            address: self.backend.map(|(_, address)| address),
-            end: self.outcome,
-            from_client: self.from_client,
-            to_client: self.to_client,
-            connect_seconds: self.connect.map(|time| time.as_secs_f64()),
-            duration_seconds: self.duration.as_secs_f64(),
-        });
         // Strings, numbers and addresses always serialize. If that failed, an empty line would show it.
-        json.unwrap_or_default() + "\n"
+        serde_json::to_string(&self.fields()).unwrap_or_default() + "\n"
     }
+}
+
+fn or_dash(value: Option<impl ToString>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+/// With three digits behind the point: the log does not pretend to know nanoseconds.
+fn milliseconds(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1000.0
+}
+
+/// Bytes from the network as text that cannot end a field or a line.
+fn escaped(bytes: &[u8]) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:+".contains(&byte);
+    let shown =
+        bytes.iter().map(|&byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("\\x{byte:02x}") });
+    shown.collect()
 }
 
 /// The wall-clock time, for people who read the log. It is never used to measure durations.
 fn now() -> String {
     humantime::format_rfc3339_millis(SystemTime::now()).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_from_the_network_cannot_end_a_field_or_a_line() {
+        assert_eq!(escaped(b"http/1.1"), "http/1.1");
+        assert_eq!(escaped(b"a b,c\n\"\\\xff="), "a\\x20b\\x2cc\\x0a\\x22\\x5c\\xff\\x3d");
+    }
 }

@@ -1,17 +1,17 @@
 //! Stage account: a guard that counts each connection once when it opens and once when it ends.
 
-use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::access_log::Line;
-use super::context::{KeepaliveState, Progress, Traffic, WorkerListener};
+use super::connect::Try;
+use super::connection::{Connection, Served};
+use super::context::WorkerListener;
 use super::deal::SHORT;
 use super::key::{Key, KeyKind};
 use super::limit::ConnectionPermit;
-use super::proxy_protocol::Origin;
 use super::stats::{EndReason, RefusalReason};
 use crate::address::Address;
 use crate::backend::BackendPermit;
@@ -50,63 +50,43 @@ impl From<RefusalReason> for Outcome {
 /// [`EndReason::Dropped`].
 #[derive(Debug)]
 pub(super) struct Account {
-    pub(super) listener: Rc<WorkerListener>,
-    pub(super) origin: Origin,
+    pub(super) connection: Rc<Connection>,
     /// The connection's permit, until it is handed over with the connection.
     pub(super) permit: Option<ConnectionPermit>,
-    opened: Instant,
-    outcome: Outcome,
-    served: Option<Served>,
-}
-
-/// Details known once the connection has a backend.
-#[derive(Debug)]
-struct Served {
-    id: Arc<str>,
-    address: Address,
-    connected_after: Duration,
+    /// The backends that were tried in vain.
+    pub(super) tries: Box<[Try]>,
+    /// Position in the worker's list of open connections.
     slot: usize,
-    progress: Rc<Progress>,
+    outcome: Outcome,
 }
 
 impl Account {
     /// Counts an accepted connection. It is counted for the worker already: see [`Dealer`](super::deal::Dealer).
-    pub(super) fn open(listener: Rc<WorkerListener>, client: Client, permit: ConnectionPermit) -> Self {
+    pub(super) fn open(listener: Rc<WorkerListener>, peer: Client, permit: ConnectionPermit) -> Self {
         listener.share().count_accepted();
+        let connection = Rc::new(Connection::new(listener, peer));
+        let slot = connection.listener.worker.open.borrow_mut().insert(Rc::clone(&connection));
         Self {
-            listener,
-            origin: Origin::Direct(client),
+            connection,
             permit: Some(permit),
-            opened: Instant::now(),
+            tries: Box::default(),
+            slot,
             outcome: Outcome::Ended(EndReason::Dropped),
-            served: None,
         }
     }
 
-    /// Counts the connection for its backend and registers it with the timeout task.
-    pub(super) fn serve(&mut self, id: Arc<str>, address: Address, permit: BackendPermit) -> Rc<Progress> {
+    /// Counts the connection for its backend. From now on, the timeout task watches it.
+    pub(super) fn serve(&mut self, backend: Arc<str>, address: Address, permit: BackendPermit) {
         permit.live().total.fetch_add(1, Ordering::Relaxed);
-        let now = self.listener.worker.clock.get();
-        let progress = Rc::new(Progress {
-            listener: Rc::clone(&self.listener),
-            permit,
-            from_client: Traffic::default(),
-            to_client: Traffic::default(),
-            is_active: Cell::new(true),
-            last_active: Cell::new(now),
-            expires: expiry(self.listener.serving.route.max_age, self.origin.client(), now),
-            half_closed: Cell::new(false),
-            blocked: Cell::new(false),
-            keepalive: Cell::new(KeepaliveState::NotYet),
-            give_up_pipes: Cell::new(false),
-            inspect: Cell::new(false),
-            verdict: Cell::new(None),
-            waker: RefCell::new(None),
-        });
-        let slot = self.listener.worker.open.borrow_mut().insert(Rc::clone(&progress));
-        self.served =
-            Some(Served { id, address, connected_after: self.opened.elapsed(), slot, progress: Rc::clone(&progress) });
-        progress
+        let connection = &self.connection;
+        let now = connection.listener.worker.clock.get();
+        connection.last_active.set(now);
+        let max_age = connection.route().and_then(|route| route.max_age);
+        let expires = max_age.map(|max_age| expiry(max_age, connection.client(), now));
+        let connected_after = connection.opened.elapsed();
+        let served = Served { backend, address, permit, connected_after, expires };
+        // A connection is served once.
+        let _ = connection.served.set(served);
     }
 
     /// Sets the outcome and closes the account.
@@ -117,28 +97,18 @@ impl Account {
 
 impl Drop for Account {
     fn drop(&mut self) {
-        let listener = &self.listener;
-        let duration = self.opened.elapsed();
-        if let Some(served) = &self.served {
-            listener.worker.open.borrow_mut().try_remove(served.slot);
-            served.progress.report();
+        let (connection, listener) = (&*self.connection, &self.connection.listener);
+        let duration = connection.opened.elapsed();
+        listener.worker.open.borrow_mut().try_remove(self.slot);
+        if connection.served.get().is_some() {
+            connection.report();
             if duration < SHORT {
                 listener.worker.short.set(listener.worker.short.get() + 1);
             }
         }
-        if let Some(log) = &listener.serving.access_log {
-            log.write(&Line {
-                listener: &listener.serving.name,
-                pool: &listener.serving.route.pool,
-                client: self.origin.client(),
-                peer: self.origin.peer(),
-                backend: self.served.as_ref().map(|served| (&*served.id, &served.address)),
-                outcome: self.outcome.as_str(),
-                from_client: self.served.as_ref().map_or(0, |served| served.progress.from_client.total()),
-                to_client: self.served.as_ref().map_or(0, |served| served.progress.to_client.total()),
-                connect: self.served.as_ref().map(|served| served.connected_after),
-                duration,
-            });
+        let is_kept_out = matches!(self.outcome, Outcome::Refused(refusal) if refusal.is_by_list());
+        if let Some(log) = listener.serving.access_log.as_ref().filter(|_| !is_kept_out) {
+            log.write(&Line { connection, tries: &self.tries, outcome: self.outcome.as_str(), duration });
         }
         listener.serving.connection_seconds.record(duration.as_secs_f64());
         match self.outcome {
@@ -151,8 +121,7 @@ impl Drop for Account {
 
 /// The time at which a connection reaches its maximum age. It is up to a tenth sooner than `max_age` from now, so
 /// connections that started together do not all end together.
-fn expiry(max_age: Option<Duration>, client: Client, now: Duration) -> Option<Duration> {
-    let max_age = max_age?;
-    let jitter = u32::from(seahash::hash(Key::of(KeyKind::Source, client).as_bytes()).to_le_bytes()[0]);
-    Some(now + max_age.saturating_sub(max_age / 10 * jitter / 255))
+fn expiry(max_age: Duration, client: Client, now: Duration) -> Duration {
+    let jitter = u32::from(seahash::hash(Key::of(KeyKind::Source, client, None).as_bytes()).to_le_bytes()[0]);
+    now + max_age.saturating_sub(max_age / 10 * jitter / 255)
 }

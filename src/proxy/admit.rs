@@ -1,5 +1,5 @@
-//! Stage admit: receives a PROXY header, applies the limits of the source address, and inspects a connection's first bytes.
-//! The inspection consumes no bytes. Ringway does only what the listener asks for.
+//! Stage admit: receives a PROXY header, applies the access lists and the limits of the source address, and inspects a
+//! connection's first bytes. The inspection consumes no bytes. Ringway does only what the listener asks for.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -10,6 +10,7 @@ use super::peek::first_bytes;
 use super::proxy_protocol::receive;
 use super::stats::EndReason;
 use super::{Intercept, Intercepted};
+use crate::labels::Label as _;
 
 /// Maximum wait for the first bytes. It delays protocols in which the server speaks first, and only on listeners that
 /// inspect. Clients that speak first are never delayed.
@@ -21,16 +22,20 @@ const LONGEST: usize = 64;
 /// Lets the connection continue to a backend.
 ///
 /// # Errors
-/// When it does not continue: its PROXY header is not right, its source is over a limit, Ringway answered it, or the client
-/// reset it.
+/// When it does not continue: its PROXY header is not right, a list keeps its client out, its source is over a limit,
+/// Ringway answered it, or the client reset it.
 pub(super) async fn admit(client: NotServed, account: &mut Account) -> Result<NotServed, Outcome> {
-    let listener = Rc::clone(&account.listener);
-    let serving = &listener.serving;
+    let connection = Rc::clone(&account.connection);
+    let serving = &connection.listener.serving;
     if let Some(rules) = &serving.proxy_protocol {
-        receive(client.stream(), account, rules).await?;
+        receive(client.stream(), &connection, rules).await?;
+    }
+    if let Some(refusal) = serving.routing.keeps_out(connection.client()) {
+        tracing::debug!(listener = %serving.name, client = %connection.client(), reason = refusal.as_str(), "kept out");
+        return Err(refusal.into());
     }
     if let (Some(sources), Some(permit)) = (&serving.sources, account.permit.as_mut()) {
-        permit.source = sources.admit(account.origin.client(), std::time::Instant::now())?;
+        permit.source = sources.admit(connection.client(), std::time::Instant::now())?;
     }
     match &serving.intercept {
         Some(intercept) => Ok(inspect(client, account, intercept).await?),
@@ -41,7 +46,7 @@ pub(super) async fn admit(client: NotServed, account: &mut Account) -> Result<No
 /// Returns the connection, or hands it and its permit over if its first bytes match.
 async fn inspect(client: NotServed, account: &mut Account, intercept: &Intercept) -> Result<NotServed, EndReason> {
     let wanted = intercept.first_bytes;
-    let looking = first_bytes(client.stream(), &account.listener.worker, LONGEST, |bytes, is_last| {
+    let looking = first_bytes(client.stream(), &account.connection.listener.worker, LONGEST, |bytes, is_last| {
         if wanted.iter().any(|wanted| bytes.starts_with(wanted)) {
             return Some(true);
         }
@@ -57,7 +62,7 @@ async fn inspect(client: NotServed, account: &mut Account, intercept: &Intercept
     }
     let Ok(slot) = intercept.taker.try_reserve() else { return Ok(client) };
     if let (Ok(stream), Some(permit)) = (client.serve().into_idle(), account.permit.take()) {
-        slot.send(Intercepted { stream, client: account.origin.client(), permit });
+        slot.send(Intercepted { stream, client: account.connection.client(), permit });
     }
     Err(EndReason::Answered)
 }

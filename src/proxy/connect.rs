@@ -15,6 +15,17 @@ use crate::labels::Label as _;
 use crate::stream::Stream;
 use crate::table::Table;
 
+/// A backend that was tried in vain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Try {
+    /// Its id.
+    pub backend: Arc<str>,
+    /// Its incarnation at that time.
+    pub incarnation: u64,
+    /// Why it was not used; `None`: it had left its pool meanwhile.
+    pub failure: Option<ConnectFailure>,
+}
+
 /// An established connection to a backend.
 #[derive(Debug)]
 pub struct Connected {
@@ -34,7 +45,8 @@ pub struct Connected {
 /// `header` is sent to the backend at once; empty: nothing. A failure of that is a failed attempt.
 ///
 /// An attempt can take seconds, in which backends leave and others join. So each attempt uses the current table, and a
-/// connection to a backend that has left meanwhile is not used.
+/// connection to a backend that has left meanwhile is not used. `tries` gets each backend that was tried in vain, also when
+/// the caller drops the future.
 ///
 /// # Errors
 /// When no backend answers.
@@ -44,10 +56,10 @@ pub async fn connect<T: AsRef<Table>>(
     key: &[u8],
     tcp: &TcpOptions,
     header: &[u8],
+    tries: &mut Vec<Try>,
 ) -> Result<Connected, RefusalReason> {
     let mut refusal = RefusalReason::NoBackend;
     let mut left = route.connect_attempts;
-    let mut tried: Vec<(Arc<str>, u64)> = Vec::new();
     let mut table = current();
     if table.as_ref().is_panic() {
         route.stats.picked_in_panic.fetch_add(1, Ordering::Relaxed);
@@ -58,7 +70,7 @@ pub async fn connect<T: AsRef<Table>>(
             if left == 0 {
                 break;
             }
-            if tried.iter().any(|(id, incarnation)| *id == backend.id && *incarnation == backend.incarnation) {
+            if tries.iter().any(|tried| tried.backend == backend.id && tried.incarnation == backend.incarnation) {
                 continue;
             }
             let Some(permit) = BackendPermit::take(&backend.live, route.most_per_backend) else {
@@ -70,18 +82,23 @@ pub async fn connect<T: AsRef<Table>>(
             let attempt = attempt(backend, address, route, tcp, header).await;
             let now = current();
             let is_stale = now.as_ref().generation() != table.as_ref().generation();
-            match attempt {
+            let failure = match attempt {
                 Ok(stream) if !is_stale || now.as_ref().still_takes(&backend.id, backend.incarnation) => {
                     let (backend, address) = (Arc::clone(&backend.id), address.clone());
                     return Ok(Connected { backend, address, permit, stream });
                 }
-                Ok(_to_one_that_has_left) => {}
-                // The process is out of descriptors, so another backend would fail too.
-                Err(ConnectFailure::NoDescriptors) => return Err(RefusalReason::NoDescriptors),
-                Err(_) => refusal = RefusalReason::ConnectFailed,
-            }
+                Ok(_to_one_that_has_left) => None,
+                Err(failure) => {
+                    refusal = RefusalReason::ConnectFailed;
+                    Some(failure)
+                }
+            };
             // A newer table offers it again.
-            tried.push((Arc::clone(&backend.id), backend.incarnation));
+            tries.push(Try { backend: Arc::clone(&backend.id), incarnation: backend.incarnation, failure });
+            // The process is out of descriptors, so another backend would fail too.
+            if failure == Some(ConnectFailure::NoDescriptors) {
+                return Err(RefusalReason::NoDescriptors);
+            }
             if is_stale {
                 newer = Some(now);
                 break;

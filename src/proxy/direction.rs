@@ -13,7 +13,7 @@ use bytes::{Buf as _, BytesMut};
 use rustix::io::Errno;
 use tokio::io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf};
 
-use super::context::Traffic;
+use super::connection::Traffic;
 use super::context::Worker;
 use super::pipe::Pipe;
 use crate::stream::Stream;

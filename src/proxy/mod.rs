@@ -6,8 +6,9 @@
 //! # Layout
 //!
 //! - [`mod@session`]: the path of one connection, one line per stage
-//! - [`accept`], [`deal`], [`admit`], [`key`], [`mod@connect`] (which picks), [`relay`], [`account`]: the stages
-//! - [`mod@route`]: what a listener decides for a connection; [`mod@dial`]: one attempt to connect
+//! - [`accept`], [`deal`], [`admit`], [`mod@route`], [`key`], [`mod@connect`] (which picks), [`relay`], [`account`]: the stages
+//! - [`routing`]: what a listener decides for a connection; [`mod@dial`]: one attempt to connect
+//! - [`connection`]: one connection: what the stages have found out, and the flags of the timeout task
 //! - [`direction`], [`pipe`], [`write_backlog`]: one half of a relay, and the pipes and buffers that it uses
 //! - [`worker`], [`timeouts`]: a worker's thread, and its timeout task with a coarse clock
 //! - [`context`], [`stats`]: state shared by the connections of one worker, and counters shared by all workers
@@ -27,6 +28,7 @@ mod accept;
 mod account;
 mod admit;
 mod connect;
+mod connection;
 mod context;
 mod deal;
 mod dial;
@@ -38,6 +40,7 @@ mod pipe;
 mod proxy_protocol;
 mod relay;
 mod route;
+mod routing;
 mod session;
 mod source_limits;
 mod timeouts;
@@ -46,18 +49,19 @@ mod write_backlog;
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ::metrics::Histogram;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use self::access_log::AccessLog;
-pub use self::connect::{Connected, connect};
+pub use self::connect::{Connected, Try, connect};
 use self::deal::Peer;
 pub use self::limit::{ConnectionPermit, Limit};
 use self::listening::ListeningSocket;
 pub use self::proxy_protocol::ProxyProtocol;
-pub use self::route::{Reports, Route};
+pub use self::routing::{Condition, DEFAULT, HelloSettings, NamePattern, Reports, Route, Routing, Rule};
 use self::socket::TcpOptions;
 pub use self::source_limits::{SourceLimits, Sources};
 use self::stats::{ListenerStats, WorkerStats};
@@ -89,8 +93,8 @@ pub struct ListenerId(u64);
 pub struct Serving {
     /// The listener's name in the config.
     pub name: Arc<str>,
-    /// The route to the listener's pool.
-    pub route: Route,
+    /// Who may connect, and which route a connection takes.
+    pub routing: Arc<Routing>,
     /// The listener's counters.
     pub stats: Arc<ListenerStats>,
     /// Limits the listener's open connections; further connections wait in the kernel's backlog.
@@ -110,6 +114,13 @@ pub struct Serving {
     pub access_log: Option<AccessLog>,
     /// Histogram of connection durations, in seconds.
     pub connection_seconds: Histogram,
+}
+
+impl Serving {
+    /// The longest drain time of the routes.
+    fn longest_drain(&self) -> Duration {
+        self.routing.routes.iter().map(|route| route.drain).max().unwrap_or_default()
+    }
 }
 
 /// Takes over connections by their first bytes, which stay in the socket.

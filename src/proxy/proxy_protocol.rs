@@ -5,22 +5,20 @@ use std::cell::Cell;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use ipnet::IpNet;
-
-use super::account::{Account, Outcome};
+use super::account::Outcome;
+use super::connection::{Connection, Proxied};
 use super::context::WorkerListener;
 use super::peek::first_bytes;
 use super::stats::{EndReason, ProxyResult, RefusalReason};
+use crate::networks::Networks;
 use crate::proxy_header::{Ends, LONGEST, Parsed, Version, parse, write};
 use crate::stream::{Client, Stream};
 
 /// From whom a listener accepts a PROXY header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProxyProtocol {
-    /// Networks whose headers Ringway believes.
-    pub from: Vec<IpNet>,
-    /// Whether Ringway believes clients on a Unix socket.
-    pub from_unix: bool,
+    /// Clients whose headers Ringway believes.
+    pub from: Networks,
     /// Whether a believed client without a header is reset.
     pub is_required: bool,
     /// Whether all other clients are reset. Otherwise Ringway does not look for a header in their bytes.
@@ -29,62 +27,15 @@ pub struct ProxyProtocol {
     pub timeout: Duration,
 }
 
-impl ProxyProtocol {
-    fn believes(&self, peer: Client) -> bool {
-        match peer {
-            Client::Ip(address) => {
-                let ip = address.ip().to_canonical();
-                self.from.iter().any(|network| network.contains(&ip))
-            }
-            Client::Unix { .. } => self.from_unix,
-        }
-    }
-}
-
-/// Where a connection comes from. It is as large as a [`Client`], because every idle connection has one.
-#[derive(Debug)]
-pub(super) enum Origin {
-    /// From the client itself.
-    Direct(Client),
-    /// From a balancer, which has sent a header.
-    Proxied(Box<Proxied>),
-}
-
-/// What a PROXY header said about a connection.
-#[derive(Debug)]
-pub(super) struct Proxied {
-    client: Client,
-    /// Who sent the header.
-    peer: Client,
-    /// Where the client connected.
-    destination: SocketAddr,
-}
-
-impl Origin {
-    /// The client.
-    pub(super) fn client(&self) -> Client {
-        match self {
-            Self::Direct(client) => *client,
-            Self::Proxied(proxied) => proxied.client,
-        }
-    }
-
-    /// The balancer before Ringway.
-    pub(super) fn peer(&self) -> Option<Client> {
-        if let Self::Proxied(proxied) = self { Some(proxied.peer) } else { None }
-    }
-}
-
 /// Receives the header of a connection, if its peer may send one. The client in the header becomes the connection's client.
 ///
 /// # Errors
 /// When the connection does not continue.
-pub(super) async fn receive(client: &Stream, account: &mut Account, rules: &ProxyProtocol) -> Result<(), Outcome> {
-    let peer = account.origin.client();
-    if !rules.believes(peer) {
+pub(super) async fn receive(client: &Stream, connection: &Connection, rules: &ProxyProtocol) -> Result<(), Outcome> {
+    if !rules.from.contains(connection.peer) {
         return if rules.resets_others { Err(RefusalReason::ProxyUntrusted.into()) } else { Ok(()) };
     }
-    let listener = &account.listener;
+    let listener = &connection.listener;
     let has_begun = Cell::new(false);
     let reading = read(client, listener, rules.is_required, &has_begun);
     let read = tokio::time::timeout(rules.timeout, reading).await;
@@ -95,6 +46,7 @@ pub(super) async fn receive(client: &Stream, account: &mut Account, rules: &Prox
         Err(_elapsed) => (ProxyResult::Plain, None),
     };
     listener.share().count_header(result);
+    connection.proxy_header.set(Some(result));
     match result {
         ProxyResult::Probe => Err(EndReason::Finished.into()),
         ProxyResult::Missing => Err(RefusalReason::ProxyHeaderMissing.into()),
@@ -102,7 +54,8 @@ pub(super) async fn receive(client: &Stream, account: &mut Account, rules: &Prox
         ProxyResult::Timeout => Err(RefusalReason::ProxyHeaderTimeout.into()),
         ProxyResult::V1 | ProxyResult::V2 | ProxyResult::Local | ProxyResult::Plain => {
             if let Some(Ends { source, destination }) = ends {
-                account.origin = Origin::Proxied(Box::new(Proxied { client: Client::Ip(source), peer, destination }));
+                // A connection has one header.
+                let _ = connection.proxied.set(Box::new(Proxied { client: Client::Ip(source), destination }));
             }
             Ok(())
         }
@@ -146,24 +99,11 @@ async fn read(
 }
 
 /// The header that a backend gets before the bytes of a connection; empty: none.
-pub(super) fn header_of(version: Option<Version>, client: &Stream, account: &Account) -> Vec<u8> {
+pub(super) fn header_of(version: Option<Version>, client: &Stream, connection: &Connection) -> Vec<u8> {
     let Some(version) = version else { return Vec::new() };
     // A process on this host has no address.
-    let Client::Ip(source) = account.origin.client() else { return write(version, None) };
-    let destination = match &account.origin {
-        Origin::Direct(_) => client.local_ip(),
-        Origin::Proxied(proxied) => Some(proxied.destination),
-    };
+    let Client::Ip(source) = connection.client() else { return write(version, None) };
+    let destination = connection.proxied.get().map_or_else(|| client.local_ip(), |proxied| Some(proxied.destination));
     let plain = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
     write(version, destination.map(|destination| Ends { source: plain(source), destination: plain(destination) }))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_origin_is_not_larger_than_a_client() {
-        assert_eq!(size_of::<Origin>(), size_of::<Client>());
-    }
 }

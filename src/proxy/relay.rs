@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use rustix::io::Errno;
 use socket2::SockRef;
 
-use super::context::{KeepaliveState, Progress};
+use super::connection::{Connection, KeepaliveState};
 use super::direction::{Broken, Direction};
 use super::stats::EndReason;
 use crate::stream::Stream;
@@ -26,7 +26,7 @@ pub(super) struct Relay {
     /// Set when one side has broken, while the bytes that it sent before are still delivered to the other side.
     breaking: Option<Breaking>,
     end: EndReason,
-    progress: Rc<Progress>,
+    connection: Rc<Connection>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -43,43 +43,43 @@ enum Side {
 
 impl Relay {
     /// `follows_header`: the backend has got a PROXY header before.
-    pub(super) fn new(client: Stream, backend: Stream, follows_header: bool, progress: Rc<Progress>) -> Self {
+    pub(super) fn new(client: Stream, backend: Stream, follows_header: bool, connection: Rc<Connection>) -> Self {
         let (up, down) = (Direction::to_connected(follows_header), Direction::to_accepted());
-        Self { client, backend, up, down, breaking: None, end: EndReason::Dropped, progress }
+        Self { client, backend, up, down, breaking: None, end: EndReason::Dropped, connection }
     }
 
     fn advance(&mut self, cx: &mut Context<'_>) -> Poll<EndReason> {
-        let progress = Rc::clone(&self.progress);
-        if let Some(verdict) = progress.verdict.get() {
+        let connection = Rc::clone(&self.connection);
+        if let Some(verdict) = connection.verdict.get() {
             return Poll::Ready(verdict);
         }
-        if progress.give_up_pipes.take() {
-            let worker = &progress.listener.worker;
+        if connection.give_up_pipes.take() {
+            let worker = &connection.listener.worker;
             if self.up.give_up_pipe(worker).and_then(|()| self.down.give_up_pipe(worker)).is_err() {
                 return Poll::Ready(EndReason::LocalError);
             }
         }
-        if progress.inspect.take()
+        if connection.inspect.take()
             && let Some(end) = self.inspect()
         {
             return Poll::Ready(end);
         }
-        if progress.keepalive.get() == KeepaliveState::Due {
-            progress.keepalive.set(KeepaliveState::On);
+        if connection.keepalive.get() == KeepaliveState::Due {
+            connection.keepalive.set(KeepaliveState::On);
             if let Stream::Tcp(backend) = &self.backend {
                 // Fails only on a socket that is already closed.
-                let _ = progress.listener.serving.tcp.enable_keepalive(&SockRef::from(backend));
+                let _ = connection.listener.serving.tcp.enable_keepalive(&SockRef::from(backend));
             }
         }
         let before = self.activity();
         let polled = self.poll_directions(cx);
         if self.activity() != before {
-            progress.is_active.set(true);
+            connection.is_active.set(true);
         }
-        progress.half_closed.set(self.up.has_ended() != self.down.has_ended());
-        progress.blocked.set(self.up.is_holding() || self.down.is_holding());
+        connection.half_closed.set(self.up.has_ended() != self.down.has_ended());
+        connection.blocked.set(self.up.is_holding() || self.down.is_holding());
         if polled.is_pending() {
-            let mut waker = progress.waker.borrow_mut();
+            let mut waker = connection.waker.borrow_mut();
             if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
                 *waker = Some(cx.waker().clone());
             }
@@ -89,7 +89,7 @@ impl Relay {
 
     /// The values that change with every activity: bytes moved, and streams ended.
     fn activity(&self) -> (u64, bool, bool) {
-        let bytes = self.progress.from_client.total() + self.progress.to_client.total();
+        let bytes = self.connection.from_client.total() + self.connection.to_client.total();
         (bytes, self.up.has_ended(), self.down.has_ended())
     }
 
@@ -137,15 +137,29 @@ impl Relay {
     }
 
     fn poll_up(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        let progress = &self.progress;
+        let connection = &self.connection;
         let is_last = self.down.has_ended();
-        self.up.poll(cx, &mut self.client, &mut self.backend, &progress.listener.worker, &progress.from_client, is_last)
+        self.up.poll(
+            cx,
+            &mut self.client,
+            &mut self.backend,
+            &connection.listener.worker,
+            &connection.from_client,
+            is_last,
+        )
     }
 
     fn poll_down(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Broken>> {
-        let progress = &self.progress;
+        let connection = &self.connection;
         let is_last = self.up.has_ended();
-        self.down.poll(cx, &mut self.backend, &mut self.client, &progress.listener.worker, &progress.to_client, is_last)
+        self.down.poll(
+            cx,
+            &mut self.backend,
+            &mut self.client,
+            &connection.listener.worker,
+            &connection.to_client,
+            is_last,
+        )
     }
 }
 
@@ -162,7 +176,7 @@ impl Drop for Relay {
     /// A truncated stream must never look complete, so an abnormal end resets both sides. There is one exception: when
     /// Ringway gives up on a stream that has already ended, the kernel may finish delivering it.
     fn drop(&mut self) {
-        let worker = &self.progress.listener.worker;
+        let worker = &self.connection.listener.worker;
         self.up.release(worker);
         self.down.release(worker);
         let gave_up = self.end.is_by_ringway();

@@ -1,55 +1,98 @@
-//! The route of a connection: its pool, with the settings that apply to the connection.
+//! Stage route: finds the first rule of the listener that matches the connection. Looks at its first bytes only if a rule
+//! or the pool's key needs them, and leaves them in the socket.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::cell::Cell;
+use std::sync::atomic::Ordering;
 
-use ::metrics::Histogram;
-use tokio::sync::mpsc;
+use super::Route;
+use super::account::Outcome;
+use super::connection::Connection;
+use super::peek::first_bytes;
+use super::routing::{Begin, HelloSettings};
+use super::stats::{EndReason, HelloResult, RefusalReason};
+use crate::client_hello::{Hello, Parsed, parse};
+use crate::stream::Stream;
 
-use super::key::KeyKind;
-use super::stats::PoolStats;
-use crate::backend::Failing;
-use crate::proxy_header::Version;
-use crate::table::TableCell;
-
-/// How a listener's connections are balanced over a pool.
-#[derive(Debug, Clone)]
-pub struct Route {
-    /// The pool's name.
-    pub pool: Arc<str>,
-    /// The part of a connection that is hashed.
-    pub key: KeyKind,
-    /// The pool's table.
-    pub table: TableCell,
-    /// Maximum connections per backend; a backend that has reached it is skipped.
-    pub most_per_backend: u64,
-    /// Version of the PROXY header that backends get; `None`: none.
-    pub send_proxy: Option<Version>,
-    /// Timeout of one connect attempt.
-    pub connect_timeout: Duration,
-    /// Maximum backends tried per connection; at least 1.
-    pub connect_attempts: usize,
-    /// A connection with no traffic for this long is reset.
-    pub idle: Duration,
-    /// The idle timeout once one side has ended its stream.
-    pub half_closed: Duration,
-    /// A connection is reset at this age, or up to a tenth sooner; `None`: never.
-    pub max_age: Option<Duration>,
-    /// How long open connections may continue after the data plane was told to stop.
-    pub drain: Duration,
-    /// Histogram of successful connect times, in seconds.
-    pub connect_seconds: Histogram,
-    /// Reports backends whose connects keep failing; `None`: no reports.
-    pub failing: Option<Reports>,
-    /// The pool's counters.
-    pub stats: Arc<PoolStats>,
+/// Returns the route of the connection, with its index among the listener's routes. Sets the connection's rule, and its
+/// ClientHello if a rule or the key needs it.
+///
+/// # Errors
+/// When no route takes the connection, or its first bytes decide nothing. Such a connection never takes the default route,
+/// unless the config says so: the default may admit more clients than the route that was meant (as in CVE-2026-32305).
+pub(super) async fn route<'a>(client: &Stream, connection: &'a Connection) -> Result<(usize, &'a Route), Outcome> {
+    let routing = &*connection.listener.serving.routing;
+    let from = connection.client();
+    let without_bytes = routing.decide(from, None);
+    let rule = match without_bytes {
+        Some(rule) if !routing.route_of(rule).is_some_and(Route::needs_hello) => rule,
+        _ => {
+            let (result, hello) = look(client, connection, routing.hello).await?;
+            let share = connection.listener.share();
+            share.count_hello(result);
+            let begin = hello.map(|hello| {
+                routing.hello_bytes.record(hello.length as f64);
+                if hello.has_ech {
+                    share.count_ech();
+                }
+                Begin::Tls(connection.hello.get_or_init(|| Box::new(hello)))
+            });
+            let decided = match result {
+                HelloResult::Sni | HelloResult::NoSni => routing.decide(from, begin),
+                HelloResult::Plain => routing.decide(from, Some(Begin::Plain)),
+                HelloResult::Silent => routing.decide_for_silent(from),
+                HelloResult::Invalid | HelloResult::TooLarge | HelloResult::Timeout => None,
+            };
+            let default = routing.hello.undecided_takes_default.then_some(routing.rules.len() - 1);
+            // A rule that does not depend on the bytes stays. Only the key falls back.
+            without_bytes.or(decided).or(default).ok_or(match result {
+                HelloResult::TooLarge => RefusalReason::HelloTooLarge,
+                HelloResult::Silent | HelloResult::Timeout => RefusalReason::HelloTimeout,
+                _ => RefusalReason::HelloInvalid,
+            })?
+        }
+    };
+    connection.rule.set(rule.try_into().ok());
+    if routing.has_rules() {
+        routing.rules[rule].matched.fetch_add(1, Ordering::Relaxed);
+    }
+    let nth = routing.rules[rule].route.ok_or(RefusalReason::NoRoute)?;
+    Ok((nth, &routing.routes[nth]))
 }
 
-/// How Ringway reports backends whose connects keep failing.
-#[derive(Debug, Clone)]
-pub struct Reports {
-    /// Consecutive failures per report; at least 1. Every further series of this length makes another report.
-    pub after: u32,
-    /// Receives the reports. A full channel drops a report; later failures make another.
-    pub to: mpsc::Sender<Failing>,
+/// Waits for a ClientHello, or for bytes that are none.
+async fn look(
+    client: &Stream,
+    connection: &Connection,
+    settings: HelloSettings,
+) -> Result<(HelloResult, Option<Hello>), Outcome> {
+    let worker = &connection.listener.worker;
+    let most = settings.most.min(worker.scratch.borrow().len());
+    let has_begun = Cell::new(false);
+    let looking = first_bytes(client, worker, most, |bytes, is_last| match parse(bytes, most) {
+        Parsed::Hello(hello) => {
+            let result = if hello.server_name.is_some() { HelloResult::Sni } else { HelloResult::NoSni };
+            Some((result, Some(hello)))
+        }
+        // A client that ends its stream without a byte never begins with TLS.
+        Parsed::Incomplete if bytes.is_empty() && is_last => Some((HelloResult::Plain, None)),
+        Parsed::Plain => Some((HelloResult::Plain, None)),
+        Parsed::TooLarge => Some((HelloResult::TooLarge, None)),
+        Parsed::Incomplete if bytes.len() == most => Some((HelloResult::TooLarge, None)),
+        Parsed::Incomplete if is_last => Some((HelloResult::Invalid, None)),
+        Parsed::Incomplete => {
+            has_begun.set(!bytes.is_empty());
+            None
+        }
+        Parsed::Invalid(fault) => {
+            let listener = &connection.listener.serving.name;
+            tracing::debug!(%listener, client = %connection.client(), %fault, "undecidable first bytes");
+            Some((HelloResult::Invalid, None))
+        }
+    });
+    match tokio::time::timeout(settings.timeout, looking).await {
+        // A socket reports a reset only once. The relay would then read a clean end of stream.
+        Ok(looked) => looked.map_err(|_error| EndReason::ClientReset.into()),
+        Err(_elapsed) if has_begun.get() => Ok((HelloResult::Timeout, None)),
+        Err(_elapsed) => Ok((HelloResult::Silent, None)),
+    }
 }

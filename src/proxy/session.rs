@@ -9,6 +9,7 @@ use super::key::Key;
 use super::not_served::NotServed;
 use super::proxy_protocol::header_of;
 use super::relay::Relay;
+use super::route::route;
 use super::stats::EndReason;
 use crate::stream::Stream;
 
@@ -37,18 +38,22 @@ pub(super) fn serve_connection(client: Stream, mut account: Account) -> impl Fut
 
 /// Runs the stages up to the connection to a backend.
 async fn reach_backend(client: NotServed, account: &mut Account) -> Result<Relay, Outcome> {
-    let listener = Rc::clone(&account.listener);
-    let route = &listener.serving.route;
+    let connection = Rc::clone(&account.connection);
+    let listener = &connection.listener;
 
     let client = admit(client, account).await?;
-    let key = Key::of(route.key, account.origin.client());
-    let header = header_of(route.send_proxy, client.stream(), account);
-    let connect = connect(route, || listener.table(), key.as_bytes(), &listener.serving.tcp, &header);
-    let backend = tokio::select! {
+    let (nth, route) = route(client.stream(), &connection).await?;
+    let key = Key::of(route.key, connection.client(), connection.server_name());
+    let header = header_of(route.send_proxy, client.stream(), &connection);
+    let mut tries = Vec::new();
+    let connect = connect(route, || listener.table(nth), key.as_bytes(), &listener.serving.tcp, &header, &mut tries);
+    let connected = tokio::select! {
         biased;
-        backend = connect => backend?,
-        () = client.is_reset() => return Err(EndReason::ClientReset.into()),
+        connected = connect => connected.map_err(Outcome::from),
+        () = client.is_reset() => Err(EndReason::ClientReset.into()),
     };
-    let progress = account.serve(backend.backend, backend.address, backend.permit);
-    Ok(Relay::new(client.serve(), backend.stream, !header.is_empty(), progress))
+    account.tries = tries.into();
+    let backend = connected?;
+    account.serve(backend.backend, backend.address, backend.permit);
+    Ok(Relay::new(client.serve(), backend.stream, !header.is_empty(), Rc::clone(&connection)))
 }

@@ -127,7 +127,7 @@ impl Drop for SourcePermit {
 /// evenly. Two sources with the same 64-bit hash share their limits. On a Unix socket, the user is the source.
 fn source_of(client: Client) -> u64 {
     let Client::Ip(address) = client else {
-        return seahash::hash(Key::of(KeyKind::SourceIp, client).as_bytes());
+        return seahash::hash(Key::of(KeyKind::SourceIp, client, None).as_bytes());
     };
     match address.ip().to_canonical() {
         IpAddr::V4(ip) => seahash::hash(&ip.octets()),

@@ -77,6 +77,45 @@ label_enum! {
         ProxyHeaderInvalid => "proxy_header_invalid",
         /// The PROXY header did not arrive in time.
         ProxyHeaderTimeout => "proxy_header_timeout",
+        /// The client is on the listener's deny list.
+        Denied => "denied",
+        /// The client is not on the listener's allow list.
+        NotAllowed => "not_allowed",
+        /// A route needs the ClientHello, and it is wrong or ends too soon.
+        HelloInvalid => "hello_invalid",
+        /// A route needs the ClientHello, and it is larger than the listener allows.
+        HelloTooLarge => "hello_too_large",
+        /// A route needs the ClientHello, and it did not arrive in time.
+        HelloTimeout => "hello_timeout",
+        /// The route of the connection is `pool: reset`.
+        NoRoute => "no_route",
+    }
+}
+
+impl RefusalReason {
+    /// Whether an access list refused the client. Somebody who is kept out must not fill the log.
+    pub(super) fn is_by_list(self) -> bool {
+        matches!(self, Self::Denied | Self::NotAllowed)
+    }
+}
+
+label_enum! {
+    /// What Ringway found where a route or a key needs a ClientHello.
+    pub enum HelloResult {
+        /// A ClientHello with a server name.
+        Sni => "sni",
+        /// A ClientHello without a server name.
+        NoSni => "no_sni",
+        /// Not TLS, or the end of the stream without a byte before it.
+        Plain => "plain",
+        /// No byte in time: in this protocol, the server may speak first.
+        Silent => "silent",
+        /// A wrong ClientHello, or the end of the stream within it.
+        Invalid => "invalid",
+        /// A ClientHello that is larger than the listener allows.
+        TooLarge => "too_large",
+        /// Only the beginning of a ClientHello in time.
+        Timeout => "timeout",
     }
 }
 
@@ -132,6 +171,8 @@ pub(super) struct ListenerShare {
     refused: [Counter; RefusalReason::ALL.len()],
     accept_errors: [Counter; AcceptError::ALL.len()],
     proxy_headers: [Counter; ProxyResult::ALL.len()],
+    hellos: [Counter; HelloResult::ALL.len()],
+    ech: Counter,
 }
 
 /// A counter that one thread writes and others read.
@@ -164,6 +205,14 @@ impl ListenerShare {
 
     pub(super) fn count_header(&self, result: ProxyResult) {
         self.proxy_headers[result.index()].add_one();
+    }
+
+    pub(super) fn count_hello(&self, result: HelloResult) {
+        self.hellos[result.index()].add_one();
+    }
+
+    pub(super) fn count_ech(&self) {
+        self.ech.add_one();
     }
 
     pub(super) fn count_error(&self, error: AcceptError) {
@@ -217,6 +266,16 @@ impl ListenerStats {
     /// Connections with this result where a PROXY header may be.
     pub fn proxy_headers(&self, result: ProxyResult) -> u64 {
         self.sum(|share| &share.proxy_headers[result.index()])
+    }
+
+    /// Connections with this result where a ClientHello was needed.
+    pub fn hellos(&self, result: HelloResult) -> u64 {
+        self.sum(|share| &share.hellos[result.index()])
+    }
+
+    /// ClientHellos that have the extension for an encrypted ClientHello.
+    pub fn hellos_with_ech(&self) -> u64 {
+        self.sum(|share| &share.ech)
     }
 
     fn sum<'a>(&'a self, counter: impl Fn(&'a ListenerShare) -> &'a Counter) -> u64 {

@@ -9,7 +9,8 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::Route;
-use super::context::{KeepaliveState, Progress, Worker};
+use super::connection::{Connection, KeepaliveState, Served};
+use super::context::Worker;
 use super::stats::EndReason;
 use crate::backend::Eviction;
 
@@ -62,27 +63,28 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
             inspected = now;
         }
         of_open = SLOWEST;
-        for (_, progress) in worker.open.borrow().iter() {
-            progress.report();
-            of_open = of_open.min(progress.listener.tick);
-            if progress.is_active.take() {
-                progress.last_active.set(now);
+        for (_, connection) in worker.open.borrow().iter() {
+            connection.report();
+            of_open = of_open.min(connection.listener.tick);
+            if connection.is_active.take() {
+                connection.last_active.set(now);
             }
             // Since the tick that found it active: a connection can live one tick longer than configured, never shorter.
-            let silent = now.saturating_sub(progress.last_active.get());
-            let verdict = verdict(progress, now, silent, stopped);
+            let silent = now.saturating_sub(connection.last_active.get());
+            let Some(served) = connection.served.get() else { continue };
+            let verdict = verdict(connection, served, now, silent, stopped);
             // A connection in this state does not notice by itself that a side has broken.
-            let inspect = inspects && (progress.blocked.get() || progress.half_closed.get());
-            let give_up_pipes = is_short_of_pipes && progress.blocked.get() && silent >= PIPE_HELD;
-            progress.verdict.set(verdict);
-            progress.inspect.set(inspect);
-            progress.give_up_pipes.set(give_up_pipes);
-            let needs_keepalive = progress.keepalive.get() == KeepaliveState::NotYet;
+            let inspect = inspects && (connection.blocked.get() || connection.half_closed.get());
+            let give_up_pipes = is_short_of_pipes && connection.blocked.get() && silent >= PIPE_HELD;
+            connection.verdict.set(verdict);
+            connection.inspect.set(inspect);
+            connection.give_up_pipes.set(give_up_pipes);
+            let needs_keepalive = connection.keepalive.get() == KeepaliveState::NotYet;
             if needs_keepalive {
-                progress.keepalive.set(KeepaliveState::Due);
+                connection.keepalive.set(KeepaliveState::Due);
             }
             if (verdict.is_some() || inspect || give_up_pipes || needs_keepalive)
-                && let Some(waker) = progress.waker.take()
+                && let Some(waker) = connection.waker.take()
             {
                 waker.wake();
             }
@@ -93,18 +95,24 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
     }
 }
 
-fn verdict(progress: &Progress, now: Duration, silent: Duration, stopped: Option<Instant>) -> Option<EndReason> {
-    let route = &progress.listener.serving.route;
-    if progress.half_closed.get() && silent >= route.half_closed {
+fn verdict(
+    connection: &Connection,
+    served: &Served,
+    now: Duration,
+    silent: Duration,
+    stopped: Option<Instant>,
+) -> Option<EndReason> {
+    let route = connection.route()?;
+    if connection.half_closed.get() && silent >= route.half_closed {
         return Some(EndReason::HalfClosedTimeout);
     }
     if silent >= route.idle {
         return Some(EndReason::IdleTimeout);
     }
-    if progress.expires.is_some_and(|expires| expires <= now) {
+    if served.expires.is_some_and(|expires| expires <= now) {
         return Some(EndReason::MaxAge);
     }
-    if let Some(why) = progress.permit.eviction() {
+    if let Some(why) = served.permit.eviction() {
         return Some(match why {
             Eviction::Drained => EndReason::DrainDeadline,
             Eviction::Down => EndReason::BackendDown,

@@ -13,6 +13,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use super::accept::{AcceptSocket, Acceptor, accept, spawn_connection};
+use super::connection::ConnectionId;
 use super::context::{Worker, WorkerListener};
 use super::deal::{Dealer, Dealt, Peer};
 use super::limit::Limit;
@@ -93,6 +94,7 @@ async fn serve(mut setup: Setup) {
         scratch: RefCell::new(vec![0; setup.buffer].into_boxed_slice()),
         write_backlog: RefCell::new(WriteBacklog::new(setup.buffer)),
         open: RefCell::default(),
+        next_id: Cell::new(ConnectionId::first(setup.index)),
         clock: Cell::default(),
         tick: Cell::new(timeouts::SLOWEST),
         new_tick: Notify::new(),
@@ -218,9 +220,10 @@ impl Listeners {
     }
 
     fn listener(&self, serving: Arc<Serving>) -> Rc<WorkerListener> {
-        let tick = timeouts::tick(&serving.route);
-        let (table, worker) = (RefCell::new(serving.route.table.reader()), Rc::clone(&self.worker));
-        Rc::new(WorkerListener { serving, worker, table, tick })
+        let routes = &serving.routing.routes;
+        let tick = routes.iter().map(timeouts::tick).min().unwrap_or(timeouts::SLOWEST);
+        let tables = routes.iter().map(|route| RefCell::new(route.table.reader())).collect();
+        Rc::new(WorkerListener { worker: Rc::clone(&self.worker), serving, tables, tick })
     }
 
     /// Sets the interval that the shortest timeout of the listeners needs.
@@ -234,8 +237,9 @@ impl Listeners {
     /// The longest drain time of all open connections, and of all acceptors, for connections that are still connecting.
     fn longest_drain(&self) -> Duration {
         let open = self.worker.open.borrow();
-        let of_open = open.iter().map(|(_, progress)| progress.listener.serving.route.drain);
-        let of_acceptors = self.acceptors.iter().map(|(_, acceptor, _)| acceptor.listener.borrow().serving.route.drain);
+        let of_open = open.iter().map(|(_, connection)| connection.listener.serving.longest_drain());
+        let of_acceptors =
+            self.acceptors.iter().map(|(_, acceptor, _)| acceptor.listener.borrow().serving.longest_drain());
         of_open.chain(of_acceptors).max().unwrap_or_default()
     }
 }

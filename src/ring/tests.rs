@@ -36,12 +36,16 @@ fn the_ring_matches_the_golden_vectors() {
 const GOLDEN_POINTS: [(u64, &str); 3] =
     [(0x00d4_4faf_f858_d66a, "echo-1"), (0x0195_08ec_bfbf_f949, "echo-1"), (0x01d3_b430_7e70_711b, "echo-2")];
 const GOLDEN_DIGEST: &str = "628bc4437a229e6c";
-const GOLDEN_WALKS: [(&[u8], [&str; 3]); 5] = [
+const GOLDEN_WALKS: [(&[u8], [&str; 3]); 8] = [
     (b"", ["echo-2", "echo-1", "echo-3"]),
     (b"hello", ["echo-1", "echo-2", "echo-3"]),
     // The key of 127.0.0.1 port 40000 for `source`, then the key of the same address for `source_ip`.
     (&[127, 0, 0, 1, 0x9c, 0x40], ["echo-1", "echo-2", "echo-3"]),
     (&[127, 0, 0, 1], ["echo-1", "echo-2", "echo-3"]),
+    // The key of a server name for `sni`, then the keys of networks for `source_net`.
+    (b"www.example.com", ["echo-3", "echo-1", "echo-2"]),
+    (&[192, 0, 2, 0], ["echo-3", "echo-2", "echo-1"]),
+    (&[0x20, 1, 0xd, 0xb8, 0, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0], ["echo-2", "echo-3", "echo-1"]),
     // This key is longer than the stack buffer.
     (&[b'x'; 100], ["echo-3", "echo-1", "echo-2"]),
 ];

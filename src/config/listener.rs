@@ -1,0 +1,83 @@
+//! Listeners: addresses that accept clients, with their routes and access lists.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::address::Address;
+use crate::networks::Networks;
+use crate::proxy::{Condition, HelloSettings, ProxyProtocol};
+
+/// An address that accepts clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listener {
+    /// Name, unique among the listeners.
+    pub name: String,
+    /// Listen address; port 0 lets the system choose a port.
+    pub listen: Address,
+    /// Permissions of the file of a Unix socket. A user with write permission may connect.
+    pub mode: u32,
+    /// Clients that may connect; `None`: all.
+    pub allow: Option<AccessList>,
+    /// Clients that may not connect; `None`: nobody.
+    pub deny: Option<AccessList>,
+    /// Routes for some of the connections. The first one that matches decides.
+    pub routes: Vec<Route>,
+    /// Name of the pool that serves all other connections. The pool exists. `None`: they are reset.
+    pub pool: Option<String>,
+    /// How Ringway reads a ClientHello.
+    pub hello: HelloSettings,
+    /// Whether Ringway answers `GET /api/status` on this listener itself.
+    pub answer_status: bool,
+    /// Length of the kernel's queue of connections that are not accepted yet.
+    pub backlog: u16,
+    /// Maximum of open connections on this listener; `None`: only the process-wide limit applies.
+    pub max_connections: Option<usize>,
+    /// Limits for each source address.
+    pub per_source: PerSource,
+    /// From whom the listener accepts a PROXY header; `None`: from nobody.
+    pub proxy_protocol: Option<ProxyProtocol>,
+}
+
+/// Which connections of a listener go to a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Route {
+    /// Name, unique among the routes of the listener.
+    pub name: String,
+    /// Which connections take the route.
+    pub when: Condition,
+    /// Name of the pool. The pool exists. `None`: the connections are reset.
+    pub pool: Option<String>,
+}
+
+/// A list of networks, in the config or in a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AccessList {
+    /// The networks, also those of a file.
+    pub networks: Arc<Networks>,
+    /// The file from which they come.
+    pub file: Option<PathBuf>,
+}
+
+/// Limits for each source address on a listener. All addresses of an IPv6 /64 count as one source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PerSource {
+    /// Maximum of open connections per source; `None`: unlimited.
+    pub max_connections: Option<u32>,
+    /// Maximum average rate of new connections per second; `None`: unlimited.
+    pub rate: Option<u32>,
+    /// Number of new connections that a source may open at once. Used only with `rate`.
+    pub burst: u32,
+}
+
+impl Listener {
+    /// The names of all pools to which the listener leads, the default last. A name can be there twice.
+    pub fn pools(&self) -> impl Iterator<Item = &str> {
+        let of_routes = self.routes.iter().filter_map(|route| route.pool.as_deref());
+        of_routes.chain(self.pool.as_deref())
+    }
+
+    /// The pool for which the listener's name stands in commands: the default, or that of the first route.
+    pub fn main_pool(&self) -> Option<&str> {
+        self.pool.as_deref().or_else(|| self.pools().next())
+    }
+}

@@ -1,0 +1,121 @@
+//! Parses the keys of a listener, with their ranges and defaults.
+
+use super::parse_routes::{access_list, hello, networks, pool_name, routes};
+use super::reader::{Item, MINUTE, SECOND, Section, name, narrow, show};
+use super::{Listener, PerSource, Pool, Relay};
+use crate::address::Address;
+use crate::label_enum;
+use crate::networks::Networks;
+use crate::proxy::ProxyProtocol;
+
+/// Permissions of the file of a Unix socket on which only Ringway's own user, and root, may connect.
+const OWNER_ONLY: u32 = 0o600;
+
+pub(super) fn listener(mut section: Section<'_>, pools: &[Pool], relay: &Relay) -> Listener {
+    let name = name(&mut section);
+    let listen = section
+        .required("listen", "an address like 0.0.0.0:8000 or unix:/run/ringway.sock")
+        .and_then(|item| listen_address(&item));
+    let mode = section.item("mode").and_then(|item| {
+        if matches!(listen, Some(Address::Ip(_))) {
+            item.fault("applies only to a Unix socket: listen on unix:/path, or remove this key");
+        }
+        mode(&item)
+    });
+    let allow = access_list(&mut section, "allow");
+    let deny = access_list(&mut section, "deny");
+    let names: Vec<_> = pools.iter().map(|pool| pool.name.as_str()).collect();
+    let routes = section.item("routes").map_or(Vec::new(), |item| routes(&item, &names));
+    let pool = section.required("pool", "the name of a pool, or reset").and_then(|item| pool_name(&item, &names));
+    let listener = Listener {
+        name,
+        listen: listen.unwrap_or(Address::Ip(([0, 0, 0, 0], 0).into())),
+        mode: mode.unwrap_or(OWNER_ONLY),
+        allow,
+        deny,
+        routes,
+        pool,
+        hello: hello(section.section("hello"), relay),
+        answer_status: section.truth("answer_status", false),
+        backlog: narrow(section.integer("backlog", 1..=65_535, 4096)),
+        max_connections: section.auto_or_integer("max_connections", 1..=1_000_000),
+        per_source: per_source(section.section("per_source")),
+        proxy_protocol: section
+            .item("proxy_protocol")
+            .filter(|item| !item.is_off())
+            .map(|item| proxy_protocol(item.section())),
+    };
+    section.finish();
+    listener
+}
+
+fn per_source(mut section: Section<'_>) -> PerSource {
+    let max_connections = section.off_or_integer("max_connections", 1..=1_000_000).map(narrow);
+    let rate = section.off_or_integer("rate", 1..=1_000_000).map(narrow);
+    let burst = section.item("burst");
+    if let Some(item) = burst.as_ref().filter(|_| rate.is_none()) {
+        item.fault("requires rate: set rate, or remove burst");
+    }
+    // The default burst is the number of connections that the rate allows in one second.
+    let burst = burst.and_then(|item| item.integer(&(1..=1_000_000))).map_or(rate.unwrap_or(1), narrow);
+    section.finish();
+    PerSource { max_connections, rate, burst }
+}
+
+label_enum! {
+    enum Others { Plain => "plain", Reset => "reset", }
+}
+
+fn proxy_protocol(mut section: Section<'_>) -> ProxyProtocol {
+    let trusts_everybody = section.truth("i_trust_everybody", false);
+    let (is_required, others) = (section.truth("required", true), section.choice("others", Others::Plain));
+    // A lost packet of the sender is repeated after a second, and once more after two.
+    let timeout = section.duration("timeout", 3 * SECOND..=MINUTE, 5 * SECOND);
+    let list = section.required("from", "the addresses of the balancers that send the header, like 10.0.0.0/8");
+    let from = list.map_or_else(Networks::default, |list| {
+        let from = networks(&list);
+        if list.value.as_sequence().is_some_and(Vec::is_empty) {
+            list.fault("is empty: give the addresses of the balancers that send the header, like 10.0.0.0/8");
+        }
+        if from.has_everybody() && !trusts_everybody {
+            list.fault(
+                "has every address: anybody could choose the client address. Give the balancers' addresses, or set \
+                 i_trust_everybody to true",
+            );
+        }
+        from
+    });
+    section.finish();
+    ProxyProtocol { from, is_required, resets_others: others == Others::Reset, timeout }
+}
+
+/// The address of a listener: `ip:port` or `unix:/path`.
+fn listen_address(item: &Item<'_>) -> Option<Address> {
+    let parsed = |text| Address::parse_unix(text).or_else(|| text.parse().ok().map(|address| Ok(Address::Ip(address))));
+    let address = item.value.as_str().and_then(parsed);
+    let problem = match address {
+        Some(Ok(address)) => return Some(address),
+        Some(Err(problem)) => problem,
+        None => format!(
+            "{} is neither ip:port nor unix:/path: write it like 0.0.0.0:8000, [::]:8000 or unix:/run/web.sock",
+            show(item.value)
+        ),
+    };
+    item.fault(problem);
+    None
+}
+
+/// The permissions of a file, as octal digits.
+fn mode(item: &Item<'_>) -> Option<u32> {
+    let is_octal = |text: &&str| (3..=4).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
+    let digits = item.value.as_str().filter(is_octal);
+    let mode = digits.and_then(|digits| u32::from_str_radix(digits, 8).ok()).filter(|&mode| mode <= 0o777);
+    if mode.is_none() {
+        // YAML would read 660 and 0o660 as different numbers.
+        item.fault(format_args!(
+            "{} is not a file mode: write octal digits in quotes, like \"0660\"",
+            show(item.value)
+        ));
+    }
+    mode
+}
