@@ -138,9 +138,10 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
 }
 
 /// A received header takes a look and a read. A sent one takes a write, the client's destination, and `TCP_NODELAY` for the
-/// bytes that follow. The port of this backend takes another look for a connection to itself.
+/// bytes that follow. The port of this backend takes another look for a connection to itself. A route by server name takes a
+/// look.
 #[tokio::test]
-async fn proxy_headers_take_a_bounded_number_of_system_calls() {
+async fn proxy_headers_and_routes_take_a_bounded_number_of_system_calls() {
     const CONNECTIONS: usize = 100;
     if !require_tool("strace") {
         return;
@@ -159,9 +160,21 @@ async fn proxy_headers_take_a_bounded_number_of_system_calls() {
         .replace("    pool: echo", "    proxy_protocol: { from: [127.0.0.1] }\n    pool: echo");
     let sends = static_config(&[behind_header.address], "health_check: { kind: none }\nsend_proxy: v1");
     let header = b"PROXY TCP4 198.51.100.7 203.0.113.1 1 2\r\n";
+    let hello = loadtest::client_hello("a.example", &["h2"]);
+    let length = hello.len();
+    let behind_hello = Server::start(move |mut stream| async move {
+        let mut bytes = vec![0; length];
+        let _ = stream.read_exact(&mut bytes).await;
+        let mut bytes = [0; 4];
+        while stream.read_exact(&mut bytes).await.is_ok() && stream.write_all(&bytes).await.is_ok() {}
+    })
+    .await;
+    let routes = static_config(&[behind_hello.address], "health_check: { kind: none }")
+        .replace("    pool: echo", "    routes: [{ sni: [a.example], pool: echo }]\n    pool: reset");
     for (yaml, header, most) in [
         (receives, &header[..], [("recvfrom", 8.2), ("sendto", 2.05), ("setsockopt", 0.2), ("getsockname", 0.05)]),
         (sends, b"", [("recvfrom", 5.2), ("sendto", 3.05), ("setsockopt", 1.3), ("getsockname", 2.1)]),
+        (routes, &hello[..], [("recvfrom", 6.2), ("sendto", 2.05), ("setsockopt", 0.2), ("getsockname", 1.1)]),
     ] {
         let Connections { calls, looks, met } = trace_connections(CONNECTIONS, &one_worker(yaml), header).await;
         println!("{CONNECTIONS} connections: {calls:?}");

@@ -1,15 +1,17 @@
-//! Health checks of real servers.
+//! Real servers: their health checks, and a server that speaks first.
 
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 
 use ringway::backend::State;
+use ringway::proxy::stats::HelloResult;
 
 use crate::harness::program::{Killed, file};
 use crate::harness::{Ringway, eventually, require_tool, soon, static_config};
 
-/// The address of the server. MariaDB counts no aborted connects from loopback.
+/// The address of the server with a limit for errors. MariaDB counts no aborted connects from loopback.
 const ADDRESS: &str = "10.77.0.1:3306";
 
 /// A MariaDB server, with the data in a folder of its own. It ends when this is dropped.
@@ -19,7 +21,7 @@ struct MariaDb {
 }
 
 impl MariaDb {
-    async fn start(folder: &Path) -> Self {
+    async fn start(folder: &Path, address: SocketAddr) -> Self {
         let data = folder.join("data").display().to_string();
         let socket = folder.join("socket").display().to_string();
         let user = "--user=root";
@@ -30,7 +32,8 @@ impl MariaDb {
         let install = install.unwrap();
         assert!(install.status.success(), "{}", String::from_utf8_lossy(&install.stderr));
         let server = Command::new("mariadbd")
-            .args(["--no-defaults", user, "--bind-address=10.77.0.1", "--port=3306", "--max-connect-errors=20"])
+            .args(["--no-defaults", user, "--max-connect-errors=20"])
+            .args([format!("--bind-address={}", address.ip()), format!("--port={}", address.port())])
             .args([format!("--datadir={data}"), format!("--socket={socket}")])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -54,8 +57,9 @@ impl MariaDb {
 }
 
 /// Logs in over the network.
-fn login() -> Result<String, String> {
-    client(&["--host=10.77.0.1", "--port=3306", "--user=app", "--execute", "SELECT 1"])
+fn login(address: SocketAddr) -> Result<String, String> {
+    let (host, port) = (format!("--host={}", address.ip()), format!("--port={}", address.port()));
+    client(&[&host, &port, "--user=app", "--execute", "SELECT 1"])
 }
 
 fn client(arguments: &[&str]) -> Result<String, String> {
@@ -92,16 +96,16 @@ async fn tcp_checks_do_not_lock_ringway_out_of_mariadb() {
         assert!(inside.status.success() && said.contains("1 passed"), "{said}");
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let server = MariaDb::start(folder.path()).await;
-    login().unwrap();
+    let (folder, address) = (tempfile::tempdir().unwrap(), ADDRESS.parse().unwrap());
+    let server = MariaDb::start(folder.path(), address).await;
+    login(address).unwrap();
     // Plain connects, as simple checks make them, block the host.
     for _ in 0..25 {
         drop(std::net::TcpStream::connect(ADDRESS).unwrap());
     }
-    eventually("the host is blocked", || login().is_err_and(|error| error.contains("is blocked"))).await;
+    eventually("the host is blocked", || login(address).is_err_and(|error| error.contains("is blocked"))).await;
     server.sql("FLUSH HOSTS").unwrap();
-    login().unwrap();
+    login(address).unwrap();
     let before = server.aborted();
     assert!(before >= 20, "{before}");
 
@@ -114,5 +118,28 @@ async fn tcp_checks_do_not_lock_ringway_out_of_mariadb() {
     println!("{aborted} aborted connects in 300 checks");
     assert!(aborted <= 3, "{aborted} aborted connects in 300 checks");
     assert_eq!(ringway.states(), [State::Healthy]);
-    login().unwrap();
+    login(address).unwrap();
+}
+
+/// A client of MariaDB waits for the server. Behind a listener with TLS routes, it is served after a delay.
+#[tokio::test]
+#[ignore = "needs root and MariaDB"]
+async fn mariadb_works_beside_tls_routes() {
+    if !require_tool("mariadbd") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    let _server = MariaDb::start(folder.path(), address).await;
+    let yaml = static_config(&[address], "health_check: { kind: none }").replace(
+        "    pool: echo",
+        "    routes: [{ sni: [a.example], pool: reset }, { tls: false, pool: echo }]\n    pool: reset\n    hello: { timeout: 1s }",
+    );
+    let ringway = Ringway::start(&yaml).await;
+    let web = ringway.web();
+    let answer = tokio::task::spawn_blocking(move || login(web));
+    assert_eq!(soon("a login", answer).await.unwrap().unwrap(), "1\n");
+    assert_eq!(ringway.state().listeners[0].stats.hellos(HelloResult::Silent), 1);
 }

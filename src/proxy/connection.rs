@@ -60,8 +60,9 @@ pub(super) struct Connection {
     pub(super) rule: Cell<Option<u16>>,
     /// The ClientHello, if Ringway has looked for one.
     pub(super) hello: OnceCell<Box<Hello>>,
-    /// Empty until the connection has a backend.
-    pub(super) served: OnceCell<Served>,
+    /// Empty until the connection has a backend. In a box, because one large block for each connection would split the
+    /// memory that earlier connections used while Ringway connected for them, and would waste the rest.
+    pub(super) served: OnceCell<Box<Served>>,
     pub(super) from_client: Traffic,
     pub(super) to_client: Traffic,
     /// Set by the relay when bytes move or a stream ends, until the next tick.
