@@ -76,6 +76,13 @@ pub struct Hello {
 }
 
 impl Hello {
+    /// A message with this server name, in the form of [`host_name`], and with these protocols, of 1 to 255 bytes each.
+    pub fn new(server_name: Option<Box<str>>, protocols: &[String]) -> Self {
+        let length = |name: &str| u8::try_from(name.len()).unwrap_or_default();
+        let alpn = protocols.iter().flat_map(|name| [&[length(name)], name.as_bytes()].concat());
+        Self { server_name, alpn: alpn.collect(), has_ech: false, length: 0 }
+    }
+
     /// The application protocols that the client offers, in its order of preference.
     pub fn protocols(&self) -> impl Iterator<Item = &[u8]> {
         let mut fields = Fields(&self.alpn);

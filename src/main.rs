@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         None | Some(Command::Run) => return cli::run::run(&arguments.common).unwrap_or_else(|failure| tell(&failure)),
         Some(Command::Check(ref check)) => cli::check(&arguments.common, check),
         Some(Command::Status(ref options)) => cli::status::status(&arguments.common, options),
+        Some(Command::Explain(ref options)) => cli::explain::explain(&arguments.common, options),
         Some(Command::Reap(ref options)) => cli::reap::reap(&arguments.common, options),
         Some(Command::Healthcheck) => cli::healthcheck::healthcheck(),
         Some(Command::Runtime(command)) => cli::commands::run(&arguments.common, command),

@@ -40,6 +40,19 @@ pub struct Member<'a> {
     pub weight: u32,
 }
 
+/// One of a key's probes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Probe {
+    /// Its position on the circle. The first probe's position is the key's hash.
+    pub at: u64,
+    /// The position of the point that it finds.
+    pub point: u64,
+    /// The point's owner.
+    pub owner: usize,
+    /// No other probe is nearer to its point.
+    pub wins: bool,
+}
+
 /// An immutable ring. An owner is an index into the members that the ring was built from.
 #[derive(Debug)]
 pub struct Ring {
@@ -104,6 +117,18 @@ impl Ring {
         Walk { ring: self, point: self.nearest(key), left, unseen, first: None, seen: Vec::new() }
     }
 
+    /// The probes of `key`, in the order in which a lookup makes them. Their winner is the owner.
+    pub fn probes(&self, key: &[u8]) -> Vec<Probe> {
+        let winner = self.landings(key).reduce(|best, landing| self.nearer(best, landing));
+        let probe = |landing: Landing| Probe {
+            at: landing.at,
+            point: self.hash(landing.point),
+            owner: self.owner(landing.point),
+            wins: winner.is_some_and(|winner| winner.at == landing.at),
+        };
+        self.landings(key).map(probe).collect()
+    }
+
     /// A fingerprint of all points and parameters. Instances with the same digest pick the same members.
     pub fn digest(&self) -> u64 {
         self.digest
@@ -128,17 +153,17 @@ impl Ring {
 
     /// The point at the shortest clockwise distance from any of the key's probes; the first probe wins a tie.
     fn nearest(&self, key: &[u8]) -> Option<usize> {
-        if self.owners.is_empty() {
-            return None;
-        }
+        self.landings(key).reduce(|best, landing| self.nearer(best, landing)).map(|best| best.point)
+    }
+
+    /// Where the probes of a key are, and which points they find; nothing if the ring has no points.
+    fn landings(&self, key: &[u8]) -> impl Iterator<Item = Landing> {
+        let probes = if self.owners.is_empty() { 0 } else { self.parameters.probes };
         let key = hash_key(self.parameters.seed, key);
-        let mut best = Landing { at: key, point: self.next_point(key) };
-        for probe in 1..self.parameters.probes {
-            let at = probe_of(key, probe);
-            let landing = Landing { at, point: self.next_point(at) };
-            best = if self.is_nearer(landing, best) { landing } else { best };
-        }
-        Some(best.point)
+        (0..probes).map(move |probe| {
+            let at = if probe == 0 { key } else { probe_of(key, probe) };
+            Landing { at, point: self.next_point(at) }
+        })
     }
 
     /// The first point at or clockwise after `at`; wraps at the top of the circle.
@@ -160,12 +185,14 @@ impl Ring {
         if point < self.owners.len() { point } else { 0 }
     }
 
-    fn is_nearer(&self, one: Landing, other: Landing) -> bool {
+    /// The landing that is nearer to its point; the first one if both are equally near.
+    fn nearer(&self, first: Landing, second: Landing) -> Landing {
         let roughly = |landing: Landing| self.tops[landing.point].wrapping_sub(top(landing.at));
         let exactly = |landing: Landing| self.hash(landing.point).wrapping_sub(landing.at);
         // Subtracting upper halves gives the upper half of the true distance, or one more.
-        let (a, b) = (roughly(one), roughly(other));
-        if a.abs_diff(b) > 1 { a < b } else { exactly(one) < exactly(other) }
+        let (a, b) = (roughly(second), roughly(first));
+        let is_second = if a.abs_diff(b) > 1 { a < b } else { exactly(second) < exactly(first) };
+        if is_second { second } else { first }
     }
 
     fn hash(&self, point: usize) -> u64 {

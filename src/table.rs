@@ -24,6 +24,7 @@ pub struct Table {
     /// All backends with an address are tried, even if their checks fail.
     takes_all: bool,
     is_panic: bool,
+    panic_below: u8,
     /// At least one healthy backend takes all of its keys, and at least one starts slowly. A slow-starting backend then
     /// gets only the keys that its admission takes.
     spares_slow_ones: bool,
@@ -39,7 +40,13 @@ impl Table {
         let is_panic = healthy * 100 < usize::from(panic_below) * known;
         let takes_all = is_panic || (healthy == 0 && panic_below > 0);
         let spares_slow_ones = !takes_all && backends.some_start_slowly();
-        Self { generation, ring, backends, takes_all, is_panic, spares_slow_ones }
+        Self { generation, ring, backends, takes_all, is_panic, panic_below, spares_slow_ones }
+    }
+
+    /// The table that the pool would have with this ring and these backends.
+    #[must_use]
+    pub fn what_if(&self, ring: Arc<Ring>, backends: Members) -> Self {
+        Self::new(self.generation, ring, backends, self.panic_below)
     }
 
     /// The snapshot's number within its pool, from 0.
@@ -79,6 +86,11 @@ impl Table {
             .is_some_and(|backend| backend.incarnation == incarnation && backend.state != State::Draining)
     }
 
+    /// Whether the key stays away from the backend during its slow start, unless all others fail.
+    pub fn is_spared(&self, backend: &Backend, key: &[u8]) -> bool {
+        self.spares_slow_ones && !backend.admission.takes(key)
+    }
+
     /// The backends that may get the connection of `key`, in the order to try them.
     ///
     /// Unhealthy backends are skipped. If too few backends are healthy, all backends with an address are tried, except
@@ -88,7 +100,7 @@ impl Table {
         let may = if self.takes_all { &self.backends.reachable } else { &self.backends.healthy };
         // The walk reads one bit of each backend that it passes, and ends with the last one that may.
         let allowed = move || self.ring.walk(key).filter(|&owner| may.has(owner)).take(may.count());
-        let is_spared = move |owner: &usize| self.spares_slow_ones && !self.backends[*owner].admission.takes(key);
+        let is_spared = move |owner: &usize| self.is_spared(&self.backends[*owner], key);
         let first = allowed().filter(move |owner| !is_spared(owner));
         // A slow-starting backend is better than none, so these come last.
         let spared = self.spares_slow_ones.then(allowed).into_iter().flatten().filter(is_spared);

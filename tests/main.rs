@@ -16,6 +16,7 @@ mod costs;
 mod docker;
 mod documents;
 mod engine;
+mod explain;
 mod failover;
 mod house;
 mod limits;

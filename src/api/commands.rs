@@ -14,9 +14,9 @@ use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::State;
 use super::error::Error;
 use super::guard::changes;
+use super::{State, encoded};
 use crate::control::command::{Caller, Command, ErrorKind, Report};
 use crate::control::provider::Listed;
 
@@ -119,14 +119,6 @@ impl HttpCall {
 
 fn backend_path(pool: &str, backend: &str, action: &str) -> String {
     format!("/api/pools/{}/backends/{}{action}", encoded(pool), encoded(backend))
-}
-
-/// Percent-encodes a segment of a path.
-fn encoded(text: &str) -> String {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~:".contains(&byte);
-    text.bytes()
-        .map(|byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
-        .collect()
 }
 
 fn json(body: &impl Serialize) -> String {

@@ -4,12 +4,14 @@
 //!
 //! - this file: the shared state of the routes, and the routes
 //! - [`status`] answers `/api/status` on the side port; [`on_listener`] on listeners with `answer_status`
+//! - [`explain`] answers `/api/explain`: why a connection goes to its backend
 //! - [`request`] answers `/api/request`
 //! - [`commands`]: run-time commands as HTTP calls; [`guard`] decides who may call what
 //! - [`scrape`] answers `/metrics` with the text of [`exposition`]
 //! - [`server`]: the HTTP server with its limits; [`error`]: errors as JSON
 
 pub mod commands;
+pub mod explain;
 pub mod on_listener;
 pub mod status;
 
@@ -205,9 +207,11 @@ impl ListenerView {
 pub fn router(state: Arc<State>) -> Router {
     let request = post(request::forward).route_layer(from_fn_with_state(Arc::clone(&state), guard::requests));
     let status = get(status::status).route_layer(from_fn_with_state(Arc::clone(&state), guard::reads));
+    let explained = get(explain::get).route_layer(from_fn_with_state(Arc::clone(&state), guard::reads));
     Router::new()
         .route("/api/request", request)
         .route("/api/status", status)
+        .route("/api/explain", explained)
         .merge(commands::routes(&state))
         .route("/metrics", get(scrape::metrics))
         .route("/healthz", get(|| async { "ok\n" }))
@@ -215,6 +219,14 @@ pub fn router(state: Arc<State>) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(not_allowed)
         .with_state(state)
+}
+
+/// Percent-encodes a segment of a path, or a value of a query.
+fn encoded(text: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~:".contains(&byte);
+    text.bytes()
+        .map(|byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
 }
 
 async fn ready(Extract(state): Extract<Arc<State>>) -> Response {
@@ -226,7 +238,7 @@ async fn ready(Extract(state): Extract<Arc<State>>) -> Response {
 }
 
 async fn not_found(uri: Uri) -> Error {
-    let known = "/api/request, /api/status, /api/reload, /api/upgrade, /api/pools/POOL/…, /metrics, /healthz, /readyz";
+    let known = "/api/request, /api/status, /api/explain, /api/reload, /api/upgrade, /api/pools/POOL/…, /metrics, /healthz, /readyz";
     Error::new(StatusCode::NOT_FOUND, "not_found", format!("unknown path {}; known paths: {known}", uri.path()))
 }
 

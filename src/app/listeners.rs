@@ -259,7 +259,7 @@ fn serving(
     let same = before.filter(|before| *before.name == listener.name);
     Serving {
         name: listener.name.as_str().into(),
-        routing: Arc::new(routing(listener, context, same)),
+        routing: Arc::new(routing(listener, context.routes, context.exporter, same)),
         stats: before.map_or_else(|| Arc::new(ListenerStats::new(context.workers)), |before| Arc::clone(&before.stats)),
         limit,
         sources,
@@ -276,13 +276,18 @@ fn serving(
 }
 
 /// Builds what a listener decides for its connections. The counters of rules carry over from `before`, by name.
-fn routing(listener: &config::Listener, context: &ListenerContext<'_>, before: Option<&Serving>) -> Routing {
+pub(super) fn routing(
+    listener: &config::Listener,
+    of_pools: &HashMap<&str, &Route>,
+    exporter: &Exporter,
+    before: Option<&Serving>,
+) -> Routing {
     let default = (DEFAULT, Condition::default(), listener.pool.as_deref());
     let rules = listener.routes.iter().map(|route| (route.name.as_str(), route.when.clone(), route.pool.as_deref()));
     let mut routes: Vec<Route> = Vec::new();
     let rules = rules.chain([default]).map(|(name, when, pool)| {
         // The config has checked that the pool exists.
-        let route = pool.and_then(|pool| context.routes.get(pool)).map(|&route| {
+        let route = pool.and_then(|pool| of_pools.get(pool)).map(|&route| {
             let known = routes.iter().position(|known| known.pool == route.pool);
             known.unwrap_or_else(|| {
                 routes.push(route.clone());
@@ -302,7 +307,7 @@ fn routing(listener: &config::Listener, context: &ListenerContext<'_>, before: O
         routes: routes.into(),
         hello: listener.hello,
         hello_bytes: before.map_or_else(
-            || context.exporter.histogram(&metrics::HELLO_BYTES, &[&listener.name]),
+            || exporter.histogram(&metrics::HELLO_BYTES, &[&listener.name]),
             |before| before.routing.hello_bytes.clone(),
         ),
     }

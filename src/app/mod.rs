@@ -11,6 +11,7 @@
 //! - [`settings`]: from the config to the settings of the parts; [`mod@capacity`]: how many connections and pipes fit
 //! - [`commands`]: the effect of run-time commands
 //! - [`reload`]: from one config to another; [`outlook`]: what that changes; [`changes`]: run-time changes, kept beside the config
+//! - [`offline`]: the listeners and pools of a config that does not run
 //! - [`upgrade`], [`inheritance`]: from one process to another, as the old and as the new process
 //! - [`service_manager`]: notifications to systemd; [`error`]: why the app could not start, or ended early
 
@@ -22,6 +23,7 @@ mod context;
 mod error;
 mod inheritance;
 mod listeners;
+mod offline;
 mod outlook;
 mod pools;
 mod provider;
@@ -52,6 +54,7 @@ use self::context::PoolContext;
 pub use self::error::{RunError, StartError};
 pub use self::inheritance::{Inheritance, TAKE_OVER, report_failure};
 use self::listeners::{Bound, Listener};
+pub use self::offline::Offline;
 use self::pools::Pool;
 pub use self::provider::unknown_names;
 use self::tasks::Tasks;

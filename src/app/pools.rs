@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::changes::OfPool;
 use super::context::PoolContext;
 use super::provider::{self, Addresses, Source, Start, change};
-use super::settings::{publishing, route};
+use super::settings::{base_route, publishing, route};
 use super::tasks::{Tasks, until};
 use super::{Environment, StartError};
 use crate::api::ProviderView;
@@ -22,7 +22,6 @@ use crate::config::{self, Config};
 use crate::control::publisher::Publisher;
 use crate::control::supervisor::handover::Handed;
 use crate::control::{Event, ejection, health};
-use crate::metrics;
 use crate::proxy::Route;
 
 /// Capacity of the queue of reports about failing backends. A full queue drops the report, and the backend's next
@@ -73,29 +72,12 @@ pub(super) async fn prepare(
     taken_over: Vec<Handed>,
     context: &PoolContext<'_>,
 ) -> Result<Prepared, StartError> {
-    let name: Arc<str> = pool.name.as_str().into();
     let provider::Prepared { source, mut known, engine_status, start } =
         provider::prepare(key_path, pool, changes, taken_over, context).await?;
     known.extend(changes.drained.iter().map(|id| Event::DrainRequested { id: id.as_str().into(), within: None }));
-    let publisher = Publisher::new(Arc::clone(&name), publishing(pool), known, Instant::now());
+    let publisher = Publisher::new(pool.name.as_str().into(), publishing(pool), known, Instant::now());
     let (reports, reported) = mpsc::channel(REPORTS);
-    let connect_seconds = context.exporter.histogram(&metrics::CONNECT_SECONDS, &[&name]);
-    let base = Route {
-        pool: name,
-        key: pool.key,
-        table: publisher.table(),
-        most_per_backend: u64::MAX,
-        send_proxy: None,
-        connect_timeout: Duration::ZERO,
-        connect_attempts: 1,
-        idle: Duration::ZERO,
-        half_closed: Duration::ZERO,
-        max_age: None,
-        drain: Duration::ZERO,
-        connect_seconds,
-        failing: None,
-        stats: Arc::default(),
-    };
+    let base = base_route(pool, publisher.table(), context.exporter);
     let (events, queue) = Publisher::queue();
     let pool = Pool {
         route: route(&base, pool, &reports),

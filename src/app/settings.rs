@@ -1,13 +1,37 @@
 //! Translates the config of a pool into the settings of each component of the pool.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 
 use crate::backend::Failing;
 use crate::config;
 use crate::control::publisher;
+use crate::metrics::{self, Exporter};
 use crate::proxy::{Reports, Route};
+use crate::table::TableCell;
+
+/// The parts of a route that last as long as its pool: the table, the counters and the histogram. [`route`] adds the
+/// settings.
+pub(super) fn base_route(pool: &config::Pool, table: TableCell, exporter: &Exporter) -> Route {
+    Route {
+        pool: pool.name.as_str().into(),
+        key: pool.key,
+        table,
+        most_per_backend: u64::MAX,
+        send_proxy: None,
+        connect_timeout: Duration::ZERO,
+        connect_attempts: 1,
+        idle: Duration::ZERO,
+        half_closed: Duration::ZERO,
+        max_age: None,
+        drain: Duration::ZERO,
+        connect_seconds: exporter.histogram(&metrics::CONNECT_SECONDS, &[&pool.name]),
+        failing: None,
+        stats: Arc::default(),
+    }
+}
 
 /// Builds the route of a pool. The table, the counters and the histogram carry over from `base`.
 pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Failing>) -> Route {

@@ -11,6 +11,7 @@
 //! - [`side_port`]: HTTP client of the side port
 
 pub(crate) mod commands;
+pub(crate) mod explain;
 pub(crate) mod healthcheck;
 pub(crate) mod init;
 pub(crate) mod reap;
@@ -77,6 +78,8 @@ pub(crate) enum Command {
     Check(Check),
     /// Show the pools and backends of a running Ringway
     Status(status::Options),
+    /// Show why a connection goes to its backend: routes, key, probes and walk
+    Explain(explain::Options),
     /// Remove the containers that Ringway created (they keep running when Ringway stops)
     Reap(reap::Options),
     /// Exit with 0 if process 1 of this container (Ringway or the demo backend) is ready

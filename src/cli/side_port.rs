@@ -15,6 +15,7 @@ use ringway::api::commands::HttpCall;
 use ringway::api::status::Status;
 use ringway::control::command::{Command, Report};
 use ringway::http_client::exchange;
+use serde::de::DeserializeOwned;
 use tokio::net::TcpStream;
 
 use super::Common;
@@ -63,10 +64,22 @@ async fn ask(
 
 /// Reads `/api/status`.
 pub(super) async fn status(common: &Common, port: &Port) -> anyhow::Result<Status> {
+    read(common, port, "/api/status").await
+}
+
+/// Sends a `GET` that changes nothing, and returns its answer.
+pub(super) async fn read<T: DeserializeOwned>(common: &Common, port: &Port, path: &str) -> anyhow::Result<T> {
     let address = address(common, port)?;
-    let answer = get(address, "/api/status").await.with_context(|| unreachable(address))?;
-    anyhow::ensure!(answer.status().is_success(), "the side port at {address} answers {}", answer.status());
-    serde_json::from_slice(answer.body()).context("the side port's answer is not a status")
+    let answer = get(address, path).await.with_context(|| unreachable(address))?;
+    anyhow::ensure!(answer.status().is_success(), refusal(&answer));
+    serde_json::from_slice(answer.body()).context("the side port's answer is of another version")
+}
+
+/// Why the side port refuses a call.
+fn refusal(answer: &Response<Bytes>) -> String {
+    let error: serde_json::Value = serde_json::from_slice(answer.body()).unwrap_or_default();
+    let message = error["error"]["message"].as_str().unwrap_or_default();
+    format!("refused ({}): {message}", answer.status().as_u16())
 }
 
 /// Sends a command and waits for its report.
@@ -82,9 +95,7 @@ pub(super) async fn run(common: &Common, port: &Port, command: &Command) -> anyh
         return serde_json::from_slice(answer.body()).context("the side port's answer is not a report");
     }
     anyhow::ensure!(answer.status() != StatusCode::UNAUTHORIZED, "wrong or missing token: use --token-file or {TOKEN}");
-    let error: serde_json::Value = serde_json::from_slice(answer.body()).unwrap_or_default();
-    let message = error["error"]["message"].as_str().unwrap_or_default();
-    anyhow::bail!("refused ({}): {message}", answer.status().as_u16())
+    anyhow::bail!(refusal(&answer))
 }
 
 fn address(common: &Common, port: &Port) -> anyhow::Result<SocketAddr> {

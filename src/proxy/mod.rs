@@ -16,9 +16,10 @@
 //! - [`not_served`]: a client's connection until it has a backend
 //! - [`limit`], [`source_limits`]: connection limits of the process and its listeners, and of single source addresses
 //! - [`listening`]: listening sockets of both families; [`socket`]: those of TCP, and TCP options
-//! - [`access_log`]: one log line per connection
+//! - [`access_log`]: one log line per connection; [`explain`]: why a connection goes to its backend
 
 pub mod access_log;
+pub mod explain;
 pub mod key;
 pub mod listening;
 pub mod socket;

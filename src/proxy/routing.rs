@@ -63,6 +63,21 @@ pub struct Condition {
     pub tls: Option<bool>,
 }
 
+/// The part of a condition that does not hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mismatch {
+    /// The client is in none of the networks.
+    From,
+    /// The client begins with TLS.
+    IsTls,
+    /// The client does not begin with TLS.
+    IsPlain,
+    /// The client asks for none of the names.
+    Sni,
+    /// The client offers none of the protocols.
+    Alpn,
+}
+
 /// A server name, or all names that differ in their first label only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NamePattern {
@@ -132,14 +147,21 @@ impl Routing {
 
 impl Condition {
     /// Whether the condition holds; `None` if that depends on bytes that are not known yet.
-    fn holds(&self, client: Client, begin: Option<Begin<'_>>) -> Option<bool> {
+    pub(super) fn holds(&self, client: Client, begin: Option<Begin<'_>>) -> Option<bool> {
+        self.check(client, begin).map(|checked| checked.is_ok())
+    }
+
+    /// What of the condition does not hold, if anything; `None` if that depends on bytes that are not known yet.
+    pub(super) fn check(&self, client: Client, begin: Option<Begin<'_>>) -> Option<Result<(), Mismatch>> {
         if self.from.as_ref().is_some_and(|from| !from.contains(client)) {
-            return Some(false);
+            return Some(Err(Mismatch::From));
         }
-        let Some(tls) = self.needs_tls() else { return Some(true) };
-        Some(match begin? {
-            Begin::Plain => !tls,
-            Begin::Tls(hello) => tls && self.takes(hello),
+        let Some(tls) = self.needs_tls() else { return Some(Ok(())) };
+        Some(match (begin?, tls) {
+            (Begin::Plain, true) => Err(Mismatch::IsPlain),
+            (Begin::Tls(_), false) => Err(Mismatch::IsTls),
+            (Begin::Plain, false) => Ok(()),
+            (Begin::Tls(hello), true) => self.takes(hello),
         })
     }
 
@@ -148,14 +170,17 @@ impl Condition {
         if self.sni.is_empty() && self.alpn.is_empty() { self.tls } else { Some(true) }
     }
 
-    fn takes(&self, hello: &Hello) -> bool {
+    fn takes(&self, hello: &Hello) -> Result<(), Mismatch> {
         let is_named = || {
             let name = hello.server_name.as_deref();
             name.is_some_and(|name| self.sni.iter().any(|pattern| pattern.matches(name)))
         };
         let is_offered =
             || hello.protocols().any(|offered| self.alpn.iter().any(|wanted| wanted.as_bytes() == offered));
-        (self.sni.is_empty() || is_named()) && (self.alpn.is_empty() || is_offered())
+        if !self.sni.is_empty() && !is_named() {
+            return Err(Mismatch::Sni);
+        }
+        if self.alpn.is_empty() || is_offered() { Ok(()) } else { Err(Mismatch::Alpn) }
     }
 
     /// Whether every connection that meets `other` meets this condition too.

@@ -1,0 +1,173 @@
+use std::time::{Duration, Instant};
+
+use ::metrics::Histogram;
+use proptest::prelude::*;
+
+use super::*;
+use crate::address::Address;
+use crate::backend::{Admission, BackendPermit, Health, Live};
+use crate::ring::Parameters;
+use crate::table::TableCell;
+
+fn backend(id: String, state: State, has_address: bool, part: f64) -> Backend {
+    Backend {
+        id: id.into(),
+        address: has_address.then(|| Address::Ip(([127, 0, 0, 1], 1).into())),
+        weight: 1,
+        state,
+        replica: None,
+        incarnation: 0,
+        restarts: 0,
+        last_exit: None,
+        reported_bad: false,
+        health: Health { last: Some("connect refused".into()), verdict: None, since: Instant::now() },
+        well: None,
+        admission: Admission::part(part),
+        drain: None,
+        live: Arc::new(Live::default()),
+    }
+}
+
+fn route(key: KeyKind, backends: Vec<Backend>, panic_below: u8, attempts: usize, most: u64) -> Route {
+    let members: Vec<_> = backends.iter().map(|one| Member { id: &one.id, weight: one.weight }).collect();
+    let ring = Ring::build(Parameters { virtual_nodes: 20, probes: 3, seed: 0 }, &members);
+    let table = Table::new(7, Arc::new(ring), Members::new(backends, 0), panic_below);
+    Route {
+        pool: "p".into(),
+        key,
+        table: TableCell::new(table),
+        most_per_backend: most,
+        send_proxy: None,
+        connect_timeout: Duration::from_secs(1),
+        connect_attempts: attempts,
+        idle: Duration::from_secs(1),
+        half_closed: Duration::from_secs(1),
+        max_age: None,
+        drain: Duration::ZERO,
+        connect_seconds: Histogram::noop(),
+        failing: None,
+        stats: Arc::default(),
+    }
+}
+
+fn question(client: &str) -> Question {
+    let (client, has_port) = match client.parse() {
+        Ok(client) => (client, true),
+        Err(_) => ((client.parse::<std::net::IpAddr>().unwrap(), 0).into(), false),
+    };
+    Question {
+        client: Some(Client::Ip(client)),
+        has_port,
+        hello: None,
+        key: None,
+        without: Vec::new(),
+        weights: Vec::new(),
+    }
+}
+
+fn healthy(count: usize) -> Vec<Backend> {
+    (1..=count).map(|n| backend(format!("b{n}"), State::Healthy, true, 1.0)).collect()
+}
+
+fn pool(route: &Route, question: &Question) -> PoolStep {
+    explain(Target::Pool(route), question).unwrap().pool.unwrap()
+}
+
+#[test]
+fn each_backend_has_its_reason() {
+    let states = [
+        State::Healthy,
+        State::Unhealthy,
+        State::Ejected,
+        State::Draining,
+        State::CrashLoop,
+        State::Starting,
+        State::Healthy,
+    ];
+    let mut backends: Vec<_> =
+        (0..7).map(|n| backend(format!("b{n}"), states[n], states[n] != State::Starting, 1.0)).collect();
+    backends.push(backend("full".to_owned(), State::Healthy, true, 1.0));
+    let full = Arc::clone(&backends[7].live);
+    let _permit = BackendPermit::take(&full, 1).unwrap();
+    let route = route(KeyKind::SourceIp, backends, 0, 1, 1);
+    let walk = pool(&route, &question("10.0.0.9")).walk;
+    assert_eq!(walk.len(), 8);
+    let why = |id: &str| walk.iter().find(|step| step.backend == id).unwrap().why.clone();
+    assert!(why("b1").starts_with("unhealthy for ") && why("b1").ends_with(": connect refused"), "{}", why("b1"));
+    for (id, wanted) in [
+        ("b2", "ejected: connects to it kept failing"),
+        ("b3", "draining"),
+        ("b4", "crash loop: its replicas keep dying"),
+        ("b5", "starting: it has no replica yet"),
+        ("full", "full: 1 of 1 connections"),
+    ] {
+        assert_eq!(why(id), wanted);
+    }
+    let mut others = [why("b0"), why("b6")];
+    others.sort();
+    assert_eq!(others, ["gets the connection", "not tried: connect.attempts is 1"]);
+}
+
+#[test]
+fn the_key_and_its_probes_are_shown() {
+    let route = route(KeyKind::Source, healthy(3), 50, 3, u64::MAX);
+    assert_eq!(explain(Target::Pool(&route), &question("10.0.0.9")).unwrap_err(), Unexplained::NoPort("p".to_owned()));
+    let step = pool(&route, &question("10.0.0.9:5000"));
+    assert_eq!((&*step.key.kind, &*step.key.bytes), ("source", "0a0000091388"));
+    assert_eq!(step.probes.len(), 3);
+    assert_eq!(step.key.hash, step.probes[0].at);
+    let winners: Vec<_> = step.probes.iter().filter(|probe| probe.wins).collect();
+    assert_eq!(winners.len(), 1);
+    assert!(step.probes.iter().all(|probe| probe.distance >= winners[0].distance));
+    assert_eq!((Some(&winners[0].backend), &step.walk[0].backend), (step.backend.as_ref(), &winners[0].backend));
+    let given = pool(&route, &Question { key: Some("hello".to_owned()), ..question("10.0.0.9") });
+    assert_eq!((&*given.key.kind, &*given.key.bytes), ("given", "68656c6c6f"));
+}
+
+#[test]
+fn a_change_of_the_ring_is_tried_out() {
+    let route = route(KeyKind::SourceIp, healthy(4), 50, 3, u64::MAX);
+    let now = pool(&route, &question("10.0.0.9"));
+    assert_eq!(now.what_if, None);
+    let owner = now.backend.unwrap();
+    let after = pool(&route, &Question { without: vec![owner.clone()], ..question("10.0.0.9") }).what_if.unwrap();
+    assert_eq!(after.backend.as_ref(), Some(&now.walk[1].backend), "the next one on the walk");
+    assert!((0.15..0.4).contains(&after.moved), "{}", after.moved);
+    let heavy = pool(&route, &Question { weights: vec![(owner, 5)], ..question("10.0.0.9") }).what_if.unwrap();
+    assert!(heavy.moved > 0.2, "{}", heavy.moved);
+    let unknown = Question { without: vec!["b9".to_owned()], ..question("10.0.0.9") };
+    let error = explain(Target::Pool(&route), &unknown).unwrap_err().to_string();
+    assert_eq!(error, "the pool p has no backend \"b9\"; its backends: b1, b2, b3, b4");
+}
+
+fn backends() -> impl Strategy<Value = Vec<(usize, bool, f64, bool)>> {
+    proptest::collection::vec((0..State::ALL.len(), any::<bool>(), 0.0..1.5_f64, any::<bool>()), 0..12)
+}
+
+proptest! {
+    /// The stage connect takes the first candidate that is not full.
+    #[test]
+    fn the_backend_is_the_one_that_the_data_plane_picks(
+        backends in backends(),
+        keys in proptest::collection::vec(any::<u32>(), 40),
+        panic_below in 0_u8..=100,
+        attempts in 1..4_usize,
+    ) {
+        let made: Vec<_> = backends.iter().enumerate().map(|(n, &(state, has_address, part, _))| {
+            backend(format!("b{n:02}"), State::ALL[state], has_address, part)
+        }).collect();
+        let full = std::iter::zip(&made, &backends).filter(|(_, (.., is_full))| *is_full);
+        let permits: Vec<_> = full.map(|(one, _)| BackendPermit::take(&one.live, 1)).collect();
+        let route = route(KeyKind::SourceIp, made, panic_below, attempts, 1);
+        let table = route.table.load();
+        for key in keys {
+            let client = std::net::SocketAddr::from((key.to_be_bytes(), 1));
+            let picked = table.candidates(&key.to_be_bytes()).find(|(one, _)| one.live.active.load(Ordering::Relaxed) == 0);
+            let step = pool(&route, &question(&client.to_string()));
+            prop_assert_eq!(step.backend.as_deref(), picked.map(|(one, _)| &*one.id));
+            let tried = step.walk.iter().filter(|one| one.attempt.is_some()).count();
+            prop_assert!(tried <= attempts);
+        }
+        drop(permits);
+    }
+}
