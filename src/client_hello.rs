@@ -17,7 +17,12 @@ const MESSAGE_HEADER: usize = 4;
 /// Largest fragment of a message in one record (RFC 8446, section 5.1).
 const LARGEST_FRAGMENT: usize = 1 << 14;
 
+/// Records in which a message may be cut. Real clients use a few; each look at the bytes goes through all of them.
+const MOST_RECORDS: usize = 64;
+
 const RECORD_IS_HANDSHAKE: u8 = 22;
+/// The other types of records: change cipher spec, alert, application data and heartbeat.
+const OTHER_RECORDS: [u8; 4] = [20, 21, 23, 24];
 const MESSAGE_IS_CLIENT_HELLO: u8 = 1;
 /// The versions 3.1 to 3.4 of the protocol are TLS 1.0 to 1.3.
 const MAJOR_VERSION: u8 = 3;
@@ -36,7 +41,7 @@ const LONGEST_LABEL: usize = 63;
 pub enum Parsed {
     /// A whole ClientHello.
     Hello(Hello),
-    /// Not TLS: the first byte says so.
+    /// Not TLS: the first two bytes say so. The message of an SSL 2 client counts as that too.
     Plain,
     /// More bytes are needed. No bytes at all are incomplete too.
     Incomplete,
@@ -69,6 +74,8 @@ pub struct Hello {
     pub server_name: Option<Box<str>>,
     /// The application protocols (ALPN) that the client offers, each after a byte with its length.
     alpn: Box<[u8]>,
+    /// Whether the client offers more protocols than these.
+    pub offers_more: bool,
     /// Whether the client sends an encrypted ClientHello, or the random bytes in its place that many browsers send.
     pub has_ech: bool,
     /// Length of the message in bytes, with the headers of its records.
@@ -80,7 +87,21 @@ impl Hello {
     pub fn new(server_name: Option<Box<str>>, protocols: &[String]) -> Self {
         let length = |name: &str| u8::try_from(name.len()).unwrap_or_default();
         let alpn = protocols.iter().flat_map(|name| [&[length(name)], name.as_bytes()].concat());
-        Self { server_name, alpn: alpn.collect(), has_ech: false, length: 0 }
+        Self { server_name, alpn: alpn.collect(), offers_more: false, has_ech: false, length: 0 }
+    }
+
+    /// Keeps only the first protocols, of at most this many bytes. A client can offer thousands.
+    pub fn shorten(&mut self, most: usize) {
+        let mut kept = 0;
+        for length in self.protocols().map(|name| 1 + name.len()) {
+            if kept + length > most {
+                break;
+            }
+            kept += length;
+        }
+        if kept < self.alpn.len() {
+            (self.alpn, self.offers_more) = (self.alpn[..kept].into(), true);
+        }
     }
 
     /// The application protocols that the client offers, in its order of preference.
@@ -95,8 +116,12 @@ impl Hello {
 ///
 /// The result never depends on how the bytes were cut: once it is not [`Parsed::Incomplete`], more bytes do not change it.
 pub fn parse(bytes: &[u8], most: usize) -> Parsed {
-    if bytes.first().is_some_and(|&first| first != RECORD_IS_HANDSHAKE) {
-        return Parsed::Plain;
+    match *bytes {
+        // Some servers accept other records before the message, so these are no clients without TLS.
+        [first, MAJOR_VERSION, ..] if OTHER_RECORDS.contains(&first) => return Parsed::Invalid(Fault::Record),
+        [first] if OTHER_RECORDS.contains(&first) => return Parsed::Incomplete,
+        [first, ..] if first != RECORD_IS_HANDSHAKE => return Parsed::Plain,
+        _ => {}
     }
     let mut rest = bytes;
     // Borrowed unless the message is cut over several records.
@@ -109,6 +134,9 @@ pub fn parse(bytes: &[u8], most: usize) -> Parsed {
             Err(fault) => return Parsed::Invalid(fault),
         };
         records += 1;
+        if records > MOST_RECORDS {
+            return Parsed::Invalid(Fault::Record);
+        }
         let fragment = &rest[RECORD_HEADER..];
         let (fragment, after) = fragment.split_at(length.min(fragment.len()));
         if message.is_empty() {
@@ -152,7 +180,7 @@ fn record_length(bytes: &[u8]) -> Result<Option<usize>, Fault> {
 
 /// Reads the body of the message.
 fn hello(body: &[u8], length: usize) -> Result<Hello, Fault> {
-    let mut hello = Hello { server_name: None, alpn: Box::default(), has_ech: false, length };
+    let mut hello = Hello { server_name: None, alpn: Box::default(), offers_more: false, has_ech: false, length };
     let mut body = Fields(body);
     let mut extensions = Fields(body.before_extensions().ok_or(Fault::Field)?);
     let mut seen = [false; 3];
@@ -276,11 +304,11 @@ impl<'a> Fields<'a> {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Record => "a TLS record is wrong",
+            Self::Record => "a TLS record is wrong, or there are too many",
             Self::Message => "the first TLS message is not a ClientHello",
             Self::Field => "a field of the ClientHello is wrong",
-            Self::Repeated => "an extension of the ClientHello is there twice",
-            Self::ServerName => "the server name is not one host name",
+            Self::Repeated => "the ClientHello has an extension twice",
+            Self::ServerName => "the ClientHello has a server name that is not a host name, or two names",
         })
     }
 }

@@ -8,11 +8,9 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::harness::backends::Server;
+use crate::harness::backends::{Server, free_ports};
 use crate::harness::program::{Killed, Program};
-use crate::harness::{
-    Random, eventually, eventually_async, get, http, metric_in, require_tool, seed, skip, soon, static_config,
-};
+use crate::harness::{eventually, eventually_async, get, http, metric_in, require_tool, skip, soon, static_config};
 
 /// Counts the system calls of a process until [`Trace::end`].
 struct Trace {
@@ -79,7 +77,7 @@ async fn a_request_and_a_connection_take_a_bounded_number_of_system_calls() {
     if !require_tool("strace") {
         return;
     }
-    let server = Server::echo_at(&format!("127.0.0.1:{}", low_port())).await;
+    let server = Server::echo_at(&format!("127.0.0.1:{}", free_ports::<1>()[0])).await;
     let yaml = static_config(&[server.address], "health_check: { kind: none }");
     let yaml = yaml.replace("workers: 2", "workers: 1");
     let program = Program::start(&yaml).await;
@@ -146,7 +144,7 @@ async fn proxy_headers_and_routes_take_a_bounded_number_of_system_calls() {
     if !require_tool("strace") {
         return;
     }
-    let echo = Server::echo_at(&format!("127.0.0.1:{}", low_port())).await;
+    let echo = Server::echo_at(&format!("127.0.0.1:{}", free_ports::<1>()[0])).await;
     let behind_header = Server::start(|stream| async move {
         let mut stream = tokio::io::BufReader::new(stream);
         let mut line = String::new();
@@ -216,19 +214,6 @@ async fn trace_connections(count: usize, yaml: &str, header: &[u8]) -> Connectio
     // The timeout task runs twice a second. It sets keepalive on the connection that exists at that moment.
     let met = began.elapsed().as_secs_f64() * 2.0 + 1.0;
     Connections { calls: trace.end().await, looks, met }
-}
-
-/// A free port that the system does not choose for clients.
-fn low_port() -> u16 {
-    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
-    let first: u16 = range.split_whitespace().next().unwrap().parse().unwrap();
-    let mut random = Random(seed());
-    loop {
-        let port = 1024 + u16::try_from(random.below(usize::from(first - 1024))).unwrap();
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use ringway::proxy_header::{Ends, Parsed, Version, parse, write};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 
-use crate::harness::backends::Server;
+use crate::harness::backends::{Server, free_ports};
 use crate::harness::program::Killed;
 use crate::harness::{Ringway, echoes, eventually, eventually_async, http, require_tool, soon, static_config};
 
@@ -303,10 +303,6 @@ async fn a_unix_client_can_send_a_header() {
     drop(ringway);
 }
 
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 /// HAProxy before Ringway sends each version, and HAProxy behind Ringway understands each.
 #[tokio::test]
 async fn haproxy_understands_ringway_and_ringway_understands_haproxy() {
@@ -315,7 +311,7 @@ async fn haproxy_understands_ringway_and_ringway_understands_haproxy() {
     }
     for (send, option, version) in [("v1", "send-proxy", Version::V1), ("v2", "send-proxy-v2", Version::V2)] {
         let (backend, address) = recorder().await;
-        let (first, last) = (free_port(), free_port());
+        let [first, last] = free_ports();
         // client -> haproxy (first) -> ringway -> haproxy (last) -> backend
         let pool = format!("{NO_CHECK}\nsend_proxy: {send}");
         let yaml = accepting(&[SocketAddr::from(([127, 0, 0, 1], last))], "{ from: [127.0.0.1] }", &pool);

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use ringway::backend::State;
 use ringway::proxy::stats::HelloResult;
 
+use crate::harness::backends::free_ports;
 use crate::harness::program::{Killed, file};
 use crate::harness::{Ringway, eventually, require_tool, soon, static_config};
 
@@ -129,9 +130,8 @@ async fn mariadb_works_beside_tls_routes() {
         return;
     }
     let folder = tempfile::tempdir().unwrap();
-    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = free.local_addr().unwrap();
-    drop(free);
+    let [port] = free_ports();
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
     let _server = MariaDb::start(folder.path(), address).await;
     let yaml = static_config(&[address], "health_check: { kind: none }").replace(
         "    pool: echo",

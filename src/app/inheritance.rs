@@ -259,6 +259,9 @@ impl Inheritance {
     pub(super) fn changes(&self, file: &Config) -> Changes {
         // The config of an older version may no longer be valid. In that case only the new config decides.
         let before = Config::parse(&self.file, "the config of the old process");
+        if let (Err(error), true) = (&before, self.takes_over()) {
+            tracing::warn!(%error, "cannot compare the config with that of the old process: all run-time changes stay");
+        }
         self.changes.kept(before.as_ref().unwrap_or(file), file)
     }
 

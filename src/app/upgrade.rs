@@ -139,7 +139,7 @@ impl App {
             let copies = descriptors.map(|descriptor| descriptor.try_clone_to_owned()).collect::<io::Result<_>>()?;
             messages.push((text(&message)?, copies));
         }
-        let yaml: Vec<char> = self.file.to_yaml().chars().collect();
+        let yaml: Vec<char> = self.file.to_yaml_without_files().chars().collect();
         for part in yaml.chunks(FILE_PART) {
             messages.push((text(&Message::File { part: part.iter().collect() })?, Vec::new()));
         }

@@ -153,6 +153,10 @@ pub(crate) fn check(common: &Common, check: &Check) -> Result<(), Failure> {
     for (n, pool) in config.unused_pools() {
         let _ = writeln!(std::io::stderr(), "ringway: warning: pools[{n}]: no listener leads to the pool {pool:?}");
     }
+    for (n, _) in config.listeners.iter().enumerate().filter(|(_, listener)| listener.refuses_its_balancers()) {
+        let what = "allow lacks addresses of proxy_protocol.from: health checks of those balancers are refused";
+        let _ = writeln!(std::io::stderr(), "ringway: warning: listeners[{n}]: {what}");
+    }
     print(&format!("# {origin}, with every default filled in\n{}", config.to_yaml()))
 }
 

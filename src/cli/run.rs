@@ -157,10 +157,17 @@ fn banner(app: &App, origin: &str, is_demo: bool) -> String {
     let mut text = format!("Ringway {}, with {origin}\n\n", status.version);
     // Writing to a String cannot fail.
     for listener in &status.listeners {
-        let pool = status.pools.iter().find(|pool| pool.name == listener.pool);
-        let (backends, key) = pool.map_or((0, ""), |pool| (pool.backends.len(), pool.key.as_str()));
-        let (address, name, pool) = (listener.address.as_deref().unwrap_or_default(), &listener.name, &listener.pool);
-        let _ = writeln!(text, "  {address:<21} {name}: pool {pool}, {backends} backends, key {key}");
+        let (address, name) = (listener.address.as_deref().unwrap_or_default(), &listener.name);
+        // The last of the routes is the default.
+        let routes = match listener.routes.len().saturating_sub(1) {
+            0 => String::new(),
+            routes => format!("{routes} routes, otherwise "),
+        };
+        let pool = match status.pools.iter().find(|pool| pool.name == listener.pool) {
+            Some(pool) => format!("pool {}, {} backends, key {}", pool.name, pool.backends.len(), pool.key),
+            None => listener.pool.clone(),
+        };
+        let _ = writeln!(text, "  {address:<21} {name}: {routes}{pool}");
     }
     let _ = writeln!(text, "  {:<21} side port: /api/request /api/status /metrics /healthz /readyz\n", api.to_string());
     text.push_str("Try:\n");

@@ -60,11 +60,17 @@ fn table(status: &Status) -> String {
     let mut lines = vec![format!("Ringway {}, up {:.0} s, {ready}", status.version, status.uptime_seconds)];
     for listener in &status.listeners {
         let Connections { active, total } = listener.connections;
-        let (name, address, pool) = (&listener.name, &listener.address, &listener.pool);
+        let (name, address) = (&listener.name, &listener.address);
+        let is_pool = status.pools.iter().any(|pool| pool.name == listener.pool);
+        let pool = if is_pool { format!("pool {}", listener.pool) } else { listener.pool.clone() };
         lines.push(format!(
-            "{name} on {}, pool {pool}: {active} connections, {total} in total",
+            "{name} on {}, {pool}: {active} connections, {total} in total",
             address.as_deref().unwrap_or("-")
         ));
+        lines.extend(listener.routes.iter().map(|route| {
+            let to = route.pool.as_deref().map_or("reset".to_owned(), |pool| format!("pool {pool}"));
+            format!("  route {} to {to}: {} connections in total", route.name, route.connections)
+        }));
     }
     for pool in &status.pools {
         if let Some(error) = pool.provider.engine.as_ref().and_then(|engine| engine.error.as_ref()) {

@@ -132,6 +132,12 @@ fn other_protocols_and_other_messages_differ() {
     assert_eq!(parse(&[22, 3, 1, 0, 0], MOST), Parsed::Invalid(Fault::Record));
     assert_eq!(parse(&[22, 3, 1, 0x40, 1], MOST), Parsed::Invalid(Fault::Record));
     assert_eq!(parse(&[22, 3, 1, 0, 5, 2], MOST), Parsed::Invalid(Fault::Message));
+    // Some servers accept these before a ClientHello.
+    for record in [&[21, 3, 1, 0, 2, 1, 0x70][..], &[20, 3, 3, 0, 1, 1], &[23, 3], &[24, 3]] {
+        assert_eq!(parse(record, MOST), Parsed::Invalid(Fault::Record));
+        assert_eq!(parse(&record[..1], MOST), Parsed::Incomplete);
+    }
+    assert_eq!(parse(&[21, 4], MOST), Parsed::Plain);
     // An alert in the middle of the message.
     let begun = [&record(&message(None)[..10])[..], &[21, 3, 1, 0, 2, 1, 0]].concat();
     assert_eq!(parse(&begun, MOST), Parsed::Invalid(Fault::Record));
@@ -145,6 +151,28 @@ fn a_message_that_is_too_large_is_found_by_its_length() {
     assert_eq!(parse(&bytes[..9], bytes.len() - 1), Parsed::TooLarge);
     assert_eq!(parse(&bytes, bytes.len() - 1), Parsed::TooLarge);
     assert_eq!(parse(&[22, 3, 1, 0, 4, 1, 0xff, 0xff, 0xff], MOST), Parsed::TooLarge);
+}
+
+#[test]
+fn a_message_has_at_most_64_records() {
+    let message = message(Some(&[name_extension(&[b"a.example"])]));
+    let cut = |records: usize| -> Vec<u8> {
+        let (begin, rest) = message.split_at(records - 1);
+        begin.iter().flat_map(|&byte| record(&[byte])).chain(record(rest)).collect()
+    };
+    assert!(matches!(parse(&cut(64), MOST), Parsed::Hello(_)));
+    assert_eq!(parse(&cut(65), MOST), Parsed::Invalid(Fault::Record));
+}
+
+#[test]
+fn a_long_list_of_protocols_is_shortened() {
+    let mut hello = parsed(&[alpn_extension(&[b"h2", b"http/1.1", b"x"])]);
+    hello.shorten(14);
+    assert_eq!((hello.protocols().count(), hello.offers_more), (3, false));
+    hello.shorten(13);
+    assert_eq!((hello.protocols().collect::<Vec<_>>(), hello.offers_more), (vec![&b"h2"[..], b"http/1.1"], true));
+    hello.shorten(0);
+    assert_eq!(hello.protocols().count(), 0);
 }
 
 /// A message of more than one record, of random parts: some right, some wrong.
@@ -167,16 +195,17 @@ proptest! {
     #[test]
     fn the_result_never_depends_on_how_the_bytes_are_cut(
         message in hellos(),
-        cuts in proptest::collection::vec(1..200_usize, 0..40),
+        cuts in proptest::collection::vec(1..200_usize, 0..70),
         damage in proptest::option::of((any::<prop::sample::Index>(), any::<u8>())),
         most in prop_oneof![Just(MOST), 40..2000_usize],
     ) {
-        let mut bytes = Vec::new();
+        let (mut bytes, mut records) = (Vec::new(), 0);
         let mut rest = &message[..];
         for cut in cuts.into_iter().chain([usize::MAX]) {
             let (fragment, after) = rest.split_at(cut.min(rest.len()));
             if !fragment.is_empty() {
                 bytes.extend(record(fragment));
+                records += 1;
             }
             rest = after;
         }
@@ -188,7 +217,7 @@ proptest! {
         let last = parse(&bytes, most);
         let decided = (0..=bytes.len()).map(|end| parse(&bytes[..end], most)).find(|parsed| *parsed != Parsed::Incomplete);
         prop_assert_eq!(decided.as_ref().unwrap_or(&Parsed::Incomplete), &last, "more bytes changed the result");
-        if is_whole && most == MOST && message.len() <= LARGEST_FRAGMENT {
+        if is_whole && records <= MOST_RECORDS && most == MOST && message.len() <= LARGEST_FRAGMENT {
             let in_one = parse(&record(&message), most);
             match (last, in_one) {
                 (Parsed::Hello(cut), Parsed::Hello(one)) => {

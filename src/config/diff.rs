@@ -24,7 +24,7 @@ impl std::fmt::Display for Difference {
 /// Returns every key that differs, in the order of the old config. Keys that only the new config has follow.
 pub fn differences(old: &Config, new: &Config) -> Vec<Difference> {
     let mut found = Vec::new();
-    let values = [old, new].map(|config| super::effective::value(config, true));
+    let values = [old, new].map(|config| super::effective::value(config, super::effective::Lists::PathsAndContents));
     compare("", Some(&values[0]), Some(&values[1]), &mut found);
     found
 }

@@ -16,13 +16,23 @@ use crate::proxy::key::KeyKind;
 use crate::proxy::{Condition, HelloSettings, ProxyProtocol};
 use crate::proxy_header::Version;
 
-pub(super) fn yaml(config: &Config) -> String {
-    // A value that consists of text, numbers, lists and mappings always serializes.
-    serde_yaml::to_string(&value(config, false)).unwrap_or_default()
+/// What is written of access lists that come from files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lists {
+    /// The path of the file.
+    Paths,
+    /// The path, and a word on the contents. The value is not a config.
+    PathsAndContents,
+    /// The networks, as if the config listed them.
+    Networks,
 }
 
-/// `with_contents`: also what the files hold that the config names. Without it, the value is a config.
-pub(super) fn value(config: &Config, with_contents: bool) -> Value {
+pub(super) fn yaml(config: &Config, lists: Lists) -> String {
+    // A value that consists of text, numbers, lists and mappings always serializes.
+    serde_yaml::to_string(&value(config, lists)).unwrap_or_default()
+}
+
+pub(super) fn value(config: &Config, lists: Lists) -> Value {
     let mut root = vec![
         ("workers", auto(config.workers)),
         ("max_connections", auto(config.max_connections)),
@@ -45,7 +55,7 @@ pub(super) fn value(config: &Config, with_contents: bool) -> Value {
         ]),
     ));
     root.push(("shutdown", map([("delay", duration(config.shutdown.delay))])));
-    let of_listener = |one: &Listener| listener(one, with_contents);
+    let of_listener = |one: &Listener| listener(one, lists);
     root.push(("listeners", list(config.listeners.iter().map(of_listener))));
     root.push(("pools", list(config.pools.iter().map(pool))));
     map(root)
@@ -70,12 +80,12 @@ fn tcp(config: &Config) -> Value {
     map([("keepalive", keepalive), ("user_timeout", duration(config.tcp.user_timeout))])
 }
 
-fn listener(listener: &Listener, with_contents: bool) -> Value {
+fn listener(listener: &Listener, lists: Lists) -> Value {
     let mut entries = vec![("name", listener.name.as_str().into()), ("listen", listener.listen.to_string().into())];
     entries.extend(listener.listen.ip().is_none().then(|| ("mode", format!("{:04o}", listener.mode).into())));
     entries.extend([
-        ("allow", off(listener.allow.as_ref().map(|list| access_list(list, with_contents)))),
-        ("deny", off(listener.deny.as_ref().map(|list| access_list(list, with_contents)))),
+        ("allow", off(listener.allow.as_ref().map(|list| access_list(list, lists)))),
+        ("deny", off(listener.deny.as_ref().map(|list| access_list(list, lists)))),
         ("routes", list(listener.routes.iter().map(route))),
         ("pool", listener.pool.as_deref().unwrap_or(RESET).into()),
         ("hello", hello(listener.hello)),
@@ -92,10 +102,11 @@ fn networks(networks: &Networks) -> Value {
     list(networks.list().iter().map(|network| network.to_string().into()))
 }
 
-fn access_list(access: &AccessList, with_contents: bool) -> Value {
-    let Some(file) = &access.file else { return networks(&access.networks) };
+fn access_list(access: &AccessList, lists: Lists) -> Value {
+    let file = access.file.as_ref().filter(|_| lists != Lists::Networks);
+    let Some(file) = file else { return networks(&access.networks) };
     let mut entries = vec![("file", file.display().to_string().into())];
-    if with_contents {
+    if lists == Lists::PathsAndContents {
         let names: Vec<_> = access.networks.list().iter().map(ToString::to_string).collect();
         let (count, digest) = (names.len(), seahash::hash(names.join(" ").as_bytes()));
         entries.push(("contents", format!("{count} networks, digest {digest:016x}").into()));

@@ -76,6 +76,13 @@ impl Listener {
         of_routes.chain(self.pool.as_deref())
     }
 
+    /// Whether `allow` lacks a balancer that sends a PROXY header. A health check of a balancer has a header without a
+    /// client, so the balancer itself is the client.
+    pub fn refuses_its_balancers(&self) -> bool {
+        let (Some(allow), Some(rules)) = (&self.allow, &self.proxy_protocol) else { return false };
+        !allow.networks.covers(&rules.from)
+    }
+
     /// The pool for which the listener's name stands in commands: the default, or that of the first route.
     pub fn main_pool(&self) -> Option<&str> {
         self.pool.as_deref().or_else(|| self.pools().next())

@@ -315,6 +315,12 @@ impl Config {
 
     /// Writes the whole config as YAML, with every default filled in. Loading that YAML gives the same config.
     pub fn to_yaml(&self) -> String {
-        effective::yaml(self)
+        effective::yaml(self, effective::Lists::Paths)
+    }
+
+    /// As [`Config::to_yaml`], with the networks of access lists in place of the paths of their files. The files can change
+    /// before another process reads the config.
+    pub fn to_yaml_without_files(&self) -> String {
+        effective::yaml(self, effective::Lists::Networks)
     }
 }

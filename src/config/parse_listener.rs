@@ -1,6 +1,6 @@
 //! Parses the keys of a listener, with their ranges and defaults.
 
-use super::parse_routes::{access_list, hello, networks, pool_name, routes};
+use super::parse_routes::{RESET, access_list, hello, networks, pool_name, routes};
 use super::reader::{Item, MINUTE, SECOND, Section, name, narrow, show};
 use super::{Listener, PerSource, Pool, Relay};
 use crate::address::Address;
@@ -26,7 +26,12 @@ pub(super) fn listener(mut section: Section<'_>, pools: &[Pool], relay: &Relay) 
     let deny = access_list(&mut section, "deny");
     let names: Vec<_> = pools.iter().map(|pool| pool.name.as_str()).collect();
     let routes = section.item("routes").map_or(Vec::new(), |item| routes(&item, &names));
-    let pool = section.required("pool", "the name of a pool, or reset").and_then(|item| pool_name(&item, &names));
+    let pool = section.required("pool", "the name of a pool, or reset").and_then(|item| {
+        if item.value.as_str() == Some(RESET) && routes.is_empty() {
+            item.fault("resets every connection: give the listener routes, or another pool");
+        }
+        pool_name(&item, &names)
+    });
     let listener = Listener {
         name,
         listen: listen.unwrap_or(Address::Ip(([0, 0, 0, 0], 0).into())),

@@ -1,10 +1,10 @@
 //! Parses what a listener decides for a connection: access lists, routes, and how a ClientHello is read.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::conflicts::duplicate_names;
 use super::reader::{Item, MINUTE, SECOND, Section, check_name, hint, narrow, show};
 use super::{AccessList, Relay, Route};
 use crate::label_enum;
@@ -14,8 +14,15 @@ use crate::proxy::{Condition, DEFAULT, HelloSettings, NamePattern};
 /// In place of the name of a pool: Ringway resets the connections.
 pub(super) const RESET: &str = "reset";
 
-/// Largest ClientHello in KiB, unless the worker's buffer is smaller.
+/// Largest ClientHello in KiB, unless the worker's buffer is smaller. The kernel's receive buffer holds about 120 KiB, and
+/// Ringway does not take the bytes out of it.
 const HELLO_KIB: usize = 64;
+
+/// Most routes of a listener. A connection tries them one after the other.
+const MOST_ROUTES: usize = 1000;
+
+/// Largest file of networks, in bytes.
+const LARGEST_FILE: u64 = 16 << 20;
 
 /// Faulty lines of a file that are reported one by one.
 const SHOWN_LINES: usize = 10;
@@ -73,28 +80,22 @@ pub(super) fn access_list(section: &mut Section<'_>, key: &'static str) -> Optio
 
 /// The networks in a file: one per line. A `#` begins a comment.
 fn from_file(path: &Path, item: &Item<'_>) -> Option<Networks> {
-    // Reading anything else, like a pipe, could take forever.
-    let is_file = std::fs::metadata(path).map(|metadata| metadata.is_file());
-    let text = match is_file {
-        Ok(true) => std::fs::read_to_string(path),
-        Ok(false) => Err(std::io::Error::other("not a file")),
-        Err(error) => Err(error),
-    };
-    let text = text.map_err(|error| item.fault(format_args!("cannot read {}: {error}", path.display()))).ok()?;
+    let text = read(path).map_err(|error| item.fault(format_args!("cannot read {}: {error}", path.display()))).ok()?;
     let (mut networks, mut faulty) = (Vec::new(), 0);
     for (n, line) in text.lines().enumerate() {
         let line = line.split_once('#').map_or(line, |(entry, _comment)| entry).trim();
         if line.is_empty() {
             continue;
         }
-        match line.parse::<Network>() {
-            Ok(network) => networks.push(network),
-            Err(problem) => {
-                faulty += 1;
-                if faulty <= SHOWN_LINES {
-                    item.fault(format_args!("{}:{}: {problem}", path.display(), n + 1));
-                }
-            }
+        if let Ok(network) = line.parse::<Network>() {
+            networks.push(network);
+            continue;
+        }
+        faulty += 1;
+        if faulty <= SHOWN_LINES {
+            let (path, n) = (path.display(), n + 1);
+            // Without the line itself: whoever may ask for a dry run could read any file.
+            item.fault(format_args!("{path}:{n}: not a network: write one like 10.0.0.0/8, fd00::/8 or 10.0.0.5"));
         }
     }
     if faulty > SHOWN_LINES {
@@ -103,19 +104,44 @@ fn from_file(path: &Path, item: &Item<'_>) -> Option<Networks> {
     Some(networks.into_iter().collect())
 }
 
+fn read(path: &Path) -> io::Result<String> {
+    let metadata = std::fs::metadata(path)?;
+    // Reading anything else, like a pipe, could take forever.
+    if !metadata.is_file() {
+        return Err(io::Error::other("not a file"));
+    }
+    if metadata.len() > LARGEST_FILE {
+        return Err(io::Error::other("larger than 16 MiB"));
+    }
+    std::fs::read_to_string(path)
+}
+
 /// The routes of a listener.
 pub(super) fn routes(item: &Item<'_>, pools: &[&str]) -> Vec<Route> {
     let items = item.list();
+    if items.len() > MOST_ROUTES {
+        item.fault(format_args!("has {} routes, and the maximum is {MOST_ROUTES}: use more listeners", items.len()));
+        return Vec::new();
+    }
     let before = item.faults.count();
     let routes: Vec<_> = items.iter().map(|item| route(item.clone().section(), pools)).collect();
     // A faulty condition matches more than it should, so it may seem to cover others.
     let are_sound = item.faults.count() == before;
-    duplicate_names(&item.faults, &item.path, routes.iter().map(|route| route.name.as_str()));
+    for (n, route) in routes.iter().enumerate().filter(|_| are_sound) {
+        let Some(first) = routes[..n].iter().position(|first| first.name == route.name) else { continue };
+        let (name, path) = (&route.name, &item.path);
+        items[n].fault(if items[n].value.get("name").is_some() {
+            format!("name: {name:?} is already the name of {path}[{first}]: choose another name")
+        } else {
+            format!("has the name {name:?}, after its pool, and so has {path}[{first}]: give it another name")
+        });
+    }
     for (n, route) in routes.iter().enumerate().filter(|_| are_sound) {
         if let Some(before) = routes[..n].iter().position(|before| before.when.covers(&route.when)) {
             items[n].fault(format_args!(
-                "never matches: {}[{before}] takes all of its connections. Remove it, or move it before that route",
-                item.path
+                "never matches, because {path}[{before}] takes all of its connections: remove this route, or move it before \
+                 {path}[{before}]",
+                path = item.path
             ));
         }
     }
@@ -149,13 +175,13 @@ fn route(mut section: Section<'_>, pools: &[&str]) -> Route {
     let name = section.item("name").and_then(|item| {
         let name = item.text()?;
         check_name(&item, &name);
-        if name == DEFAULT {
-            item.fault("is the name of the listener's own pool: choose another name");
-        }
         Some(name)
     });
-    section.finish();
     let name = name.unwrap_or_else(|| pool.clone().unwrap_or_else(|| RESET.to_owned()));
+    if name == DEFAULT {
+        section.fault("has the name default, which stands for the listener's own pool: give the route another name");
+    }
+    section.finish();
     Route { name, when, pool }
 }
 
@@ -189,7 +215,7 @@ pub(super) fn hello(mut section: Section<'_>, relay: &Relay) -> HelloSettings {
     let timeout = section.duration("timeout", SECOND..=MINUTE, Duration::from_secs(5));
     let max_kib: usize = match section.item("max_kib") {
         Some(item) => {
-            let max_kib = item.integer(&(1..=1024)).map_or(HELLO_KIB, narrow);
+            let max_kib = item.integer(&(1..=HELLO_KIB as u64)).map_or(HELLO_KIB.min(relay.buffer_kib), narrow);
             if max_kib > relay.buffer_kib {
                 item.fault(format_args!(
                     "{max_kib} is larger than relay.buffer_kib ({}): lower it, or raise relay.buffer_kib",

@@ -1,5 +1,6 @@
 //! The access log: one line per connection. Writing a line never blocks a worker.
 
+use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use serde::Serialize;
 use super::connect::Try;
 use super::connection::Connection;
 use crate::address::Address;
+use crate::client_hello::Hello;
 use crate::label_enum;
 use crate::labels::Label;
 use crate::lossy_writer::{LossyWriter, LostLines, Sink, append};
@@ -150,7 +152,6 @@ impl Line<'_> {
     fn fields(&self) -> Fields<'_> {
         let Self { connection, tries, outcome, duration } = *self;
         let (serving, served) = (&connection.listener.serving, connection.served.get());
-        let hello = connection.hello.get();
         let rule = connection.rule.get().map(|rule| &serving.routing.rules[usize::from(rule)]);
         let tried = |one: &'_ Try| one.failure.map_or("left", |failure| failure.as_str());
         Fields {
@@ -163,7 +164,7 @@ impl Line<'_> {
             peer: connection.balancer().map(|peer| peer.to_string()),
             proxy: connection.proxy_header.get().map(Label::as_str),
             sni: connection.server_name(),
-            alpn: hello.map(|hello| hello.protocols().map(escaped).collect()),
+            alpn: connection.hello.get().map(|hello| protocols(hello)),
             backend: served.map(|served| &*served.backend),
             address: served.map(|served| &served.address),
             tries: tries.iter().map(|one| Tried { backend: &one.backend, failure: tried(one) }).collect(),
@@ -224,12 +225,24 @@ fn milliseconds(time: Duration) -> f64 {
     time.as_micros() as f64 / 1000.0
 }
 
+/// The protocols that a client offers. `...` stands for those that Ringway did not keep.
+fn protocols(hello: &Hello) -> Vec<String> {
+    let more = hello.offers_more.then(|| "...".to_owned());
+    hello.protocols().map(escaped).chain(more).collect()
+}
+
 /// Bytes from the network as text that cannot end a field or a line.
 fn escaped(bytes: &[u8]) -> String {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:+".contains(&byte);
-    let shown =
-        bytes.iter().map(|&byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("\\x{byte:02x}") });
-    shown.collect()
+    let mut text = String::with_capacity(bytes.len());
+    for &byte in bytes {
+        if byte.is_ascii_alphanumeric() || b"-_./:+".contains(&byte) {
+            text.push(char::from(byte));
+        } else {
+            // Writing to a String cannot fail.
+            let _ = write!(text, "\\x{byte:02x}");
+        }
+    }
+    text
 }
 
 /// The wall-clock time, for people who read the log. It is never used to measure durations.

@@ -13,6 +13,9 @@ use super::stats::{EndReason, HelloResult, RefusalReason};
 use crate::client_hello::{Hello, Parsed, parse};
 use crate::stream::Stream;
 
+/// Bytes of a client's list of protocols that a connection keeps for the access log.
+const KEPT_PROTOCOLS: usize = 256;
+
 /// Returns the route of the connection, with its index among the listener's routes. Sets the connection's rule, and its
 /// ClientHello if a rule or the key needs it.
 ///
@@ -29,22 +32,24 @@ pub(super) async fn route<'a>(client: &Stream, connection: &'a Connection) -> Re
             let (result, hello) = look(client, connection, routing.hello).await?;
             let share = connection.listener.share();
             share.count_hello(result);
-            let begin = hello.map(|hello| {
+            let decided = match (result, &hello) {
+                (_, Some(hello)) => routing.decide(from, Some(Begin::Tls(hello))),
+                (HelloResult::Plain, None) => routing.decide(from, Some(Begin::Plain)),
+                (HelloResult::Silent, None) => routing.decide_for_silent(from),
+                (_, None) => None,
+            };
+            if let Some(mut hello) = hello {
                 routing.hello_bytes.record(hello.length as f64);
                 if hello.has_ech {
                     share.count_ech();
                 }
-                Begin::Tls(connection.hello.get_or_init(|| Box::new(hello)))
-            });
-            let decided = match result {
-                HelloResult::Sni | HelloResult::NoSni => routing.decide(from, begin),
-                HelloResult::Plain => routing.decide(from, Some(Begin::Plain)),
-                HelloResult::Silent => routing.decide_for_silent(from),
-                HelloResult::Invalid | HelloResult::TooLarge | HelloResult::Timeout => None,
-            };
-            let default = routing.hello.undecided_takes_default.then_some(routing.rules.len() - 1);
+                hello.shorten(KEPT_PROTOCOLS);
+                // A connection has one ClientHello.
+                let _ = connection.hello.set(Box::new(hello));
+            }
+            let default = || routing.hello.undecided_takes_default.then(|| routing.decide_undecided(from));
             // A rule that does not depend on the bytes stays. Only the key falls back.
-            without_bytes.or(decided).or(default).ok_or(match result {
+            without_bytes.or(decided).or_else(default).ok_or(match result {
                 HelloResult::TooLarge => RefusalReason::HelloTooLarge,
                 HelloResult::Silent | HelloResult::Timeout => RefusalReason::HelloTimeout,
                 _ => RefusalReason::HelloInvalid,

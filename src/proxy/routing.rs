@@ -118,12 +118,17 @@ impl Routing {
         None
     }
 
-    /// The first rule for clients without TLS, for a client that sends nothing.
+    /// The rule for a client that sends nothing: as for a client without TLS, but only if there is a rule for such clients
+    /// at that place or behind it. Otherwise `None`.
     pub(super) fn decide_for_silent(&self, client: Client) -> Option<usize> {
-        let is_for_plain = |rule: &Rule| rule.when.tls == Some(false);
-        self.rules
-            .iter()
-            .position(|rule| is_for_plain(rule) && rule.when.holds(client, Some(Begin::Plain)) == Some(true))
+        let rule = self.decide(client, Some(Begin::Plain))?;
+        self.rules[rule..].iter().any(|later| later.when.tls == Some(false)).then_some(rule)
+    }
+
+    /// The first rule that matches whatever the client's bytes are.
+    pub(super) fn decide_undecided(&self, client: Client) -> usize {
+        let is_certain = |rule: &Rule| rule.when.holds(client, None) == Some(true);
+        self.rules.iter().position(is_certain).unwrap_or(self.rules.len() - 1)
     }
 
     /// Why the client may not connect; `None`: it may.
@@ -215,7 +220,8 @@ impl std::str::FromStr for NamePattern {
     fn from_str(text: &str) -> Result<Self, String> {
         let problem = || {
             format!(
-                "{text:?} is not a server name: write it like www.example.com, or *.example.com for one label before it"
+                "{text:?} is not a server name: write it like www.example.com, or *.example.com for one label before it. A name \
+                 with other letters needs its xn-- form. An address is no server name: use from"
             )
         };
         match text.strip_prefix("*.") {

@@ -93,9 +93,9 @@ label_enum! {
 }
 
 impl RefusalReason {
-    /// Whether an access list refused the client. Somebody who is kept out must not fill the log.
+    /// Whether a list of addresses refused the client. Somebody who is kept out must not fill the log.
     pub(super) fn is_by_list(self) -> bool {
-        matches!(self, Self::Denied | Self::NotAllowed)
+        matches!(self, Self::Denied | Self::NotAllowed | Self::ProxyUntrusted)
     }
 }
 

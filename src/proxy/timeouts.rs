@@ -64,6 +64,8 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
         }
         of_open = SLOWEST;
         for (_, connection) in worker.open.borrow().iter() {
+            // A connection without a backend has other timeouts.
+            let Some(served) = connection.served.get() else { continue };
             connection.report();
             of_open = of_open.min(connection.listener.tick);
             if connection.is_active.take() {
@@ -71,7 +73,6 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
             }
             // Since the tick that found it active: a connection can live one tick longer than configured, never shorter.
             let silent = now.saturating_sub(connection.last_active.get());
-            let Some(served) = connection.served.get() else { continue };
             let verdict = verdict(connection, served, now, silent, stopped);
             // A connection in this state does not notice by itself that a side has broken.
             let inspect = inspects && (connection.blocked.get() || connection.half_closed.get());

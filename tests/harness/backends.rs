@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
+use super::{Random, seed};
+
 /// A server that handles every connection with one function. It stops when it is dropped.
 pub(crate) struct Server {
     pub(crate) address: SocketAddr,
@@ -52,6 +54,19 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+/// Ports that nothing uses now. The system does not choose them for clients or for port 0.
+pub(crate) fn free_ports<const N: usize>() -> [u16; N] {
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
+    let first: u16 = range.split_whitespace().next().unwrap().parse().unwrap();
+    let mut random = Random(seed());
+    let mut taken: Vec<std::net::TcpListener> = Vec::new();
+    while taken.len() < N {
+        let port = 1024 + u16::try_from(random.below(usize::from(first - 1024))).unwrap();
+        taken.extend(std::net::TcpListener::bind(("127.0.0.1", port)));
+    }
+    std::array::from_fn(|n| taken[n].local_addr().unwrap().port())
 }
 
 /// An address that refuses connections. It stays reserved until this is dropped.

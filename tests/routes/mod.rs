@@ -167,8 +167,8 @@ async fn no_cut_changes_the_route() {
     }
     let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
     stream.set_nodelay(true).unwrap();
-    // One byte in each record, and one byte at a time.
-    let bytes: Vec<u8> = message.iter().flat_map(|&byte| record(&[byte])).collect();
+    // Many records, and one byte at a time.
+    let bytes: Vec<u8> = message.chunks(2).flat_map(record).collect();
     for byte in &bytes {
         stream.write_all(&[*byte]).await.unwrap();
         tokio::task::yield_now().await;
@@ -206,15 +206,22 @@ async fn what_decides_nothing_never_takes_the_default_route() {
     let yaml = routed(&routes, &["a", "b"], &servers, PLAIN_POOL);
     let ringway = Ringway::start(&yaml).await;
     let hello = client_hello("a.example", &[]);
-    let mut two_names = hello.clone();
-    // Where the name's extension begins, another one says the same: the message has the same length.
-    let end = two_names.len() - 4;
-    two_names[end] = 0;
+    // The extension has the length of a list with two names: a name, and the same name once more.
+    let entry = [&[0, 0, 9][..], b"a.example"].concat();
+    let list = [&entry[..], &entry].concat();
+    let name = [&[0, 0, 0, 26, 0, 24][..], &list].concat();
+    let body = [&[3, 3][..], &[7; 32], &[0], &[0, 2, 0x13, 1], &[1, 0], &[0, 30], &name].concat();
+    let two_names = record(&[&[1, 0, 0, u8::try_from(body.len()).unwrap()][..], &body].concat());
     let alert = [&record(&hello[5..30])[..], &[21, 3, 1, 0, 2, 2, 40]].concat();
     let not_a_name = client_hello("a example", &[]);
+    // Servers made with Go or GnuTLS accept these records before the hello.
+    let after_alert = [&[21, 3, 1, 0, 2, 1, 0x70][..], &hello].concat();
+    let after_change = [&[20, 3, 3, 0, 1, 1][..], &hello].concat();
     let (invalid, late) = (RefusalReason::HelloInvalid, RefusalReason::HelloTimeout);
     for (bytes, ends, wanted) in [
         (&two_names[..], false, invalid),
+        (&after_alert, false, invalid),
+        (&after_change, false, invalid),
         (&alert, false, invalid),
         (&not_a_name, false, invalid),
         (&[22, 3, 1, 0, 0], false, invalid),
@@ -339,12 +346,8 @@ async fn a_connection_follows_its_route() {
     const POOLS: [&str; 2] = ["a", "b"];
     let servers = servers(&POOLS).await;
     let routes = "    routes: [{ sni: [a.example], pool: a }]\n    pool: b\n";
-    let yaml = routed(routes, &POOLS, &servers, "health_check: { kind: none }, drain: 10s").replacen(
-        "drain: 10s",
-        "drain: 10s, max_connections_per_backend: 1, timeouts: { idle: 500ms }",
-        1,
-    );
-    let ringway = Ringway::start(&yaml).await;
+    let yaml = routed(routes, &POOLS, &servers, "health_check: { kind: none }, drain: 10s");
+    let ringway = Ringway::start(&yaml.replacen("drain: 10s", "drain: 10s, max_connections_per_backend: 1", 1)).await;
     let (to_a, to_b) = (client_hello("a.example", &[]), b"plain".to_vec());
     let open = async |bytes: &[u8]| {
         let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
@@ -357,6 +360,10 @@ async fn a_connection_follows_its_route() {
     assert_eq!(answer(&mut on_a, &to_a).await, 'a');
     is_reset(&mut open(&to_a).await).await;
     eventually("counted", || stats(&ringway).refused(RefusalReason::BackendsFull) == 1).await;
+    drop(on_a);
+    ringway.reload(&yaml.replacen("drain: 10s", "drain: 10s, timeouts: { idle: 200ms }", 1)).await.unwrap();
+    let mut on_a = open(&to_a).await;
+    assert_eq!(answer(&mut on_a, &to_a).await, 'a');
     is_reset(&mut on_a).await;
     eventually("counted", || stats(&ringway).ended(EndReason::IdleTimeout) == 1).await;
     assert!(soon("an echo", echoes(&mut on_b)).await, "the other pool has another timeout");

@@ -7,6 +7,7 @@ use ringway::client_hello::{Parsed, parse};
 use tempfile::TempDir;
 
 use super::*;
+use crate::harness::backends::free_ports;
 use crate::harness::program::{Killed, file};
 use crate::harness::require_tool;
 
@@ -56,10 +57,6 @@ fn certificate() -> TempDir {
         .unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     folder
-}
-
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 /// nginx with one HTTPS site on each port. A site answers with its letter.
@@ -112,7 +109,7 @@ async fn curl_and_openssl_reach_two_https_sites_behind_one_port() {
         return;
     }
     let folder = certificate();
-    let ports = [free_port(), free_port()];
+    let ports = free_ports::<2>();
     let _nginx = nginx(&folder, &[('a', ports[0]), ('b', ports[1])]).await;
     let ringway = by_name(ports).await;
     let port = ringway.web().port();
@@ -153,7 +150,7 @@ async fn chromium_reaches_two_https_sites_behind_one_port() {
         return;
     }
     let folder = certificate();
-    let ports = [free_port(), free_port()];
+    let ports = free_ports::<2>();
     let _nginx = nginx(&folder, &[('a', ports[0]), ('b', ports[1])]).await;
     let ringway = by_name(ports).await;
     let port = ringway.web().port();
@@ -187,7 +184,7 @@ async fn redis_has_one_port_with_and_without_tls() {
         return;
     }
     let folder = certificate();
-    let ports = [free_port(), free_port()];
+    let ports = free_ports::<2>();
     let server = Command::new("redis-server")
         .args(["--port", &ports[0].to_string(), "--tls-port", &ports[1].to_string(), "--save", ""])
         .args(["--tls-cert-file", "cert.pem", "--tls-key-file", "key.pem", "--tls-ca-cert-file", "cert.pem"])
@@ -230,7 +227,7 @@ async fn ssh_works_beside_https() {
         return;
     }
     let folder = certificate();
-    let ports = [free_port(), free_port()];
+    let ports = free_ports::<2>();
     let _nginx = nginx(&folder, &[('a', ports[1])]).await;
     let key = folder.path().join("host_key");
     let made = output("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-f", key.to_str().unwrap()]).await;

@@ -83,6 +83,25 @@ fn a_rule_is_decided_without_bytes_only_if_no_rule_before_it_needs_them() {
 }
 
 #[test]
+fn a_silent_client_is_one_without_tls_if_the_rules_expect_such_clients() {
+    let sni = condition(&["a.example"], &[], &[], None);
+    let near = condition(&[], &[], &["10.0.0.0/8"], None);
+    let plain = condition(&[], &[], &[], Some(false));
+    let plain_far = condition(&[], &[], &["192.0.2.0/24"], Some(false));
+    let with_plain = routing(&[sni.clone(), near.clone(), plain]);
+    // A rule before the one for clients without TLS still counts.
+    assert_eq!(with_plain.decide_for_silent(client("10.0.0.1")), Some(1));
+    assert_eq!(with_plain.decide_for_silent(client("11.0.0.1")), Some(2));
+    let with_far = routing(&[sni, plain_far, near]);
+    assert_eq!(with_far.decide_for_silent(client("192.0.2.1")), Some(1));
+    assert_eq!(with_far.decide_for_silent(client("10.0.0.1")), None);
+    assert_eq!(with_far.decide_for_silent(client("11.0.0.1")), None, "the default is not for silent clients");
+    // If the config lets undecided connections in, they still do not get past a rule for their address.
+    assert_eq!(with_far.decide_undecided(client("10.0.0.1")), 2);
+    assert_eq!(with_far.decide_undecided(client("11.0.0.1")), 3);
+}
+
+#[test]
 fn a_list_of_denied_clients_counts_more_than_one_of_allowed_clients() {
     let networks = |list: &[&str]| Some(Arc::new(list.iter().map(|net| net.parse::<Network>().unwrap()).collect()));
     let mut routing = routing(&[]);
