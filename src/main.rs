@@ -21,6 +21,8 @@ fn main() -> ExitCode {
         Some(Command::Check(ref check)) => cli::check(&arguments.common, check),
         Some(Command::Status(ref options)) => cli::status::status(&arguments.common, options),
         Some(Command::Explain(ref options)) => cli::explain::explain(&arguments.common, options),
+        Some(Command::Sessions(ref list)) => cli::sessions::list(&arguments.common, list),
+        Some(Command::Kill(ref kill)) => cli::sessions::kill(&arguments.common, kill),
         Some(Command::Reap(ref options)) => cli::reap::reap(&arguments.common, options),
         Some(Command::Healthcheck) => cli::healthcheck::healthcheck(),
         Some(Command::Runtime(command)) => cli::commands::run(&arguments.common, command),

@@ -28,6 +28,7 @@ mod replicas;
 mod routes;
 mod service_manager;
 mod serving;
+mod sessions;
 mod side_port;
 mod stalls;
 mod unix;

@@ -5,6 +5,7 @@
 //! - this file: the shared state of the routes, and the routes
 //! - [`status`] answers `/api/status` on the side port; [`on_listener`] on listeners with `answer_status`
 //! - [`explain`] answers `/api/explain`: why a connection goes to its backend
+//! - [`sessions`] lists and ends open connections
 //! - [`request`] answers `/api/request`
 //! - [`commands`]: run-time commands as HTTP calls; [`guard`] decides who may call what
 //! - [`scrape`] answers `/metrics` with the text of [`exposition`]
@@ -13,6 +14,7 @@
 pub mod commands;
 pub mod explain;
 pub mod on_listener;
+pub mod sessions;
 pub mod status;
 
 mod error;
@@ -46,6 +48,7 @@ use crate::label_enum;
 use crate::labels::Tally;
 use crate::lossy_writer::LostLines;
 use crate::metrics::{Exporter, PerBackend};
+use crate::proxy::sessions::Sessions;
 use crate::proxy::socket::TcpOptions;
 use crate::proxy::stats::ListenerStats;
 use crate::proxy::stats::WorkerStats;
@@ -74,6 +77,8 @@ pub struct State {
     pub exporter: Exporter,
     /// Limit on the connections of the whole process.
     pub limit: Arc<Limit>,
+    /// The open connections.
+    pub sessions: Sessions,
     /// Reloads so far.
     pub reloads: Tally<Outcome>,
     /// Upgrades so far, failed ones included.
@@ -102,6 +107,7 @@ impl State {
             workers: proxy.workers(),
             exporter,
             limit: Arc::clone(proxy.limit()),
+            sessions: proxy.sessions(),
             reloads: Tally::default(),
             upgrades: Tally::default(),
             runtimes,
@@ -213,6 +219,7 @@ pub fn router(state: Arc<State>) -> Router {
         .route("/api/status", status)
         .route("/api/explain", explained)
         .merge(commands::routes(&state))
+        .merge(sessions::routes(&state))
         .route("/metrics", get(scrape::metrics))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
@@ -238,7 +245,7 @@ async fn ready(Extract(state): Extract<Arc<State>>) -> Response {
 }
 
 async fn not_found(uri: Uri) -> Error {
-    let known = "/api/request, /api/status, /api/explain, /api/reload, /api/upgrade, /api/pools/POOL/…, /metrics, /healthz, /readyz";
+    let known = "/api/request, /api/status, /api/explain, /api/sessions, /api/reload, /api/upgrade, /api/pools/POOL/…, /metrics, /healthz, /readyz";
     Error::new(StatusCode::NOT_FOUND, "not_found", format!("unknown path {}; known paths: {known}", uri.path()))
 }
 

@@ -16,6 +16,7 @@ pub(crate) mod healthcheck;
 pub(crate) mod init;
 pub(crate) mod reap;
 pub(crate) mod run;
+pub(crate) mod sessions;
 pub(crate) mod status;
 
 mod logging;
@@ -80,6 +81,10 @@ pub(crate) enum Command {
     Status(status::Options),
     /// Show why a connection goes to its backend: routes, key, probes and walk
     Explain(explain::Options),
+    /// List the open connections
+    Sessions(sessions::List),
+    /// End open connections with a reset, by id or by conditions
+    Kill(sessions::Kill),
     /// Remove the containers that Ringway created (they keep running when Ringway stops)
     Reap(reap::Options),
     /// Exit with 0 if process 1 of this container (Ringway or the demo backend) is ready
@@ -158,6 +163,21 @@ pub(crate) fn check(common: &Common, check: &Check) -> Result<(), Failure> {
         let _ = writeln!(std::io::stderr(), "ringway: warning: listeners[{n}]: {what}");
     }
     print(&format!("# {origin}, with every default filled in\n{}", config.to_yaml()))
+}
+
+/// Rows with aligned columns.
+fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let mut widths = [0; N];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = (*width).max(cell.len());
+        }
+    }
+    let line = |row: &[String; N]| {
+        let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        cells.join("  ").trim_end().to_owned() + "\n"
+    };
+    rows.iter().map(line).collect()
 }
 
 /// Prints to standard output. A closed pipe (`ringway check | head`) is not a failure.

@@ -75,6 +75,13 @@ pub(super) async fn read<T: DeserializeOwned>(common: &Common, port: &Port, path
     serde_json::from_slice(answer.body()).context("the side port's answer is of another version")
 }
 
+/// Sends a `DELETE`, and returns its answer.
+pub(super) async fn delete<T: DeserializeOwned>(common: &Common, port: &Port, path: &str) -> anyhow::Result<T> {
+    let request = Request::builder().method("DELETE").uri(path);
+    let answer = change(common, port, request, String::new()).await?;
+    serde_json::from_slice(&answer).context("the side port's answer is of another version")
+}
+
 /// Why the side port refuses a call.
 fn refusal(answer: &Response<Bytes>) -> String {
     let error: serde_json::Value = serde_json::from_slice(answer.body()).unwrap_or_default();
@@ -84,15 +91,21 @@ fn refusal(answer: &Response<Bytes>) -> String {
 
 /// Sends a command and waits for its report.
 pub(super) async fn run(common: &Common, port: &Port, command: &Command) -> anyhow::Result<Report> {
-    let address = address(common, port)?;
     let HttpCall { method, path, body } = HttpCall::of(command);
-    let mut request = Request::builder().method(method).uri(path);
+    let answer = change(common, port, Request::builder().method(method).uri(path), body).await?;
+    serde_json::from_slice(&answer).context("the side port's answer is not a report")
+}
+
+/// Sends a call that changes something, with the token.
+async fn change(common: &Common, port: &Port, request: Builder, body: String) -> anyhow::Result<Bytes> {
+    let address = address(common, port)?;
+    let mut request = request;
     if let Some(token) = token(common, port)? {
         request = request.header(AUTHORIZATION, format!("Bearer {token}"));
     }
     let answer = ask(address, request, body, COMMAND_TIMEOUT).await.with_context(|| unreachable(address))?;
     if answer.status().is_success() {
-        return serde_json::from_slice(answer.body()).context("the side port's answer is not a report");
+        return Ok(answer.into_body());
     }
     anyhow::ensure!(answer.status() != StatusCode::UNAUTHORIZED, "wrong or missing token: use --token-file or {TOKEN}");
     anyhow::bail!(refusal(&answer))

@@ -50,12 +50,6 @@ fn table(status: &Status) -> String {
     for pool in &status.pools {
         rows.extend(pool.backends.iter().map(|backend| row(&pool.name, backend)));
     }
-    let mut widths = [0; 11];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.len());
-        }
-    }
     let ready = if status.ready { "ready" } else { "not ready" };
     let mut lines = vec![format!("Ringway {}, up {:.0} s, {ready}", status.version, status.uptime_seconds)];
     for listener in &status.listeners {
@@ -87,10 +81,7 @@ fn table(status: &Status) -> String {
         );
     }
     lines.push(String::new());
-    for row in &rows {
-        let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        lines.push(cells.join("  ").trim_end().to_owned());
-    }
+    lines.push(super::table(&rows).trim_end().to_owned());
     let exits = status.pools.iter().flat_map(|pool| &pool.backends).filter(|backend| backend.replica.is_none());
     for (backend, exit) in exits.filter_map(|backend| Some((backend, backend.last_exit.as_ref()?))) {
         lines.push(format!("\n{}: {}, {:.0} s ago", backend.id, exit.reason, exit.seconds_ago));

@@ -4,10 +4,12 @@ use std::cell::{Cell, OnceCell, RefCell};
 use std::fmt;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::net::SocketAddr;
+use std::num::ParseIntError;
 use std::rc::Rc;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::task::Waker;
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use super::Route;
@@ -20,7 +22,7 @@ use crate::stream::Client;
 
 /// Identifies a connection. No two connections of a process have the same id, and hardly two of any processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct ConnectionId(u64);
+pub struct ConnectionId(u64);
 
 /// Bits of an id that hold the number of the worker, of which there are at most 1024.
 const WORKER_BITS: u32 = 10;
@@ -32,9 +34,22 @@ impl ConnectionId {
         Self(random << WORKER_BITS | worker as u64)
     }
 
+    /// The number of the worker that serves the connection.
+    pub(super) fn worker(self) -> usize {
+        (self.0 & ((1 << WORKER_BITS) - 1)) as usize
+    }
+
     /// The id of the worker's next connection.
     pub(super) fn next(self) -> Self {
         Self(self.0.wrapping_add(1 << WORKER_BITS))
+    }
+}
+
+impl FromStr for ConnectionId {
+    type Err = ParseIntError;
+
+    fn from_str(text: &str) -> Result<Self, ParseIntError> {
+        u64::from_str_radix(text, 16).map(Self)
     }
 }
 
@@ -79,7 +94,7 @@ pub(super) struct Connection {
     pub(super) give_up_pipes: Cell<bool>,
     /// Set by the timeout task: the relay checks whether a side has broken.
     pub(super) inspect: Cell<bool>,
-    /// Set by the timeout task: the relay ends the connection for this reason.
+    /// Set by the timeout task or by an operator: the connection ends for this reason.
     pub(super) verdict: Cell<Option<EndReason>>,
     pub(super) waker: RefCell<Option<Waker>>,
 }
@@ -156,6 +171,25 @@ impl Connection {
     /// The route, once it is decided.
     pub(super) fn route(&self) -> Option<&Route> {
         Some(&self.listener.serving.routing.routes[self.route_index()?])
+    }
+
+    /// Ends the connection for this reason: its task learns of it when it runs next.
+    pub(super) fn end(&self, reason: EndReason) {
+        self.verdict.set(Some(reason));
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
+
+    /// Waits until somebody ends the connection, before it has a relay.
+    pub(super) fn ended_early(&self) -> impl Future<Output = EndReason> + '_ {
+        std::future::poll_fn(|cx| {
+            if let Some(reason) = self.verdict.get() {
+                return Poll::Ready(reason);
+            }
+            self.waker.replace(Some(cx.waker().clone()));
+            Poll::Pending
+        })
     }
 
     /// Adds the bytes moved since the last report to the shared counters.

@@ -16,12 +16,14 @@
 //! - [`not_served`]: a client's connection until it has a backend
 //! - [`limit`], [`source_limits`]: connection limits of the process and its listeners, and of single source addresses
 //! - [`listening`]: listening sockets of both families; [`socket`]: those of TCP, and TCP options
-//! - [`access_log`]: one log line per connection; [`explain`]: why a connection goes to its backend
+//! - [`access_log`]: one log line per connection; [`explain`]: why a connection goes to its
+//!   backend; [`sessions`]: the list of open connections
 
 pub mod access_log;
 pub mod explain;
 pub mod key;
 pub mod listening;
+pub mod sessions;
 pub mod socket;
 pub mod stats;
 
@@ -58,11 +60,13 @@ use tokio_util::sync::CancellationToken;
 
 use self::access_log::AccessLog;
 pub use self::connect::{Connected, Try, connect};
+pub use self::connection::ConnectionId;
 use self::deal::Peer;
 pub use self::limit::{ConnectionPermit, Limit};
 use self::listening::ListeningSocket;
 pub use self::proxy_protocol::ProxyProtocol;
 pub use self::routing::{Condition, DEFAULT, HelloSettings, NamePattern, Reports, Route, Routing, Rule};
+use self::sessions::Sessions;
 use self::socket::TcpOptions;
 pub use self::source_limits::{SourceLimits, Sources};
 use self::stats::{ListenerStats, WorkerStats};
@@ -235,6 +239,11 @@ impl Proxy {
     /// The connection limit of the whole process.
     pub fn limit(&self) -> &Arc<Limit> {
         &self.limit
+    }
+
+    /// Searches the open connections.
+    pub fn sessions(&self) -> Sessions {
+        Sessions::new(Arc::clone(&self.workers))
     }
 
     /// The counters of each worker.

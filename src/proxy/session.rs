@@ -22,7 +22,12 @@ pub(super) fn serve_connection(client: Stream, mut account: Account) -> impl Fut
     // Not in the future: it may be dropped before its first poll.
     let client = NotServed::new(client);
     let connecting = Box::pin(async move {
-        let relay = reach_backend(client, &mut account).await;
+        let connection = Rc::clone(&account.connection);
+        let relay = tokio::select! {
+            biased;
+            relay = reach_backend(client, &mut account) => relay,
+            reason = connection.ended_early() => Err(reason.into()),
+        };
         (relay, account)
     });
     async move {

@@ -30,6 +30,8 @@ label_enum! {
         BackendDown => "backend_down",
         /// The connection reached the pool's `max_connection_age`.
         MaxAge => "max_connection_age",
+        /// An operator ended it (`ringway kill`).
+        Operator => "operator",
         /// Ringway answered the connection itself (`answer_status`).
         Answered => "answered",
         /// Local failure: the system had no memory for the connection.
@@ -50,6 +52,7 @@ impl EndReason {
                 | Self::DrainDeadline
                 | Self::BackendDown
                 | Self::MaxAge
+                | Self::Operator
         )
     }
 }

@@ -77,7 +77,9 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
             // A connection in this state does not notice by itself that a side has broken.
             let inspect = inspects && (connection.blocked.get() || connection.half_closed.get());
             let give_up_pipes = is_short_of_pipes && connection.blocked.get() && silent >= PIPE_HELD;
-            connection.verdict.set(verdict);
+            if verdict.is_some() {
+                connection.verdict.set(verdict);
+            }
             connection.inspect.set(inspect);
             connection.give_up_pipes.set(give_up_pipes);
             let needs_keepalive = connection.keepalive.get() == KeepaliveState::NotYet;

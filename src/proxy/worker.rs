@@ -19,6 +19,7 @@ use super::deal::{Dealer, Dealt, Peer};
 use super::limit::Limit;
 use super::listening::ListeningSocket;
 use super::pipe::PipePool;
+use super::sessions::Search;
 use super::stats::WorkerStats;
 use super::write_backlog::WriteBacklog;
 use super::{ListenerId, Serving, timeouts};
@@ -54,6 +55,8 @@ pub(super) enum WorkerCommand {
     Update(ListenerId, Arc<Serving>),
     /// Serve a connection that another worker has accepted.
     Serve(Dealt),
+    /// Search the open connections.
+    Search(Search),
     /// Accept the queued connections, then close the listener.
     Close(ListenerId),
 }
@@ -127,6 +130,10 @@ async fn serve(mut setup: Setup) {
             }
             Some(WorkerCommand::Serve(dealt)) => {
                 listeners.serve(dealt);
+                Ok(())
+            }
+            Some(WorkerCommand::Search(search)) => {
+                tokio::task::spawn_local(search.run(Rc::clone(&worker)));
                 Ok(())
             }
             Some(WorkerCommand::Update(id, serving)) => listeners.update(id, serving),

@@ -1,0 +1,147 @@
+//! `ringway sessions` and `ringway kill`: the open connections of a running Ringway.
+
+use std::time::Duration;
+
+use clap::Args;
+use ringway::api::sessions::{Ended, MOST, Page, Parameters, Shown};
+
+use super::{Common, Failure, print, runtime, side_port};
+
+/// Which sessions.
+#[derive(Debug, Args)]
+struct Filter {
+    /// Of this listener
+    #[arg(long)]
+    listener: Option<String>,
+    /// To this pool
+    #[arg(long)]
+    pool: Option<String>,
+    /// To this backend
+    #[arg(long)]
+    backend: Option<String>,
+    /// Of clients in these networks, like 10.0.0.0/8 (several: with commas)
+    #[arg(long, value_name = "NETWORK")]
+    source: Option<String>,
+    /// For this server name
+    #[arg(long, value_name = "NAME")]
+    sni: Option<String>,
+    /// At least this old, like 1h
+    #[arg(long, value_name = "DURATION")]
+    older: Option<String>,
+    /// Without a byte for this long, like 10m
+    #[arg(long, value_name = "DURATION")]
+    idle: Option<String>,
+    /// In this state: connecting, open, `half_closed` or blocked
+    #[arg(long)]
+    state: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct List {
+    #[command(flatten)]
+    filter: Filter,
+    /// Maximum number of sessions
+    #[arg(long, default_value_t = 100)]
+    limit: usize,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    port: side_port::Port,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Kill {
+    /// Ids of sessions
+    ids: Vec<String>,
+    #[command(flatten)]
+    filter: Filter,
+    /// End every session
+    #[arg(long)]
+    all: bool,
+    #[command(flatten)]
+    port: side_port::Port,
+}
+
+impl Filter {
+    fn parameters(&self) -> Parameters {
+        Parameters {
+            listener: self.listener.clone(),
+            pool: self.pool.clone(),
+            backend: self.backend.clone(),
+            source: self.source.clone(),
+            sni: self.sni.clone(),
+            older: self.older.clone(),
+            idle: self.idle.clone(),
+            state: self.state.clone(),
+            ..Parameters::default()
+        }
+    }
+}
+
+pub(crate) fn list(common: &Common, list: &List) -> Result<(), Failure> {
+    let sessions = runtime()?.block_on(async {
+        let (mut sessions, mut cursor) = (Vec::new(), None);
+        while sessions.len() < list.limit {
+            let limit = Some((list.limit - sessions.len()).min(MOST));
+            let parameters = Parameters { limit, cursor, ..list.filter.parameters() };
+            let page: Page = side_port::read(common, &list.port, &parameters.path()).await?;
+            sessions.extend(page.sessions);
+            cursor = page.next;
+            if cursor.is_none() {
+                break;
+            }
+        }
+        anyhow::Ok(sessions)
+    })?;
+    if list.json {
+        // Text and numbers always serialize.
+        return print(&(serde_json::to_string_pretty(&sessions).unwrap_or_default() + "\n"));
+    }
+    print(&table(&sessions))
+}
+
+pub(crate) fn kill(common: &Common, kill: &Kill) -> Result<(), Failure> {
+    let filter = Parameters { all: kill.all.then_some(true), ..kill.filter.parameters() };
+    let by_filter = filter != Parameters::default();
+    if kill.ids.is_empty() != by_filter {
+        return Err(anyhow::anyhow!("give ids, or conditions like --source, or --all").into());
+    }
+    let ended = runtime()?.block_on(async {
+        if by_filter {
+            return side_port::delete::<Ended>(common, &kill.port, &filter.path()).await.map(|ended| ended.ended);
+        }
+        let mut sum = 0;
+        for id in &kill.ids {
+            sum += side_port::delete::<Ended>(common, &kill.port, &format!("/api/sessions/{id}")).await?.ended;
+        }
+        Ok(sum)
+    })?;
+    print(&format!("{ended} sessions ended\n"))
+}
+
+fn table(sessions: &[Shown]) -> String {
+    let head = ["ID", "CLIENT", "LISTENER", "POOL", "BACKEND", "AGE", "IDLE", "IN", "OUT", "PATH", "STATE", "SNI"];
+    let time = |seconds: f64| {
+        humantime::format_duration(Duration::from_secs_f64(seconds.trunc())).to_string().replace(' ', "")
+    };
+    let or_dash = |text: &Option<String>| text.clone().unwrap_or_else(|| "-".to_owned());
+    let row = |one: &Shown| {
+        [
+            one.id.clone(),
+            one.client.clone(),
+            one.listener.clone(),
+            or_dash(&one.pool),
+            or_dash(&one.backend),
+            time(one.age_seconds),
+            time(one.idle_seconds),
+            one.from_client.to_string(),
+            one.to_client.to_string(),
+            one.path.clone(),
+            one.state.clone(),
+            or_dash(&one.sni),
+        ]
+    };
+    let rows: Vec<_> = std::iter::once(head.map(str::to_owned)).chain(sessions.iter().map(row)).collect();
+    super::table(&rows)
+}
