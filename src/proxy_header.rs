@@ -6,7 +6,10 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+pub use self::write::{OwnHeader, write, write_with};
 use crate::label_enum;
+
+mod write;
 
 label_enum! {
     /// Version of a header.
@@ -51,8 +54,16 @@ const FIXED: usize = 16;
 /// Length of a field's type and length.
 const FIELD_HEAD: usize = 3;
 
-/// Type of the field with the checksum (section 2.2.3 of the specification).
-const CRC32C: u8 = 0x03;
+/// Types of fields (section 2.2 of the specification): the protocol that the client speaks, such as `h2`.
+pub const ALPN: u8 = 0x01;
+/// The server name for which the client asks.
+pub const AUTHORITY: u8 = 0x02;
+/// The checksum of the header.
+pub const CRC32C: u8 = 0x03;
+/// Nothing: padding.
+pub const NOOP: u8 = 0x04;
+/// A name of the connection, of at most 128 bytes.
+pub const UNIQUE_ID: u8 = 0x05;
 
 /// Version and command: the sender speaks for itself, or for a client.
 const LOCAL: u8 = 0x20;
@@ -76,6 +87,33 @@ pub struct Header {
     pub length: usize,
     /// Client and destination. `None`: the sender speaks for itself (a health check), or does not know the client's address.
     pub ends: Option<Ends>,
+    /// Where its further fields begin; they reach to its end. Equal to `length` without any.
+    pub fields: usize,
+}
+
+label_enum! {
+    /// A field that Ringway can add to a header of version 2.
+    pub enum Tlv {
+        /// The server name for which the client asks.
+        Authority => "authority",
+        /// The protocol that the client prefers.
+        Alpn => "alpn",
+        /// The id of the connection, as in the access log.
+        UniqueId => "unique_id",
+        /// A checksum.
+        Crc32c => "crc32c",
+    }
+}
+
+/// The header that a pool's backends get.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SendProxy {
+    /// Its version. Version 1 has no further fields.
+    pub version: Version,
+    /// Fields that Ringway adds.
+    pub tlvs: Vec<Tlv>,
+    /// Types of fields that Ringway passes on from the header that it has received.
+    pub pass: Vec<u8>,
 }
 
 /// The result of [`parse`].
@@ -114,7 +152,7 @@ fn parse_line(bytes: &[u8]) -> Parsed {
     let is_unknown = words().next() == Some("UNKNOWN");
     match if is_unknown { None } else { ends_of_line(words()) } {
         None if !is_unknown => Parsed::Invalid(Fault::Line),
-        ends => Parsed::Header(Header { version: Version::V1, length: end + 2, ends }),
+        ends => Parsed::Header(Header { version: Version::V1, length: end + 2, ends, fields: end + 2 }),
     }
 }
 
@@ -163,7 +201,7 @@ fn parse_binary(bytes: &[u8]) -> Parsed {
     let Some(body) = bytes.get(FIXED..length) else { return Parsed::Incomplete };
     if is_local || family == 0 {
         // Nor have the addresses of such a sender, or of an unknown client. Some senders leave them out (CVE-2024-23327).
-        return Parsed::Header(Header { version: Version::V2, length, ends: None });
+        return Parsed::Header(Header { version: Version::V2, length, ends: None, fields: length });
     }
     let size = [0, 12, 36, 216][usize::from(family)];
     let Some((addresses, fields)) = body.split_at_checked(size) else { return Parsed::Invalid(Fault::Addresses) };
@@ -171,7 +209,7 @@ fn parse_binary(bytes: &[u8]) -> Parsed {
     let is_tcp = transport == 1 && (family == 1 || family == 2);
     let ends = if is_tcp { ends_of_block(addresses) } else { None };
     match check_fields(&bytes[..length], fields) {
-        Ok(()) => Parsed::Header(Header { version: Version::V2, length, ends }),
+        Ok(()) => Parsed::Header(Header { version: Version::V2, length, ends, fields: FIXED + size }),
         Err(fault) => Parsed::Invalid(fault),
     }
 }
@@ -248,65 +286,9 @@ fn crc32c(sum: u32, bytes: &[u8]) -> u32 {
     bytes.iter().fold(sum, |sum, &byte| TABLE[(sum as u8 ^ byte) as usize] ^ (sum >> 8))
 }
 
-/// Writes a header. If only one address is IPv4, both become IPv6 addresses. Without `ends`, the client is unknown.
-pub fn write(version: Version, ends: Option<Ends>) -> Vec<u8> {
-    match version {
-        Version::V1 => write_line(ends),
-        Version::V2 => write_binary(PROXIED, ends),
-    }
-}
-
-/// The header with which Ringway speaks for itself, in health checks and for calls to the side port. `None` gives no bytes.
-pub fn local(version: Option<Version>) -> Vec<u8> {
-    match version {
-        None => Vec::new(),
-        Some(Version::V1) => write_line(None),
-        Some(Version::V2) => write_binary(LOCAL, None),
-    }
-}
-
-fn write_line(ends: Option<Ends>) -> Vec<u8> {
-    let Some(Ends { source, destination }) = ends else { return b"PROXY UNKNOWN\r\n".to_vec() };
-    let (from, to) = (source.port(), destination.port());
-    let line = match (source.ip(), destination.ip()) {
-        (IpAddr::V4(source), IpAddr::V4(destination)) => format!("PROXY TCP4 {source} {destination} {from} {to}\r\n"),
-        (source, destination) => {
-            // Colons and digits only: some readers do not take the dots of a mapped address.
-            let plain = |ip| as_v6(ip).segments().map(|part| format!("{part:x}")).join(":");
-            format!("PROXY TCP6 {} {} {from} {to}\r\n", plain(source), plain(destination))
-        }
-    };
-    line.into_bytes()
-}
-
-fn as_v6(ip: IpAddr) -> Ipv6Addr {
-    match ip {
-        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
-        IpAddr::V6(ip) => ip,
-    }
-}
-
-fn write_binary(command: u8, ends: Option<Ends>) -> Vec<u8> {
-    let mut header = SIGNATURE.to_vec();
-    header.push(command);
-    // The family and the length follow below.
-    header.extend([0; 3]);
-    if let Some(Ends { source, destination }) = ends {
-        match (source.ip(), destination.ip()) {
-            (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                header[13] = 0x11;
-                header.extend(source.octets().into_iter().chain(destination.octets()));
-            }
-            (source, destination) => {
-                header[13] = 0x21;
-                header.extend(as_v6(source).octets().into_iter().chain(as_v6(destination).octets()));
-            }
-        }
-        header.extend(source.port().to_be_bytes().into_iter().chain(destination.port().to_be_bytes()));
-    }
-    let length = (header.len() - FIXED) as u16;
-    header[14..FIXED].copy_from_slice(&length.to_be_bytes());
-    header
+/// The fields at the end of a header, each with its type. `bytes` begin with the first one. A wrong field ends the list.
+pub fn fields(bytes: &[u8]) -> impl Iterator<Item = (u8, &[u8])> {
+    Fields(bytes).map_while(Result::ok)
 }
 
 #[cfg(test)]

@@ -18,6 +18,8 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, Ready};
 use tokio::net::{TcpStream, UnixStream};
 
+use crate::proxy_header::Ends;
+
 /// Pause before the next attempt to connect to a Unix socket whose queue is full. The kernel does not tell when it has
 /// room. The pause doubles up to [`LONGEST_PAUSE`].
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
@@ -116,6 +118,12 @@ impl Stream {
     /// The address to which the peer connected; `None` for a Unix socket.
     pub fn local_ip(&self) -> Option<SocketAddr> {
         if let Self::Tcp(socket) = self { socket.local_addr().ok() } else { None }
+    }
+
+    /// Both addresses of the connection; `None` for a Unix socket.
+    pub fn ends(&self) -> Option<Ends> {
+        let Self::Tcp(socket) = self else { return None };
+        Some(Ends { source: socket.local_addr().ok()?, destination: socket.peer_addr().ok()? })
     }
 
     /// Polls until the socket may have room for bytes.

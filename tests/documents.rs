@@ -184,11 +184,12 @@ fn defaults() -> BTreeMap<String, String> {
     for provider in providers {
         let checks = ["{ kind: tcp, port: 1 }", "{ kind: http, host: h, body: b }", "{ kind: expect, expect: x }"];
         for (check, listen) in std::iter::zip(checks, ["0.0.0.0:1", "0.0.0.0:1", "unix:/s"]) {
+            let send = if listen == "unix:/s" { "off" } else { "{ version: v2, tlvs: [alpn], pass: [1] }" };
             let yaml = format!(
                 "access_log: {{ path: stdout }}\napi: {{ token_file: t }}\n\
                  listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }}, proxy_protocol: {{ from: [10.0.0.0/8] }}, \
                  routes: [{{ sni: [a.b], alpn: [h2], from: [10.0.0.0/8], tls: true, pool: p }}] }}]\n\
-                 pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check} }}]"
+                 pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check}, send_proxy: {send} }}]"
             );
             let config = Config::parse(&yaml, "test").unwrap();
             flatten("", &serde_yaml::from_str(&config.to_yaml()).unwrap(), &mut keys);

@@ -7,7 +7,9 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use ringway::proxy::stats::{EndReason, ListenerStats, ProxyResult, RefusalReason};
-use ringway::proxy_header::{Ends, Parsed, Version, parse, write};
+use ringway::proxy_header::{
+    ALPN, AUTHORITY, CRC32C, Ends, Parsed, UNIQUE_ID, Version, fields, parse, write, write_with,
+};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream, UnixStream};
 
@@ -103,8 +105,10 @@ async fn a_header_from_anybody_else_is_data() {
     drop((stream, server));
 
     ringway.reload(&accepting(&[address], "{ from: [10.0.0.0/8], others: reset }", NO_CHECK)).await.unwrap();
-    let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
-    soon("a reset", stream.read(&mut [0])).await.unwrap_err();
+    // The reset can come before the client knows that it is connected.
+    if let Ok(mut stream) = TcpStream::connect(ringway.web()).await {
+        soon("a reset", stream.read(&mut [0])).await.unwrap_err();
+    }
     eventually("counted", || stats(&ringway).refused(RefusalReason::ProxyUntrusted) == 1).await;
 }
 
@@ -285,6 +289,102 @@ async fn checks_and_the_side_port_send_a_header_too() {
     let answer = http(ringway.api(), "POST", "/api/request", b"x").await;
     assert_eq!((answer.status().as_u16(), &answer.body()[..]), (200, &b"ok"[..]));
     serving.abort();
+}
+
+/// The fields of a header: its type, and its value.
+async fn fields_of(stream: &mut TcpStream) -> Vec<(u8, Vec<u8>)> {
+    let mut bytes = Vec::new();
+    loop {
+        if let Parsed::Header(header) = parse(&bytes) {
+            let list = fields(&bytes[header.fields..header.length]);
+            return list.map(|(kind, value)| (kind, value.to_vec())).collect();
+        }
+        assert!(soon("bytes", stream.read_buf(&mut bytes)).await.unwrap() > 0, "ended after {bytes:?}");
+    }
+}
+
+#[tokio::test]
+async fn version_2_carries_further_fields() {
+    let (backend, address) = recorder().await;
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let pool = format!(
+        "{NO_CHECK}\nsend_proxy: {{ version: v2, tlvs: [authority, alpn, unique_id, crc32c], pass: [0xEA, 0xE0] }}"
+    );
+    let yaml = accepting(&[address], "{ from: [127.0.0.1], required: false, timeout: 3s }", &pool);
+    let ringway = Ringway::start(&format!("access_log: {{ path: {:?}, format: json }}\n{yaml}", log.path())).await;
+    let hello = loadtest::client_hello("A.Example", &["h2", "http/1.1"]);
+    let source: Ends =
+        Ends { source: "198.51.100.7:1".parse().unwrap(), destination: "203.0.113.1:443".parse().unwrap() };
+    let received = [(0xe0, &[1, 2][..]), (0x30, b"netns"), (0xea, b"\xff\0"), (0xea, b"twice")];
+    for header in [Vec::new(), write_with(Some(source), &received, true)] {
+        let is_proxied = !header.is_empty();
+        let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
+        stream.write_all(&[header, hello.clone()].concat()).await.unwrap();
+        let (mut server, _) = soon("accept", backend.accept()).await.unwrap();
+        let list = fields_of(&mut server).await;
+        let value = |wanted: u8| list.iter().find(|(kind, _)| *kind == wanted).map(|(_, value)| value.clone());
+        assert_eq!((value(AUTHORITY).unwrap(), value(ALPN).unwrap()), (b"a.example".to_vec(), b"h2".to_vec()));
+        let passed: Vec<_> = list.iter().filter(|(kind, _)| *kind >= 0x30).cloned().collect();
+        let wanted = [(0xe0, vec![1, 2]), (0xea, b"\xff\0".to_vec()), (0xea, b"twice".to_vec())];
+        assert_eq!(passed, if is_proxied { &wanted[..] } else { &[] });
+        assert_eq!(list.last().unwrap().0, CRC32C);
+        let id = String::from_utf8(value(UNIQUE_ID).unwrap()).unwrap();
+        drop((stream, server));
+        eventually("the same id in the log", || {
+            std::fs::read_to_string(log.path()).unwrap().contains(&format!("\"id\":\"{id}\""))
+        })
+        .await;
+    }
+    // A field that the balancer has sent is nearer to the client than Ringway's own.
+    let pool = format!("{NO_CHECK}\nsend_proxy: {{ version: v2, tlvs: [authority], pass: [2] }}");
+    ringway.reload(&accepting(&[address], "{ from: [127.0.0.1] }", &pool)).await.unwrap();
+    let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
+    let header = write_with(Some(source), &[(AUTHORITY, b"outer.example")], false);
+    stream.write_all(&[header, hello].concat()).await.unwrap();
+    let (mut server, _) = soon("accept", backend.accept()).await.unwrap();
+    assert_eq!(fields_of(&mut server).await, [(AUTHORITY, b"outer.example".to_vec())]);
+}
+
+#[tokio::test]
+async fn the_header_of_checks_can_be_chosen() {
+    let (backend, address) = recorder().await;
+    let check = |header: &str| {
+        format!(
+            "health_check: {{ kind: expect, send: PING, expect: PONG, interval: 20ms, send_proxy: {header} }}\nsend_proxy: v2"
+        )
+    };
+    let ringway = Ringway::start(&static_config(&[address], &check("false"))).await;
+    let mut bytes = [0; 16];
+    let (mut server, _) = soon("accept", backend.accept()).await.unwrap();
+    soon("the check", server.read_exact(&mut bytes[..4])).await.unwrap();
+    assert_eq!(&bytes[..4], b"PING");
+    ringway.reload(&static_config(&[address], &check("local_as_proxy"))).await.unwrap();
+    eventually_async("a header with addresses", async || {
+        let (mut server, client) = soon("accept", backend.accept()).await.unwrap();
+        soon("the check", server.read_exact(&mut bytes)).await.unwrap();
+        if &bytes[..4] == b"PING" {
+            return false;
+        }
+        let length = usize::from(u16::from_be_bytes([bytes[14], bytes[15]]));
+        let mut rest = vec![0; length];
+        soon("the header", server.read_exact(&mut rest)).await.unwrap();
+        let Parsed::Header(header) = parse(&[&bytes[..], &rest].concat()) else { panic!("{bytes:?}") };
+        assert_eq!(header.ends, Some(Ends { source: client, destination: address }));
+        true
+    })
+    .await;
+    // On another port, only if the config says so.
+    let elsewhere =
+        |header: &str| check(header).replace("send: PING", &format!("port: {}, send: PING", address.port()));
+    for (header, first) in [("auto", &b"PING"[..]), ("true", b"\r\n\r\n")] {
+        ringway.reload(&static_config(&[address], &elsewhere(header))).await.unwrap();
+        eventually_async(header, async || {
+            let (mut server, _) = soon("accept", backend.accept()).await.unwrap();
+            soon("the check", server.read_exact(&mut bytes[..4])).await.unwrap();
+            &bytes[..4] == first
+        })
+        .await;
+    }
 }
 
 /// A balancer on this host may connect through a Unix socket.

@@ -1,5 +1,6 @@
 //! `POST /api/request`: forwards the request body to the backend that the ring picks for the caller.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,8 +24,8 @@ use crate::proxy::key::Key;
 use crate::proxy::socket::TcpOptions;
 use crate::proxy::stats::RefusalReason;
 use crate::proxy::{self, Connected, Route};
-use crate::proxy_header::local;
-use crate::stream::Client;
+use crate::proxy_header::OwnHeader;
+use crate::stream::{Client, Stream};
 
 /// Maximum time from the connect to the end of the backend's response.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -60,7 +61,7 @@ pub(super) async fn forward(
     // The id of a backend is a host, unless it is a path.
     let host = if address.ip().is_some() { &*backend } else { "localhost" };
 
-    if pool.send_proxy.is_some() {
+    if pool.own_header != OwnHeader::Absent {
         // The request must not wait until the header is acknowledged.
         stream.set_nodelay();
     }
@@ -94,8 +95,8 @@ fn find_pool<'a>(state: &'a View, wanted: Option<&str>) -> Result<&'a Route, Err
 
 /// Connects to the first backend in ring order that accepts, as the data plane does.
 async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<Connected, Error> {
-    let connected =
-        proxy::connect(pool, || pool.table.load(), key, tcp, &local(pool.send_proxy), &mut Vec::new()).await;
+    let header = |stream: &Stream| Cow::Owned(pool.own_header.bytes(|| stream.ends()));
+    let connected = proxy::connect(pool, || pool.table.load(), key, tcp, header, &mut Vec::new()).await;
     connected.map_err(|reason| {
         let (status, what) = match reason {
             RefusalReason::NoBackend => (StatusCode::BAD_GATEWAY, "has no backend that accepts new connections"),

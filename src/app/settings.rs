@@ -10,6 +10,7 @@ use crate::config;
 use crate::control::publisher;
 use crate::metrics::{self, Exporter};
 use crate::proxy::{Reports, Route};
+use crate::proxy_header::OwnHeader;
 use crate::table::TableCell;
 
 /// The parts of a route that last as long as its pool: the table, the counters and the histogram. [`route`] adds the
@@ -21,6 +22,7 @@ pub(super) fn base_route(pool: &config::Pool, table: TableCell, exporter: &Expor
         table,
         most_per_backend: u64::MAX,
         send_proxy: None,
+        own_header: OwnHeader::Absent,
         connect_timeout: Duration::ZERO,
         connect_attempts: 1,
         idle: Duration::ZERO,
@@ -40,7 +42,8 @@ pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Fa
         key: pool.key,
         table: base.table.clone(),
         most_per_backend: pool.max_connections_per_backend.map_or(u64::MAX, Into::into),
-        send_proxy: pool.send_proxy,
+        send_proxy: pool.send_proxy.clone().map(Arc::new),
+        own_header: pool.own_header(),
         connect_timeout: pool.connect.timeout,
         connect_attempts: pool.connect.attempts.into(),
         idle: pool.timeouts.idle,

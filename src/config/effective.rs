@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_yaml::{Mapping, Value};
 
-use super::parse_check::{Match, bytes_value};
+use super::parse_check::{Match, bytes_value, usual_header};
 use super::parse_routes::RESET;
 use super::{
     AccessList, Api, Config, Containers, Ejection, Listener, PerSource, Pool, Process, Provider, Relay, Restart, Route,
@@ -14,7 +14,7 @@ use crate::labels::Label as _;
 use crate::networks::Networks;
 use crate::proxy::key::KeyKind;
 use crate::proxy::{Condition, HelloSettings, ProxyProtocol};
-use crate::proxy_header::Version;
+use crate::proxy_header::{OwnHeader, SendProxy};
 
 /// What is written of access lists that come from files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,9 +177,9 @@ fn pool(pool: &Pool) -> Value {
         ("ring", ring),
         ("provider", provider(&pool.provider)),
         ("connect", connect),
-        ("send_proxy", pool.send_proxy.map_or("off", Version::as_str).into()),
+        ("send_proxy", off(pool.send_proxy.as_ref().map(send_proxy))),
         ("timeouts", timeouts),
-        ("health_check", health_check(pool.health_check.as_ref())),
+        ("health_check", health_check(pool.health_check.as_ref(), pool.send_proxy.as_ref())),
         ("ejection", off(pool.ejection.map(ejection))),
         ("panic_threshold", pool.panic_threshold.into()),
         ("on_down", pool.on_down.as_str().into()),
@@ -276,6 +276,18 @@ fn relay(relay: &Relay) -> Value {
     ])
 }
 
+fn send_proxy(send: &SendProxy) -> Value {
+    let version = send.version.as_str();
+    if send.tlvs.is_empty() && send.pass.is_empty() {
+        return version.into();
+    }
+    map([
+        ("version", version.into()),
+        ("tlvs", list(send.tlvs.iter().map(|tlv| tlv.as_str().into()))),
+        ("pass", list(send.pass.iter().map(|&kind| kind.into()))),
+    ])
+}
+
 fn ejection(ejection: Ejection) -> Value {
     map([
         ("after", ejection.after.into()),
@@ -285,7 +297,7 @@ fn ejection(ejection: Ejection) -> Value {
     ])
 }
 
-fn health_check(check: Option<&health::Settings>) -> Value {
+fn health_check(check: Option<&health::Settings>, send: Option<&SendProxy>) -> Value {
     let Some(check) = check else { return map([("kind", "none".into())]) };
     let mut entries = match &check.check.kind {
         Kind::Tcp => vec![("kind", "tcp".into())],
@@ -308,6 +320,14 @@ fn health_check(check: Option<&health::Settings>) -> Value {
         ],
     };
     entries.extend(check.check.port.map(|port| ("port", port.into())));
+    let usual = usual_header(send.map(|send| send.version), check.check.port);
+    let header: Value = match check.check.send_proxy {
+        header if header == usual => "auto".into(),
+        OwnHeader::Absent => false.into(),
+        OwnHeader::Local(_) => true.into(),
+        OwnHeader::Addresses(_) => "local_as_proxy".into(),
+    };
+    entries.push(("send_proxy", header));
     entries.extend([
         ("interval", duration(check.interval)),
         ("fast_interval", duration(check.fast_interval)),

@@ -36,7 +36,7 @@ use crate::metrics::PerBackend;
 use crate::proxy::access_log::Format;
 use crate::proxy::key::KeyKind;
 use crate::proxy::socket::TcpOptions;
-use crate::proxy_header::Version;
+use crate::proxy_header::{OwnHeader, SendProxy};
 use crate::ring::Parameters;
 
 pub use self::listener::{AccessList, Listener, PerSource, Route};
@@ -229,8 +229,8 @@ pub struct Pool {
     pub provider: Provider,
     /// How Ringway connects to the backends.
     pub connect: Connect,
-    /// Version of the PROXY header that backends get; `None`: none.
-    pub send_proxy: Option<Version>,
+    /// The PROXY header that backends get; `None`: none.
+    pub send_proxy: Option<SendProxy>,
     /// Timeouts and the maximum age of a connection.
     pub timeouts: Timeouts,
     /// Health checks of the backends; `None`: off.
@@ -277,6 +277,17 @@ pub struct Timeouts {
     pub half_closed: Duration,
     /// Ringway resets a connection at this age; `None`: never.
     pub max_connection_age: Option<Duration>,
+}
+
+impl Pool {
+    /// The PROXY header with which the side port speaks to the backends: as their checks, which may have another port.
+    pub fn own_header(&self) -> OwnHeader {
+        let Some(send) = &self.send_proxy else { return OwnHeader::Absent };
+        match self.health_check.as_ref().map(|health| health.check.send_proxy) {
+            Some(OwnHeader::Addresses(version)) => OwnHeader::Addresses(version),
+            _ => OwnHeader::Local(send.version),
+        }
+    }
 }
 
 impl Config {

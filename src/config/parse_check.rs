@@ -10,7 +10,7 @@ use super::reader::{HOUR, Item, MS, SECOND, Section, narrow, show};
 use crate::control::health::{self, Check, Expect, Http, Kind};
 use crate::label_enum;
 use crate::labels::Label as _;
-use crate::proxy_header::Version;
+use crate::proxy_header::{OwnHeader, Version};
 
 label_enum! {
     enum CheckKind { Tcp => "tcp", Http => "http", Expect => "expect", None => "none", }
@@ -32,12 +32,12 @@ const OF_KINDS: [(&str, CheckKind); 7] = [
 ];
 
 /// `grace`: how long a new backend may fail its checks and still count as starting.
-/// `on_unix`: a backend has a Unix socket. `send_proxy`: the PROXY header that backends get.
+/// `on_unix`: a backend has a Unix socket. `version`: of the PROXY header that backends get.
 pub(super) fn health_check(
     mut section: Section<'_>,
     grace: Duration,
     on_unix: bool,
-    send_proxy: Option<Version>,
+    version: Option<Version>,
 ) -> Option<health::Settings> {
     let kind = section.choice("kind", CheckKind::Tcp);
     for (key, other) in OF_KINDS.into_iter().filter(|&(_, other)| other != kind) {
@@ -55,13 +55,13 @@ pub(super) fn health_check(
         item.fault("a backend of this pool has a Unix socket, which has no port: remove this key");
     }
     let port = port.and_then(|item| item.integer(&(1..=65_535))).map(narrow);
+    let send_proxy = send_proxy(&mut section, version, port);
     let interval = section.duration("interval", 10 * MS..=HOUR, 2 * SECOND);
     let fast_interval = section.duration("fast_interval", 10 * MS..=HOUR, (interval / 4).max(10 * MS));
     let timeout = section.duration("timeout", MS..=HOUR, SECOND);
     let counts: RangeInclusive<u64> = 1..=100;
     let check = health::Settings {
-        // Another port belongs to another server.
-        check: Check { kind: wanted, port, send_proxy: send_proxy.filter(|_| port.is_none()) },
+        check: Check { kind: wanted, port, send_proxy },
         interval,
         fast_interval,
         jitter: narrow(section.integer("jitter", 0..=100, 10)),
@@ -72,6 +72,28 @@ pub(super) fn health_check(
     };
     section.finish();
     (kind != CheckKind::None).then_some(check)
+}
+
+/// Which PROXY header a check sends, if nothing else is set. Another port belongs to another server.
+pub(super) fn usual_header(version: Option<Version>, port: Option<u16>) -> OwnHeader {
+    version.filter(|_| port.is_none()).map_or(OwnHeader::Absent, OwnHeader::Local)
+}
+
+fn send_proxy(section: &mut Section<'_>, version: Option<Version>, port: Option<u16>) -> OwnHeader {
+    let Some(item) = section.item("send_proxy") else { return usual_header(version, port) };
+    let is_local = item.value.as_bool() == Some(true);
+    let is_addresses = item.value.as_str() == Some("local_as_proxy");
+    match (item.value.as_str(), version) {
+        (Some("auto"), _) => return usual_header(version, port),
+        (None, _) if item.value.as_bool() == Some(false) => {}
+        (_, None) if is_local || is_addresses => {
+            item.fault("requires the pool's send_proxy: set it, or remove this key");
+        }
+        (_, Some(version)) if is_local => return OwnHeader::Local(version),
+        (_, Some(version)) if is_addresses => return OwnHeader::Addresses(version),
+        _ => item.fault(format_args!("{} is not one of auto, true, false, local_as_proxy", show(item.value))),
+    }
+    OwnHeader::Absent
 }
 
 fn http(section: &mut Section<'_>) -> Http {

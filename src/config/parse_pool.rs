@@ -8,18 +8,14 @@ use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, hint, name, na
 use super::{Connect, Ejection, Pool, Provider, Timeouts, parse_check, parse_provider};
 use crate::control::ejection;
 use crate::control::publisher::OnDown;
-use crate::label_enum;
+use crate::labels::Label as _;
 use crate::proxy::key::KeyKind;
-use crate::proxy_header::Version;
+use crate::proxy_header::{CRC32C, NOOP, SendProxy, Tlv, Version};
 use crate::ring::Parameters;
 
 /// Maximum number of points on one ring. A ring of this size uses 50 MB of memory and takes a third of a second to
 /// build.
 const MOST_POINTS: u64 = 1 << 22;
-
-label_enum! {
-    enum SendProxy { Off => "off", V1 => "v1", V2 => "v2", }
-}
 
 pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let name = name(&mut section);
@@ -40,11 +36,8 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         connect.finish();
         settings
     };
-    let send_proxy = match section.choice("send_proxy", SendProxy::Off) {
-        SendProxy::Off => None,
-        SendProxy::V1 => Some(Version::V1),
-        SendProxy::V2 => Some(Version::V2),
-    };
+    let send_proxy = section.item("send_proxy").and_then(|item| send_proxy(&item));
+    let version = send_proxy.as_ref().map(|send| send.version);
     let mut timeouts = section.section("timeouts");
     let timeouts = {
         let settings = Timeouts {
@@ -63,7 +56,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         connect,
         send_proxy,
         timeouts,
-        health_check: parse_check::health_check(section.section("health_check"), grace, on_unix, send_proxy),
+        health_check: parse_check::health_check(section.section("health_check"), grace, on_unix, version),
         ejection: ejection(&mut section),
         panic_threshold: narrow(section.integer("panic_threshold", 0..=100, 50)),
         on_down: section.choice("on_down", OnDown::Keep),
@@ -122,6 +115,54 @@ fn key(item: &Item<'_>) -> KeyKind {
             KeyKind::Source
         }
     }
+}
+
+/// The PROXY header that backends get: its version, or a section for one with further fields.
+fn send_proxy(item: &Item<'_>) -> Option<SendProxy> {
+    let version = |text: Option<&str>| Version::ALL.iter().find(|version| Some(version.as_str()) == text).copied();
+    let mut send = SendProxy { version: Version::V2, tlvs: Vec::new(), pass: Vec::new() };
+    if item.is_off() {
+        return None;
+    }
+    if !item.value.is_mapping() {
+        let Some(version) = version(item.value.as_str()) else {
+            item.fault(format_args!(
+                "{} is not one of off, v1, v2, and no section with version, tlvs and pass",
+                show(item.value)
+            ));
+            return None;
+        };
+        return Some(SendProxy { version, ..send });
+    }
+    let mut section = item.clone().section();
+    if let Some(item) = section.required("version", "v1 or v2") {
+        match version(item.value.as_str()) {
+            Some(version) => send.version = version,
+            None => item.fault(format_args!("{} is not one of v1, v2", show(item.value))),
+        }
+    }
+    let (tlvs, pass) = (section.item("tlvs"), section.item("pass"));
+    for item in tlvs.iter().chain(&pass).filter(|_| send.version == Version::V1) {
+        item.fault("version 1 has no further fields: set version to v2, or remove this key");
+    }
+    for item in tlvs.iter().flat_map(Item::list) {
+        let names: Vec<_> = Tlv::ALL.iter().map(|tlv| tlv.as_str()).collect();
+        let found = Tlv::ALL.iter().find(|tlv| Some(tlv.as_str()) == item.value.as_str());
+        if found.is_none() {
+            let hint = hint(item.value, &names);
+            item.fault(format_args!("{} is not one of {}{hint}", show(item.value), names.join(", ")));
+        }
+        send.tlvs.extend(found);
+    }
+    for item in pass.iter().flat_map(Item::list) {
+        let Some(kind) = item.integer(&(1..=255)).map(narrow) else { continue };
+        if kind == CRC32C || kind == NOOP {
+            item.fault("belongs to one header only, so it cannot be passed on: remove it");
+        }
+        send.pass.push(kind);
+    }
+    section.finish();
+    Some(send)
 }
 
 fn ejection(pool: &mut Section<'_>) -> Option<Ejection> {

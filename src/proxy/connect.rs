@@ -1,6 +1,7 @@
 //! Stage connect: connects to the first backend of the walk that answers. No client byte has been read yet, so a
 //! failed connect loses no data.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -42,7 +43,7 @@ pub struct Connected {
 /// Tries the backends that the ring offers for `key`, in order, and makes at most `connect_attempts` attempts. Counts
 /// each attempt for its backend. A full backend is skipped and does not count as an attempt.
 ///
-/// `header` is sent to the backend at once; empty: nothing. A failure of that is a failed attempt.
+/// `header` makes the bytes that the backend gets at once; empty: nothing. A failure of that is a failed attempt.
 ///
 /// An attempt can take seconds, in which backends leave and others join. So each attempt uses the current table, and a
 /// connection to a backend that has left meanwhile is not used. `tries` gets each backend that was tried in vain, also when
@@ -50,12 +51,12 @@ pub struct Connected {
 ///
 /// # Errors
 /// When no backend answers.
-pub async fn connect<T: AsRef<Table>>(
+pub async fn connect<'a, T: AsRef<Table>>(
     route: &Route,
     mut current: impl FnMut() -> T,
     key: &[u8],
     tcp: &TcpOptions,
-    header: &[u8],
+    header: impl Fn(&Stream) -> Cow<'a, [u8]>,
     tries: &mut Vec<Try>,
 ) -> Result<Connected, RefusalReason> {
     let mut refusal = RefusalReason::NoBackend;
@@ -79,7 +80,7 @@ pub async fn connect<T: AsRef<Table>>(
                 continue;
             };
             left -= 1;
-            let attempt = attempt(backend, address, route, tcp, header).await;
+            let attempt = attempt(backend, address, route, tcp, &header).await;
             let now = current();
             let is_stale = now.as_ref().generation() != table.as_ref().generation();
             let failure = match attempt {
@@ -113,19 +114,20 @@ pub async fn connect<T: AsRef<Table>>(
 }
 
 /// Makes one attempt, and counts and reports its outcome.
-async fn attempt(
+async fn attempt<'a>(
     backend: &Backend,
     address: &Address,
     route: &Route,
     tcp: &TcpOptions,
-    header: &[u8],
+    header: &impl Fn(&Stream) -> Cow<'a, [u8]>,
 ) -> Result<Stream, ConnectFailure> {
     let live = &backend.live;
     live.attempts.fetch_add(1, Ordering::Relaxed);
     let began = Instant::now();
     let dialed = dial(address, route.connect_timeout, tcp, &live.port_search).await;
     let sent = dialed.map_err(|error| (ConnectFailure::of(&error), error)).and_then(|stream| {
-        let sent = if header.is_empty() { Ok(()) } else { stream.send_first(header) };
+        let header = header(&stream);
+        let sent = if header.is_empty() { Ok(()) } else { stream.send_first(&header) };
         sent.map(|()| stream).map_err(|error| match ConnectFailure::of(&error) {
             ours @ ConnectFailure::NoDescriptors => (ours, error),
             _ => (ConnectFailure::ProxyHeader, error),

@@ -105,6 +105,8 @@ pub(super) struct Proxied {
     pub(super) client: Client,
     /// Where the client connected.
     pub(super) destination: SocketAddr,
+    /// Fields for the backend's header, until it has got them.
+    pub(super) fields: RefCell<Vec<u8>>,
 }
 
 /// The backend of a connection.

@@ -13,7 +13,7 @@ use super::stats::{PoolStats, RefusalReason};
 use crate::backend::Failing;
 use crate::client_hello::{Hello, host_name};
 use crate::networks::Networks;
-use crate::proxy_header::Version;
+use crate::proxy_header::{OwnHeader, SendProxy, Tlv};
 use crate::stream::Client;
 use crate::table::TableCell;
 
@@ -144,6 +144,12 @@ impl Routing {
         Some(&self.routes[self.rules[rule].route?])
     }
 
+    /// Whether a route passes on fields of this type from a PROXY header.
+    pub(super) fn passes(&self, kind: u8) -> bool {
+        let passes = |route: &Route| route.send_proxy.as_ref().is_some_and(|send| send.pass.contains(&kind));
+        self.routes.iter().any(passes)
+    }
+
     /// Whether connections can take another rule than the last one.
     pub fn has_rules(&self) -> bool {
         self.rules.len() > 1
@@ -252,8 +258,10 @@ pub struct Route {
     pub table: TableCell,
     /// Maximum connections per backend; a backend that has reached it is skipped.
     pub most_per_backend: u64,
-    /// Version of the PROXY header that backends get; `None`: none.
-    pub send_proxy: Option<Version>,
+    /// The PROXY header that backends get; `None`: none.
+    pub send_proxy: Option<Arc<SendProxy>>,
+    /// The PROXY header with which the side port speaks to them.
+    pub own_header: OwnHeader,
     /// Timeout of one connect attempt.
     pub connect_timeout: Duration,
     /// Maximum backends tried per connection; at least 1.
@@ -278,6 +286,10 @@ impl Route {
     /// Whether the route reads a client's ClientHello.
     pub(super) fn needs_hello(&self) -> bool {
         self.key == KeyKind::Sni
+            || self
+                .send_proxy
+                .as_ref()
+                .is_some_and(|send| send.tlvs.iter().any(|tlv| matches!(tlv, Tlv::Authority | Tlv::Alpn)))
     }
 }
 

@@ -1,5 +1,6 @@
 //! The path of one connection through all stages, one line per stage.
 
+use std::borrow::Cow;
 use std::rc::Rc;
 
 use super::account::{Account, Outcome};
@@ -49,9 +50,10 @@ async fn reach_backend(client: NotServed, account: &mut Account) -> Result<Relay
     let client = admit(client, account).await?;
     let (nth, route) = route(client.stream(), &connection).await?;
     let key = Key::of(route.key, connection.client(), connection.server_name());
-    let header = header_of(route.send_proxy, client.stream(), &connection);
+    let header = header_of(route.send_proxy.as_deref(), client.stream(), &connection);
     let mut tries = Vec::new();
-    let connect = connect(route, || listener.table(nth), key.as_bytes(), &listener.serving.tcp, &header, &mut tries);
+    let (table, tcp) = (|| listener.table(nth), &listener.serving.tcp);
+    let connect = connect(route, table, key.as_bytes(), tcp, |_| Cow::Borrowed(&header), &mut tries);
     let connected = tokio::select! {
         biased;
         connected = connect => connected.map_err(Outcome::from),

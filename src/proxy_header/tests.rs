@@ -126,11 +126,26 @@ fn what_ringway_sends_it_also_reads() {
             assert_eq!(ends_of(&sent), ends, "{version:?}");
             assert!(version == Version::V2 || sent.len() <= LONGEST_LINE);
         }
-        assert_eq!((ends_of(&write(version, None)), ends_of(&local(Some(version)))), (None, None));
+        assert_eq!((ends_of(&write(version, None)), ends_of(&OwnHeader::Local(version).bytes(|| None))), (None, None));
     }
     let widest =
         ends("[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535", "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535");
-    assert!(write_line(widest).len() <= LONGEST_LINE);
+    assert!(write(Version::V1, widest).len() <= LONGEST_LINE);
+}
+
+#[test]
+fn fields_follow_the_addresses_and_the_checksum_is_the_last_one() {
+    let ends = ends("10.0.0.1:1", "10.0.0.2:2");
+    let sent = write_with(ends, &[(AUTHORITY, b"a.example"), (0xea, &[0, 0xff])], true);
+    let Parsed::Header(header) = parse(&sent) else { panic!("{:?}", parse(&sent)) };
+    assert_eq!((header.ends, header.length), (ends, sent.len()));
+    let list: Vec<_> = fields(&sent[header.fields..]).collect();
+    assert_eq!(list[..2], [(AUTHORITY, &b"a.example"[..]), (0xea, &[0, 0xff])]);
+    assert_eq!((list.len(), list[2].0, list[2].1.len()), (3, CRC32C, 4));
+    let Parsed::Header(plain) = parse(&write(Version::V1, ends)) else { panic!("version 1") };
+    assert_eq!(plain.fields, plain.length);
+    // The beginning of a field that does not fit.
+    assert_eq!(fields(&[1, 0, 1, 7, 2, 0, 9, 9]).collect::<Vec<_>>(), [(1, &[7][..])]);
 }
 
 /// Wherever the network divides a header, the parser asks for more until it is complete.

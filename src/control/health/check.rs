@@ -16,7 +16,7 @@ use super::http;
 use crate::address::Address;
 use crate::backend::ConnectFailure;
 use crate::labels::Label as _;
-use crate::proxy_header::{Version, local};
+use crate::proxy_header::OwnHeader;
 use crate::stream::Stream;
 
 /// Most bytes of an answer that a check reads.
@@ -36,9 +36,8 @@ pub struct Check {
     pub kind: Kind,
     /// Port to check; `None`: the backend's own port. A Unix socket has none.
     pub port: Option<u16>,
-    /// Version of the PROXY header that a check sends first, in which it speaks for itself; `None`: none. A `tcp` check sends
-    /// nothing.
-    pub send_proxy: Option<Version>,
+    /// The PROXY header that a check sends first. A `tcp` check sends nothing.
+    pub send_proxy: OwnHeader,
 }
 
 /// What a check sends and expects.
@@ -101,7 +100,8 @@ impl Check {
 
     async fn check(&self, address: &Address) -> Outcome {
         let connected = self.kind.connect(address).await.and_then(|stream| {
-            let header = local(self.send_proxy.filter(|_| self.kind != Kind::Tcp));
+            let own = if self.kind == Kind::Tcp { OwnHeader::Absent } else { self.send_proxy };
+            let header = own.bytes(|| stream.ends());
             if !header.is_empty() {
                 stream.send_first(&header)?;
                 // What follows must not wait until the header is acknowledged.
@@ -235,7 +235,7 @@ mod tests {
             stream.write_all(b"PONG").unwrap();
         });
         let expect = Expect { send: b"PING".to_vec(), expect: b"PONG".to_vec(), is_prefix: true };
-        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: None };
+        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent };
         let starve = async {
             tokio::task::yield_now().await;
             std::thread::sleep(Duration::from_secs(1));
@@ -248,7 +248,7 @@ mod tests {
     async fn a_check_fails_after_its_timeout() {
         let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let expect = Expect { send: Vec::new(), expect: b"x".to_vec(), is_prefix: true };
-        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: None };
+        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent };
         let began = std::time::Instant::now();
         let outcome = check.run(&Address::Ip(silent.local_addr().unwrap()), Duration::from_millis(80)).await;
         assert!(matches!(outcome, Outcome::Failed(ref reason) if reason == "timeout"), "{outcome:?}");

@@ -167,7 +167,7 @@ mod tests {
 
     fn settings() -> Settings {
         Settings {
-            check: Check { kind: Kind::Tcp, port: None, send_proxy: None },
+            check: Check { kind: Kind::Tcp, port: None, send_proxy: crate::proxy_header::OwnHeader::Absent },
             interval: 2 * SECOND,
             fast_interval: SECOND,
             jitter: 0,
