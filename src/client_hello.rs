@@ -117,8 +117,11 @@ impl Hello {
 /// The result never depends on how the bytes were cut: once it is not [`Parsed::Incomplete`], more bytes do not change it.
 pub fn parse(bytes: &[u8], most: usize) -> Parsed {
     match *bytes {
-        // Some servers accept other records before the message, so these are no clients without TLS.
-        [first, MAJOR_VERSION, ..] if OTHER_RECORDS.contains(&first) => return Parsed::Invalid(Fault::Record),
+        // Some servers accept other records before the message, so such a client may still speak TLS. Go takes an alert with
+        // any version below 16.0.
+        [first, version, ..] if OTHER_RECORDS.contains(&first) && version < 0x10 => {
+            return Parsed::Invalid(Fault::Record);
+        }
         [first] if OTHER_RECORDS.contains(&first) => return Parsed::Incomplete,
         [first, ..] if first != RECORD_IS_HANDSHAKE => return Parsed::Plain,
         _ => {}

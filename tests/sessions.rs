@@ -141,6 +141,10 @@ async fn the_list_shows_what_each_connection_does() {
         assert!(status == 400 && answer.contains("bad_query"), "{query}: {answer}");
     }
 
+    // Both sides get a reset, also the one whose stream had ended.
+    let half_id = by_client(&half)["id"].as_str().unwrap().to_owned();
+    assert_eq!(delete(&ringway, &format!("/api/sessions/{half_id}")).await.0, 200);
+    is_reset(&mut half).await;
     // A connection that has no backend yet can be ended too.
     let id = by_client(&connecting)["id"].as_str().unwrap().to_owned();
     assert_eq!(delete(&ringway, &format!("/api/sessions/{id}")).await, (200, json!({ "ended": 1 })));
@@ -148,7 +152,7 @@ async fn the_list_shows_what_each_connection_does() {
     assert_eq!(delete(&ringway, "/api/sessions?state=blocked").await, (200, json!({ "ended": 1 })));
     is_reset(&mut blocked).await;
     let stats = std::sync::Arc::clone(&ringway.state().listeners[0].stats);
-    eventually("counted", || stats.ended(EndReason::Operator) == 2).await;
+    eventually("counted", || stats.ended(EndReason::Operator) == 3).await;
     let (status, answer) = delete(&ringway, &format!("/api/sessions/{id}")).await;
     assert_eq!((status, &answer["error"]["code"]), (404, &"no_such_session".into()));
     assert!(soon("an echo", echoes(&mut open)).await, "it ended another one");
@@ -206,22 +210,64 @@ async fn the_commands_list_and_end_sessions_and_need_the_token() {
         let token = token.path().display().to_string();
         ask(&[arguments, &["--token-file", &token]].concat())
     };
-    let (code, said, error) = ask(&["sessions", "--pool", "echo", "--limit", "2"]);
+    // The list tells who talks to whom.
+    let (code, _, error) = ask(&["sessions"]);
+    assert!(code == Some(1) && error.contains("token"), "{code:?} {error}");
+    let (code, said, error) = with_token(&["sessions", "--pool", "echo", "--limit", "2"]);
     assert_eq!((code, said.lines().count()), (Some(0), 3), "{said}{error}");
     assert!(said.starts_with("ID  ") && said.contains(" echo ") && said.contains(" open"), "{said}");
-    let (_, said, _) = ask(&["sessions", "--json"]);
+    let (_, said, _) = with_token(&["sessions", "--json"]);
     let sessions: Vec<Value> = serde_json::from_str(&said).unwrap();
     assert_eq!(sessions.len(), 3);
     let id = sessions[0]["id"].as_str().unwrap();
     let (code, _, error) = ask(&["kill", id]);
     assert!(code == Some(1) && error.contains("token"), "{code:?} {error}");
     let (code, said, error) = with_token(&["kill", id]);
-    assert_eq!((code, &*said), (Some(0), "1 sessions ended\n"), "{error}");
+    assert_eq!((code, &*said), (Some(0), "ended 1 session\n"), "{error}");
+    // It goes on after an id that does not exist any more.
+    let other = sessions[1]["id"].as_str().unwrap();
+    let (code, _, error) = with_token(&["kill", id, other]);
+    assert!(code == Some(1) && error.contains("ended 1 session; ") && error.contains("no open session"), "{error}");
     let (code, _, error) = with_token(&["kill"]);
     assert!(code == Some(1) && error.contains("give ids, or conditions"), "{error}");
     let (_, said, _) = with_token(&["kill", "--source", "127.0.0.0/8", "--older", "0s"]);
-    assert_eq!(said, "2 sessions ended\n");
+    assert_eq!(said, "ended 1 session\n");
     for stream in &mut open {
         is_reset(stream).await;
     }
+}
+
+/// While Ringway waits for a PROXY header or a ClientHello, and while it stops.
+#[tokio::test]
+async fn sessions_can_be_ended_at_any_time() {
+    let web = server().await;
+    let listener = "proxy_protocol: { from: [127.0.0.2], timeout: 1m }\nroutes: [{ sni: [a.example], pool: echo }]\nhello: { timeout: 1m }";
+    let provider = format!("static: [{{ address: \"{}\" }}]", web.address);
+    let yaml = crate::harness::config(&provider, listener, "health_check: { kind: none }\ndrain: 1m");
+    let ringway = Ringway::start(&yaml).await;
+    let mut for_header = connect_from("127.0.0.2", &ringway).await;
+    let mut for_hello = connect_from("127.0.0.1", &ringway).await;
+    for_hello.write_all(&client_hello("a.example", &[])[..20]).await.unwrap();
+    let mut served = connect_from("127.0.0.1", &ringway).await;
+    let mut other = connect_from("127.0.0.1", &ringway).await;
+    assert!(soon("an echo", echoes(&mut served)).await && soon("an echo", echoes(&mut other)).await);
+    eventually_async("four", async || list(&ringway, "").await.len() == 4).await;
+    assert_eq!(delete(&ringway, "/api/sessions?state=connecting").await, (200, json!({ "ended": 2 })));
+    is_reset(&mut for_header).await;
+    is_reset(&mut for_hello).await;
+    ringway.stop();
+    eventually_async("no new clients", async || TcpStream::connect(ringway.web()).await.is_err()).await;
+    // It still drains.
+    let client = served.local_addr().unwrap().to_string();
+    let list = list(&ringway, "pool=echo").await;
+    let id = list.iter().find(|one| one["client"] == client.as_str()).unwrap()["id"].as_str().unwrap();
+    assert_eq!(delete(&ringway, &format!("/api/sessions/{id}")).await, (200, json!({ "ended": 1 })));
+    is_reset(&mut served).await;
+    assert!(soon("an echo", echoes(&mut other)).await);
+    // The side port ends with the last connection, so there may be no answer.
+    let address = ringway.api();
+    let last = tokio::spawn(async move { http(address, "DELETE", "/api/sessions?pool=echo", b"").await });
+    is_reset(&mut other).await;
+    let _ = last.await;
+    eventually("the end", || ringway.has_ended()).await;
 }

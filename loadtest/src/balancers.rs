@@ -13,7 +13,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use tempfile::TempDir;
 
-use crate::client::{Client, Protocol};
+use crate::client::{Client, Protocol, SERVER_NAME};
 use crate::process::Tree;
 
 /// The longest wait until a balancer serves.
@@ -80,7 +80,8 @@ impl Kind {
         let said = said.map(|said| [said.stdout, said.stderr].concat()).unwrap_or_default();
         let said = String::from_utf8_lossy(&said).into_owned();
         // Envoy prints its own path first, in which other versions may be.
-        let said = said.split_once("version").map_or(&*said, |(_, after)| after);
+        let after = said.split_once("version:").or_else(|| said.split_once("version"));
+        let said = after.map_or(&*said, |(_, after)| after);
         // The version is the first word that starts with a digit and has a point: 2.6.12-1, 1.22.1, …/1.40.0/…
         let words = said.split(|c: char| c.is_whitespace() || c == '/');
         let is_version = |word: &&str| word.contains('.') && word.starts_with(|c: char| c.is_ascii_digit());
@@ -104,6 +105,8 @@ pub struct Setup {
     pub backends: Vec<Listen>,
     /// The backend of a second listener, if there is one.
     pub second: Option<Listen>,
+    /// Whether there is a listener with routes by server name: one to the second backend, one to the backends.
+    pub by_name: bool,
     /// The number of connections that the balancer must be able to hold.
     pub connections: usize,
     /// The processors that the balancer runs on. An empty list means all.
@@ -128,6 +131,8 @@ pub struct Balancer {
     pub address: SocketAddr,
     /// The address of the second listener. Nothing listens on it if the setup has none.
     pub second: SocketAddr,
+    /// The address of the listener with routes by server name. Nothing listens on it if the setup has none.
+    pub by_name: SocketAddr,
     /// The side port, if the balancer has one.
     pub side_port: SocketAddr,
     /// Time from the start of the process to the first answer.
@@ -143,16 +148,17 @@ impl Balancer {
     /// When the balancer does not serve in time. The error contains its output.
     pub async fn start(kind: Kind, program: &Path, setup: &Setup, settings: &Settings) -> anyhow::Result<Self> {
         let files = TempDir::new().context("cannot make a directory for configs")?;
-        let [address, second, side_port] = free_addresses()?;
+        let [address, second, by_name, side_port] = free_addresses()?;
         let listeners: Vec<_> = [("web", address, setup.backends.as_slice())]
             .into_iter()
             .chain(setup.second.as_ref().map(|backend| ("second", second, std::slice::from_ref(backend))))
             .collect();
+        let routed = setup.by_name.then_some(by_name);
         let text = match kind {
-            Kind::Ringway => ringway_yaml(&listeners, side_port, settings),
-            Kind::Haproxy => haproxy(&listeners, setup),
-            Kind::Nginx => nginx(&listeners, setup, files.path()),
-            Kind::Envoy => envoy(&listeners, side_port, setup),
+            Kind::Ringway => ringway_yaml(&listeners, routed, side_port, settings),
+            Kind::Haproxy => haproxy(&listeners, routed, setup),
+            Kind::Nginx => nginx(&listeners, routed, setup, files.path()),
+            Kind::Envoy => envoy(&listeners, routed, side_port, setup),
         };
         let config = files.path().join("config.yaml");
         std::fs::write(&config, text)?;
@@ -168,7 +174,7 @@ impl Balancer {
         let began = Instant::now();
         let child =
             spawn(command, setup.processors.clone()).with_context(|| format!("cannot start {}", program.display()))?;
-        let mut balancer = Self { address, second, side_port, start_up: Duration::ZERO, child, files };
+        let mut balancer = Self { address, second, by_name, side_port, start_up: Duration::ZERO, child, files };
         let mut client = Client::new(address, None, Protocol::Echo);
         while !matches!(tokio::time::timeout(PATIENCE, client.request()).await, Ok(Ok(_))) {
             client.close();
@@ -243,13 +249,27 @@ pub(crate) fn free_addresses<const COUNT: usize>() -> std::io::Result<[SocketAdd
     Ok(addresses)
 }
 
-fn ringway_yaml(listeners: &[Listener<'_>], side_port: SocketAddr, settings: &Settings) -> String {
+/// The server name that leads to the second backend. [`SERVER_NAME`] leads to the backends.
+const OTHER_NAME: &str = "a.example.com";
+
+fn ringway_yaml(
+    listeners: &[Listener<'_>],
+    routed: Option<SocketAddr>,
+    side_port: SocketAddr,
+    settings: &Settings,
+) -> String {
     let Settings { root, pool, workers } = settings;
     let check = if pool.contains("health_check") { "" } else { "    health_check: { kind: tcp, interval: 2s }\n" };
     let pool: String = pool.lines().fold(String::new(), |text, line| text + "    " + line + "\n");
     let mut text = format!("workers: {}\n{root}\napi: {{ listen: \"{side_port}\" }}\nlisteners:\n", (*workers).max(1));
     for (name, address, _) in listeners {
         let _ = writeln!(text, "  - {{ name: {name}, listen: \"{address}\", pool: {name} }}");
+    }
+    if let Some(address) = routed {
+        let _ = writeln!(
+            text,
+            "  - name: by-name\n    listen: \"{address}\"\n    routes: [{{ sni: [{OTHER_NAME}], pool: second }}, {{ sni: [{SERVER_NAME}], pool: web }}]\n    pool: reset"
+        );
     }
     text.push_str("pools:\n");
     for (name, _, backends) in listeners {
@@ -263,7 +283,7 @@ fn ringway_yaml(listeners: &[Listener<'_>], side_port: SocketAddr, settings: &Se
     text
 }
 
-fn haproxy(listeners: &[Listener<'_>], setup: &Setup) -> String {
+fn haproxy(listeners: &[Listener<'_>], routed: Option<SocketAddr>, setup: &Setup) -> String {
     let mut text = format!(
         "global\n  nbthread 1\n  maxconn {}\n  maxpipes 256\n\
          defaults\n  mode tcp\n  timeout connect 2s\n  timeout client 10m\n  timeout server 10m\n  option splice-request\n  \
@@ -281,10 +301,19 @@ fn haproxy(listeners: &[Listener<'_>], setup: &Setup) -> String {
             let _ = writeln!(text, "  server b{index} {backend} check inter 2s");
         }
     }
+    if let Some(address) = routed {
+        let _ = write!(
+            text,
+            "frontend by-name\n  bind {address} backlog 4096\n  tcp-request inspect-delay 5s\n  \
+             tcp-request content accept if {{ req.ssl_hello_type 1 }}\n  \
+             use_backend second if {{ req.ssl_sni -i {OTHER_NAME} }}\n  \
+             use_backend web if {{ req.ssl_sni -i {SERVER_NAME} }}\n"
+        );
+    }
     text
 }
 
-fn nginx(listeners: &[Listener<'_>], setup: &Setup, files: &Path) -> String {
+fn nginx(listeners: &[Listener<'_>], routed: Option<SocketAddr>, setup: &Setup, files: &Path) -> String {
     const MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
     let module = if Path::new(MODULE).exists() { format!("load_module {MODULE};\n") } else { String::new() };
     let mut text = format!(
@@ -300,11 +329,19 @@ fn nginx(listeners: &[Listener<'_>], setup: &Setup, files: &Path) -> String {
              server {{ listen {address} backlog=4096; proxy_pass {name}; proxy_connect_timeout 2s; proxy_timeout 10m; }}\n"
         );
     }
+    if let Some(address) = routed {
+        let _ = write!(
+            text,
+            "  map $ssl_preread_server_name $chosen {{ {OTHER_NAME} second; {SERVER_NAME} web; }}\n  \
+             server {{ listen {address} backlog=4096; ssl_preread on; proxy_pass $chosen; proxy_connect_timeout 2s; \
+             proxy_timeout 10m; }}\n"
+        );
+    }
     text + "}\n"
 }
 
 /// Envoy reads YAML, and JSON is valid YAML.
-fn envoy(listeners: &[Listener<'_>], side_port: SocketAddr, setup: &Setup) -> String {
+fn envoy(listeners: &[Listener<'_>], routed: Option<SocketAddr>, side_port: SocketAddr, setup: &Setup) -> String {
     let socket = |address: SocketAddr| serde_json::json!({ "socket_address": { "address": address.ip().to_string(), "port_value": address.port() } });
     let endpoint = |backend: &Listen| {
         let address = match backend {
@@ -315,16 +352,36 @@ fn envoy(listeners: &[Listener<'_>], side_port: SocketAddr, setup: &Setup) -> St
     };
     let thresholds =
         serde_json::json!([{ "max_connections": setup.connections, "max_pending_requests": setup.connections }]);
-    let listener = |(name, address, _): &Listener<'_>| {
-        let proxy = serde_json::json!({
+    let proxy = |name: &str| {
+        serde_json::json!({
             "name": "envoy.filters.network.tcp_proxy",
             "typed_config": {
                 "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
                 "stat_prefix": name, "cluster": name, "idle_timeout": "600s", "hash_policy": [{ "source_ip": {} }],
             },
-        });
+        })
+    };
+    let listener = |(name, address, _): &Listener<'_>| {
         serde_json::json!({
-            "name": name, "address": socket(*address), "tcp_backlog_size": 4096, "filter_chains": [{ "filters": [proxy] }],
+            "name": name, "address": socket(*address), "tcp_backlog_size": 4096,
+            "filter_chains": [{ "filters": [proxy(name)] }],
+        })
+    };
+    let chain = |server_name: &str, cluster: &str| {
+        serde_json::json!({
+            "filter_chain_match": { "server_names": [server_name] }, "filters": [proxy(cluster)],
+        })
+    };
+    let by_name = |address: SocketAddr| {
+        serde_json::json!({
+            "name": "by-name", "address": socket(address), "tcp_backlog_size": 4096,
+            "listener_filters": [{
+                "name": "envoy.filters.listener.tls_inspector",
+                "typed_config": {
+                    "@type": "type.googleapis.com/envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector",
+                },
+            }],
+            "filter_chains": [chain(OTHER_NAME, "second"), chain(SERVER_NAME, "web")],
         })
     };
     let cluster = |(name, _, backends): &Listener<'_>| {
@@ -341,7 +398,7 @@ fn envoy(listeners: &[Listener<'_>], side_port: SocketAddr, setup: &Setup) -> St
     serde_json::json!({
         "admin": { "address": socket(side_port) },
         "static_resources": {
-            "listeners": listeners.iter().map(listener).collect::<Vec<_>>(),
+            "listeners": listeners.iter().map(listener).chain(routed.map(by_name)).collect::<Vec<_>>(),
             "clusters": listeners.iter().map(cluster).collect::<Vec<_>>(),
         },
     })

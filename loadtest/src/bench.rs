@@ -62,6 +62,8 @@ pub(crate) enum Task {
     Requests,
     /// Connections with one request, 32 at a time.
     Connections,
+    /// Connections with one request, 32 at a time. The request is the first message of a TLS client.
+    Named,
     /// Downloads on this number of connections.
     Bulk(usize),
     /// Requests on 64 connections at this rate.
@@ -135,15 +137,18 @@ impl Bench {
         Ok(bench)
     }
 
-    /// Starts a balancer on its processor, in front of the servers, which it reaches by TCP or by Unix sockets.
+    /// Starts a balancer on its processor, in front of the servers, which it reaches by TCP or by Unix sockets. With
+    /// `by_name` it also has a listener with routes by server name.
     pub(crate) async fn start(
         &self,
         kind: Kind,
         program: &Path,
         connections: usize,
         by_unix: bool,
+        by_name: bool,
     ) -> anyhow::Result<Balancer> {
         let mut setup = self.setup(if by_unix { &self.unix } else { &self.backends }, connections);
+        setup.by_name = by_name;
         if by_unix {
             setup.second = Some(self.second_unix.clone());
         }
@@ -169,6 +174,7 @@ impl Bench {
         Setup {
             backends: backends.to_vec(),
             second: Some(Listen::Ip(self.second)),
+            by_name: false,
             connections: connections + 512,
             processors: vec![self.balancer_cpu],
         }
@@ -224,7 +230,7 @@ impl Bench {
     fn load(task: Task, target: SocketAddr, duration: Duration) -> Load {
         let (work, connections, pace) = match task {
             Task::Requests => (Work::Requests, 64, Pace::Closed),
-            Task::Connections => (Work::Connections, 32, Pace::Closed),
+            Task::Connections | Task::Named => (Work::Connections, 32, Pace::Closed),
             Task::Bulk(streams) => (Work::Bulk(Direction::Down, TRANSFER), streams, Pace::Closed),
             Task::Rate(rate) => (Work::Requests, 64, Pace::Open(rate)),
         };
@@ -232,7 +238,7 @@ impl Bench {
             target,
             sources: SOURCES,
             work,
-            protocol: Protocol::Echo,
+            protocol: if task == Task::Named { Protocol::Hello } else { Protocol::Echo },
             connections,
             share: None,
             pace,

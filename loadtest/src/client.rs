@@ -15,7 +15,12 @@ pub enum Protocol {
     Http,
     /// 128 bytes that the server echoes
     Echo,
+    /// The first message of a TLS client, which the server echoes
+    Hello,
 }
+
+/// The server name in the message of [`Protocol::Hello`].
+pub(crate) const SERVER_NAME: &str = "b.example.com";
 
 /// Bytes of an echo.
 const ECHO: usize = 128;
@@ -52,6 +57,7 @@ impl Client {
         let request = match protocol {
             Protocol::Http => format!("GET /home HTTP/1.1\r\nhost: {target}\r\n\r\n").into_bytes(),
             Protocol::Echo => vec![b'r'; ECHO],
+            Protocol::Hello => crate::tls::client_hello(SERVER_NAME, &["h2", "http/1.1"]),
         }
         .into();
         Self { target, source, protocol, stream: None, buffer: BytesMut::new(), request, server: None }
@@ -89,7 +95,7 @@ impl Client {
                     return Err(format!("status {}", head.status));
                 }
             }
-            Protocol::Echo => self.echo().await?,
+            Protocol::Echo | Protocol::Hello => self.echo().await?,
         }
         Ok(Arc::clone(self.server.get_or_insert_with(|| Arc::from("unnamed"))))
     }
@@ -182,11 +188,12 @@ impl Client {
     }
 
     async fn echo(&mut self) -> Result<(), String> {
-        while self.buffer.len() < ECHO {
+        let length = self.request.len();
+        while self.buffer.len() < length {
             self.fill().await?;
         }
-        let same = self.buffer[..ECHO] == self.request[..];
-        self.buffer.advance(ECHO);
+        let same = self.buffer[..length] == self.request[..];
+        self.buffer.advance(length);
         if same { Ok(()) } else { Err("the response differs from the request".to_owned()) }
     }
 

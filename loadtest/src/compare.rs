@@ -57,6 +57,8 @@ pub enum Work {
     Requests,
     /// Connections with one request, 32 at a time
     Connections,
+    /// Connections that a server name leads to their backends, 32 at a time
+    Named,
     /// Downloads on one connection
     Bulk,
     /// Downloads on 32 connections
@@ -71,8 +73,16 @@ pub enum Work {
 
 impl Work {
     /// All kinds of work.
-    pub const ALL: [Self; 7] =
-        [Self::Requests, Self::Connections, Self::Bulk, Self::Streams, Self::Latency, Self::Beside, Self::Footprint];
+    pub const ALL: [Self; 8] = [
+        Self::Requests,
+        Self::Connections,
+        Self::Named,
+        Self::Bulk,
+        Self::Streams,
+        Self::Latency,
+        Self::Beside,
+        Self::Footprint,
+    ];
 }
 
 impl Options {
@@ -143,12 +153,13 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
     let duration = Duration::from_secs(options.seconds);
     let steps = u64::from(options.rounds) * (options.work.len() * contestants.len()) as u64;
     let bar = progress_bar(Duration::from_secs(steps));
-    let running = start_all(&bench, &contestants).await?;
+    let running = start_all(&bench, &contestants, options.work.contains(&Work::Named)).await?;
     let mut rate = f64::MAX;
     for round in 0..options.rounds as usize {
         for (measure, work, task) in [
             (Measure::RequestCpu, Work::Requests, Task::Requests),
             (Measure::ConnectionCpu, Work::Connections, Task::Connections),
+            (Measure::NamedCpu, Work::Named, Task::Named),
             (Measure::BulkCpu, Work::Bulk, Task::Bulk(1)),
             (Measure::StreamsCpu, Work::Streams, Task::Bulk(32)),
         ] {
@@ -157,7 +168,10 @@ pub async fn compare(options: &Options) -> anyhow::Result<()> {
             }
             for turn in turns(round, contestants.len()) {
                 bar.set_message(format!("{}: {}", contestants[turn].name, measure.label()));
-                let (target, tree) = place(&bench, running[turn].as_ref());
+                let (mut target, tree) = place(&bench, running[turn].as_ref());
+                if let (Task::Named, Some(balancer)) = (task, &running[turn]) {
+                    target = balancer.by_name;
+                }
                 let cost = bench.measure(task, target, tree, duration).await?;
                 bar.inc(1);
                 if task == Task::Requests {
@@ -243,11 +257,11 @@ fn contestants(options: &Options) -> anyhow::Result<Vec<Contestant>> {
     Ok(contestants)
 }
 
-async fn start_all(bench: &Bench, contestants: &[Contestant]) -> anyhow::Result<Vec<Option<Balancer>>> {
+async fn start_all(bench: &Bench, contestants: &[Contestant], by_name: bool) -> anyhow::Result<Vec<Option<Balancer>>> {
     let mut running = Vec::new();
     for Contestant { kind, program, by_unix, .. } in contestants {
         running.push(match kind {
-            Some(kind) => Some(bench.start(*kind, program, 512, *by_unix).await?),
+            Some(kind) => Some(bench.start(*kind, program, 512, *by_unix, by_name).await?),
             None => None,
         });
     }
@@ -267,7 +281,7 @@ fn place(bench: &Bench, balancer: Option<&Balancer>) -> (std::net::SocketAddr, O
 /// Starts a new process and measures its start-up time, its size, and the memory of idle connections.
 async fn footprint(bench: &Bench, contestant: &mut Contestant, idle: usize) -> anyhow::Result<()> {
     let Some(kind) = contestant.kind else { return Ok(()) };
-    let balancer = bench.start(kind, &contestant.program, idle, contestant.by_unix).await?;
+    let balancer = bench.start(kind, &contestant.program, idle, contestant.by_unix, false).await?;
     let (size, start_up) = (std::fs::metadata(&contestant.program)?.len(), balancer.start_up);
     // The first connections cause one-time allocations, which do not count.
     let first = bench.idle(balancer.address, 100).await?;

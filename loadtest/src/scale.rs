@@ -82,7 +82,13 @@ pub async fn scale(options: &Options) -> anyhow::Result<()> {
         let name = format!("server-{servers}");
         let arguments = ["--name", &name, "--delay-ms", &delay, "--concurrency", &concurrency];
         backends.push(Listen::Ip(server_with(&arguments, "127.0.0.1:0").await?));
-        let setup = Setup { backends: backends.clone(), second: None, connections: most, processors: Vec::new() };
+        let setup = Setup {
+            backends: backends.clone(),
+            second: None,
+            by_name: false,
+            connections: most,
+            processors: Vec::new(),
+        };
         let balancer = Balancer::start(Kind::Ringway, &program, &setup, &Settings::default()).await?;
         let load = Load {
             target: balancer.address,

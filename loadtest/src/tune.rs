@@ -226,7 +226,7 @@ fn findings(variants: &[Variant]) -> Vec<Finding> {
         for (task, pairs) in std::iter::zip(variant.tasks, &variant.figures) {
             let (work, unit) = match task {
                 Task::Requests | Task::Rate(_) => ("requests", "CPU µs per request"),
-                Task::Connections => ("connections", "CPU µs per connection"),
+                Task::Connections | Task::Named => ("connections", "CPU µs per connection"),
                 Task::Bulk(1) => ("bulk, 1 stream", "CPU s per GB"),
                 Task::Bulk(_) => ("bulk, 32 streams", "CPU s per GB"),
             };

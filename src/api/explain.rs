@@ -12,7 +12,7 @@ use serde::Deserialize;
 use super::error::Error;
 use super::{State, View, encoded};
 use crate::client_hello::{Hello, host_name};
-use crate::proxy::explain::{Explanation, Question, Target, Unexplained, explain};
+use crate::proxy::explain::{Beginning, Explanation, Question, Target, Unexplained, explain};
 use crate::proxy::{Route, Routing};
 use crate::stream::Client;
 
@@ -20,16 +20,19 @@ use crate::stream::Client;
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Parameters {
-    /// A listener or a pool; the default is the first listener. A listener comes before a pool of the same name.
+    /// A pool or a listener; the default is the first listener. A pool comes before a listener of the same name.
     pub target: Option<String>,
+    /// A listener.
+    pub listener: Option<String>,
     /// The client: an address, an address with a port, or `unix:` and a user id.
     pub from: Option<String>,
     /// The server name for which the client asks.
     pub sni: Option<String>,
     /// The protocols that the client offers.
     pub alpn: Option<String>,
-    /// Whether the client begins with TLS, also without a name and protocols.
-    pub tls: Option<bool>,
+    /// What the client sends first: `tls`, `plain`, `silent` or `undecided`. The default is `tls` with a name or protocols, else
+    /// `plain`.
+    pub begins: Option<String>,
     /// The key, in place of the client's.
     pub key: Option<String>,
     /// Backends that leave the ring.
@@ -72,23 +75,26 @@ pub(super) async fn get(
 ) -> Result<Json<Explanation>, Error> {
     let Query(parameters) = parameters.map_err(|rejection| {
         let message = format!(
-            "{}: use only the parameters target, from, sni, alpn, tls, key, without and weight",
+            "{}: use only the parameters target, listener, from, sni, alpn, begins, key, without and weight",
             rejection.body_text()
         );
         Error::new(StatusCode::BAD_REQUEST, "bad_query", message)
     })?;
     let view = state.view();
-    // A change of a large ring takes a while, and would delay other calls.
-    let answer = tokio::task::spawn_blocking(move || Known::of(&view).explain(&parameters)).await;
+    // A change of a large ring takes a while, and would delay other calls. One at a time: it also takes memory.
+    let permit = Arc::clone(&state.explaining).acquire_owned().await;
+    let answer = tokio::task::spawn_blocking(move || {
+        let _permit = permit;
+        Known::of(&view).explain(&parameters)
+    })
+    .await;
     // It is pure, so a panic is a bug.
     let answer = answer.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
     answer.map(Json).map_err(|fault| {
         let (status, code) = match fault {
             Fault::Target { .. } => (StatusCode::NOT_FOUND, "no_such_target"),
             Fault::Unexplained(Unexplained::NoBackend { .. }) => (StatusCode::NOT_FOUND, "no_such_backend"),
-            Fault::Question(_) | Fault::Unexplained(Unexplained::NoClient | Unexplained::NoPort(_)) => {
-                (StatusCode::BAD_REQUEST, "bad_query")
-            }
+            Fault::Question(_) | Fault::Unexplained(_) => (StatusCode::BAD_REQUEST, "bad_query"),
         };
         Error::new(status, code, fault.to_string())
     })
@@ -106,20 +112,21 @@ impl<'a> Known<'a> {
     /// # Errors
     /// When the question is wrong.
     pub fn explain(&self, parameters: &Parameters) -> Result<Explanation, Fault> {
-        let target = self.target(parameters.target.as_deref())?;
+        let target = self.target(parameters.target.as_deref(), parameters.listener.as_deref())?;
         Ok(explain(target, &parameters.question()?)?)
     }
 
-    fn target(&self, name: Option<&str>) -> Result<Target<'a>, Fault> {
-        let is_it = |known: &str| name.is_none_or(|name| known == name);
-        let listener = self.listeners.iter().find(|(known, _)| is_it(known));
-        let pool = || self.pools.iter().find(|pool| is_it(&pool.pool));
-        match (listener, pool) {
-            (Some((_, routing)), _) => Ok(Target::Listener(routing)),
-            (None, pool) => pool()
-                .map(|pool| Target::Pool(pool))
-                .ok_or_else(|| Fault::Target { name: name.unwrap_or_default().to_owned(), known: self.names() }),
+    fn target(&self, name: Option<&str>, listener: Option<&str>) -> Result<Target<'a>, Fault> {
+        let pool =
+            name.filter(|_| listener.is_none()).and_then(|name| self.pools.iter().find(|pool| *pool.pool == *name));
+        if let Some(pool) = pool {
+            return Ok(Target::Pool(pool));
         }
+        let wanted = listener.or(name);
+        let found = self.listeners.iter().find(|(known, _)| wanted.is_none_or(|wanted| wanted == *known));
+        found
+            .map(|(_, routing)| Target::Listener(routing))
+            .ok_or_else(|| Fault::Target { name: wanted.unwrap_or_default().to_owned(), known: self.names() })
     }
 
     fn names(&self) -> Vec<String> {
@@ -131,13 +138,13 @@ impl<'a> Known<'a> {
 impl Parameters {
     /// The path and the query of the call.
     pub fn path(&self) -> String {
-        let tls = self.tls.map(|tls| tls.to_string());
         let fields = [
             ("target", &self.target),
+            ("listener", &self.listener),
             ("from", &self.from),
             ("sni", &self.sni),
             ("alpn", &self.alpn),
-            ("tls", &tls),
+            ("begins", &self.begins),
             ("key", &self.key),
             ("without", &self.without),
             ("weight", &self.weight),
@@ -151,23 +158,29 @@ impl Parameters {
         Ok(Question {
             client: from.map(|(client, _)| client),
             has_port: from.is_some_and(|(_, has_port)| has_port),
-            hello: self.hello()?,
+            beginning: self.beginning()?,
             key: self.key.clone(),
             without: list(self.without.as_deref()),
             weights: list(self.weight.as_deref()).iter().map(|text| weight(text)).collect::<Result<_, _>>()?,
         })
     }
 
-    fn hello(&self) -> Result<Option<Hello>, Fault> {
+    fn beginning(&self) -> Result<Beginning, Fault> {
         let has_hello = self.sni.is_some() || self.alpn.is_some();
-        if !self.tls.unwrap_or(has_hello) {
-            return if has_hello {
-                Err(Fault::Question(
-                    "a client without TLS has neither sni nor alpn: remove them, or tls=false".to_owned(),
-                ))
-            } else {
-                Ok(None)
-            };
+        let other = match self.begins.as_deref() {
+            Some("tls") => None,
+            None if has_hello => None,
+            None | Some("plain") => Some(Beginning::Plain),
+            Some("silent") => Some(Beginning::Silent),
+            Some("undecided") => Some(Beginning::Undecided),
+            Some(text) => {
+                let problem = format!("begins: {text:?} is not one of tls, plain, silent, undecided");
+                return Err(Fault::Question(problem));
+            }
+        };
+        if let Some(other) = other {
+            let problem = "only a client that begins with TLS has sni and alpn: remove them, or begins";
+            return if has_hello { Err(Fault::Question(problem.to_owned())) } else { Ok(other) };
         }
         let name = self.sni.as_deref().map(|name| {
             host_name(name)
@@ -177,7 +190,7 @@ impl Parameters {
         if let Some(wrong) = protocols.iter().find(|name| name.is_empty() || name.len() > 255) {
             return Err(Fault::Question(format!("alpn: {wrong:?} is not the name of a protocol, like h2")));
         }
-        Ok(Some(Hello::new(name.transpose()?, &protocols)))
+        Ok(Beginning::Tls(Hello::new(name.transpose()?, &protocols)))
     }
 }
 

@@ -37,6 +37,7 @@ use axum::routing::{get, post};
 
 use arc_swap::ArcSwap;
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 
 use self::error::Error;
 pub use self::guard::Guard;
@@ -79,6 +80,8 @@ pub struct State {
     pub limit: Arc<Limit>,
     /// The open connections.
     pub sessions: Sessions,
+    /// For the one explanation at a time.
+    explaining: Arc<Semaphore>,
     /// Reloads so far.
     pub reloads: Tally<Outcome>,
     /// Upgrades so far, failed ones included.
@@ -108,6 +111,7 @@ impl State {
             exporter,
             limit: Arc::clone(proxy.limit()),
             sessions: proxy.sessions(),
+            explaining: Arc::new(Semaphore::new(1)),
             reloads: Tally::default(),
             upgrades: Tally::default(),
             runtimes,
@@ -229,7 +233,7 @@ pub fn router(state: Arc<State>) -> Router {
 }
 
 /// Percent-encodes a segment of a path, or a value of a query.
-fn encoded(text: &str) -> String {
+pub fn encoded(text: &str) -> String {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~:".contains(&byte);
     text.bytes()
         .map(|byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })

@@ -1,18 +1,19 @@
 //! `/api/sessions`: lists open connections, and ends those that an operator names.
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
 use axum::extract::rejection::{PathRejection, QueryRejection};
-use axum::extract::{Path, Query, State as Extract};
+use axum::extract::{ConnectInfo, Path, Query, State as Extract};
 use axum::http::StatusCode;
 use axum::middleware::from_fn_with_state;
-use axum::routing::get;
+use axum::routing::{delete, get};
 use serde::{Deserialize, Serialize};
 
 use super::error::Error;
-use super::guard::{changes, reads};
+use super::guard::changes;
 use super::{State, encoded};
 use crate::client_hello::host_name;
 use crate::labels::Label as _;
@@ -79,12 +80,12 @@ pub struct Ended {
     pub ended: usize,
 }
 
-/// The routes of this file, each behind its guard.
+/// The routes of this file. The list needs the rights of a change too: it tells which client talks to which site.
 pub(super) fn routes(state: &Arc<State>) -> axum::Router<Arc<State>> {
-    let reading = get(list).route_layer(from_fn_with_state(Arc::clone(state), reads));
-    let ending = axum::routing::delete(end_all).route_layer(from_fn_with_state(Arc::clone(state), changes));
-    let one = axum::routing::delete(end_one).route_layer(from_fn_with_state(Arc::clone(state), changes));
-    axum::Router::new().route("/api/sessions", reading.merge(ending)).route("/api/sessions/{id}", one)
+    axum::Router::new()
+        .route("/api/sessions", get(list).delete(end_all))
+        .route("/api/sessions/{id}", delete(end_one))
+        .route_layer(from_fn_with_state(Arc::clone(state), changes))
 }
 
 async fn list(
@@ -106,6 +107,7 @@ async fn list(
 
 async fn end_all(
     Extract(state): Extract<Arc<State>>,
+    ConnectInfo(caller): ConnectInfo<SocketAddr>,
     parameters: Result<Query<Parameters>, QueryRejection>,
 ) -> Result<Json<Ended>, Error> {
     let parameters = parsed(parameters)?;
@@ -119,12 +121,13 @@ async fn end_all(
         );
     }
     let ended = state.sessions.end(&filter).await;
-    tracing::info!(ended, ?parameters, "an operator ended sessions");
+    tracing::info!(%caller, ended, conditions = parameters.conditions(), "an operator ended sessions");
     Ok(Json(Ended { ended }))
 }
 
 async fn end_one(
     Extract(state): Extract<Arc<State>>,
+    ConnectInfo(caller): ConnectInfo<SocketAddr>,
     path: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Ended>, Error> {
     let Path(id) = path.map_err(|rejection| bad(rejection.body_text()))?;
@@ -136,7 +139,7 @@ async fn end_one(
         let message = format!("no open session has the id {id}; it may have ended");
         return Err(Error::new(StatusCode::NOT_FOUND, "no_such_session", message));
     }
-    tracing::info!(%id, "an operator ended a session");
+    tracing::info!(%caller, id = %wanted, "an operator ended a session");
     Ok(Json(Ended { ended }))
 }
 
@@ -158,6 +161,11 @@ fn cursor(text: &str) -> Result<Cursor, Error> {
 impl Parameters {
     /// The path and the query of the call.
     pub fn path(&self) -> String {
+        format!("/api/sessions?{}", self.conditions())
+    }
+
+    /// The conditions that are given, as a query.
+    fn conditions(&self) -> String {
         let (limit, all) = (self.limit.map(|limit| limit.to_string()), self.all.map(|all| all.to_string()));
         let fields = [
             ("listener", &self.listener),
@@ -173,7 +181,7 @@ impl Parameters {
             ("all", &all),
         ];
         let given = fields.iter().filter_map(|(name, value)| Some(format!("{name}={}", encoded(value.as_deref()?))));
-        format!("/api/sessions?{}", given.collect::<Vec<_>>().join("&"))
+        given.collect::<Vec<_>>().join("&")
     }
 
     fn filter(&self) -> Result<Filter, String> {

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use clap::Args;
 use ringway::api::explain::Parameters;
 use ringway::app::Offline;
-use ringway::proxy::explain::{Explanation, PoolStep};
+use ringway::proxy::explain::{Explanation, PoolStep, WalkStep};
 
 use super::{Common, Failure, print, runtime, side_port};
 
@@ -14,8 +14,11 @@ const SHOWN: usize = 12;
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
-    /// Listener or pool [default: the first listener]
+    /// Pool or listener [default: the first listener]
     target: Option<String>,
+    /// Listener, if a pool has the same name
+    #[arg(long, value_name = "LISTENER", conflicts_with = "target")]
+    listener: Option<String>,
     /// The client: ADDRESS, ADDRESS:PORT or unix:UID
     #[arg(long, value_name = "CLIENT")]
     from: Option<String>,
@@ -25,9 +28,10 @@ pub(crate) struct Options {
     /// A protocol that the client offers in its TLS handshake (several: with commas)
     #[arg(long, value_name = "PROTOCOL")]
     alpn: Option<String>,
-    /// The client begins with TLS, without a name
-    #[arg(long)]
-    tls: bool,
+    /// What the client sends first: tls, plain, silent (nothing) or undecided (a wrong TLS handshake)
+    /// [default: tls with --sni or --alpn, else plain]
+    #[arg(long, value_name = "WHAT")]
+    begins: Option<String>,
     /// The key, in place of the client's
     #[arg(long, value_name = "TEXT")]
     key: Option<String>,
@@ -37,7 +41,7 @@ pub(crate) struct Options {
     /// What if this backend has another weight? (several: with commas)
     #[arg(long, value_name = "BACKEND=WEIGHT")]
     weight: Option<String>,
-    /// Ask the config file in place of a running Ringway, and take all backends for healthy
+    /// Read the config file instead of asking a running Ringway, and assume that all backends are healthy
     #[arg(long)]
     offline: bool,
     /// Print JSON
@@ -53,7 +57,8 @@ pub(crate) fn explain(common: &Common, options: &Options) -> Result<(), Failure>
         from: options.from.clone(),
         sni: options.sni.clone(),
         alpn: options.alpn.clone(),
-        tls: options.tls.then_some(true),
+        listener: options.listener.clone(),
+        begins: options.begins.clone(),
         key: options.key.clone(),
         without: options.without.clone(),
         weight: options.weight.clone(),
@@ -74,6 +79,10 @@ fn offline(common: &Common, parameters: &Parameters) -> Result<Explanation, Fail
     let config = common.config()?.0;
     let offline = Offline::new(&config).map_err(anyhow::Error::from)?;
     let mut explanation = offline.known().explain(parameters).map_err(anyhow::Error::from)?;
+    if let Some(pool) = explanation.pool.as_ref().filter(|pool| pool.walk.is_empty()) {
+        let problem = "Ringway finds its backends at run time, so only a running Ringway can explain it";
+        return Err(anyhow::anyhow!("pool {}: {problem}", pool.name).into());
+    }
     // Nothing was looked up.
     for step in explanation.pool.iter_mut().flat_map(|pool| &mut pool.walk) {
         step.address = None;
@@ -119,13 +128,15 @@ fn pool_in_words(text: &mut String, pool: &PoolStep) {
     if pool.panic {
         let _ = writeln!(text, "panic    too few backends are healthy, so Ringway tries all of them");
     }
-    for step in pool.walk.iter().take(SHOWN) {
+    let is_shown = |(n, step): &(usize, &WalkStep)| *n < SHOWN || step.attempt.is_some();
+    for (_, step) in pool.walk.iter().enumerate().filter(is_shown) {
         let attempt = step.attempt.map_or("-".to_owned(), |attempt| attempt.to_string());
         let address = step.address.as_deref().map_or(String::new(), |address| format!(" ({address})"));
         let _ = writeln!(text, "walk     {attempt} {}{address}, {}: {}", step.backend, step.state, step.why);
     }
-    if pool.walk.len() > SHOWN {
-        let _ = writeln!(text, "walk     … and {} more; --json shows all", pool.walk.len() - SHOWN);
+    let hidden = pool.walk.iter().enumerate().filter(|step| !is_shown(step)).count();
+    if hidden > 0 {
+        let _ = writeln!(text, "walk     … and {hidden} more; --json shows all");
     }
     let result = pool.backend.as_deref().unwrap_or("none: Ringway resets the connection");
     let _ = writeln!(text, "result   {result}");

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::Args;
+use ringway::api::encoded;
 use ringway::api::sessions::{Ended, MOST, Page, Parameters, Shown};
 
 use super::{Common, Failure, print, runtime, side_port};
@@ -111,17 +112,28 @@ pub(crate) fn kill(common: &Common, kill: &Kill) -> Result<(), Failure> {
         if by_filter {
             return side_port::delete::<Ended>(common, &kill.port, &filter.path()).await.map(|ended| ended.ended);
         }
-        let mut sum = 0;
+        let (mut sum, mut problems) = (0, Vec::new());
         for id in &kill.ids {
-            sum += side_port::delete::<Ended>(common, &kill.port, &format!("/api/sessions/{id}")).await?.ended;
+            match side_port::delete::<Ended>(common, &kill.port, &format!("/api/sessions/{}", encoded(id))).await {
+                Ok(ended) => sum += ended.ended,
+                Err(problem) => problems.push(format!("{id}: {problem:#}")),
+            }
         }
+        anyhow::ensure!(problems.is_empty(), "ended {}; {}", sessions(sum), problems.join("; "));
         Ok(sum)
     })?;
-    print(&format!("{ended} sessions ended\n"))
+    print(&format!("ended {}\n", sessions(ended)))
+}
+
+fn sessions(count: usize) -> String {
+    if count == 1 { "1 session".to_owned() } else { format!("{count} sessions") }
 }
 
 fn table(sessions: &[Shown]) -> String {
-    let head = ["ID", "CLIENT", "LISTENER", "POOL", "BACKEND", "AGE", "IDLE", "IN", "OUT", "PATH", "STATE", "SNI"];
+    let head = [
+        "ID", "CLIENT", "PEER", "LISTENER", "ROUTE", "POOL", "BACKEND", "AGE", "IDLE", "IN", "OUT", "PATH", "STATE",
+        "SNI",
+    ];
     let time = |seconds: f64| {
         humantime::format_duration(Duration::from_secs_f64(seconds.trunc())).to_string().replace(' ', "")
     };
@@ -130,7 +142,9 @@ fn table(sessions: &[Shown]) -> String {
         [
             one.id.clone(),
             one.client.clone(),
+            or_dash(&one.peer),
             one.listener.clone(),
+            or_dash(&one.route),
             or_dash(&one.pool),
             or_dash(&one.backend),
             time(one.age_seconds),

@@ -67,19 +67,14 @@ pub(super) async fn status(common: &Common, port: &Port) -> anyhow::Result<Statu
     read(common, port, "/api/status").await
 }
 
-/// Sends a `GET` that changes nothing, and returns its answer.
+/// Sends a `GET`, and returns its answer.
 pub(super) async fn read<T: DeserializeOwned>(common: &Common, port: &Port, path: &str) -> anyhow::Result<T> {
-    let address = address(common, port)?;
-    let answer = get(address, path).await.with_context(|| unreachable(address))?;
-    anyhow::ensure!(answer.status().is_success(), refusal(&answer));
-    serde_json::from_slice(answer.body()).context("the side port's answer is of another version")
+    with_token(common, port, Request::get(path), String::new()).await
 }
 
 /// Sends a `DELETE`, and returns its answer.
 pub(super) async fn delete<T: DeserializeOwned>(common: &Common, port: &Port, path: &str) -> anyhow::Result<T> {
-    let request = Request::builder().method("DELETE").uri(path);
-    let answer = change(common, port, request, String::new()).await?;
-    serde_json::from_slice(&answer).context("the side port's answer is of another version")
+    with_token(common, port, Request::delete(path), String::new()).await
 }
 
 /// Why the side port refuses a call.
@@ -92,12 +87,16 @@ fn refusal(answer: &Response<Bytes>) -> String {
 /// Sends a command and waits for its report.
 pub(super) async fn run(common: &Common, port: &Port, command: &Command) -> anyhow::Result<Report> {
     let HttpCall { method, path, body } = HttpCall::of(command);
-    let answer = change(common, port, Request::builder().method(method).uri(path), body).await?;
-    serde_json::from_slice(&answer).context("the side port's answer is not a report")
+    with_token(common, port, Request::builder().method(method).uri(path), body).await
 }
 
-/// Sends a call that changes something, with the token.
-async fn change(common: &Common, port: &Port, request: Builder, body: String) -> anyhow::Result<Bytes> {
+/// Sends a call with the token, if there is one.
+async fn with_token<T: DeserializeOwned>(
+    common: &Common,
+    port: &Port,
+    request: Builder,
+    body: String,
+) -> anyhow::Result<T> {
     let address = address(common, port)?;
     let mut request = request;
     if let Some(token) = token(common, port)? {
@@ -105,7 +104,7 @@ async fn change(common: &Common, port: &Port, request: Builder, body: String) ->
     }
     let answer = ask(address, request, body, COMMAND_TIMEOUT).await.with_context(|| unreachable(address))?;
     if answer.status().is_success() {
-        return Ok(answer.into_body());
+        return serde_json::from_slice(answer.body()).context("the side port's answer is of another version");
     }
     anyhow::ensure!(answer.status() != StatusCode::UNAUTHORIZED, "wrong or missing token: use --token-file or {TOKEN}");
     anyhow::bail!(refusal(&answer))

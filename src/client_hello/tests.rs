@@ -133,11 +133,11 @@ fn other_protocols_and_other_messages_differ() {
     assert_eq!(parse(&[22, 3, 1, 0x40, 1], MOST), Parsed::Invalid(Fault::Record));
     assert_eq!(parse(&[22, 3, 1, 0, 5, 2], MOST), Parsed::Invalid(Fault::Message));
     // Some servers accept these before a ClientHello.
-    for record in [&[21, 3, 1, 0, 2, 1, 0x70][..], &[20, 3, 3, 0, 1, 1], &[23, 3], &[24, 3]] {
+    for record in [&[21, 3, 1, 0, 2, 1, 0x70][..], &[21, 0], &[21, 15], &[20, 3, 3, 0, 1, 1], &[23, 3], &[24, 3]] {
         assert_eq!(parse(record, MOST), Parsed::Invalid(Fault::Record));
         assert_eq!(parse(&record[..1], MOST), Parsed::Incomplete);
     }
-    assert_eq!(parse(&[21, 4], MOST), Parsed::Plain);
+    assert_eq!(parse(&[21, 16], MOST), Parsed::Plain);
     // An alert in the middle of the message.
     let begun = [&record(&message(None)[..10])[..], &[21, 3, 1, 0, 2, 1, 0]].concat();
     assert_eq!(parse(&begun, MOST), Parsed::Invalid(Fault::Record));

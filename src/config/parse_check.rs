@@ -55,7 +55,7 @@ pub(super) fn health_check(
         item.fault("a backend of this pool has a Unix socket, which has no port: remove this key");
     }
     let port = port.and_then(|item| item.integer(&(1..=65_535))).map(narrow);
-    let send_proxy = send_proxy(&mut section, version, port);
+    let send_proxy = send_proxy(&mut section, kind, version, port);
     let interval = section.duration("interval", 10 * MS..=HOUR, 2 * SECOND);
     let fast_interval = section.duration("fast_interval", 10 * MS..=HOUR, (interval / 4).max(10 * MS));
     let timeout = section.duration("timeout", MS..=HOUR, SECOND);
@@ -79,8 +79,15 @@ pub(super) fn usual_header(version: Option<Version>, port: Option<u16>) -> OwnHe
     version.filter(|_| port.is_none()).map_or(OwnHeader::Absent, OwnHeader::Local)
 }
 
-fn send_proxy(section: &mut Section<'_>, version: Option<Version>, port: Option<u16>) -> OwnHeader {
+fn send_proxy(section: &mut Section<'_>, kind: CheckKind, version: Option<Version>, port: Option<u16>) -> OwnHeader {
     let Some(item) = section.item("send_proxy") else { return usual_header(version, port) };
+    match kind {
+        CheckKind::None => item.fault("there are no checks: set another kind, or remove this key"),
+        CheckKind::Tcp if item.value.is_bool() => {
+            item.fault("a tcp check sends no bytes: set another kind, or remove this key");
+        }
+        CheckKind::Tcp | CheckKind::Http | CheckKind::Expect => {}
+    }
     let is_local = item.value.as_bool() == Some(true);
     let is_addresses = item.value.as_str() == Some("local_as_proxy");
     match (item.value.as_str(), version) {

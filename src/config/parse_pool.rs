@@ -11,11 +11,7 @@ use crate::control::publisher::OnDown;
 use crate::labels::Label as _;
 use crate::proxy::key::KeyKind;
 use crate::proxy_header::{CRC32C, NOOP, SendProxy, Tlv, Version};
-use crate::ring::Parameters;
-
-/// Maximum number of points on one ring. A ring of this size uses 50 MB of memory and takes a third of a second to
-/// build.
-const MOST_POINTS: u64 = 1 << 22;
+use crate::ring::{MOST_POINTS, Parameters};
 
 pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let name = name(&mut section);
@@ -127,7 +123,7 @@ fn send_proxy(item: &Item<'_>) -> Option<SendProxy> {
     if !item.value.is_mapping() {
         let Some(version) = version(item.value.as_str()) else {
             item.fault(format_args!(
-                "{} is not one of off, v1, v2, and no section with version, tlvs and pass",
+                "{} is neither off, v1 or v2, nor a section with version, tlvs and pass",
                 show(item.value)
             ));
             return None;

@@ -54,7 +54,7 @@ pub(super) struct Account {
     /// The connection's permit, until it is handed over with the connection.
     pub(super) permit: Option<ConnectionPermit>,
     /// The backends that were tried in vain.
-    pub(super) tries: Box<[Try]>,
+    pub(super) tries: Vec<Try>,
     /// Position in the worker's list of open connections.
     slot: usize,
     outcome: Outcome,
@@ -66,13 +66,7 @@ impl Account {
         listener.share().count_accepted();
         let connection = Rc::new(Connection::new(listener, peer));
         let slot = connection.listener.worker.open.borrow_mut().insert(Rc::clone(&connection));
-        Self {
-            connection,
-            permit: Some(permit),
-            tries: Box::default(),
-            slot,
-            outcome: Outcome::Ended(EndReason::Dropped),
-        }
+        Self { connection, permit: Some(permit), tries: Vec::new(), slot, outcome: Outcome::Ended(EndReason::Dropped) }
     }
 
     /// Counts the connection for its backend. From now on, the timeout task watches it.

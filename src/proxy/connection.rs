@@ -24,7 +24,7 @@ use crate::stream::Client;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConnectionId(u64);
 
-/// Bits of an id that hold the number of the worker, of which there are at most 1024.
+/// Bits of an id that hold the number of the worker. The config allows at most 1024 workers.
 const WORKER_BITS: u32 = 10;
 
 impl ConnectionId {
@@ -96,6 +96,7 @@ pub(super) struct Connection {
     pub(super) inspect: Cell<bool>,
     /// Set by the timeout task or by an operator: the connection ends for this reason.
     pub(super) verdict: Cell<Option<EndReason>>,
+    /// Wakes the connection's task.
     pub(super) waker: RefCell<Option<Waker>>,
 }
 

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::context::WorkerListener;
 use super::limit::ConnectionPermit;
+use super::sessions::Search;
 use super::stats::WorkerStats;
 use super::worker::WorkerCommand;
 use super::{ListenerId, Serving};
@@ -56,6 +57,8 @@ impl Drop for Dealt {
 pub(super) struct Peer {
     pub(super) stats: Arc<WorkerStats>,
     pub(super) commands: mpsc::UnboundedSender<WorkerCommand>,
+    /// Searches of the open connections. A worker makes them one after the other, also while it drains.
+    pub(super) searches: mpsc::UnboundedSender<Search>,
 }
 
 impl Peer {
@@ -170,7 +173,11 @@ mod tests {
     fn dealer(connections: &[u64]) -> Dealer {
         let peer = |&connections: &u64| {
             let stats = WorkerStats { connections: connections.into(), ..WorkerStats::default() };
-            Peer { stats: Arc::new(stats), commands: mpsc::unbounded_channel().0 }
+            Peer {
+                stats: Arc::new(stats),
+                commands: mpsc::unbounded_channel().0,
+                searches: mpsc::unbounded_channel().0,
+            }
         };
         Dealer::new(0, connections.iter().map(peer).collect())
     }

@@ -9,11 +9,12 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use super::key::{Key, KeyKind};
-use super::routing::{Begin, Condition, Mismatch, Route, Routing, Rule};
+use super::routing::{Begin, Condition, FirstBytes, Mismatch, Route, Routing};
+use super::stats::RefusalReason;
 use crate::backend::{Backend, State};
 use crate::client_hello::Hello;
 use crate::labels::Label as _;
-use crate::ring::{Member, Ring};
+use crate::ring::{MOST_POINTS, Member, Ring};
 use crate::stream::Client;
 use crate::table::{Members, Table};
 
@@ -28,14 +29,42 @@ pub struct Question {
     pub client: Option<Client>,
     /// Whether the client's port is known.
     pub has_port: bool,
-    /// The client's ClientHello; `None`: it begins without TLS.
-    pub hello: Option<Hello>,
+    /// What the client sends first.
+    pub beginning: Beginning,
     /// The key, in place of the one that follows from the client.
     pub key: Option<String>,
     /// Backends that leave the ring.
     pub without: Vec<String>,
     /// Backends whose weights change.
     pub weights: Vec<(String, u32)>,
+}
+
+/// What a client sends first.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Beginning {
+    /// A ClientHello.
+    Tls(Hello),
+    /// Something else.
+    Plain,
+    /// Nothing: it waits for the server.
+    Silent,
+    /// The beginning of TLS, and then wrong, too many or too few bytes.
+    Undecided,
+}
+
+impl Beginning {
+    fn hello(&self) -> Option<&Hello> {
+        if let Self::Tls(hello) = self { Some(hello) } else { None }
+    }
+
+    fn first_bytes(&self) -> FirstBytes<'_> {
+        match self {
+            Self::Tls(hello) => FirstBytes::Known(Begin::Tls(hello)),
+            Self::Plain => FirstBytes::Known(Begin::Plain),
+            Self::Silent => FirstBytes::Silent,
+            Self::Undecided => FirstBytes::Undecided,
+        }
+    }
 }
 
 /// Where a connection arrives.
@@ -53,6 +82,12 @@ pub enum Unexplained {
     /// Somebody has to connect.
     #[error("from is missing: give the client's address, like 10.0.0.9:5000")]
     NoClient,
+    /// The key has a part that nobody can know.
+    #[error("the pool {0} gives each connection of a Unix socket a key of its own: give the key")]
+    UnixKey(String),
+    /// The ring would be too large.
+    #[error("the ring would have {0} points, but the maximum is {MOST_POINTS}: give smaller weights")]
+    TooManyPoints(u64),
     /// The key needs a port.
     #[error("the pool {0} hashes the client's port too: give the client as ADDRESS:PORT")]
     NoPort(String),
@@ -73,7 +108,7 @@ pub enum Unexplained {
 pub struct Explanation {
     /// The client; `None`: any.
     pub client: Option<String>,
-    /// The access list that refuses the client (`denied`, `not_allowed`); `None`: it may connect.
+    /// Why the listener refuses the client, in the words of the metrics; `None`: it does not.
     pub refused: Option<String>,
     /// The rules up to the first one that matches.
     pub routes: Vec<RouteStep>,
@@ -172,19 +207,26 @@ pub struct WhatIf {
 /// # Errors
 /// When the question lacks something, or names an unknown backend.
 pub fn explain(target: Target<'_>, question: &Question) -> Result<Explanation, Unexplained> {
-    let begin = question.hello.as_ref().map_or(Begin::Plain, Begin::Tls);
     let (mut routes, mut refused) = (Vec::new(), None);
     let route = match target {
         Target::Pool(route) => Some(route),
         Target::Listener(routing) => {
             let client = question.client.ok_or(Unexplained::NoClient)?;
             refused = routing.keeps_out(client);
-            // With the first bytes known, a rule is always decided: the last one has no condition.
-            let rule = routing.decide(client, Some(begin)).filter(|_| refused.is_none());
-            routes.extend(
-                (0..rule.map_or(0, |rule| rule + 1))
-                    .map(|n| RouteStep::of(&routing.rules[n], routing.route_of(n), client, question)),
-            );
+            let rule = match refused {
+                Some(_) => None,
+                None => routing.settle(client, question.beginning.first_bytes()),
+            };
+            let last = match (refused, rule) {
+                (Some(_), _) => 0,
+                (None, Some(rule)) => rule + 1,
+                (None, None) => {
+                    let is_silent = question.beginning == Beginning::Silent;
+                    refused = Some(if is_silent { RefusalReason::HelloTimeout } else { RefusalReason::HelloInvalid });
+                    routing.rules.len()
+                }
+            };
+            routes.extend((0..last).map(|n| RouteStep::of(routing, n, rule, client, &question.beginning)));
             rule.and_then(|rule| routing.route_of(rule))
         }
     };
@@ -192,31 +234,37 @@ pub fn explain(target: Target<'_>, question: &Question) -> Result<Explanation, U
     let pool = route.map(|route| PoolStep::of(route, question)).transpose()?;
     let client = question.client.map(|client| match client {
         Client::Ip(address) if !question.has_port => address.ip().to_string(),
-        client => client.to_string(),
+        Client::Unix { user, .. } => format!("unix:{user}"),
+        client @ Client::Ip(_) => client.to_string(),
     });
     Ok(Explanation { client, refused, routes, pool })
 }
 
 impl RouteStep {
-    fn of(rule: &Rule, route: Option<&Route>, client: Client, question: &Question) -> Self {
-        let begin = question.hello.as_ref().map_or(Begin::Plain, Begin::Tls);
-        let checked = rule.when.check(client, Some(begin)).unwrap_or(Ok(()));
-        let why = match checked {
-            Ok(()) if rule.when == Condition::default() => "no other route matches".to_owned(),
-            Ok(()) => "all of its conditions hold".to_owned(),
-            Err(mismatch) => why_not(&rule.when, mismatch, question),
+    /// The step of rule `n`, if `chosen` is the rule that takes the connection.
+    fn of(routing: &Routing, n: usize, chosen: Option<usize>, client: Client, beginning: &Beginning) -> Self {
+        let rule = &routing.rules[n];
+        let known = if let FirstBytes::Known(begin) = beginning.first_bytes() { Some(begin) } else { None };
+        let (is_default, is_chosen) = (rule.when == Condition::default(), chosen == Some(n));
+        let why = match rule.when.check(client, known) {
+            Some(Err(mismatch)) => why_not(&rule.when, mismatch, beginning),
+            Some(Ok(())) if !is_chosen => "it is not for a client whose first bytes decide nothing".to_owned(),
+            _ if is_default && !routing.has_rules() => "the listener has no routes".to_owned(),
+            _ if is_default => "no other route matches".to_owned(),
+            Some(Ok(())) => "all of its conditions hold".to_owned(),
+            None if is_chosen => "the client sends nothing, so it counts as one without TLS".to_owned(),
+            None => "it depends on the client's first bytes, and they decide nothing".to_owned(),
         };
-        let pool = route.map(|route| route.pool.to_string());
-        Self { name: rule.name.to_string(), pool, matches: checked.is_ok(), why }
+        let pool = routing.route_of(n).map(|route| route.pool.to_string());
+        Self { name: rule.name.to_string(), pool, matches: is_chosen, why }
     }
 }
 
 /// Why a rule does not match.
-fn why_not(when: &Condition, mismatch: Mismatch, question: &Question) -> String {
+fn why_not(when: &Condition, mismatch: Mismatch, beginning: &Beginning) -> String {
     fn list<T: ToString>(items: &[T]) -> String {
         items.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
     }
-    let hello = question.hello.as_ref();
     match mismatch {
         Mismatch::From => {
             let networks = when.from.as_ref().map_or(String::new(), |from| list(from.list()));
@@ -225,10 +273,9 @@ fn why_not(when: &Condition, mismatch: Mismatch, question: &Question) -> String 
         Mismatch::IsTls => "the client begins with TLS".to_owned(),
         Mismatch::IsPlain => "the client does not begin with TLS".to_owned(),
         Mismatch::Sni => {
-            let name = hello.and_then(|hello| hello.server_name.as_deref());
-            name.map_or("the client asks for no name".to_owned(), |name| {
-                format!("{name} is not one of {}", list(&when.sni))
-            })
+            let name = beginning.hello().and_then(|hello| hello.server_name.as_deref());
+            let none = || "the client asks for no name".to_owned();
+            name.map_or_else(none, |name| format!("{name} is not one of {}", list(&when.sni)))
         }
         Mismatch::Alpn => format!("the client offers none of {}", list(&when.alpn)),
     }
@@ -237,12 +284,13 @@ fn why_not(when: &Condition, mismatch: Mismatch, question: &Question) -> String 
 impl PoolStep {
     fn of(route: &Route, question: &Question) -> Result<Self, Unexplained> {
         let name = route.pool.to_string();
-        let server_name = question.hello.as_ref().and_then(|hello| hello.server_name.as_deref());
+        let server_name = question.beginning.hello().and_then(|hello| hello.server_name.as_deref());
         let of_client = question.client.map(|client| Key::of(route.key, client, server_name));
         let key = match (&question.key, &of_client) {
             (Some(key), _) => key.as_bytes(),
             (None, Some(_)) if route.key == KeyKind::Source && !question.has_port => {
-                return Err(Unexplained::NoPort(name));
+                let is_unix = matches!(question.client, Some(Client::Unix { .. }));
+                return Err(if is_unix { Unexplained::UnixKey(name) } else { Unexplained::NoPort(name) });
             }
             (None, Some(key)) => key.as_bytes(),
             (None, None) => return Err(Unexplained::NoClient),
@@ -300,19 +348,23 @@ fn walk(table: &Table, route: &Route, key: &[u8]) -> Vec<WalkStep> {
         let backend = &table.backends()[owner];
         let candidate = candidates.get(&*backend.id).copied();
         let attempt = candidate.flatten().filter(|&attempt| attempt <= route.connect_attempts);
+        let despite = match backend.state {
+            State::Healthy => String::new(),
+            state => format!(", although it is {}: too few backends are healthy", state.as_str()),
+        };
         let why = match (candidate, attempt) {
             (None, _) => why_skipped(backend, now),
             (Some(None), _) => {
                 let active = backend.live.active.load(Ordering::Relaxed);
                 format!("full: {active} of {} connections", route.most_per_backend)
             }
-            (Some(Some(_)), None) => format!("not tried: connect.attempts is {}", route.connect_attempts),
-            (_, Some(1)) => "gets the connection".to_owned(),
-            (_, Some(_)) if table.is_spared(backend, key) => {
+            (Some(Some(_)), Some(1)) => format!("gets the connection{despite}"),
+            (Some(Some(_)), _) if table.is_spared(backend, key) => {
                 let part = backend.admission.as_part() * 100.0;
                 format!("slow start: it takes {part:.0} % of its keys, and not this one, unless the others fail")
             }
-            (_, Some(_)) => "next, if the connects before it fail".to_owned(),
+            (Some(Some(_)), Some(_)) => format!("next, if the connects before it fail{despite}"),
+            (Some(Some(_)), None) => format!("not tried: connect.attempts is {}", route.connect_attempts),
         };
         WalkStep {
             backend: backend.id.to_string(),
@@ -322,7 +374,14 @@ fn walk(table: &Table, route: &Route, key: &[u8]) -> Vec<WalkStep> {
             why,
         }
     };
-    table.ring().walk(key).map(step).collect()
+    let on_ring: Vec<_> = table.ring().walk(key).collect();
+    let mut seen = vec![false; table.backends().len()];
+    for &owner in &on_ring {
+        seen[owner] = true;
+    }
+    // A backend that leaves has no points any more, but it still has connections.
+    let others = (0..seen.len()).filter(|&owner| !seen[owner]);
+    on_ring.iter().copied().chain(others).map(step).collect()
 }
 
 /// Why the data plane does not try a backend.
@@ -333,18 +392,19 @@ fn why_skipped(backend: &Backend, now: Instant) -> String {
     };
     match backend.state {
         State::Healthy => "it has no address".to_owned(),
-        State::Starting if backend.address.is_none() => "starting: it has no replica yet".to_owned(),
-        State::Starting => "starting: it has passed no health check yet".to_owned(),
+        State::Starting if backend.address.is_none() => "it has no replica yet".to_owned(),
+        State::Starting => "it has passed no health check yet".to_owned(),
         State::Unhealthy => {
-            let check = backend.last_check().unwrap_or("no check yet");
-            format!("unhealthy for {}: {check}", since(backend.health.since))
+            let check = backend.last_check().unwrap_or("none yet");
+            format!("last check, for {}: {check}", since(backend.health.since))
         }
-        State::Ejected => "ejected: connects to it kept failing".to_owned(),
+        State::Ejected => "connects to it kept failing".to_owned(),
         State::Draining => match backend.drain {
-            Some(drain) => format!("draining for {}", since(drain.since)),
-            None => "draining".to_owned(),
+            Some(drain) if drain.leaves => format!("it leaves the pool since {}", since(drain.since)),
+            Some(drain) => format!("for {}", since(drain.since)),
+            None => "its replica stops".to_owned(),
         },
-        State::CrashLoop => "crash loop: its replicas keep dying".to_owned(),
+        State::CrashLoop => "its replicas keep dying".to_owned(),
     }
 }
 
@@ -375,6 +435,11 @@ fn what_if(table: &Table, route: &Route, question: &Question, key: &[u8]) -> Res
         .iter()
         .map(|backend| Member { id: &backend.id, weight: if leaves(backend) { 0 } else { backend.weight } })
         .collect();
+    let points = members.iter().map(|member| u64::from(member.weight)).sum::<u64>()
+        * u64::from(table.ring().parameters().virtual_nodes);
+    if points > MOST_POINTS {
+        return Err(Unexplained::TooManyPoints(points));
+    }
     let ring = Arc::new(Ring::build(table.ring().parameters(), &members));
     let after = table.what_if(ring, Members::new(backends, 0));
     let owner =

@@ -187,7 +187,8 @@ impl Proxy {
         let (peers, queues): (Vec<_>, Vec<_>) = (0..workers)
             .map(|_| {
                 let (commands, queue) = mpsc::unbounded_channel();
-                (Peer { stats: Arc::default(), commands }, queue)
+                let (searches, to_search) = mpsc::unbounded_channel();
+                (Peer { stats: Arc::default(), commands, searches }, (queue, to_search))
             })
             .unzip();
         let proxy = Self {
@@ -196,7 +197,7 @@ impl Proxy {
             workers: peers.into(),
             next_listener: 0,
         };
-        for (index, commands) in queues.into_iter().enumerate() {
+        for (index, (commands, searches)) in queues.into_iter().enumerate() {
             let setup = Setup {
                 index,
                 stats: Arc::clone(&proxy.workers[index].stats),
@@ -206,6 +207,7 @@ impl Proxy {
                 splice_from: settings.splice_from,
                 limit: Arc::clone(&proxy.limit),
                 commands,
+                searches,
                 stop: proxy.stop.clone(),
                 ended: ended_sender.clone(),
             };

@@ -16,6 +16,9 @@ use crate::proxy_header::{
 };
 use crate::stream::{Client, Stream};
 
+/// Most bytes of fields that Ringway passes on. Known senders use a few dozen.
+const MOST_PASSED: usize = 3072;
+
 /// From whom a listener accepts a PROXY header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProxyProtocol {
@@ -110,6 +113,10 @@ fn passed(bytes: &[u8], listener: &WorkerListener) -> Vec<u8> {
     let wanted = fields(bytes).filter(|(kind, _)| listener.serving.routing.passes(*kind));
     let mut kept = Vec::new();
     for (kind, value) in wanted {
+        // Another Ringway accepts headers of 4 KiB, and this one adds fields of its own.
+        if kept.len() + value.len() > MOST_PASSED {
+            break;
+        }
         kept.push(kind);
         kept.extend((value.len() as u16).to_be_bytes());
         kept.extend(value);
@@ -119,9 +126,11 @@ fn passed(bytes: &[u8], listener: &WorkerListener) -> Vec<u8> {
 
 /// The header that a backend gets before the bytes of a connection; empty: none.
 pub(super) fn header_of(send: Option<&SendProxy>, client: &Stream, connection: &Connection) -> Vec<u8> {
+    let proxied = connection.proxied.get();
+    // Not kept for as long as the connection, also if this route does not pass them on.
+    let received = proxied.map_or(Vec::new(), |proxied| proxied.fields.take());
     let Some(send) = send else { return Vec::new() };
     let plain = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
-    let proxied = connection.proxied.get();
     let ends = match connection.client() {
         Client::Ip(source) => {
             let destination = proxied.map_or_else(|| client.local_ip(), |proxied| Some(proxied.destination));
@@ -133,7 +142,6 @@ pub(super) fn header_of(send: Option<&SendProxy>, client: &Stream, connection: &
     if send.version == Version::V1 {
         return write(send.version, ends);
     }
-    let received = proxied.map_or(Vec::new(), |proxied| proxied.fields.take());
     let mut list: Vec<(u8, &[u8])> = fields(&received).filter(|(kind, _)| send.pass.contains(kind)).collect();
     let protocol = connection.hello.get().and_then(|hello| hello.protocols().next());
     let id = connection.id.to_string();

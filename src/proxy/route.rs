@@ -8,7 +8,7 @@ use super::Route;
 use super::account::Outcome;
 use super::connection::Connection;
 use super::peek::first_bytes;
-use super::routing::{Begin, HelloSettings};
+use super::routing::{Begin, FirstBytes, HelloSettings};
 use super::stats::{EndReason, HelloResult, RefusalReason};
 use crate::client_hello::{Hello, Parsed, parse};
 use crate::stream::Stream;
@@ -25,19 +25,19 @@ const KEPT_PROTOCOLS: usize = 256;
 pub(super) async fn route<'a>(client: &Stream, connection: &'a Connection) -> Result<(usize, &'a Route), Outcome> {
     let routing = &*connection.listener.serving.routing;
     let from = connection.client();
-    let without_bytes = routing.decide(from, None);
-    let rule = match without_bytes {
+    let rule = match routing.decide(from, None) {
         Some(rule) if !routing.route_of(rule).is_some_and(Route::needs_hello) => rule,
         _ => {
             let (result, hello) = look(client, connection, routing.hello).await?;
             let share = connection.listener.share();
             share.count_hello(result);
-            let decided = match (result, &hello) {
-                (_, Some(hello)) => routing.decide(from, Some(Begin::Tls(hello))),
-                (HelloResult::Plain, None) => routing.decide(from, Some(Begin::Plain)),
-                (HelloResult::Silent, None) => routing.decide_for_silent(from),
-                (_, None) => None,
+            let first_bytes = match (result, &hello) {
+                (_, Some(hello)) => FirstBytes::Known(Begin::Tls(hello)),
+                (HelloResult::Plain, None) => FirstBytes::Known(Begin::Plain),
+                (HelloResult::Silent, None) => FirstBytes::Silent,
+                (_, None) => FirstBytes::Undecided,
             };
+            let rule = routing.settle(from, first_bytes);
             if let Some(mut hello) = hello {
                 routing.hello_bytes.record(hello.length as f64);
                 if hello.has_ech {
@@ -47,9 +47,7 @@ pub(super) async fn route<'a>(client: &Stream, connection: &'a Connection) -> Re
                 // A connection has one ClientHello.
                 let _ = connection.hello.set(Box::new(hello));
             }
-            let default = || routing.hello.undecided_takes_default.then(|| routing.decide_undecided(from));
-            // A rule that does not depend on the bytes stays. Only the key falls back.
-            without_bytes.or(decided).or_else(default).ok_or(match result {
+            rule.ok_or(match result {
                 HelloResult::TooLarge => RefusalReason::HelloTooLarge,
                 HelloResult::Silent | HelloResult::Timeout => RefusalReason::HelloTimeout,
                 _ => RefusalReason::HelloInvalid,

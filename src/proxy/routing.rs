@@ -107,7 +107,30 @@ pub(super) enum Begin<'a> {
     Plain,
 }
 
+/// The first bytes of a connection, as far as Ringway can know them.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum FirstBytes<'a> {
+    /// They show this.
+    Known(Begin<'a>),
+    /// The client sends none.
+    Silent,
+    /// They are wrong, too many or too late.
+    Undecided,
+}
+
 impl Routing {
+    /// The rule of a connection; `None`: Ringway refuses it.
+    pub(super) fn settle(&self, client: Client, first_bytes: FirstBytes<'_>) -> Option<usize> {
+        let decided = match first_bytes {
+            FirstBytes::Known(begin) => self.decide(client, Some(begin)),
+            FirstBytes::Silent => self.decide_for_silent(client),
+            FirstBytes::Undecided => None,
+        };
+        let default = || self.hello.undecided_takes_default.then(|| self.decide_undecided(client));
+        // A rule that does not depend on the bytes stays, whatever they are.
+        self.decide(client, None).or(decided).or_else(default)
+    }
+
     /// The index of the first rule that matches; `None` if that depends on bytes that are not known yet.
     pub(super) fn decide(&self, client: Client, begin: Option<Begin<'_>>) -> Option<usize> {
         for (n, rule) in self.rules.iter().enumerate() {
@@ -120,13 +143,13 @@ impl Routing {
 
     /// The rule for a client that sends nothing: as for a client without TLS, but only if there is a rule for such clients
     /// at that place or behind it. Otherwise `None`.
-    pub(super) fn decide_for_silent(&self, client: Client) -> Option<usize> {
+    fn decide_for_silent(&self, client: Client) -> Option<usize> {
         let rule = self.decide(client, Some(Begin::Plain))?;
         self.rules[rule..].iter().any(|later| later.when.tls == Some(false)).then_some(rule)
     }
 
     /// The first rule that matches whatever the client's bytes are.
-    pub(super) fn decide_undecided(&self, client: Client) -> usize {
+    fn decide_undecided(&self, client: Client) -> usize {
         let is_certain = |rule: &Rule| rule.when.holds(client, None) == Some(true);
         self.rules.iter().position(is_certain).unwrap_or(self.rules.len() - 1)
     }
@@ -162,7 +185,7 @@ impl Condition {
         self.check(client, begin).map(|checked| checked.is_ok())
     }
 
-    /// What of the condition does not hold, if anything; `None` if that depends on bytes that are not known yet.
+    /// Which part of the condition fails, if any; `None` if that depends on bytes that are not known yet.
     pub(super) fn check(&self, client: Client, begin: Option<Begin<'_>>) -> Option<Result<(), Mismatch>> {
         if self.from.as_ref().is_some_and(|from| !from.contains(client)) {
             return Some(Err(Mismatch::From));

@@ -51,16 +51,13 @@ async fn reach_backend(client: NotServed, account: &mut Account) -> Result<Relay
     let (nth, route) = route(client.stream(), &connection).await?;
     let key = Key::of(route.key, connection.client(), connection.server_name());
     let header = header_of(route.send_proxy.as_deref(), client.stream(), &connection);
-    let mut tries = Vec::new();
     let (table, tcp) = (|| listener.table(nth), &listener.serving.tcp);
-    let connect = connect(route, table, key.as_bytes(), tcp, |_| Cow::Borrowed(&header), &mut tries);
-    let connected = tokio::select! {
+    let connect = connect(route, table, key.as_bytes(), tcp, |_| Cow::Borrowed(&header), &mut account.tries);
+    let backend = tokio::select! {
         biased;
-        connected = connect => connected.map_err(Outcome::from),
-        () = client.is_reset() => Err(EndReason::ClientReset.into()),
+        backend = connect => backend?,
+        () = client.is_reset() => return Err(EndReason::ClientReset.into()),
     };
-    account.tries = tries.into();
-    let backend = connected?;
     account.serve(backend.backend, backend.address, backend.permit);
     Ok(Relay::new(client.serve(), backend.stream, !header.is_empty(), Rc::clone(&connection)))
 }

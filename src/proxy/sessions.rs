@@ -5,13 +5,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio_util::task::TaskTracker;
 
 use super::connection::{Connection, ConnectionId};
 use super::context::Worker;
 use super::deal::Peer;
 use super::stats::EndReason;
-use super::worker::WorkerCommand;
 use crate::address::Address;
 use crate::label_enum;
 use crate::networks::Networks;
@@ -19,6 +19,9 @@ use crate::stream::Client;
 
 /// Connections that a worker looks at before its other tasks run. That takes a few dozen microseconds.
 const PER_TURN: usize = 256;
+
+/// Connections that a worker ends before its other tasks run. The end of each takes a few system calls.
+const ENDS_PER_TURN: usize = 16;
 
 label_enum! {
     /// What a connection does.
@@ -116,18 +119,21 @@ pub(super) enum Search {
 }
 
 /// Searches the open connections of all workers.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Sessions {
     workers: Arc<[Peer]>,
+    /// Only one search at a time, however many are asked for.
+    one: Mutex<()>,
 }
 
 impl Sessions {
     pub(super) fn new(workers: Arc<[Peer]>) -> Self {
-        Self { workers }
+        Self { workers, one: Mutex::new(()) }
     }
 
     /// Returns at most `limit` connections, from `cursor` on. A worker that has ended has none.
     pub async fn list(&self, filter: &Filter, cursor: Cursor, limit: usize) -> Page {
+        let _one = self.one.lock().await;
         let mut page = Page::default();
         let Cursor { mut worker, position: mut from } = cursor;
         while let Some(peer) = self.workers.get(worker) {
@@ -138,7 +144,8 @@ impl Sessions {
             let (answer, answered) = oneshot::channel();
             let filter = filter.clone();
             let limit = limit - page.sessions.len();
-            peer.tell(WorkerCommand::Search(Search::List { filter, from, limit, answer }));
+            // A worker that has ended drops the question.
+            let _ = peer.searches.send(Search::List { filter, from, limit, answer });
             let (sessions, next) = answered.await.unwrap_or_default();
             page.sessions.extend(sessions);
             (worker, from) = next.map_or((worker + 1, 0), |next| (worker, next));
@@ -148,75 +155,71 @@ impl Sessions {
 
     /// Ends the connections, as a reset on both sides, and returns their number.
     pub async fn end(&self, filter: &Filter) -> usize {
+        let _one = self.one.lock().await;
         let mut ended = 0;
         for (n, worker) in self.workers.iter().enumerate() {
             if filter.id.is_some_and(|id| id.worker() != n) {
                 continue;
             }
             let (answer, answered) = oneshot::channel();
-            worker.tell(WorkerCommand::Search(Search::End { filter: filter.clone(), answer }));
+            let _ = worker.searches.send(Search::End { filter: filter.clone(), answer });
             ended += answered.await.unwrap_or_default();
         }
         ended
     }
 }
 
-impl Search {
-    /// Answers, on the worker's thread.
-    pub(super) async fn run(self, worker: Rc<Worker>) {
-        match self {
-            Self::List { filter, from, limit, answer } => {
-                let mut found = Vec::new();
-                let next = search(&worker, &filter, from, |connection| {
-                    found.push(Session::of(connection));
-                    found.len() < limit
-                });
-                let next = next.await;
-                // Nobody may be waiting any more.
-                let _ = answer.send((found, next));
+/// Answers the searches of a worker, on its thread, until nobody can ask any more. `open` counts the worker's connections.
+pub(super) async fn answer(worker: Rc<Worker>, open: TaskTracker, mut searches: mpsc::UnboundedReceiver<Search>) {
+    while let Some(search) = searches.recv().await {
+        // A worker that stops ends with its last connection, but not before it has answered.
+        let _token = open.token();
+        match search {
+            Search::List { filter, from, limit, answer } => {
+                let (mut found, mut position) = (Vec::new(), Some(from));
+                // Whoever has asked may be gone.
+                while let Some(at) = position.filter(|_| found.len() < limit && !answer.is_closed()) {
+                    position = turn(&worker, &filter, at, |connection| {
+                        found.push(Session::of(connection));
+                        found.len() < limit
+                    });
+                    tokio::task::yield_now().await;
+                }
+                let _ = answer.send((found, position));
             }
-            Self::End { filter, answer } => {
-                let mut ended = 0;
-                let all = search(&worker, &filter, 0, |connection| {
-                    connection.end(EndReason::Operator);
-                    ended += 1;
-                    true
-                });
-                all.await;
+            Search::End { filter, answer } => {
+                let (mut ended, mut position) = (0, Some(0));
+                while let Some(at) = position {
+                    let before = ended;
+                    position = turn(&worker, &filter, at, |connection| {
+                        connection.end(EndReason::Operator);
+                        ended += 1;
+                        ended - before < ENDS_PER_TURN
+                    });
+                    tokio::task::yield_now().await;
+                }
                 let _ = answer.send(ended);
             }
         }
     }
 }
 
-/// Calls `found` for each connection that is meant, from a position on, until it returns false. Returns the next position,
-/// or `None` at the end of the list.
-async fn search(
-    worker: &Worker,
-    filter: &Filter,
-    from: usize,
-    mut found: impl FnMut(&Connection) -> bool,
-) -> Option<usize> {
+/// Looks at some connections, from a position on. Calls `found` for each one that is meant, until it returns false. Returns
+/// the next position, or `None` at the end of the list.
+fn turn(worker: &Worker, filter: &Filter, from: usize, mut found: impl FnMut(&Connection) -> bool) -> Option<usize> {
+    let open = worker.open.borrow();
     let mut position = from;
-    loop {
+    let end = from.saturating_add(PER_TURN).min(open.capacity());
+    while position < end {
+        let connection = open.get(position);
+        position += 1;
+        if let Some(connection) = connection.filter(|connection| filter.takes(connection))
+            && !found(connection)
         {
-            let open = worker.open.borrow();
-            let end = (position + PER_TURN).min(open.capacity());
-            while position < end {
-                let connection = open.get(position);
-                position += 1;
-                if let Some(connection) = connection.filter(|connection| filter.takes(connection))
-                    && !found(connection)
-                {
-                    return Some(position);
-                }
-            }
-            if position >= open.capacity() {
-                return None;
-            }
+            break;
         }
-        tokio::task::yield_now().await;
     }
+    (position < open.capacity()).then_some(position)
 }
 
 impl Filter {

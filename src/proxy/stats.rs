@@ -42,7 +42,7 @@ label_enum! {
 }
 
 impl EndReason {
-    /// Whether Ringway itself decided to end the connection.
+    /// Whether Ringway itself decided to end the connection. An operator wants a reset on both sides.
     pub fn is_by_ringway(self) -> bool {
         matches!(
             self,
@@ -52,7 +52,6 @@ impl EndReason {
                 | Self::DrainDeadline
                 | Self::BackendDown
                 | Self::MaxAge
-                | Self::Operator
         )
     }
 }

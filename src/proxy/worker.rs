@@ -19,7 +19,7 @@ use super::deal::{Dealer, Dealt, Peer};
 use super::limit::Limit;
 use super::listening::ListeningSocket;
 use super::pipe::PipePool;
-use super::sessions::Search;
+use super::sessions::{Search, answer};
 use super::stats::WorkerStats;
 use super::write_backlog::WriteBacklog;
 use super::{ListenerId, Serving, timeouts};
@@ -43,6 +43,7 @@ pub(super) struct Setup {
     pub(super) splice_from: usize,
     pub(super) limit: Arc<Limit>,
     pub(super) commands: mpsc::UnboundedReceiver<WorkerCommand>,
+    pub(super) searches: mpsc::UnboundedReceiver<Search>,
     pub(super) stop: CancellationToken,
     pub(super) ended: mpsc::UnboundedSender<usize>,
 }
@@ -55,8 +56,6 @@ pub(super) enum WorkerCommand {
     Update(ListenerId, Arc<Serving>),
     /// Serve a connection that another worker has accepted.
     Serve(Dealt),
-    /// Search the open connections.
-    Search(Search),
     /// Accept the queued connections, then close the listener.
     Close(ListenerId),
 }
@@ -116,6 +115,7 @@ async fn serve(mut setup: Setup) {
     let accepting = TaskTracker::new();
     let timeout_task = timeouts::watch(Rc::clone(&worker), setup.stop.clone());
     tokio::task::spawn_local(timeout_task);
+    tokio::task::spawn_local(answer(Rc::clone(&worker), listeners.sessions.clone(), setup.searches));
     loop {
         let command = tokio::select! {
             biased;
@@ -130,10 +130,6 @@ async fn serve(mut setup: Setup) {
             }
             Some(WorkerCommand::Serve(dealt)) => {
                 listeners.serve(dealt);
-                Ok(())
-            }
-            Some(WorkerCommand::Search(search)) => {
-                tokio::task::spawn_local(search.run(Rc::clone(&worker)));
                 Ok(())
             }
             Some(WorkerCommand::Update(id, serving)) => listeners.update(id, serving),

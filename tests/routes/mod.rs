@@ -216,11 +216,13 @@ async fn what_decides_nothing_never_takes_the_default_route() {
     let not_a_name = client_hello("a example", &[]);
     // Servers made with Go or GnuTLS accept these records before the hello.
     let after_alert = [&[21, 3, 1, 0, 2, 1, 0x70][..], &hello].concat();
+    let after_old_alert = [&[21, 0, 0, 0, 2, 1, 0x70][..], &hello].concat();
     let after_change = [&[20, 3, 3, 0, 1, 1][..], &hello].concat();
     let (invalid, late) = (RefusalReason::HelloInvalid, RefusalReason::HelloTimeout);
     for (bytes, ends, wanted) in [
         (&two_names[..], false, invalid),
         (&after_alert, false, invalid),
+        (&after_old_alert, false, invalid),
         (&after_change, false, invalid),
         (&alert, false, invalid),
         (&not_a_name, false, invalid),

@@ -5,6 +5,7 @@
 pub(super) enum Measure {
     RequestCpu,
     ConnectionCpu,
+    NamedCpu,
     BulkCpu,
     StreamsCpu,
     P50,
@@ -18,9 +19,10 @@ pub(super) enum Measure {
 }
 
 impl Measure {
-    pub(super) const ALL: [Self; 12] = [
+    pub(super) const ALL: [Self; 13] = [
         Self::RequestCpu,
         Self::ConnectionCpu,
+        Self::NamedCpu,
         Self::BulkCpu,
         Self::StreamsCpu,
         Self::P50,
@@ -34,9 +36,10 @@ impl Measure {
     ];
 
     /// The measures in which less is better and a ratio is meaningful.
-    pub(super) const COMPARED: [Self; 9] = [
+    pub(super) const COMPARED: [Self; 10] = [
         Self::RequestCpu,
         Self::ConnectionCpu,
+        Self::NamedCpu,
         Self::BulkCpu,
         Self::StreamsCpu,
         Self::P50,
@@ -51,6 +54,7 @@ impl Measure {
         match self {
             Self::RequestCpu => "CPU µs per request",
             Self::ConnectionCpu => "CPU µs per connection",
+            Self::NamedCpu => "CPU µs per connection by SNI",
             Self::BulkCpu => "CPU s per GB, 1 stream",
             Self::StreamsCpu => "CPU s per GB, 32 streams",
             Self::P50 => "p50 ms",

@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::time::{Duration, Instant};
 
 use ::metrics::Histogram;
@@ -6,6 +7,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::address::Address;
 use crate::backend::{Admission, BackendPermit, Health, Live};
+use crate::proxy::connect;
 use crate::ring::Parameters;
 use crate::table::TableCell;
 
@@ -59,7 +61,7 @@ fn question(client: &str) -> Question {
     Question {
         client: Some(Client::Ip(client)),
         has_port,
-        hello: None,
+        beginning: Beginning::Plain,
         key: None,
         without: Vec::new(),
         weights: Vec::new(),
@@ -94,12 +96,12 @@ fn each_backend_has_its_reason() {
     let walk = pool(&route, &question("10.0.0.9")).walk;
     assert_eq!(walk.len(), 8);
     let why = |id: &str| walk.iter().find(|step| step.backend == id).unwrap().why.clone();
-    assert!(why("b1").starts_with("unhealthy for ") && why("b1").ends_with(": connect refused"), "{}", why("b1"));
+    assert!(why("b1").starts_with("last check, for ") && why("b1").ends_with(": connect refused"), "{}", why("b1"));
     for (id, wanted) in [
-        ("b2", "ejected: connects to it kept failing"),
-        ("b3", "draining"),
-        ("b4", "crash loop: its replicas keep dying"),
-        ("b5", "starting: it has no replica yet"),
+        ("b2", "connects to it kept failing"),
+        ("b3", "its replica stops"),
+        ("b4", "its replicas keep dying"),
+        ("b5", "it has no replica yet"),
         ("full", "full: 1 of 1 connections"),
     ] {
         assert_eq!(why(id), wanted);
@@ -107,6 +109,28 @@ fn each_backend_has_its_reason() {
     let mut others = [why("b0"), why("b6")];
     others.sort();
     assert_eq!(others, ["gets the connection", "not tried: connect.attempts is 1"]);
+}
+
+#[test]
+fn a_slow_starting_owner_says_why_its_key_is_elsewhere() {
+    let mut backends = healthy(6);
+    for backend in &mut backends {
+        backend.admission = Admission::part(if *backend.id == *"b1" { 0.0 } else { 1.0 });
+    }
+    let route = route(KeyKind::SourceIp, backends, 50, 2, u64::MAX);
+    let owned =
+        (0..250).map(|n| pool(&route, &question(&format!("10.0.0.{n}")))).find(|step| step.walk[0].backend == "b1");
+    let step = owned.unwrap();
+    assert!(step.walk[0].why.starts_with("slow start: it takes 0 % of its keys"), "{:?}", step.walk[0]);
+    assert_eq!((step.walk[0].attempt, step.backend.as_ref()), (None, Some(&step.walk[1].backend)));
+}
+
+#[test]
+fn a_ring_that_is_too_large_is_not_built() {
+    let route = route(KeyKind::SourceIp, healthy(4), 50, 3, u64::MAX);
+    let weights = vec![("b1".to_owned(), u32::MAX)];
+    let error = explain(Target::Pool(&route), &Question { weights, ..question("10.0.0.9") }).unwrap_err();
+    assert!(error.to_string().contains("but the maximum is 4194304"), "{error}");
 }
 
 #[test]
@@ -146,11 +170,12 @@ fn backends() -> impl Strategy<Value = Vec<(usize, bool, f64, bool)>> {
 }
 
 proptest! {
-    /// The stage connect takes the first candidate that is not full.
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
     #[test]
-    fn the_backend_is_the_one_that_the_data_plane_picks(
+    fn the_attempts_are_those_of_the_data_plane(
         backends in backends(),
-        keys in proptest::collection::vec(any::<u32>(), 40),
+        keys in proptest::collection::vec(any::<u32>(), 20),
         panic_below in 0_u8..=100,
         attempts in 1..4_usize,
     ) {
@@ -160,14 +185,21 @@ proptest! {
         let full = std::iter::zip(&made, &backends).filter(|(_, (.., is_full))| *is_full);
         let permits: Vec<_> = full.map(|(one, _)| BackendPermit::take(&one.live, 1)).collect();
         let route = route(KeyKind::SourceIp, made, panic_below, attempts, 1);
-        let table = route.table.load();
+        let (table, tcp) = (route.table.load(), crate::proxy::socket::TcpOptions::default());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         for key in keys {
             let client = std::net::SocketAddr::from((key.to_be_bytes(), 1));
-            let picked = table.candidates(&key.to_be_bytes()).find(|(one, _)| one.live.active.load(Ordering::Relaxed) == 0);
             let step = pool(&route, &question(&client.to_string()));
-            prop_assert_eq!(step.backend.as_deref(), picked.map(|(one, _)| &*one.id));
-            let tried = step.walk.iter().filter(|one| one.attempt.is_some()).count();
-            prop_assert!(tried <= attempts);
+            // Nobody listens at the address, so the stage connect tries one backend after the other.
+            let mut tries = Vec::new();
+            let bytes = key.to_be_bytes();
+            let connecting = connect(&route, || Arc::clone(&table), &bytes, &tcp, |_| Cow::Borrowed(&[]), &mut tries);
+            runtime.block_on(connecting).unwrap_err();
+            let mut attempts: Vec<_> = step.walk.iter().filter_map(|one| Some((one.attempt?, one.backend.as_str()))).collect();
+            attempts.sort_unstable();
+            let explained: Vec<_> = attempts.iter().map(|(_, id)| *id).collect();
+            prop_assert_eq!(tries.iter().map(|one| &*one.backend).collect::<Vec<_>>(), explained);
+            prop_assert_eq!(step.backend.as_deref(), tries.first().map(|one| &*one.backend));
         }
         drop(permits);
     }

@@ -1,0 +1,30 @@
+//! No bytes make the parser of PROXY headers panic, its result never depends on how they are cut, and what it understands can
+//! be written and read again.
+//!
+//! The first byte chooses the cut.
+
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use ringway::proxy_header::{CRC32C, LONGEST, Parsed, Version, fields, parse, write, write_with};
+
+fuzz_target!(|input: &[u8]| {
+    let [cut, bytes @ ..] = input else { return };
+    let whole = parse(bytes);
+    let cut = usize::from(*cut) * bytes.len() / 256;
+    let part = parse(&bytes[..cut]);
+    assert!(part == Parsed::Incomplete || part == whole, "{part:?} after {cut} bytes, then {whole:?}");
+    let Parsed::Header(header) = whole else { return };
+    assert!(header.length <= bytes.len() && header.length <= LONGEST && header.fields <= header.length);
+    // A checksum belongs to one header only, and the new one needs some room.
+    let list: Vec<_> = fields(&bytes[header.fields..header.length]).filter(|(kind, _)| *kind != CRC32C).collect();
+    if header.length > LONGEST / 2 {
+        return;
+    }
+    for sent in [write(Version::V1, header.ends), write_with(header.ends, &list, true)] {
+        let Parsed::Header(again) = parse(&sent) else { panic!("{sent:?}") };
+        // A header of both families has mapped addresses.
+        assert_eq!(again.ends, header.ends);
+        assert_eq!(again.length, sent.len());
+    }
+});
