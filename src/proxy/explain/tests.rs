@@ -1,4 +1,5 @@
 use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::metrics::Histogram;
@@ -6,10 +7,11 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::address::Address;
-use crate::backend::{Admission, BackendPermit, Health, Live};
+use crate::backend::{Admission, Backend, BackendPermit, Health, Live, State};
 use crate::proxy::connect;
-use crate::ring::Parameters;
-use crate::table::TableCell;
+use crate::proxy::key::KeyKind;
+use crate::ring::{Member, Parameters, Ring};
+use crate::table::{Members, Table, TableCell};
 
 fn backend(id: String, state: State, has_address: bool, part: f64) -> Backend {
     Backend {
