@@ -55,7 +55,7 @@ metrics! {
     REFUSED: Counter "connections_refused_total" ["listener", "reason"] "Connections reset without being served, by reason";
     PROXY_HEADERS: Counter "proxy_headers_total" ["listener", "result"] "Connections that may begin with a PROXY header, by what Ringway found";
     ROUTED: Counter "routes_total" ["listener", "route"] "Connections that took a route of a listener, `default` among them; only for listeners with routes";
-    HELLOS: Counter "hellos_total" ["listener", "result"] "Connections whose ClientHello a route or a key needs, by what Ringway found";
+    HELLOS: Counter "hellos_total" ["listener", "result"] "Connections whose ClientHello Ringway needs, by what it found";
     HELLOS_WITH_ECH: Counter "hellos_with_ech_total" ["listener"] "ClientHellos with the extension for an encrypted ClientHello; many browsers always send it";
     HELLO_BYTES: Histogram "hello_bytes" ["listener"] "Length of ClientHellos";
     SOURCES_UNTRACKED: Counter "sources_untracked_total" ["listener"] "Connections admitted without limits because the source table was full";

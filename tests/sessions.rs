@@ -227,7 +227,7 @@ async fn the_commands_list_and_end_sessions_and_need_the_token() {
     // It goes on after an id that does not exist any more.
     let other = sessions[1]["id"].as_str().unwrap();
     let (code, _, error) = with_token(&["kill", id, other]);
-    assert!(code == Some(1) && error.contains("ended 1 session; ") && error.contains("no open session"), "{error}");
+    assert!(code == Some(1) && error.contains("ended 1 session; ") && error.contains("no open connection"), "{error}");
     let (code, _, error) = with_token(&["kill"]);
     assert!(code == Some(1) && error.contains("give ids, or conditions"), "{error}");
     let (_, said, _) = with_token(&["kill", "--source", "127.0.0.0/8", "--older", "0s"]);

@@ -1,5 +1,5 @@
-//! No bytes make the parser of PROXY headers panic, its result never depends on how they are cut, and what it understands can
-//! be written and read again. `fuzz/seeds/proxy_header` has headers to begin with.
+//! No bytes make the parser of PROXY headers panic. Its result never depends on how the bytes are cut. Ringway can write each
+//! parsed header and read it again. `fuzz/seeds/proxy_header` has headers to begin with.
 
 #![no_main]
 

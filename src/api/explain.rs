@@ -81,7 +81,7 @@ pub(super) async fn get(
         Error::new(StatusCode::BAD_REQUEST, "bad_query", message)
     })?;
     let view = state.view();
-    // A change of a large ring takes a while, and would delay other calls. One at a time: it also takes memory.
+    // Building a changed ring takes time and memory, so a blocking thread does it, one call at a time.
     let permit = Arc::clone(&state.explaining).acquire_owned().await;
     let answer = tokio::task::spawn_blocking(move || {
         let _permit = permit;

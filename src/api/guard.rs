@@ -101,8 +101,7 @@ impl Guard {
             || text(HeaderName::from_static("sec-fetch-site"))
                 .is_some_and(|site| site.ends_with("-site") && site != "same-site");
         if is_cross_site {
-            let message =
-                "the request comes from a web page of another site: pages of other sites may not change anything";
+            let message = "the request comes from a web page of another site, and Ringway does not accept this call from other sites";
             return Err(rejection(StatusCode::FORBIDDEN, Rejection::CrossSite, message));
         }
         Ok(())
@@ -114,8 +113,8 @@ impl Guard {
             if self.is_loopback {
                 return Ok(());
             }
-            let message = "this side port is read-only: it has no token and is not on loopback; set api.token_file or \
-                           RINGWAY_TOKEN and restart";
+            let message = "this side port is read-only, because it has no token and is not on loopback. It accepts no changes and \
+                           lists no connections: set api.token_file or RINGWAY_TOKEN, and restart";
             return Err(rejection(StatusCode::FORBIDDEN, Rejection::ReadOnly, message));
         };
         let given = text(headers, AUTHORIZATION).and_then(|value| {

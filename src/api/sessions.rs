@@ -132,11 +132,11 @@ async fn end_one(
 ) -> Result<Json<Ended>, Error> {
     let Path(id) = path.map_err(|rejection| bad(rejection.body_text()))?;
     let wanted: ConnectionId =
-        id.parse().map_err(|_| bad(format!("{id:?} is not the id of a session: write 16 hexadecimal digits")))?;
+        id.parse().map_err(|_| bad(format!("{id:?} is not the id of a connection: write 16 hexadecimal digits")))?;
     let filter = Filter { id: Some(wanted), ..Filter::default() };
     let ended = state.sessions.end(&filter).await;
     if ended == 0 {
-        let message = format!("no open session has the id {id}; it may have ended");
+        let message = format!("no open connection has the id {id}; it may have ended");
         return Err(Error::new(StatusCode::NOT_FOUND, "no_such_session", message));
     }
     tracing::info!(%caller, id = %wanted, "an operator ended a session");

@@ -159,7 +159,7 @@ pub(crate) fn check(common: &Common, check: &Check) -> Result<(), Failure> {
         let _ = writeln!(std::io::stderr(), "ringway: warning: pools[{n}]: no listener leads to the pool {pool:?}");
     }
     for (n, _) in config.listeners.iter().enumerate().filter(|(_, listener)| listener.refuses_its_balancers()) {
-        let what = "allow lacks addresses of proxy_protocol.from: health checks of those balancers are refused";
+        let what = "allow lacks addresses of proxy_protocol.from, so Ringway refuses health checks of those balancers: add the addresses to allow";
         let _ = writeln!(std::io::stderr(), "ringway: warning: listeners[{n}]: {what}");
     }
     print(&format!("# {origin}, with every default filled in\n{}", config.to_yaml()))

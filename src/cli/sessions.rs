@@ -8,31 +8,31 @@ use ringway::api::sessions::{Ended, MOST, Page, Parameters, Shown};
 
 use super::{Common, Failure, print, runtime, side_port};
 
-/// Which sessions.
+/// Which connections.
 #[derive(Debug, Args)]
 struct Filter {
-    /// Of this listener
+    /// Only connections of this listener
     #[arg(long)]
     listener: Option<String>,
-    /// To this pool
+    /// Only connections to this pool
     #[arg(long)]
     pool: Option<String>,
-    /// To this backend
+    /// Only connections to this backend
     #[arg(long)]
     backend: Option<String>,
-    /// Of clients in these networks, like 10.0.0.0/8 (several: with commas)
+    /// Only connections of clients in these networks, like 10.0.0.0/8 (several: with commas)
     #[arg(long, value_name = "NETWORK")]
     source: Option<String>,
-    /// For this server name
+    /// Only connections for this server name
     #[arg(long, value_name = "NAME")]
     sni: Option<String>,
-    /// At least this old, like 1h
+    /// Only connections at least this old, like 1h
     #[arg(long, value_name = "DURATION")]
     older: Option<String>,
-    /// Without a byte for this long, like 10m
+    /// Only connections without a byte for this long, like 10m
     #[arg(long, value_name = "DURATION")]
     idle: Option<String>,
-    /// In this state: connecting, open, `half_closed` or blocked
+    /// Only connections in this state: connecting, open, half-closed (`half_closed`) or blocked
     #[arg(long)]
     state: Option<String>,
 }
@@ -41,7 +41,7 @@ struct Filter {
 pub(crate) struct List {
     #[command(flatten)]
     filter: Filter,
-    /// Maximum number of sessions
+    /// Maximum number of connections
     #[arg(long, default_value_t = 100)]
     limit: usize,
     /// Print JSON
@@ -53,11 +53,11 @@ pub(crate) struct List {
 
 #[derive(Debug, Args)]
 pub(crate) struct Kill {
-    /// Ids of sessions
+    /// Ids of connections
     ids: Vec<String>,
     #[command(flatten)]
     filter: Filter,
-    /// End every session
+    /// End every open connection
     #[arg(long)]
     all: bool,
     #[command(flatten)]

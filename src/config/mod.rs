@@ -280,7 +280,7 @@ pub struct Timeouts {
 }
 
 impl Pool {
-    /// The PROXY header with which the side port speaks to the backends: as their checks, which may have another port.
+    /// The PROXY header that the side port sends to backends. It follows the checks only for `local_as_proxy`.
     pub fn own_header(&self) -> OwnHeader {
         let Some(send) = &self.send_proxy else { return OwnHeader::Absent };
         match self.health_check.as_ref().map(|health| health.check.send_proxy) {

@@ -16,7 +16,8 @@ use crate::ring::{MOST_POINTS, Parameters};
 pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let name = name(&mut section);
     if name == RESET {
-        section.fault("reset is not a valid name of a pool: listeners use the word for connections that get a reset");
+        section
+            .fault("reset cannot be the name of a pool, because `pool: reset` resets connections: choose another name");
     }
     let key = section.item("key").map_or(KeyKind::Source, |item| key(&item));
     let ring = ring(section.section("ring"));

@@ -94,7 +94,7 @@ fn from_file(path: &Path, item: &Item<'_>) -> Option<Networks> {
         faulty += 1;
         if faulty <= SHOWN_LINES {
             let (path, n) = (path.display(), n + 1);
-            // Without the line itself: whoever may ask for a dry run could read any file.
+            // The message omits the line: otherwise a caller of a dry run could read any file.
             item.fault(format_args!("{path}:{n}: not a network: write one like 10.0.0.0/8, fd00::/8 or 10.0.0.5"));
         }
     }
@@ -133,7 +133,7 @@ pub(super) fn routes(item: &Item<'_>, pools: &[&str]) -> Vec<Route> {
         items[n].fault(if items[n].value.get("name").is_some() {
             format!("name: {name:?} is already the name of {path}[{first}]: choose another name")
         } else {
-            format!("has the name {name:?}, after its pool, and so has {path}[{first}]: give it another name")
+            format!("has the name of its pool, {name:?}, and {path}[{first}] has the same name: give this route another name")
         });
     }
     for (n, route) in routes.iter().enumerate().filter(|_| are_sound) {
@@ -169,7 +169,9 @@ fn route(mut section: Section<'_>, pools: &[&str]) -> Route {
         );
     }
     if when.tls == Some(false) && when.needs_tls() == Some(true) {
-        section.fault("never matches: a connection without TLS has neither sni nor alpn. Remove tls, or remove them");
+        section.fault(
+            "never matches: a connection without TLS has neither sni nor alpn. Remove tls, or remove sni and alpn",
+        );
     }
     let pool = section.required("pool", "the name of a pool, or reset").and_then(|item| pool_name(&item, pools));
     let name = section.item("name").and_then(|item| {

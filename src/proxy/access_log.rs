@@ -112,7 +112,7 @@ fn open(path: &Path) -> io::Result<Sink> {
 #[derive(Debug)]
 pub(super) struct Line<'a> {
     pub(super) connection: &'a Connection,
-    /// The backends that were tried in vain.
+    /// The backends that Ringway tried without success.
     pub(super) tries: &'a [Try],
     pub(super) outcome: &'static str,
     pub(super) duration: Duration,
@@ -141,7 +141,7 @@ struct Fields<'a> {
     duration_ms: f64,
 }
 
-/// A backend that was tried in vain.
+/// A backend that Ringway tried without success.
 #[derive(Debug, Serialize)]
 struct Tried<'a> {
     backend: &'a str,

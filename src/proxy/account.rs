@@ -53,7 +53,7 @@ pub(super) struct Account {
     pub(super) connection: Rc<Connection>,
     /// The connection's permit, until it is handed over with the connection.
     pub(super) permit: Option<ConnectionPermit>,
-    /// The backends that were tried in vain.
+    /// The backends that Ringway tried without success.
     pub(super) tries: Vec<Try>,
     /// Position in the worker's list of open connections.
     slot: usize,

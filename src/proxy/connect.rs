@@ -16,7 +16,7 @@ use crate::labels::Label as _;
 use crate::stream::Stream;
 use crate::table::Table;
 
-/// A backend that was tried in vain.
+/// A backend that Ringway tried without success.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Try {
     /// Its id.
@@ -43,11 +43,11 @@ pub struct Connected {
 /// Tries the backends that the ring offers for `key`, in order, and makes at most `connect_attempts` attempts. Counts
 /// each attempt for its backend. A full backend is skipped and does not count as an attempt.
 ///
-/// `header` makes the bytes that the backend gets at once; empty: nothing. A failure of that is a failed attempt.
+/// `header` makes the bytes that Ringway sends first; empty: none. If Ringway cannot send them, the attempt fails.
 ///
 /// An attempt can take seconds, in which backends leave and others join. So each attempt uses the current table, and a
-/// connection to a backend that has left meanwhile is not used. `tries` gets each backend that was tried in vain, also when
-/// the caller drops the future.
+/// connection to a backend that has left meanwhile is not used. `tries` gets each backend that was tried without
+/// success, also when the caller drops the future.
 ///
 /// # Errors
 /// When no backend answers.

@@ -20,7 +20,7 @@ use crate::backend::{BackendPermit, Moved};
 use crate::client_hello::Hello;
 use crate::stream::Client;
 
-/// Identifies a connection. No two connections of a process have the same id, and hardly two of any processes.
+/// Identifies a connection. No two connections of a process have the same id. Two processes hardly ever use the same id.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConnectionId(u64);
 
@@ -28,7 +28,7 @@ pub struct ConnectionId(u64);
 const WORKER_BITS: u32 = 10;
 
 impl ConnectionId {
-    /// The first id of a worker. Beyond the worker's number it is random, so that two processes do not use the same ids.
+    /// The first id of a worker. It holds the worker's number. The other bits are random.
     pub(super) fn first(worker: usize) -> Self {
         let random = RandomState::new().build_hasher().finish();
         Self(random << WORKER_BITS | worker as u64)
@@ -75,8 +75,8 @@ pub(super) struct Connection {
     pub(super) rule: Cell<Option<u16>>,
     /// The ClientHello, if Ringway has looked for one.
     pub(super) hello: OnceCell<Box<Hello>>,
-    /// Empty until the connection has a backend. In a box, because one large block for each connection would split the
-    /// memory that earlier connections used while Ringway connected for them, and would waste the rest.
+    /// Empty until the connection has a backend. Boxed: one large allocation would fragment the memory that earlier
+    /// connections used while Ringway connected for them.
     pub(super) served: OnceCell<Box<Served>>,
     pub(super) from_client: Traffic,
     pub(super) to_client: Traffic,

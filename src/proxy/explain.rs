@@ -98,13 +98,13 @@ pub struct Explanation {
     pub client: Option<String>,
     /// Why the listener refuses the client, in the words of the metrics; `None`: it does not.
     pub refused: Option<String>,
-    /// The rules up to the first one that matches.
+    /// The listener's routes up to the first one that matches.
     pub routes: Vec<RouteStep>,
     /// The pool; `None`: the connection is reset.
     pub pool: Option<PoolStep>,
 }
 
-/// A rule of the listener.
+/// A route of the listener.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteStep {
     /// Its name.
@@ -126,7 +126,7 @@ pub struct PoolStep {
     pub key: KeyStep,
     /// The probes of the key.
     pub probes: Vec<ProbeStep>,
-    /// Whether Ringway tries all backends, whatever their checks say.
+    /// Whether Ringway ignores health and tries all backends.
     pub panic: bool,
     /// Number of the table.
     pub table_generation: u64,

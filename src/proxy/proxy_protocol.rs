@@ -113,7 +113,7 @@ fn passed(bytes: &[u8], listener: &WorkerListener) -> Vec<u8> {
     let wanted = fields(bytes).filter(|(kind, _)| listener.serving.routing.passes(*kind));
     let mut kept = Vec::new();
     for (kind, value) in wanted {
-        // Another Ringway accepts headers of 4 KiB, and this one adds fields of its own.
+        // The next Ringway accepts at most 4 KiB, and the header also needs room for our own fields.
         if kept.len() + value.len() > MOST_PASSED {
             break;
         }
@@ -127,7 +127,7 @@ fn passed(bytes: &[u8], listener: &WorkerListener) -> Vec<u8> {
 /// The header that a backend gets before the bytes of a connection; empty: none.
 pub(super) fn header_of(send: Option<&SendProxy>, client: &Stream, connection: &Connection) -> Vec<u8> {
     let proxied = connection.proxied.get();
-    // Not kept for as long as the connection, also if this route does not pass them on.
+    // Takes the fields out, so that the connection does not hold them until its end.
     let received = proxied.map_or(Vec::new(), |proxied| proxied.fields.take());
     let Some(send) = send else { return Vec::new() };
     let plain = |address: SocketAddr| SocketAddr::new(address.ip().to_canonical(), address.port());
@@ -151,7 +151,7 @@ pub(super) fn header_of(send: Option<&SendProxy>, client: &Stream, connection: &
         (Tlv::UniqueId, UNIQUE_ID, Some(id.as_bytes())),
     ];
     for (_, kind, value) in own.into_iter().filter(|(tlv, ..)| send.tlvs.contains(tlv)) {
-        // What the balancer before Ringway knows is nearer to the client.
+        // The balancer before Ringway is closer to the client, so its value wins.
         if list.iter().all(|(known, _)| *known != kind) {
             list.extend(value.map(|value| (kind, value)));
         }

@@ -25,7 +25,7 @@ pub const DEFAULT: &str = "default";
 pub struct Routing {
     /// Clients that may connect; `None`: all.
     pub allow: Option<Arc<Networks>>,
-    /// Clients that may not connect; `None`: nobody. It counts more than `allow`.
+    /// Clients that may not connect; `None`: nobody. It wins over `allow`.
     pub deny: Option<Arc<Networks>>,
     /// The first rule that matches decides. The last one has no condition.
     pub rules: Box<[Rule]>,
@@ -127,7 +127,7 @@ impl Routing {
             FirstBytes::Undecided => None,
         };
         let default = || self.hello.undecided_takes_default.then(|| self.decide_undecided(client));
-        // A rule that does not depend on the bytes stays, whatever they are.
+        // The bytes cannot change a decision that does not depend on them.
         self.decide(client, None).or(decided).or_else(default)
     }
 
@@ -141,14 +141,14 @@ impl Routing {
         None
     }
 
-    /// The rule for a client that sends nothing: as for a client without TLS, but only if there is a rule for such clients
-    /// at that place or behind it. Otherwise `None`.
+    /// The rule for a client that sends nothing. It is the rule of a client without TLS, if that rule or a later one has
+    /// `tls: false`; otherwise `None`.
     fn decide_for_silent(&self, client: Client) -> Option<usize> {
         let rule = self.decide(client, Some(Begin::Plain))?;
         self.rules[rule..].iter().any(|later| later.when.tls == Some(false)).then_some(rule)
     }
 
-    /// The first rule that matches whatever the client's bytes are.
+    /// The first rule that needs no bytes and matches.
     fn decide_undecided(&self, client: Client) -> usize {
         let is_certain = |rule: &Rule| rule.when.holds(client, None) == Some(true);
         self.rules.iter().position(is_certain).unwrap_or(self.rules.len() - 1)
@@ -249,8 +249,8 @@ impl std::str::FromStr for NamePattern {
     fn from_str(text: &str) -> Result<Self, String> {
         let problem = || {
             format!(
-                "{text:?} is not a server name: write it like www.example.com, or *.example.com for one label before it. A name \
-                 with other letters needs its xn-- form. An address is no server name: use from"
+                "{text:?} is not a server name: write it like www.example.com, or *.example.com for one label before it. Write \
+                 other letters in their xn-- form. An IP address is not a server name"
             )
         };
         match text.strip_prefix("*.") {

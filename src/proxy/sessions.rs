@@ -1,5 +1,5 @@
-//! The list of open connections, and the end of single ones on an operator's request. Each worker searches its own
-//! connections, a few at a time, so its traffic hardly notices.
+//! Lists open connections, and ends those that an operator names. Each worker searches its own connections a few at a time,
+//! so that the search hardly delays traffic.
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -68,7 +68,7 @@ pub struct Session {
     pub state: SessionState,
 }
 
-/// Which connections are meant: those that meet all of these conditions.
+/// Conditions of a search. A connection matches if it meets all of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filter {
     /// This connection.
@@ -177,7 +177,7 @@ pub(super) async fn answer(worker: Rc<Worker>, open: TaskTracker, mut searches: 
         match search {
             Search::List { filter, from, limit, answer } => {
                 let (mut found, mut position) = (Vec::new(), Some(from));
-                // Whoever has asked may be gone.
+                // The caller may have gone.
                 while let Some(at) = position.filter(|_| found.len() < limit && !answer.is_closed()) {
                     position = turn(&worker, &filter, at, |connection| {
                         found.push(Session::of(connection));
@@ -204,7 +204,7 @@ pub(super) async fn answer(worker: Rc<Worker>, open: TaskTracker, mut searches: 
     }
 }
 
-/// Looks at some connections, from a position on. Calls `found` for each one that is meant, until it returns false. Returns
+/// Looks at some connections, from a position on. Calls `found` for each one that matches, until it returns false. Returns
 /// the next position, or `None` at the end of the list.
 fn turn(worker: &Worker, filter: &Filter, from: usize, mut found: impl FnMut(&Connection) -> bool) -> Option<usize> {
     let open = worker.open.borrow();

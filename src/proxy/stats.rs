@@ -42,7 +42,8 @@ label_enum! {
 }
 
 impl EndReason {
-    /// Whether Ringway itself decided to end the connection. An operator wants a reset on both sides.
+    /// Whether Ringway gave up on the connection by itself. The kernel may then still deliver a stream that has ended.
+    /// `Operator` is not among these reasons, because it resets both sides.
     pub fn is_by_ringway(self) -> bool {
         matches!(
             self,
@@ -95,14 +96,14 @@ label_enum! {
 }
 
 impl RefusalReason {
-    /// Whether a list of addresses refused the client. Somebody who is kept out must not fill the log.
+    /// Whether a list of addresses refused the client. Clients that a list refuses must not fill the log.
     pub(super) fn is_by_list(self) -> bool {
         matches!(self, Self::Denied | Self::NotAllowed | Self::ProxyUntrusted)
     }
 }
 
 label_enum! {
-    /// What Ringway found where a route or a key needs a ClientHello.
+    /// What Ringway found where it needs a ClientHello.
     pub enum HelloResult {
         /// A ClientHello with a server name.
         Sni => "sni",

@@ -7,11 +7,11 @@ use super::{CRC32C, Ends, FIXED, LOCAL, PROXIED, SIGNATURE, Version, checksum};
 /// The header with which Ringway speaks for itself, in health checks and for calls to the side port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OwnHeader {
-    /// None.
+    /// No header.
     Absent,
-    /// One that says so.
+    /// A header that says that Ringway speaks for itself.
     Local(Version),
-    /// One with the addresses of the connection itself, for servers that do not understand the other.
+    /// A header with the addresses of Ringway's own connection, for servers that do not understand `Local`.
     Addresses(Version),
 }
 

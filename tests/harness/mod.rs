@@ -238,12 +238,17 @@ pub(crate) async fn echoes(stream: &mut TcpStream) -> bool {
 /// # Panics
 /// As [`skip`] does.
 pub(crate) fn require_tool(name: &str) -> bool {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let is_installed = std::env::split_paths(&path).any(|folder| folder.join(name).is_file());
+    let is_installed = has_tool(name);
     if !is_installed {
         skip(&format!("{name} is not installed"));
     }
     is_installed
+}
+
+/// Whether `name` is in the `PATH`, for tools that the gate does not install.
+pub(crate) fn has_tool(name: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
 }
 
 /// Says that the test is skipped, and why.

@@ -136,7 +136,7 @@ async fn wrong_missing_and_late_headers_are_reset() {
     stream.write_all(b"PROXY TC").await.unwrap();
     stream.shutdown().await.unwrap();
     eventually("counted", || stats.refused(RefusalReason::ProxyHeaderInvalid) == before + 1).await;
-    // A balancer probes like this. It is no refusal, for which there is an alert.
+    // A balancer probes like this. Ringway does not count it as a refusal, because refusals raise an alert.
     let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
     stream.shutdown().await.unwrap();
     eventually("a probe", || stats.proxy_headers(ProxyResult::Probe) == 1 && stats.ended(EndReason::Finished) == 1)
@@ -335,7 +335,7 @@ async fn version_2_carries_further_fields() {
         })
         .await;
     }
-    // A field that the balancer has sent is nearer to the client than Ringway's own.
+    // The balancer is closer to the client, so its value wins.
     let pool = format!("{NO_CHECK}\nsend_proxy: {{ version: v2, tlvs: [authority], pass: [2] }}");
     ringway.reload(&accepting(&[address], "{ from: [127.0.0.1] }", &pool)).await.unwrap();
     let mut stream = TcpStream::connect(ringway.web()).await.unwrap();

@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use super::*;
 use crate::harness::backends::free_ports;
 use crate::harness::program::Killed;
-use crate::harness::require_tool;
+use crate::harness::{has_tool, require_tool};
 
 /// A neighbour of Ringway that runs until this is dropped.
 struct Neighbour {
@@ -35,7 +35,7 @@ impl Neighbour {
 /// client -> neighbour (`first`) -> Ringway -> neighbour (`last`) -> backend. The client's address comes through, and so do the
 /// bytes.
 async fn comes_through(ringway: &Ringway, first: u16, backend: &TcpListener, version: Version) {
-    // Looks at the ports of the neighbour have made connections too.
+    // The harness's port checks have made connections too.
     for _ in 0..10 {
         let mut stream = TcpStream::connect(("127.0.0.1", first)).await.unwrap();
         stream.write_all(b"hello").await.unwrap();
@@ -98,8 +98,7 @@ async fn nginx_understands_ringway_and_ringway_understands_nginx() {
 #[ignore = "needs Envoy"]
 async fn envoy_understands_ringway_and_ringway_understands_envoy() {
     // In CI too: there is no package of Envoy for Debian.
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    if !std::env::split_paths(&path).any(|folder| folder.join("envoy").is_file()) {
+    if !has_tool("envoy") {
         println!("skipped: envoy is not installed");
         return;
     }

@@ -39,7 +39,7 @@ async fn lists_keep_clients_out() {
         }
     }
     drop(ringway);
-    // Who is kept out must not fill the log.
+    // Clients that a list refuses must not fill the log.
     assert_eq!(std::fs::read_to_string(log.path()).unwrap().lines().count(), 2);
 }
 

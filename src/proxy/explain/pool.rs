@@ -98,7 +98,9 @@ fn walk(table: &Table, route: &Route, key: &[u8]) -> Vec<WalkStep> {
             (Some(Some(_)), Some(1)) => format!("gets the connection{despite}"),
             (Some(Some(_)), _) if table.is_spared(backend, key) => {
                 let part = backend.admission.as_part() * 100.0;
-                format!("slow start: it takes {part:.0} % of its keys, and not this one, unless the others fail")
+                format!(
+                    "slow start: it takes {part:.0} % of its keys now, and gets this one only if the other backends fail"
+                )
             }
             (Some(Some(_)), Some(_)) => format!("next, if the connects before it fail{despite}"),
             (Some(Some(_)), None) => format!("not tried: connect.attempts is {}", route.connect_attempts),
@@ -133,11 +135,11 @@ fn why_skipped(backend: &Backend, now: Instant) -> String {
         State::Starting => "it has passed no health check yet".to_owned(),
         State::Unhealthy => {
             let check = backend.last_check().unwrap_or("none yet");
-            format!("last check, for {}: {check}", since(backend.health.since))
+            format!("for {}; last check: {check}", since(backend.health.since))
         }
         State::Ejected => "connects to it kept failing".to_owned(),
         State::Draining => match backend.drain {
-            Some(drain) if drain.leaves => format!("it leaves the pool since {}", since(drain.since)),
+            Some(drain) if drain.leaves => format!("it has been leaving the pool for {}", since(drain.since)),
             Some(drain) => format!("for {}", since(drain.since)),
             None => "its replica stops".to_owned(),
         },

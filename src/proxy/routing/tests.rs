@@ -74,11 +74,11 @@ fn a_rule_is_decided_without_bytes_only_if_no_rule_before_it_needs_them() {
     let first = routing(&[by_client.clone(), by_name.clone()]);
     assert_eq!(first.decide(client("10.0.0.1"), None), Some(0));
     assert_eq!(first.decide(client("192.0.2.1"), None), None);
-    // The rule with a name cannot match this client, whatever it sends.
+    // No bytes of this client can match the rule with a name.
     assert_eq!(first.decide(client("198.51.100.1"), None), Some(2));
     let last = routing(&[by_name, by_client]);
     assert_eq!(last.decide(client("10.0.0.1"), None), None);
-    // Who sends nothing may be meant for the first rule. So no rule takes it, not even the one for its address.
+    // A client that sends nothing may belong to the first rule. So no rule takes it, not even the one for its address.
     assert_eq!(last.decide_for_silent(client("10.0.0.1")), None);
 }
 
