@@ -19,7 +19,8 @@ use tokio::net::TcpStream;
 use crate::harness::backends::Server;
 use crate::harness::{Ringway, echoes, eventually, eventually_async, http, soon};
 
-const TIMEOUT: &str = "    hello: { timeout: 1s }\n";
+/// Longer than a busy machine may delay a client.
+const TIMEOUT: &str = "    hello: { timeout: 3s }\n";
 
 /// A server that sends its name of one letter, and then everything that it gets.
 async fn named(name: u8) -> Server {
@@ -92,7 +93,7 @@ async fn the_first_route_that_matches_takes_the_connection() {
                   \x20     - { sni: [\"*.example.com\"], alpn: [h2], pool: grpc, name: rpc }\n\
                   \x20     - { sni: [no.example.com], pool: reset }\n\
                   \x20     - { tls: false, pool: plain }\n    pool: web\n";
-    let yaml = routed(&format!("{routes}{TIMEOUT}"), &POOLS, &servers, PLAIN_POOL);
+    let yaml = routed(routes, &POOLS, &servers, PLAIN_POOL);
     let ringway = Ringway::start(&format!("access_log: {{ path: {:?}, format: json }}\n{yaml}", log.path())).await;
     for (bytes, wanted) in [
         (client_hello("DB.example.com.", &[]), 'd'),
@@ -243,7 +244,7 @@ async fn what_decides_nothing_never_takes_the_default_route() {
     assert_eq!(ringway.metric("ringway_connect_attempts_total", &[]).await, 0.0);
     assert_eq!((stats(&ringway).hellos(HelloResult::Timeout), stats(&ringway).hellos(HelloResult::Silent)), (1, 1));
     // Unless the config says so.
-    let permissive = yaml.replace("timeout: 1s", "timeout: 1s, undecided: default");
+    let permissive = yaml.replace("timeout: 3s", "timeout: 3s, undecided: default");
     ringway.reload(&permissive).await.unwrap();
     assert_eq!(taken_by(&ringway, &alert).await, 'b');
     let mut silent = TcpStream::connect(ringway.web()).await.unwrap();
@@ -316,7 +317,7 @@ async fn with_the_key_sni_all_connections_for_a_name_have_one_backend() {
     let servers = servers(&["a", "b", "c", "d"]).await;
     let members: Vec<_> = servers.iter().map(|server| format!("{{ address: \"{}\" }}", server.address)).collect();
     let yaml = format!(
-        "api: {{ listen: \"127.0.0.1:0\" }}\nlisteners: [{{ name: web, listen: \"127.0.0.1:0\", pool: p, hello: {{ timeout: 1s }} }}]\n\
+        "api: {{ listen: \"127.0.0.1:0\" }}\nlisteners: [{{ name: web, listen: \"127.0.0.1:0\", pool: p, hello: {{ timeout: 3s }} }}]\n\
          pools: [{{ name: p, key: sni, provider: {{ static: [{}] }}, {PLAIN_POOL} }}]",
         members.join(", ")
     );

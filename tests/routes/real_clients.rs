@@ -243,7 +243,7 @@ async fn ssh_works_beside_https() {
     let Ok(server) = server else { return crate::harness::skip("sshd is not installed") };
     let _server = Killed(server);
     eventually_async("sshd listens", async || TcpStream::connect(("127.0.0.1", ports[0])).await.is_ok()).await;
-    let yaml = by_kind(ports).replace("    pool: tls\n", "    pool: tls\n    hello: { timeout: 1s }\n");
+    let yaml = by_kind(ports).replace("    pool: tls\n", "    pool: tls\n    hello: { timeout: 3s }\n");
     let ringway = Ringway::start(&yaml).await;
     let port = ringway.web().port();
     let keys = output("ssh-keyscan", &["-T", "50", "-t", "ed25519", "-p", &port.to_string(), "127.0.0.1"]).await;
