@@ -1,7 +1,8 @@
 //! Starts balancers on this machine with equal features: the client's address is the key of a consistent ring, health
 //! checks run every two seconds if the balancer has them, the idle timeout is ten minutes, and the access log is off.
 
-use std::fmt::Write as _;
+mod configs;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -13,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use tempfile::TempDir;
 
-use crate::client::{Client, Protocol, SERVER_NAME};
+use crate::client::{Client, Protocol};
 use crate::process::Tree;
 
 /// The longest wait until a balancer serves.
@@ -155,10 +156,10 @@ impl Balancer {
             .collect();
         let routed = setup.by_name.then_some(by_name);
         let text = match kind {
-            Kind::Ringway => ringway_yaml(&listeners, routed, side_port, settings),
-            Kind::Haproxy => haproxy(&listeners, routed, setup),
-            Kind::Nginx => nginx(&listeners, routed, setup, files.path()),
-            Kind::Envoy => envoy(&listeners, routed, side_port, setup),
+            Kind::Ringway => configs::ringway(&listeners, routed, side_port, settings),
+            Kind::Haproxy => configs::haproxy(&listeners, routed, setup),
+            Kind::Nginx => configs::nginx(&listeners, routed, setup, files.path()),
+            Kind::Envoy => configs::envoy(&listeners, routed, side_port, setup),
         };
         let config = files.path().join("config.yaml");
         std::fs::write(&config, text)?;
@@ -234,9 +235,6 @@ pub fn pin(processors: &[usize]) -> std::io::Result<()> {
     Ok(sched_setaffinity(None, &set)?)
 }
 
-/// A listener of a config: its name, its address and its backends.
-type Listener<'a> = (&'static str, SocketAddr, &'a [Listen]);
-
 /// Returns free addresses. All are bound at the same time, so they differ.
 pub(crate) fn free_addresses<const COUNT: usize>() -> std::io::Result<[SocketAddr; COUNT]> {
     let mut addresses = [SocketAddr::from(([0, 0, 0, 0], 0)); COUNT];
@@ -247,160 +245,4 @@ pub(crate) fn free_addresses<const COUNT: usize>() -> std::io::Result<[SocketAdd
         bound.push(listener);
     }
     Ok(addresses)
-}
-
-/// The server name that leads to the second backend. [`SERVER_NAME`] leads to the backends.
-const OTHER_NAME: &str = "a.example.com";
-
-fn ringway_yaml(
-    listeners: &[Listener<'_>],
-    routed: Option<SocketAddr>,
-    side_port: SocketAddr,
-    settings: &Settings,
-) -> String {
-    let Settings { root, pool, workers } = settings;
-    let check = if pool.contains("health_check") { "" } else { "    health_check: { kind: tcp, interval: 2s }\n" };
-    let pool: String = pool.lines().fold(String::new(), |text, line| text + "    " + line + "\n");
-    let mut text = format!("workers: {}\n{root}\napi: {{ listen: \"{side_port}\" }}\nlisteners:\n", (*workers).max(1));
-    for (name, address, _) in listeners {
-        let _ = writeln!(text, "  - {{ name: {name}, listen: \"{address}\", pool: {name} }}");
-    }
-    if let Some(address) = routed {
-        let _ = writeln!(
-            text,
-            "  - name: by-name\n    listen: \"{address}\"\n    routes: [{{ sni: [{OTHER_NAME}], pool: second }}, {{ sni: [{SERVER_NAME}], pool: web }}]\n    pool: reset"
-        );
-    }
-    text.push_str("pools:\n");
-    for (name, _, backends) in listeners {
-        let backends: Vec<_> = backends.iter().map(|backend| format!("{{ address: \"{backend}\" }}")).collect();
-        let backends = backends.join(", ");
-        let _ = write!(
-            text,
-            "  - name: {name}\n    key: source_ip\n    provider: {{ static: [{backends}] }}\n{check}{pool}"
-        );
-    }
-    text
-}
-
-fn haproxy(listeners: &[Listener<'_>], routed: Option<SocketAddr>, setup: &Setup) -> String {
-    let mut text = format!(
-        "global\n  nbthread 1\n  maxconn {}\n  maxpipes 256\n\
-         defaults\n  mode tcp\n  timeout connect 2s\n  timeout client 10m\n  timeout server 10m\n  option splice-request\n  \
-         option splice-response\n",
-        setup.connections
-    );
-    for (name, address, backends) in listeners {
-        let _ = write!(
-            text,
-            "frontend {name}\n  bind {address} backlog 4096\n  default_backend {name}\n\
-             backend {name}\n  balance source\n  hash-type consistent\n"
-        );
-        for (index, backend) in backends.iter().enumerate() {
-            let backend = backend.to_string().replace("unix:", "unix@");
-            let _ = writeln!(text, "  server b{index} {backend} check inter 2s");
-        }
-    }
-    if let Some(address) = routed {
-        let _ = write!(
-            text,
-            "frontend by-name\n  bind {address} backlog 4096\n  tcp-request inspect-delay 5s\n  \
-             tcp-request content accept if {{ req.ssl_hello_type 1 }}\n  \
-             use_backend second if {{ req.ssl_sni -i {OTHER_NAME} }}\n  \
-             use_backend web if {{ req.ssl_sni -i {SERVER_NAME} }}\n"
-        );
-    }
-    text
-}
-
-fn nginx(listeners: &[Listener<'_>], routed: Option<SocketAddr>, setup: &Setup, files: &Path) -> String {
-    const MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
-    let module = if Path::new(MODULE).exists() { format!("load_module {MODULE};\n") } else { String::new() };
-    let mut text = format!(
-        "{module}worker_processes 1;\nerror_log stderr error;\npid {}/pid;\nevents {{ worker_connections {}; }}\nstream {{\n",
-        files.display(),
-        2 * setup.connections + 64
-    );
-    for (name, address, backends) in listeners {
-        let servers = backends.iter().fold(String::new(), |text, backend| text + &format!("server {backend}; "));
-        let _ = write!(
-            text,
-            "  upstream {name} {{ hash $remote_addr consistent; {servers}}}\n  \
-             server {{ listen {address} backlog=4096; proxy_pass {name}; proxy_connect_timeout 2s; proxy_timeout 10m; }}\n"
-        );
-    }
-    if let Some(address) = routed {
-        let _ = write!(
-            text,
-            "  map $ssl_preread_server_name $chosen {{ {OTHER_NAME} second; {SERVER_NAME} web; }}\n  \
-             server {{ listen {address} backlog=4096; ssl_preread on; proxy_pass $chosen; proxy_connect_timeout 2s; \
-             proxy_timeout 10m; }}\n"
-        );
-    }
-    text + "}\n"
-}
-
-/// Envoy reads YAML, and JSON is valid YAML.
-fn envoy(listeners: &[Listener<'_>], routed: Option<SocketAddr>, side_port: SocketAddr, setup: &Setup) -> String {
-    let socket = |address: SocketAddr| serde_json::json!({ "socket_address": { "address": address.ip().to_string(), "port_value": address.port() } });
-    let endpoint = |backend: &Listen| {
-        let address = match backend {
-            Listen::Ip(address) => socket(*address),
-            Listen::Unix(path) => serde_json::json!({ "pipe": { "path": path } }),
-        };
-        serde_json::json!({ "endpoint": { "address": address } })
-    };
-    let thresholds =
-        serde_json::json!([{ "max_connections": setup.connections, "max_pending_requests": setup.connections }]);
-    let proxy = |name: &str| {
-        serde_json::json!({
-            "name": "envoy.filters.network.tcp_proxy",
-            "typed_config": {
-                "@type": "type.googleapis.com/envoy.extensions.filters.network.tcp_proxy.v3.TcpProxy",
-                "stat_prefix": name, "cluster": name, "idle_timeout": "600s", "hash_policy": [{ "source_ip": {} }],
-            },
-        })
-    };
-    let listener = |(name, address, _): &Listener<'_>| {
-        serde_json::json!({
-            "name": name, "address": socket(*address), "tcp_backlog_size": 4096,
-            "filter_chains": [{ "filters": [proxy(name)] }],
-        })
-    };
-    let chain = |server_name: &str, cluster: &str| {
-        serde_json::json!({
-            "filter_chain_match": { "server_names": [server_name] }, "filters": [proxy(cluster)],
-        })
-    };
-    let by_name = |address: SocketAddr| {
-        serde_json::json!({
-            "name": "by-name", "address": socket(address), "tcp_backlog_size": 4096,
-            "listener_filters": [{
-                "name": "envoy.filters.listener.tls_inspector",
-                "typed_config": {
-                    "@type": "type.googleapis.com/envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector",
-                },
-            }],
-            "filter_chains": [chain(OTHER_NAME, "second"), chain(SERVER_NAME, "web")],
-        })
-    };
-    let cluster = |(name, _, backends): &Listener<'_>| {
-        let endpoints: Vec<_> = backends.iter().map(endpoint).collect();
-        serde_json::json!({
-            "name": name, "connect_timeout": "2s", "type": "STATIC", "lb_policy": "RING_HASH",
-            "circuit_breakers": { "thresholds": thresholds },
-            "health_checks": [{
-                "timeout": "1s", "interval": "2s", "unhealthy_threshold": 3, "healthy_threshold": 2, "tcp_health_check": {},
-            }],
-            "load_assignment": { "cluster_name": name, "endpoints": [{ "lb_endpoints": endpoints }] },
-        })
-    };
-    serde_json::json!({
-        "admin": { "address": socket(side_port) },
-        "static_resources": {
-            "listeners": listeners.iter().map(listener).chain(routed.map(by_name)).collect::<Vec<_>>(),
-            "clusters": listeners.iter().map(cluster).collect::<Vec<_>>(),
-        },
-    })
-    .to_string()
 }
