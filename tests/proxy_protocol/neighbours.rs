@@ -32,6 +32,12 @@ impl Neighbour {
     }
 }
 
+/// A Ringway that believes its neighbour, and sends headers of this version to the neighbour on this port.
+async fn between(send: &str, last: u16) -> Ringway {
+    let pool = format!("{NO_CHECK}\nsend_proxy: {send}");
+    Ringway::start(&accepting(&[SocketAddr::from(([127, 0, 0, 1], last))], "{ from: [127.0.0.1] }", &pool)).await
+}
+
 /// client -> neighbour (`first`) -> Ringway -> neighbour (`last`) -> backend. The client's address comes through, and so do the
 /// bytes.
 async fn comes_through(ringway: &Ringway, first: u16, backend: &TcpListener, version: Version) {
@@ -75,12 +81,7 @@ async fn nginx_understands_ringway_and_ringway_understands_nginx() {
     for send in ["v1", "v2"] {
         let (backend, address) = recorder().await;
         let [first, last] = free_ports();
-        let yaml = accepting(
-            &[SocketAddr::from(([127, 0, 0, 1], last))],
-            "{ from: [127.0.0.1] }",
-            &format!("{NO_CHECK}\nsend_proxy: {send}"),
-        );
-        let ringway = Ringway::start(&yaml).await;
+        let ringway = between(send, last).await;
         let config = format!(
             "load_module {MODULE};\ndaemon off;\nmaster_process off;\npid nginx.pid;\nerror_log error.log;\nevents {{}}\nstream {{\n\
              server {{ listen 127.0.0.1:{first}; proxy_pass {}; proxy_protocol on; }}\n\
@@ -105,12 +106,7 @@ async fn envoy_understands_ringway_and_ringway_understands_envoy() {
     for (send, version, name) in [("v1", Version::V1, "V1"), ("v2", Version::V2, "V2")] {
         let (backend, address) = recorder().await;
         let [first, last] = free_ports();
-        let yaml = accepting(
-            &[SocketAddr::from(([127, 0, 0, 1], last))],
-            "{ from: [127.0.0.1] }",
-            &format!("{NO_CHECK}\nsend_proxy: {send}"),
-        );
-        let ringway = Ringway::start(&yaml).await;
+        let ringway = between(send, last).await;
         let socket = |address: SocketAddr| {
             format!("{{ socket_address: {{ address: {}, port_value: {} }} }}", address.ip(), address.port())
         };
@@ -157,9 +153,7 @@ async fn haproxy_understands_ringway_and_ringway_understands_haproxy() {
         let (backend, address) = recorder().await;
         let [first, last] = free_ports();
         // client -> haproxy (first) -> ringway -> haproxy (last) -> backend
-        let pool = format!("{NO_CHECK}\nsend_proxy: {send}");
-        let yaml = accepting(&[SocketAddr::from(([127, 0, 0, 1], last))], "{ from: [127.0.0.1] }", &pool);
-        let ringway = Ringway::start(&yaml).await;
+        let ringway = between(send, last).await;
         let text = format!(
             "global\n  nbthread 1\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n\
              listen first\n  bind 127.0.0.1:{first}\n  server ringway {} {option}\n\
