@@ -76,7 +76,7 @@ pub struct Hello {
     alpn: Box<[u8]>,
     /// Whether the client offers more protocols than these.
     pub offers_more: bool,
-    /// Whether the client sends an encrypted ClientHello, or the random bytes in its place that many browsers send.
+    /// Whether the client sends an encrypted ClientHello. Many browsers send random bytes in its place, which look the same.
     pub has_ech: bool,
     /// Length of the message in bytes, with the headers of its records.
     pub length: usize,

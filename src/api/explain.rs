@@ -10,7 +10,7 @@ use axum::http::StatusCode;
 use serde::Deserialize;
 
 use super::error::Error;
-use super::{State, View, encoded};
+use super::{State, View, query};
 use crate::client_hello::{Hello, host_name};
 use crate::proxy::explain::{Beginning, Explanation, Question, Target, Unexplained, explain};
 use crate::proxy::{Route, Routing};
@@ -149,8 +149,7 @@ impl Parameters {
             ("without", &self.without),
             ("weight", &self.weight),
         ];
-        let given = fields.iter().filter_map(|(name, value)| Some(format!("{name}={}", encoded(value.as_deref()?))));
-        format!("/api/explain?{}", given.collect::<Vec<_>>().join("&"))
+        format!("/api/explain?{}", query(&fields))
     }
 
     fn question(&self) -> Result<Question, Fault> {

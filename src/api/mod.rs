@@ -240,6 +240,12 @@ pub fn encoded(text: &str) -> String {
         .collect()
 }
 
+/// The query with these parameters, of those that have a value.
+fn query(parameters: &[(&str, &Option<String>)]) -> String {
+    let given = parameters.iter().filter_map(|(name, value)| Some(format!("{name}={}", encoded(value.as_deref()?))));
+    given.collect::<Vec<_>>().join("&")
+}
+
 async fn ready(Extract(state): Extract<Arc<State>>) -> Response {
     if state.ready.load(Ordering::Relaxed) {
         return "ready\n".into_response();

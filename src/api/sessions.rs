@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::Error;
 use super::guard::changes;
-use super::{State, encoded};
+use super::{State, query};
 use crate::client_hello::host_name;
 use crate::labels::Label as _;
 use crate::networks::{Network, Networks};
@@ -180,8 +180,7 @@ impl Parameters {
             ("cursor", &self.cursor),
             ("all", &all),
         ];
-        let given = fields.iter().filter_map(|(name, value)| Some(format!("{name}={}", encoded(value.as_deref()?))));
-        given.collect::<Vec<_>>().join("&")
+        query(&fields)
     }
 
     fn filter(&self) -> Result<Filter, String> {

@@ -166,14 +166,11 @@ impl Connection {
         self.hello.get()?.server_name.as_deref()
     }
 
-    /// The index of the route, once it is decided.
-    pub(super) fn route_index(&self) -> Option<usize> {
-        self.listener.serving.routing.rules[usize::from(self.rule.get()?)].route
-    }
-
     /// The route, once it is decided.
     pub(super) fn route(&self) -> Option<&Route> {
-        Some(&self.listener.serving.routing.routes[self.route_index()?])
+        let routing = &self.listener.serving.routing;
+        let rule = &routing.rules[usize::from(self.rule.get()?)];
+        Some(&routing.routes[rule.route?])
     }
 
     /// Ends the connection for this reason: its task learns of it when it runs next.
