@@ -40,9 +40,10 @@ pub fn side_port(open_files: u64) -> u64 {
 }
 
 /// Number of connections that fit under `open_files`, with two descriptors each, beside `pipes` pipes and `others`
-/// other descriptors.
-pub fn connections(open_files: u64, pipes: u64, others: u64) -> u64 {
-    (open_files.saturating_sub(RESERVED + 2 * pipes + others) / 2).clamp(1, MOST)
+/// other descriptors; `None`: not a single one.
+pub fn connections(open_files: u64, pipes: u64, others: u64) -> Option<u64> {
+    let most = open_files.saturating_sub(RESERVED + 2 * pipes + others) / 2;
+    (most > 0).then(|| most.min(MOST))
 }
 
 #[cfg(test)]
@@ -54,11 +55,11 @@ mod tests {
         for files in [128, 256, 1024, 20_000, 1 << 30] {
             let pipes = pipes(files);
             let others = 20 + 2 * side_port(files);
-            let connections = connections(files, pipes, others);
+            let connections = connections(files, pipes, others).unwrap();
             assert!(2 * connections + 2 * pipes + RESERVED + others <= files, "{files}");
             assert!(connections >= 14, "{files}");
         }
-        assert_eq!(connections(u64::MAX, pipes(u64::MAX), 0), MOST);
-        assert_eq!(connections(10, 0, 0), 1);
+        assert_eq!(connections(u64::MAX, pipes(u64::MAX), 0), Some(MOST));
+        assert_eq!(connections(10, 0, 0), None);
     }
 }

@@ -18,7 +18,7 @@ fn main() -> ExitCode {
             return cli::init::run().unwrap_or_else(|failure| tell(&failure));
         }
         None | Some(Command::Run) => return cli::run::run(&arguments.common).unwrap_or_else(|failure| tell(&failure)),
-        Some(Command::Check(ref check)) => cli::check(&arguments.common, check),
+        Some(Command::Check(ref check)) => cli::check::check(&arguments.common, check),
         Some(Command::Status(ref options)) => cli::status::status(&arguments.common, options),
         Some(Command::Explain(ref options)) => cli::explain::explain(&arguments.common, options),
         Some(Command::Sessions(ref list)) => cli::sessions::list(&arguments.common, list),

@@ -29,27 +29,114 @@ fn an_error_of_the_system_is_one_line_and_exit_code_1() {
     let usual = config(THREE_REPLICAS, "", "");
 
     let port_taken = usual.replacen("listen: 127.0.0.1:0", &format!("listen: {address}"), 1);
-    fails(&port_taken, 1, &["listeners[0].listen: cannot listen on", &address.to_string(), "choose another port"]);
+    fails(&port_taken, 1, &["listeners[web].listen: cannot listen on", &address.to_string(), "choose another port"]);
     let api_taken = usual.replacen("\"127.0.0.1:0\"", &format!("{address}"), 1);
     fails(&api_taken, 1, &["api.listen: cannot listen on"]);
     let not_ours = usual.replacen("listen: 127.0.0.1:0", "listen: 192.0.2.1:8000", 1);
-    fails(&not_ours, 1, &["listeners[0].listen", "does not have that address"]);
+    fails(&not_ours, 1, &["listeners[web].listen", "does not have that address"]);
     let no_program = config("process: { replicas: 1, command: [no-such-program, \"{port}\"] }", "", "");
-    fails(&no_program, 1, &["pools[0].provider.process.command", "\"no-such-program\"", "install it"]);
+    fails(&no_program, 1, &[":9: pools[echo].provider.process.command", "\"no-such-program\"", "install it"]);
     let no_host = config("static: [{ address: \"no-such-host.invalid:80\" }]", "", "");
-    fails(&no_host, 1, &["pools[0].provider.static[0].address", "no-such-host.invalid", "check the name"]);
+    fails(
+        &no_host,
+        1,
+        &["pools[echo].provider.static[no-such-host.invalid:80].address", "no-such-host.invalid", "check the name"],
+    );
     let no_log = format!("access_log: {{ path: /no/such/folder/log }}\n{usual}");
-    fails(&no_log, 1, &["access_log.path: cannot write /no/such/folder/log"]);
+    fails(&no_log, 1, &[":1: access_log.path: cannot write /no/such/folder/log"]);
+}
+
+/// The outcome of `ringway check` on this config: exit code, standard output and standard error.
+fn check(yaml: &str, options: &[&str]) -> (Option<i32>, String, String) {
+    let file = file(yaml);
+    run(&[&["check", file.path().to_str().unwrap()], options].concat())
 }
 
 #[test]
-fn check_warns_of_a_name_that_nobody_knows() {
+fn check_warns_of_a_name_that_nobody_knows_and_fails_without_any_address() {
     let yaml = config("static: [{ address: \"127.0.0.1:80\" }, { address: \"no-such-host.invalid:80\" }]", "", "");
-    let file = file(&yaml);
-    let (code, stdout, stderr) = run(&["check", "--config", file.path().to_str().unwrap()]);
+    let (code, stdout, stderr) = check(&yaml, &[]);
     assert_eq!(code, Some(0), "{stderr}");
-    assert!(stdout.contains("no-such-host.invalid"));
-    assert!(stderr.contains("warning: pools[0].provider.static[1].address: cannot resolve"), "{stderr}");
+    assert!(stdout.ends_with(": valid\n"), "{stdout}");
+    let warning = "pools[echo].provider.static[no-such-host.invalid:80].address: cannot resolve";
+    assert!(stderr.starts_with("ringway: warning: ") && stderr.contains(warning), "{stderr}");
+    let (code, _, stderr) = check(&yaml, &["--offline"]);
+    assert_eq!((code, stderr.as_str()), (Some(0), ""));
+    let alone = config("static: [{ address: \"no-such-host.invalid:80\" }]", "", "");
+    let (code, _, stderr) = check(&alone, &[]);
+    assert!(code == Some(1) && !stderr.contains("warning") && stderr.contains(warning), "{stderr}");
+}
+
+#[test]
+fn check_finds_what_would_keep_ringway_from_starting() {
+    let usual = config(THREE_REPLICAS, "", "");
+    let no_program = config("process: { replicas: 1, command: [no-such-program, \"{port}\"] }", "", "");
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("access.log");
+    for (yaml, part) in [
+        (no_program.clone(), "pools[echo].provider.process.command: cannot find an executable program"),
+        (format!("access_log: {{ path: /no/such/folder/log }}\n{usual}"), ":1: access_log.path: cannot write"),
+        (format!("access_log: {{ path: {} }}\n{usual}", folder.path().display()), "is a directory"),
+        (usual.replace("api: {", "api: { token_file: /no/such/token,"), "api.token_file: /no/such/token"),
+        (
+            usual.replacen("listen: 127.0.0.1:0", "listen: 192.0.2.1:8000", 1),
+            "listeners[web].listen: cannot listen on 192.0.2.1:8000",
+        ),
+        (
+            usual.replacen("listen: 127.0.0.1:0", "listen: unix:/no/such/folder/socket", 1),
+            "the directory does not exist",
+        ),
+    ] {
+        let (code, stdout, stderr) = check(&yaml, &[]);
+        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{yaml}\n{stderr}");
+        assert!(stderr.contains(part) && stderr.lines().count() == 1, "{stderr:?} lacks {part:?}");
+        let (code, _, stderr) = check(&yaml, &["--offline"]);
+        assert_eq!((code, stderr.as_str()), (Some(0), ""));
+    }
+    // All at once, and without a trace.
+    let two = format!("access_log: {{ path: /no/such/folder/log }}\n{no_program}");
+    let (_, _, stderr) = check(&two, &[]);
+    assert!(
+        stderr.contains("2 errors") && stderr.contains("access_log.path") && stderr.contains("no-such-program"),
+        "{stderr}"
+    );
+    let (code, _, _) = check(&format!("access_log: {{ path: {} }}\n{usual}", log.display()), &[]);
+    assert!(code == Some(0) && !log.exists());
+}
+
+#[test]
+fn check_warns_of_limits_above_the_limit_on_open_files() {
+    let yaml = format!("max_connections: 900000\n{}", config(THREE_REPLICAS, "", ""));
+    let file = file(&yaml);
+    let limited = |files: u32| {
+        let output = std::process::Command::new("sh")
+            .args(["-c", &format!("ulimit -n {files}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_ringway"), "check"])
+            .arg(file.path())
+            .output()
+            .unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, stderr) = limited(1000);
+    assert!(
+        code == Some(0) && stderr.contains(":1: max_connections: 900000 is more than the limit on open files (1000)"),
+        "{stderr}"
+    );
+    let (code, stderr) = limited(64);
+    assert!(code == Some(1) && stderr.contains("the limit on open files is 64: raise the limit"), "{stderr}");
+}
+
+#[test]
+fn commands_work_with_a_config_that_is_wrong_outside_of_its_section_api() {
+    let nobody = crate::harness::backends::Refusing::new();
+    let broken = file(&format!("api: {{ listen: \"{}\" }}\npools: many\n", nobody.address));
+    let path = broken.path().to_str().unwrap();
+    let (code, _, stderr) = run(&["status", "--config", path]);
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains(&format!("cannot reach the side port at {}", nobody.address)), "{stderr}");
+    let (_, _, stderr) = run(&["drain", "a/b", "--api", &format!("localhost:{}", nobody.address.port())]);
+    assert!(stderr.contains("cannot reach the side port at localhost:"), "{stderr}");
+    let (code, _, stderr) = run(&["status", "--api", "http://localhost:8001"]);
+    assert!(code == Some(2) && stderr.contains("write localhost:8001 without http://"), "{stderr}");
 }
 
 /// The test drops root, because root may bind every port.
@@ -80,7 +167,7 @@ fn a_port_without_permission_is_an_error_and_exit_code_1() {
     let output = command.arg("--config").arg(&config).output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert!(stderr.contains("listeners[0].listen: cannot listen on 127.0.0.1:81: Permission denied"), "{stderr}");
+    assert!(stderr.contains("listeners[web].listen: cannot listen on 127.0.0.1:81: Permission denied"), "{stderr}");
     assert!(stderr.contains("CAP_NET_BIND_SERVICE"), "{stderr}");
 }
 
@@ -103,7 +190,7 @@ fn bad_arguments_and_bad_configs_are_exit_code_2() {
 
 #[test]
 fn check_prints_a_config_that_loads_as_the_same_config() {
-    let (code, stdout, stderr) = run(&["check", "--config", "config.yaml"]);
+    let (code, stdout, stderr) = run(&["check", "--print", "config.yaml"]);
     assert_eq!(code, Some(0), "{stderr}");
     let again = Config::parse(&stdout, "check").unwrap();
     assert_eq!(again, Config::load("config.yaml".as_ref()).unwrap());
@@ -114,7 +201,7 @@ fn check_prints_a_config_that_loads_as_the_same_config() {
 fn without_a_config_file_the_built_in_one_is_used() {
     let folder = tempfile::tempdir().unwrap();
     let output = std::process::Command::new(env!("CARGO_BIN_EXE_ringway"))
-        .arg("check")
+        .args(["check", "--print"])
         .current_dir(folder.path())
         .output()
         .unwrap();

@@ -1,11 +1,12 @@
 //! The fixture folders and the examples: every invalid config yields its messages, and every valid one loads.
 //!
-//! An invalid config lists its faults in comments: each line `# fault: <text>` must match one fault, and the config
-//! must have no other faults.
+//! An invalid config lists its faults in comments, `# fault: <line>: <text>`. It has these faults and no others. An included file
+//! stands before its line.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use ringway::config::{Config, Error};
+use ringway::config::{Config, Error, Provider, Source};
 
 fn fixtures(kind: &str) -> Vec<PathBuf> {
     files(&format!("tests/configs/{kind}"))
@@ -19,28 +20,34 @@ fn files(folder: &str) -> Vec<PathBuf> {
     files
 }
 
-#[test]
-fn invalid_configs_are_refused_with_key_path_and_remedy() {
-    let files = fixtures("invalid");
-    assert!(files.len() >= 20, "only {} fixtures", files.len());
-    for file in files {
-        let name = file.file_name().unwrap().to_string_lossy().into_owned();
-        let text = std::fs::read_to_string(&file).unwrap();
-        let expected: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("# fault: ")).collect();
-        assert!(!expected.is_empty(), "{name} does not say what is wrong with it");
-        let faults: Vec<String> = match Config::load(&file) {
-            Ok(_) => panic!("{name} is taken for valid"),
-            Err(Error::Faulty { faults, .. }) => faults.iter().map(ToString::to_string).collect(),
-            Err(error) => vec![error.to_string()],
-        };
-        for expected in &expected {
-            assert!(
-                faults.iter().any(|fault| fault.contains(expected)),
-                "{name}: {expected:?} is not among\n{faults:#?}"
-            );
-        }
-        assert_eq!(faults.len(), expected.len(), "{name}: {faults:#?}");
+/// The faults of a config file, each with its line.
+fn faults(file: &Path) -> Vec<String> {
+    let own = format!("{}:", file.display());
+    let folder = format!("{}/", file.parent().unwrap().display());
+    let short = |text: String| text.strip_prefix(&own).unwrap_or(&text).replace(&folder, "").trim_start().to_owned();
+    match Config::load(file) {
+        Ok(_) => panic!("{} is taken for valid", file.display()),
+        Err(Error::Faulty { faults, .. }) => faults.iter().map(|fault| short(fault.to_string())).collect(),
+        Err(error) => vec![short(error.to_string())],
     }
+}
+
+#[test]
+fn invalid_configs_are_refused_with_line_key_path_and_remedy() {
+    let files = fixtures("invalid");
+    assert!(files.len() >= 60, "only {} fixtures", files.len());
+    let mut differ = Vec::new();
+    for file in files.iter().filter(|file| file.is_file()) {
+        let text = std::fs::read_to_string(file).unwrap();
+        let mut expected: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("# fault: ")).collect();
+        let mut faults = faults(file);
+        faults.sort();
+        expected.sort_unstable();
+        if faults != expected {
+            differ.push(format!("{}\n  has      {faults:#?}\n  expected {expected:#?}", file.display()));
+        }
+    }
+    assert!(differ.is_empty(), "{}", differ.join("\n"));
 }
 
 #[test]
@@ -64,4 +71,80 @@ fn every_example_is_valid() {
             panic!("{}: {error}", file.display());
         }
     }
+}
+
+#[test]
+fn anchors_variables_and_included_files_make_one_config() {
+    let folder = fixtures("valid");
+    let file = folder.iter().find(|file| file.ends_with("merged_and_included.yaml")).unwrap();
+    let config = Config::load(file).unwrap_or_else(|error| panic!("{error}"));
+    let names: Vec<_> = config.pools.iter().map(|pool| pool.name.as_str()).collect();
+    assert_eq!(names, ["one", "two", "part"]);
+    assert_eq!(config.listeners.len(), 2);
+    let [one, two, ..] = &config.pools[..] else { panic!() };
+    assert_eq!((one.timeouts.idle, one.drain), (None, Duration::from_secs(5)));
+    assert_eq!(two.drain, Duration::from_secs(1), "the first of several merged sections wins");
+    assert_eq!(two.health_check.as_ref().unwrap().interval, Duration::from_secs(5));
+    assert_eq!(one.provider.static_backends().unwrap()[0].weight, 3);
+    let Provider::Process(process) = &two.provider else { panic!() };
+    assert_eq!(process.spec.command[2], "exec server ${PORT}");
+    let rate = config.listeners[0].per_source.rate.unwrap();
+    assert_eq!((rate.count, rate.per, rate.burst), (30, Duration::from_secs(60), 30));
+    let rendered = Source::File(file.clone()).rendered().unwrap();
+    assert_eq!(Config::parse(&rendered, "rendered").unwrap(), config, "{rendered}");
+}
+
+#[test]
+fn a_text_that_a_caller_sends_learns_no_variable_and_reads_no_file() {
+    let with = |more: &str| {
+        let yaml = format!(
+            "{more}\nlisteners: [{{ name: web, listen: \"127.0.0.1:0\", pool: p }}]\npools: [{{ name: p, provider: {{ static: [{{ \
+             address: \"10.0.0.1:80\" }}] }} }}]"
+        );
+        Config::parse(&yaml, "the config given").unwrap_err().to_string()
+    };
+    let error = with("access_log: { path: \"${PATH}\" }");
+    assert!(error.contains("the config given:1: access_log.path: has the variable PATH"), "{error}");
+    assert!(!error.contains(&std::env::var("PATH").unwrap()), "{error}");
+    let error = with("include: /etc/passwd");
+    assert!(error.contains("the config given:1: include: only a file can include others"), "{error}");
+}
+
+/// A config file with these bytes.
+fn written(bytes: &[u8]) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), bytes).unwrap();
+    file
+}
+
+#[test]
+fn a_file_that_is_no_text_is_refused_with_its_reason() {
+    let utf16: Vec<u8> =
+        std::iter::once(0xfeff_u16).chain("pools: []".encode_utf16()).flat_map(u16::to_le_bytes).collect();
+    for (bytes, part) in [
+        (&b"\x7fELF\x02\x01\0\0\xff"[..], "is a binary file: give a YAML file"),
+        (b"a\0b", "is a binary file"),
+        (&utf16, "is UTF-16 text: save it as UTF-8"),
+        (b"name: caf\xe9", "is not UTF-8 text"),
+        (b"", "the file is empty"),
+        (b"# only a comment\n", "the file is empty"),
+        (b"just text", "\"just text\" is not a config"),
+    ] {
+        let file = written(bytes);
+        let error = Config::load(file.path()).unwrap_err().to_string();
+        assert!(error.contains(part) && error.starts_with(&file.path().display().to_string()), "{error}");
+    }
+    let error = Config::load("tests".as_ref()).unwrap_err().to_string();
+    assert_eq!(error, "tests: is a directory: give the path of a file in it");
+    let error = Config::load("/dev/zero".as_ref()).unwrap_err().to_string();
+    assert!(error.contains("is larger than"), "{error}");
+    let error = Config::load("no/such/file".as_ref()).unwrap_err().to_string();
+    assert_eq!(error, "no/such/file: the file does not exist");
+}
+
+#[test]
+fn byte_order_marks_and_line_ends_of_windows_change_nothing() {
+    let text = std::fs::read_to_string("config.yaml").unwrap();
+    let file = written(format!("\u{feff}{}", text.replace('\n', "\r\n")).as_bytes());
+    assert_eq!(Config::load(file.path()).unwrap(), Config::load("config.yaml".as_ref()).unwrap());
 }

@@ -79,7 +79,7 @@ async fn a_backend_with_an_unknown_name_starts_once_the_name_is_known() {
     let yaml = two(&server.address.to_string(), &format!("late.test:{}", server.address.port()));
     let program = Program::start_with_names(&yaml, hosts.path(), nobody().path()).await;
     becomes(&program, ["healthy", "starting"]).await;
-    let warning = "pools[0].provider.static[1].address: cannot resolve \"late.test\"";
+    let warning = "pools[echo].provider.static[b].address: cannot resolve \"late.test\"";
     eventually(warning, || program.log().contains(warning)).await;
     assert_eq!(http(program.web(), "GET", "/heartbeat", b"").await.status(), 200);
     // A reload that leaves the name alone succeeds, one that adds another unknown name does not.

@@ -72,7 +72,7 @@ async fn a_reload_that_fails_changes_nothing() {
         (&taken, "already listens there"),
         (&unresolvable, "cannot resolve"),
         (&no_program, "cannot find an executable program"),
-        (&bad, "pools[0].connect.attempts"),
+        (&bad, "pools[echo].connect.attempts"),
         (&log, "access_log.path"),
     ] {
         let refusal = ringway.reload(yaml).await.unwrap_err();

@@ -170,7 +170,7 @@ async fn a_second_ringway_on_the_same_address_is_refused() {
     let second =
         static_config(&[server.address], "").replacen("listen: 127.0.0.1:0", &format!("listen: {}", ringway.web()), 1);
     let error = Ringway::try_start(&second).await.err().expect("the address is taken");
-    assert!(error.starts_with(&format!("listeners[0].listen: cannot listen on {}", ringway.web())), "{error}");
+    assert!(error.starts_with(&format!("listeners[web].listen: cannot listen on {}", ringway.web())), "{error}");
     assert!(error.contains("another Ringway"), "{error}");
 }
 

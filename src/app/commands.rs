@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use super::App;
 use super::changes::Changes;
 use super::provider::listed;
 use super::reload::ReloadPlan;
+use super::{App, StartError};
 use crate::backend::Backend;
 use crate::config::{Config, Pool, StaticBackend};
 use crate::control::Event;
@@ -119,12 +119,18 @@ impl App {
                 changes.of(&pool).replicas = Some(replicas);
             }
             Command::Reload { text, is_dry_run } => {
+                let is_from_file = text.is_none();
                 let file = Arc::new(self.read(text).await?);
                 changes = changes.kept(&self.file, &file);
                 if is_dry_run {
                     return Ok(Planned::Report(self.outlook(file, changes).await.report));
                 }
-                return self.plan_reload(file, changes).await;
+                let plan = self.prepare(file, changes).await;
+                return match plan {
+                    Ok(plan) => Ok(Planned::Reload(Box::new(plan))),
+                    Err(error) if is_from_file => Err(self.with_place(error).await),
+                    Err(error) => Err(CommandError::CannotPrepare(error.to_string())),
+                };
             }
             Command::Upgrade => return Ok(Planned::HandOver),
         }
@@ -154,6 +160,14 @@ impl App {
     async fn plan_reload(&self, file: Arc<Config>, changes: Changes) -> Result<Planned, CommandError> {
         let plan = self.prepare(file, changes).await;
         Ok(Planned::Reload(Box::new(plan.map_err(|error| CommandError::CannotPrepare(error.to_string()))?)))
+    }
+
+    /// The error with the line of the config file that it is about.
+    async fn with_place(&self, error: StartError) -> CommandError {
+        let (source, key_path) = (self.environment.source.clone(), error.key_path().map(str::to_owned));
+        let place = tokio::task::spawn_blocking(move || source.place(&key_path?));
+        let place = tokio::time::timeout(READ, place).await.ok().and_then(Result::ok).flatten();
+        CommandError::CannotPrepare(place.map_or_else(|| error.to_string(), |place| format!("{place}: {error}")))
     }
 
     /// The config that a reload moves to. Does not block this thread: the file may be a FIFO that nobody writes, or on a

@@ -40,9 +40,9 @@ pub enum StartError {
         /// The first element of the command.
         program: String,
     },
-    /// The settings of a pool, including run-time changes, are not valid together.
+    /// The settings do not fit together, with run-time changes or with this machine.
     #[error("{key_path}: {problem}")]
-    Pool {
+    Unfit {
         /// Key path of the setting in the config.
         key_path: String,
         /// What is wrong and how to fix it.
@@ -81,6 +81,22 @@ pub enum StartError {
     /// The metrics exporter cannot be created.
     #[error("cannot set up metrics: {0}")]
     Metrics(#[from] BuildError),
+}
+
+impl StartError {
+    /// Key path of the setting that the error is about; `None`: it is about none.
+    pub fn key_path(&self) -> Option<&str> {
+        match self {
+            Self::Listen { key_path, .. }
+            | Self::Resolve { key_path, .. }
+            | Self::NoProgram { key_path, .. }
+            | Self::Unfit { key_path, .. }
+            | Self::NoPorts { key_path, .. } => Some(key_path),
+            Self::Token { .. } => Some("api.token_file"),
+            Self::AccessLog { .. } => Some("access_log.path"),
+            Self::Docker(_) | Self::Threads(_) | Self::Metrics(_) => None,
+        }
+    }
 }
 
 fn remedy(address: &Address, error: &io::Error) -> &'static str {

@@ -314,9 +314,7 @@ pub(super) fn routing(
 }
 
 fn source_limits(limits: config::PerSource) -> Option<SourceLimits> {
-    let config::PerSource { max_connections, rate, burst } = limits;
-    (max_connections.is_some() || rate.is_some()).then(|| SourceLimits {
-        max_connections: max_connections.unwrap_or(u32::MAX),
-        rate: rate.map(|rate| (rate, burst)),
-    })
+    let config::PerSource { max_connections, rate } = limits;
+    (max_connections.is_some() || rate.is_some())
+        .then(|| SourceLimits { max_connections: max_connections.unwrap_or(u32::MAX), rate })
 }

@@ -11,7 +11,7 @@
 //! - [`settings`]: from the config to the settings of the parts; [`mod@capacity`]: how many connections and pipes fit
 //! - [`commands`]: the effect of run-time commands
 //! - [`reload`]: from one config to another; [`outlook`]: what that changes; [`changes`]: run-time changes, kept beside the config
-//! - [`offline`]: the listeners and pools of a config that does not run
+//! - [`offline`]: the listeners and pools of a config that does not run; [`mod@probe`]: whether it could run on this machine
 //! - [`upgrade`], [`inheritance`]: from one process to another, as the old and as the new process
 //! - [`service_manager`]: notifications to systemd; [`error`]: why the app could not start, or ended early
 
@@ -26,6 +26,7 @@ mod listeners;
 mod offline;
 mod outlook;
 mod pools;
+mod probe;
 mod provider;
 mod readiness;
 mod reload;
@@ -56,7 +57,7 @@ pub use self::inheritance::{Inheritance, TAKE_OVER, report_failure};
 use self::listeners::{Bound, Listener};
 pub use self::offline::Offline;
 use self::pools::Pool;
-pub use self::provider::unknown_names;
+pub use self::probe::{Finding, probe};
 use self::tasks::Tasks;
 use crate::api::{self, State, View};
 use crate::config::{self, Config};
@@ -162,8 +163,9 @@ impl App {
         let changes = inheritance.changes(&file);
         let changes = changes.pruned(&changes.over(&file));
         let config = changes.over(&file);
-        let workers = config.workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
-        let (max_pipes, max_connections) = capacity(&config, workers);
+        let workers = workers(&config);
+        let capacity = capacity(&config, workers)?;
+        capacity.warn();
         let exporter = Exporter::new()?;
         let guard = access::guard(&config.api, environment.token.as_deref())?;
 
@@ -179,11 +181,11 @@ impl App {
             stop_replicas: &tasks.stop_replicas,
             settled: is_settled.clone(),
         };
-        let prepared = config.pools.iter().enumerate().map(|(n, pool)| {
+        let prepared = config.pools.iter().map(|pool| {
             // `let_go` below stops the replicas of a pool that does not supervise processes any more.
             let replicas =
                 if provider::takes_over(&pool.provider) { inheritance.replicas(&pool.name) } else { Vec::new() };
-            let (key_path, changes, context) = (format!("pools[{n}]"), changes.get(&pool.name), &context);
+            let (key_path, changes, context) = (format!("pools[{}]", pool.name), changes.get(&pool.name), &context);
             async move { pools::prepare(&key_path, pool, &changes, replicas, context).await }
         });
         // Side by side: each may wait for a name server.
@@ -192,9 +194,9 @@ impl App {
         let api_socket = listeners::side_port(&config, inherited)?;
         let api_address = api_socket.address().unwrap_or(config.api.listen);
         let mut bound = Vec::new();
-        for (n, listener) in config.listeners.iter().enumerate() {
+        for listener in &config.listeners {
             let inherited = inheritance.sockets(&listener.name, &listener.listen);
-            let key_path = format!("listeners[{n}].listen");
+            let key_path = format!("listeners[{}].listen", listener.name);
             let own = inheritance.addresses();
             bound.push(listeners::bind(&key_path, listener, &config, workers, inherited, &own)?);
         }
@@ -202,7 +204,13 @@ impl App {
         let access_log = config.access_log.as_ref().map(open_log).transpose()?;
 
         let (buffer, splice_from) = (config.relay.buffer_kib * 1024, config.relay.splice_from_kib * 1024);
-        let proxy = proxy::Settings { workers, max_connections, max_pipes, buffer, splice_from };
+        let proxy = proxy::Settings {
+            workers,
+            max_connections: capacity.connections,
+            max_pipes: capacity.pipes,
+            buffer,
+            splice_from,
+        };
         let (proxy, workers_ended) = Proxy::start(proxy).map_err(StartError::Threads)?;
         let (intercept, intercepted) = api::on_listener::intercept();
         let (sender, commands) = CommandSender::new();
@@ -295,6 +303,11 @@ impl App {
             log_lost: self.environment.log_lost.clone(),
         });
     }
+}
+
+/// The number of worker threads.
+fn workers(config: &Config) -> usize {
+    config.workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from))
 }
 
 /// The Docker engine, if a pool needs one.

@@ -8,13 +8,14 @@ use std::time::Duration;
 use futures_util::future::{join_all, try_join_all};
 use tokio_util::sync::CancellationToken;
 
+use super::capacity::{Capacity, capacity};
 use super::changes::Changes;
 use super::context::PoolContext;
 use super::inheritance::Sockets;
 use super::listeners::{self, Bound, Listener};
 use super::outlook::Outlook;
 use super::pools::{self, Prepared, Update};
-use super::{App, Log, StartError, capacity, engine, open_log};
+use super::{App, Log, StartError, engine, open_log};
 use crate::config::{Config, Fault};
 use crate::control::Event;
 use crate::control::command::Report;
@@ -26,6 +27,7 @@ pub(super) struct ReloadPlan {
     changes: Changes,
     /// The config with the run-time changes, and with the running values of the keys that require a restart.
     config: Arc<Config>,
+    capacity: Capacity,
     pools: Vec<PoolPlan>,
     listeners: Vec<Option<Bound>>,
     /// The access log, if it was not open before.
@@ -62,10 +64,11 @@ impl App {
             settled: self.is_settled.clone(),
         };
         check_together(&config)?;
+        let capacity = capacity(&config, self.state.workers.len())?;
         let running: HashMap<&str, &pools::Pool> =
             self.pools.iter().map(|pool| (pool.config().name.as_str(), pool)).collect();
-        let pools = config.pools.iter().enumerate().map(|(n, pool)| {
-            let (key_path, changes, context) = (format!("pools[{n}]"), changes.get(&pool.name), &context);
+        let pools = config.pools.iter().map(|pool| {
+            let (key_path, changes, context) = (format!("pools[{}]", pool.name), changes.get(&pool.name), &context);
             let known = running.get(pool.name.as_str()).filter(|known| known.can_become(pool));
             async move {
                 let plan = if let Some(known) = known {
@@ -80,9 +83,9 @@ impl App {
         let pools = try_join_all(pools.collect::<Vec<_>>()).await?;
         let own: Vec<_> = self.listeners.iter().filter_map(|listener| listener.address().ip()).collect();
         let mut listeners = Vec::new();
-        for (n, listener) in config.listeners.iter().enumerate() {
+        for listener in &config.listeners {
             let is_open = self.listeners.iter().any(|open| open.can_become(listener));
-            let key_path = format!("listeners[{n}].listen");
+            let key_path = format!("listeners[{}].listen", listener.name);
             let bind =
                 || listeners::bind(&key_path, listener, &config, self.state.workers.len(), Sockets::default(), &own);
             listeners.push(if is_open { None } else { Some(bind()?) });
@@ -98,16 +101,16 @@ impl App {
             }
             (None, _) => None,
         };
-        Ok(ReloadPlan { file, changes, config, pools, listeners, log, report })
+        Ok(ReloadPlan { file, changes, config, capacity, pools, listeners, log, report })
     }
 
     /// Applies a prepared reload. Open connections keep the settings that they started with. `hurry` ends the wait for
     /// new backends.
     pub(super) async fn go(&mut self, plan: ReloadPlan, hurry: CancellationToken) -> Report {
         let before = self.changes.clone();
-        let ReloadPlan { file, changes, config, pools, listeners, log, report } = plan;
-        let (_, max_connections) = capacity(&config, self.state.workers.len());
-        self.proxy.limit().resize(Some(max_connections));
+        let ReloadPlan { file, changes, config, capacity, pools, listeners, log, report } = plan;
+        capacity.warn();
+        self.proxy.limit().resize(Some(capacity.connections));
         // A log that the new config does not have stays open for the connections that started with it.
         self.access_log = log.or(self.access_log.take());
 
@@ -192,13 +195,13 @@ impl App {
 /// Checks again what the config parser has checked. Run-time changes, or keys that keep their running values, can break
 /// it.
 pub(super) fn check_together(config: &Config) -> Result<(), StartError> {
-    if let Some(Fault { path, problem }) = config.loop_fault() {
-        return Err(StartError::Pool { key_path: path, problem });
+    if let Some(Fault { path, problem, .. }) = config.loop_fault() {
+        return Err(StartError::Unfit { key_path: path, problem });
     }
-    for (n, pool) in config.pools.iter().enumerate() {
+    for pool in &config.pools {
         let fault = pool.provider.size_fault().or_else(|| pool.too_many_points()).or_else(|| pool.check_port_fault());
         if let Some(problem) = fault {
-            return Err(StartError::Pool { key_path: format!("pools[{n}]"), problem });
+            return Err(StartError::Unfit { key_path: format!("pools[{}]", pool.name), problem });
         }
     }
     Ok(())

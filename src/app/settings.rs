@@ -46,7 +46,7 @@ pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Fa
         own_header: pool.own_header(),
         connect_timeout: pool.connect.timeout,
         connect_attempts: pool.connect.attempts.into(),
-        idle: pool.timeouts.idle,
+        idle: pool.timeouts.idle.unwrap_or(Duration::MAX),
         half_closed: pool.timeouts.half_closed,
         max_age: pool.timeouts.max_connection_age,
         drain: pool.drain,

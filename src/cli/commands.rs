@@ -2,7 +2,6 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use clap::Subcommand;
 use ringway::api::status::{Member, Status};
 use ringway::control::command::{Command, Report};
@@ -202,10 +201,4 @@ async fn wait_for(common: &Common, port: &Port, backend: &Backend) -> Result<(),
 fn find<'a>(status: &'a Status, backend: &Backend) -> Option<&'a Member> {
     let pool = status.pool(&backend.pool)?;
     pool.backends.iter().find(|member| member.id == backend.id)
-}
-
-/// `ringway check --diff`: what a reload of this config would change.
-pub(super) async fn diff(common: &Common, port: &Port, text: String) -> Result<Report, Failure> {
-    let report = side_port::run(common, port, &Command::Reload { text: Some(text), is_dry_run: true }).await;
-    Ok(report.context("cannot compare with a running Ringway")?)
 }

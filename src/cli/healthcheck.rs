@@ -16,7 +16,7 @@ pub(crate) fn healthcheck() -> Result<(), Failure> {
         format!("process 1 is not Ringway but {program}: healthcheck is for Ringway's containers")
     })?;
     let (address, path) = match arguments.command {
-        None | Some(Command::Run) => (arguments.common.config()?.0.api.listen, "/readyz"),
+        None | Some(Command::Run) => (arguments.common.source().api()?.listen, "/readyz"),
         Some(Command::EchoServer(options)) => match options.listen {
             Listen::Ip(listen) => (listen, "/heartbeat"),
             Listen::Unix(path) => {
@@ -27,7 +27,7 @@ pub(crate) fn healthcheck() -> Result<(), Failure> {
         // The other commands have no server to ask: a running process is healthy.
         Some(_) => return Ok(()),
     };
-    let answer = runtime()?.block_on(side_port::get(address, path));
+    let answer = runtime()?.block_on(side_port::get(&address.to_string(), path));
     let answer = answer.with_context(|| format!("http://{address}{path}"))?;
     if answer.status().is_success() {
         return Ok(());

@@ -2,7 +2,7 @@
 //!
 //! # Layout
 //!
-//! - [`run`]: the main job
+//! - [`run`]: the main job; [`check`]: whether a config could run
 //! - [`status`]: the state of a running Ringway as a table
 //! - [`commands`]: run-time commands for a running Ringway
 //! - [`reap`]: removes containers that Ringway created
@@ -10,6 +10,7 @@
 //! - [`logging`]: the log on standard error
 //! - [`side_port`]: HTTP client of the side port
 
+pub(crate) mod check;
 pub(crate) mod commands;
 pub(crate) mod explain;
 pub(crate) mod healthcheck;
@@ -23,17 +24,14 @@ mod logging;
 mod side_port;
 
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use ringway::app::{StartError, unknown_names};
-use ringway::config::{self, BUILT_IN, Config, Source};
+use ringway::app::StartError;
+use ringway::config::{self, Config, Place, Source};
 use ringway::control::supervisor::launch::{self, Launch};
 use ringway::control::supervisor::shim::{self, Shim};
-
-/// The config file that Ringway reads without `--config`, if the current folder has it.
-const CONFIG_FILE: &str = "config.yaml";
 
 /// A Layer-4 TCP load balancer on a consistent-hash ring, with self-healing replicas
 #[derive(Debug, Parser)]
@@ -48,7 +46,7 @@ pub(crate) struct Arguments {
 /// Arguments of every command.
 #[derive(Debug, Args)]
 pub(crate) struct Common {
-    /// Config file [default: ./config.yaml if it exists, else the built-in config]
+    /// Config file [default: the first that exists of ./config.yaml and /etc/ringway/config.yaml, else the built-in config]
     #[arg(long, short, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Log level (error, warn, info, debug, trace) or a filter like `info,ringway::proxy=debug`
@@ -75,8 +73,8 @@ enum LogFormat {
 pub(crate) enum Command {
     /// Balance connections (the default)
     Run,
-    /// Validate the config and print it with every default filled in
-    Check(Check),
+    /// Validate a config, and try whether it could start on this machine
+    Check(check::Options),
     /// Show the pools and backends of a running Ringway
     Status(status::Options),
     /// Show why a connection goes to its backend: routes, key, probes and walk
@@ -101,15 +99,6 @@ pub(crate) enum Command {
     Launch(Launch),
 }
 
-#[derive(Debug, Args)]
-pub(crate) struct Check {
-    /// Print what a reload would change in a running Ringway, and how many keys would move
-    #[arg(long)]
-    diff: bool,
-    #[command(flatten)]
-    port: side_port::Port,
-}
-
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
@@ -117,52 +106,37 @@ pub(crate) enum Failure {
     Config(#[from] config::Error),
     #[error("--log {filter:?}: {error}")]
     Log { filter: String, error: String },
-    #[error(transparent)]
-    Start(#[from] StartError),
+    #[error("{}{error}", place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default())]
+    Start { place: Option<Place>, error: StartError },
     #[error("{0:#}")]
     Other(#[from] anyhow::Error),
 }
 
 impl Failure {
+    /// The app could not start with the config of this source.
+    fn start(source: &Source, error: StartError) -> Self {
+        Self::Start { place: error.key_path().and_then(|path| source.place(path)), error }
+    }
+
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
             Self::Config(_) | Self::Log { .. } => ExitCode::from(2),
-            Self::Start(_) | Self::Other(_) => ExitCode::FAILURE,
+            Self::Start { .. } | Self::Other(_) => ExitCode::FAILURE,
         }
     }
 }
 
 impl Common {
+    /// Where the config comes from.
+    fn source(&self) -> Source {
+        Source::find(self.config.clone())
+    }
+
     /// The config, and where it comes from.
     fn config(&self) -> Result<(Config, Source), config::Error> {
-        let file = self.config.clone().or_else(|| Path::new(CONFIG_FILE).exists().then(|| CONFIG_FILE.into()));
-        let source = file.map_or(Source::BuiltIn, Source::File);
+        let source = self.source();
         Ok((source.load()?, source))
     }
-}
-
-pub(crate) fn check(common: &Common, check: &Check) -> Result<(), Failure> {
-    let (config, origin) = common.config()?;
-    if check.diff {
-        let text = match &origin {
-            Source::File(path) => std::fs::read_to_string(path).map_err(anyhow::Error::from)?,
-            Source::BuiltIn => BUILT_IN.to_owned(),
-        };
-        let report = runtime()?.block_on(commands::diff(common, &check.port, text))?;
-        return print(&commands::in_words(&report, "no difference\n"));
-    }
-    for error in runtime()?.block_on(unknown_names(&config)) {
-        // Nobody may be reading it.
-        let _ = writeln!(std::io::stderr(), "ringway: warning: {error}");
-    }
-    for (n, pool) in config.unused_pools() {
-        let _ = writeln!(std::io::stderr(), "ringway: warning: pools[{n}]: no listener leads to the pool {pool:?}");
-    }
-    for (n, _) in config.listeners.iter().enumerate().filter(|(_, listener)| listener.refuses_its_balancers()) {
-        let what = "allow lacks addresses of proxy_protocol.from, so Ringway refuses health checks of those balancers: add the addresses to allow";
-        let _ = writeln!(std::io::stderr(), "ringway: warning: listeners[{n}]: {what}");
-    }
-    print(&format!("# {origin}, with every default filled in\n{}", config.to_yaml()))
 }
 
 /// Rows with aligned columns.

@@ -64,7 +64,7 @@ fn serve(common: &Common, config: Config, source: &Source, log: &Log) -> Result<
         let inheritance = Inheritance::take(common.take_over);
         let inheritance = inheritance.map_err(|error| anyhow::anyhow!("cannot take over: {error}"))?;
         let app = tokio::select! {
-            app = App::start(config, environment, inheritance) => app?,
+            app = App::start(config, environment, inheritance) => app.map_err(|error| Failure::start(source, error))?,
             () = stop.cancelled() => return Ok(()),
         };
         tokio::spawn(report_lost(log.lost()));
@@ -176,7 +176,7 @@ fn banner(app: &App, origin: &str, is_demo: bool) -> String {
         let _ = writeln!(text, "  curl -X POST -d '{{\"data\": \"example\"}}' http://localhost:{port}/api/request");
         let _ = writeln!(text, "  printf hello | nc -N localhost {port}");
     }
-    let api = side_port::reachable(api);
+    let api = side_port::reachable(&api.to_string());
     let _ = writeln!(text, "  curl http://{api}/api/status\n  {} status --api {api}\n", program());
     text
 }

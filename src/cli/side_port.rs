@@ -11,6 +11,7 @@ use http_body_util::Full;
 use hyper::header::{AUTHORIZATION, CONNECTION, HOST};
 use hyper::http::request::Builder;
 use hyper::{Request, Response, StatusCode};
+use ringway::address::host_and_port;
 use ringway::api::commands::HttpCall;
 use ringway::api::status::Status;
 use ringway::control::command::{Command, Report};
@@ -33,30 +34,33 @@ const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
 /// How to reach the side port of a running Ringway.
 #[derive(Debug, Args)]
 pub(crate) struct Port {
-    /// Address of the side port [default: the one in the config]
-    #[arg(long, value_name = "ADDRESS")]
-    pub(super) api: Option<SocketAddr>,
+    /// Address of the side port, like localhost:8001 [default: the one in the config]
+    #[arg(long, value_name = "ADDRESS", value_parser = address)]
+    pub(super) api: Option<String>,
     /// File with the token of the side port [default: `api.token_file` of the config, then `RINGWAY_TOKEN`]
     #[arg(long, value_name = "FILE")]
     pub(super) token_file: Option<PathBuf>,
 }
 
-/// Sends a `GET` and returns the answer, whatever its status. An unspecified address (0.0.0.0, ::) means loopback.
-pub(super) async fn get(address: SocketAddr, path: &str) -> anyhow::Result<Response<Bytes>> {
+/// An address as the option takes it: `host:port`.
+fn address(text: &str) -> Result<String, String> {
+    match host_and_port(text)? {
+        ("" | "*", port) => Err(format!("has no host: write it like localhost:{port}")),
+        (_, 0) => Err("port 0 is not an address: write the port of the side port, like 8001".to_owned()),
+        _ => Ok(text.to_owned()),
+    }
+}
+
+/// Sends a `GET` and returns the answer, whatever its status. `address` is `host:port`.
+pub(super) async fn get(address: &str, path: &str) -> anyhow::Result<Response<Bytes>> {
     ask(address, Request::get(path), String::new(), TIMEOUT).await
 }
 
-async fn ask(
-    address: SocketAddr,
-    request: Builder,
-    body: String,
-    timeout: Duration,
-) -> anyhow::Result<Response<Bytes>> {
+async fn ask(address: &str, request: Builder, body: String, timeout: Duration) -> anyhow::Result<Response<Bytes>> {
     let address = reachable(address);
-    let request =
-        request.header(HOST, address.to_string()).header(CONNECTION, "close").body(Full::new(Bytes::from(body)))?;
+    let request = request.header(HOST, &address).header(CONNECTION, "close").body(Full::new(Bytes::from(body)))?;
     let answer = tokio::time::timeout(timeout, async {
-        let stream = TcpStream::connect(address).await?;
+        let stream = TcpStream::connect(&address).await?;
         anyhow::Ok(exchange(stream, request, ANSWER_LIMIT).await?)
     });
     answer.await.context("no answer in time").flatten()
@@ -70,6 +74,11 @@ pub(super) async fn status(common: &Common, port: &Port) -> anyhow::Result<Statu
 /// Sends a `GET`, and returns its answer.
 pub(super) async fn read<T: DeserializeOwned>(common: &Common, port: &Port, path: &str) -> anyhow::Result<T> {
     with_token(common, port, Request::get(path), String::new()).await
+}
+
+/// Sends a `GET`, and returns the body of its answer.
+pub(super) async fn body(common: &Common, port: &Port, path: &str) -> anyhow::Result<Bytes> {
+    call(common, port, Request::get(path), String::new()).await
 }
 
 /// Sends a `DELETE`, and returns its answer.
@@ -90,59 +99,75 @@ pub(super) async fn run(common: &Common, port: &Port, command: &Command) -> anyh
     with_token(common, port, Request::builder().method(method).uri(path), body).await
 }
 
-/// Sends a call with the token, if there is one.
 async fn with_token<T: DeserializeOwned>(
     common: &Common,
     port: &Port,
     request: Builder,
     body: String,
 ) -> anyhow::Result<T> {
-    let address = address(common, port)?;
+    let answer = call(common, port, request, body).await?;
+    serde_json::from_slice(&answer).context("the side port's answer is of another version")
+}
+
+/// Sends a call with the token, if there is one.
+async fn call(common: &Common, port: &Port, request: Builder, body: String) -> anyhow::Result<Bytes> {
+    let api = Api::of(common, port)?;
     let mut request = request;
-    if let Some(token) = token(common, port)? {
+    if let Some(token) = api.token {
         request = request.header(AUTHORIZATION, format!("Bearer {token}"));
     }
-    let answer = ask(address, request, body, COMMAND_TIMEOUT).await.with_context(|| unreachable(address))?;
+    let answer = ask(&api.address, request, body, COMMAND_TIMEOUT).await.with_context(|| unreachable(&api.address))?;
     if answer.status().is_success() {
-        return serde_json::from_slice(answer.body()).context("the side port's answer is of another version");
+        return Ok(answer.into_body());
     }
     anyhow::ensure!(answer.status() != StatusCode::UNAUTHORIZED, "wrong or missing token: use --token-file or {TOKEN}");
     anyhow::bail!(refusal(&answer))
 }
 
-fn address(common: &Common, port: &Port) -> anyhow::Result<SocketAddr> {
-    match port.api {
-        Some(address) => Ok(address),
-        None => Ok(common.config()?.0.api.listen),
-    }
+fn unreachable(address: &str) -> String {
+    format!("cannot reach the side port at {address}; check that Ringway runs there, or give --api ADDRESS")
 }
 
-fn unreachable(address: SocketAddr) -> String {
-    format!("cannot reach the side port at {address}; check that Ringway runs there")
+/// Where the side port is, and its token.
+struct Api {
+    address: String,
+    token: Option<String>,
 }
 
-/// The token from `--token-file`, the config or the environment, in this order; `None` without any.
-fn token(common: &Common, port: &Port) -> anyhow::Result<Option<String>> {
-    let file = match &port.token_file {
-        Some(file) => Some(file.clone()),
+impl Api {
+    /// From the options, then from the section `api` of the config. The rest of the config may be wrong: a command must work
+    /// while somebody edits it.
+    fn of(common: &Common, port: &Port) -> anyhow::Result<Self> {
+        let source = common.source();
+        let configured = source.api();
+        let address = match (&port.api, &configured) {
+            (Some(address), _) => address.clone(),
+            (None, Ok(api)) => api.listen.to_string(),
+            (None, Err(_)) => {
+                configured.context("cannot read the address of the side port; give it with --api ADDRESS")?;
+                String::new()
+            }
+        };
         // The same order as the server: the file named in the config comes before the environment.
-        None => common.config().ok().and_then(|(config, _)| config.api.token_file),
-    };
-    match file {
-        Some(file) => {
-            let text = std::fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
-            Ok(Some(text.trim().to_owned()))
-        }
-        None => Ok(std::env::var(TOKEN).ok().filter(|token| !token.is_empty())),
+        let file = port.token_file.clone().or_else(|| source.api().ok()?.token_file);
+        let token = match file {
+            Some(file) => {
+                let text = std::fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
+                Some(text.trim().to_owned())
+            }
+            None => std::env::var(TOKEN).ok().filter(|token| !token.is_empty()),
+        };
+        Ok(Self { address, token })
     }
 }
 
 /// Replaces an unspecified address (0.0.0.0, ::) by loopback.
-pub(super) fn reachable(address: SocketAddr) -> SocketAddr {
-    let ip = match address.ip() {
+pub(super) fn reachable(address: &str) -> String {
+    let Ok(parsed) = address.parse::<SocketAddr>() else { return address.to_owned() };
+    let ip = match parsed.ip() {
         IpAddr::V4(ip) if ip.is_unspecified() => Ipv4Addr::LOCALHOST.into(),
         IpAddr::V6(ip) if ip.is_unspecified() => Ipv6Addr::LOCALHOST.into(),
         ip => ip,
     };
-    SocketAddr::new(ip, address.port())
+    SocketAddr::new(ip, parsed.port()).to_string()
 }

@@ -1,9 +1,6 @@
 //! `ringway status`: reads the status of a running Ringway and prints it as a table.
 
-use std::net::SocketAddr;
-
 use anyhow::Context as _;
-use bytes::Bytes;
 use clap::Args;
 use ringway::api::status::{Connections, Member, Replica, Status};
 use ringway::control::command::Differs;
@@ -15,31 +12,17 @@ pub(crate) struct Options {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Address of the side port [default: the one in the config]
-    #[arg(long, value_name = "ADDRESS")]
-    api: Option<SocketAddr>,
+    #[command(flatten)]
+    port: side_port::Port,
 }
 
 pub(crate) fn status(common: &Common, options: &Options) -> Result<(), Failure> {
-    let address = match options.api {
-        Some(address) => address,
-        None => common.config()?.0.api.listen,
-    };
-    let answer = runtime()?.block_on(ask(address))?;
+    let answer = runtime()?.block_on(side_port::body(common, &options.port, "/api/status"))?;
     if options.json {
-        print(&format!("{}\n", String::from_utf8_lossy(&answer)))
-    } else {
-        let status = serde_json::from_slice(&answer).context("the side port's answer is not a status")?;
-        print(&table(&status))
+        return print(&format!("{}\n", String::from_utf8_lossy(&answer)));
     }
-}
-
-async fn ask(address: SocketAddr) -> anyhow::Result<Bytes> {
-    let answer = side_port::get(address, "/api/status").await;
-    let answer =
-        answer.with_context(|| format!("cannot reach the side port at {address}; check that Ringway runs there"))?;
-    anyhow::ensure!(answer.status().is_success(), "the side port at {address} answers {}", answer.status());
-    Ok(answer.into_body())
+    let status = serde_json::from_slice(&answer).context("the side port's answer is not a status")?;
+    print(&table(&status))
 }
 
 fn table(status: &Status) -> String {

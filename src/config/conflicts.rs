@@ -8,6 +8,28 @@ use super::{Api, Listener, Pool, Process, Provider};
 use crate::address::Address;
 use crate::control::provider::Location;
 
+/// The key paths of the entries of a list: with their names, or with positions where two entries have the same name.
+struct Paths<'a> {
+    list: &'a str,
+    names: Vec<&'a str>,
+}
+
+impl<'a> Paths<'a> {
+    fn of_pools(pools: &'a [Pool]) -> Self {
+        Self { list: "pools", names: pools.iter().map(|pool| pool.name.as_str()).collect() }
+    }
+
+    fn of_listeners(listeners: &'a [Listener]) -> Self {
+        Self { list: "listeners", names: listeners.iter().map(|listener| listener.name.as_str()).collect() }
+    }
+
+    fn path(&self, n: usize) -> String {
+        let (list, name) = (self.list, self.names[n]);
+        let is_unique = !name.is_empty() && self.names.iter().filter(|&&other| other == name).nth(1).is_none();
+        if is_unique { format!("{list}[{name}]") } else { format!("{list}[{n}]") }
+    }
+}
+
 /// Reports names that two entries of a list have.
 pub(super) fn duplicate_names<'a>(faults: &Faults, list: &str, names: impl Iterator<Item = &'a str>) {
     let mut seen = HashMap::new();
@@ -27,16 +49,17 @@ pub(super) fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Liste
         address.is_ipv4() && (address.ip().is_unspecified() || address.ip().is_loopback()) && address.port() != 0
     };
     let mut taken: Vec<(String, u16, u16)> = Vec::new();
+    let (of_listeners, of_pools) = (Paths::of_listeners(listeners), Paths::of_pools(pools));
     let on_ip = listeners.iter().enumerate().filter_map(|(n, listener)| Some((n, listener.listen.ip()?)));
     for (n, listen) in on_ip.filter(|&(_, listen)| on_loopback(listen)) {
-        taken.push((format!("listeners[{n}].listen"), listen.port(), listen.port()));
+        taken.push((of_listeners.path(n) + ".listen", listen.port(), listen.port()));
     }
     if on_loopback(api.listen) {
         taken.push(("api.listen".to_owned(), api.listen.port(), api.listen.port()));
     }
     for (n, pool) in pools.iter().enumerate() {
         let Provider::Process(Process { ports: Some((first, last)), .. }) = pool.provider else { continue };
-        let path = format!("pools[{n}].provider.process.ports");
+        let path = of_pools.path(n) + ".provider.process.ports";
         if let Some((other, ..)) = taken.iter().find(|&&(_, from, to)| first <= to && from <= last) {
             faults.add(&path, format_args!("{first}-{last} overlaps {other}: choose other ports"));
         }
@@ -67,6 +90,7 @@ pub(super) fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
             behind.flatten().collect()
         })
         .collect();
+    let paths = Paths::of_pools(pools);
     for (n, ways) in next.iter().enumerate() {
         for &(backend, behind) in ways {
             let (mut seen, mut open) = (HashSet::new(), vec![behind]);
@@ -77,12 +101,17 @@ pub(super) fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
             }
             if seen.contains(&n) {
                 faults.add(
-                    &format!("pools[{n}].provider.static[{backend}].address"),
+                    &format!("{}.provider.static[{}].address", paths.path(n), backend_label(&pools[n], backend)),
                     "is a listener of this config that leads back to this pool: connections would go round without end",
                 );
             }
         }
     }
+}
+
+/// What stands for a static backend in key paths.
+fn backend_label(pool: &Pool, n: usize) -> &str {
+    pool.provider.static_backends().and_then(|backends| backends.get(n)).map_or("", |backend| &backend.id)
 }
 
 /// Whether a backend's address leads to this listener. Paths must be equal. For hosts, the caller has compared the ports.
@@ -101,9 +130,10 @@ fn is_here(backend: &Location, listen: &Address) -> bool {
 
 /// Reports listen addresses that clash: one socket would receive connections that are meant for the other.
 pub(super) fn clashing_addresses(faults: &Faults, listeners: &[Listener], api: &Api) {
+    let paths = Paths::of_listeners(listeners);
     let mut taken = vec![("api.listen".to_owned(), Address::Ip(api.listen))];
     for (n, listener) in listeners.iter().enumerate() {
-        let (path, new) = (format!("listeners[{n}].listen"), listener.listen.clone());
+        let (path, new) = (paths.path(n) + ".listen", listener.listen.clone());
         let clash = taken.iter().find(|(_, old)| match (old.ip(), new.ip()) {
             (Some(old), Some(new)) => {
                 let same_ip = old.ip() == new.ip()

@@ -5,15 +5,17 @@ use std::time::Duration;
 use serde_yaml::{Mapping, Value};
 
 use super::parse_check::{Match, bytes_value, usual_header};
+use super::parse_listener::RATE_UNITS;
 use super::parse_routes::RESET;
 use super::{
     AccessList, Api, Config, Containers, Ejection, Listener, PerSource, Pool, Process, Provider, Relay, Restart, Route,
+    variables,
 };
 use crate::control::health::{self, Kind};
 use crate::labels::Label as _;
 use crate::networks::Networks;
 use crate::proxy::key::KeyKind;
-use crate::proxy::{Condition, HelloSettings, ProxyProtocol};
+use crate::proxy::{Condition, HelloSettings, ProxyProtocol, Rate};
 use crate::proxy_header::{OwnHeader, SendProxy};
 
 /// What is written of access lists that come from files.
@@ -28,8 +30,10 @@ pub(super) enum Lists {
 }
 
 pub(super) fn yaml(config: &Config, lists: Lists) -> String {
+    let mut value = value(config, lists);
+    variables::escape(&mut value);
     // A value that consists of text, numbers, lists and mappings always serializes.
-    serde_yaml::to_string(&value(config, lists)).unwrap_or_default()
+    serde_yaml::to_string(&value).unwrap_or_default()
 }
 
 pub(super) fn value(config: &Config, lists: Lists) -> Value {
@@ -151,12 +155,17 @@ fn proxy_protocol(rules: &ProxyProtocol) -> Value {
 }
 
 fn per_source(limits: PerSource) -> Value {
-    let mut entries = vec![
-        ("max_connections", off(limits.max_connections.map(Into::into))),
-        ("rate", off(limits.rate.map(Into::into))),
-    ];
-    entries.extend(limits.rate.map(|_| ("burst", limits.burst.into())));
+    let mut entries =
+        vec![("max_connections", off(limits.max_connections.map(Into::into))), ("rate", off(limits.rate.map(rate)))];
+    entries.extend(limits.rate.map(|rate| ("burst", rate.burst.into())));
     map(entries)
+}
+
+fn rate(rate: Rate) -> Value {
+    match RATE_UNITS.iter().find(|(_, unit)| *unit == rate.per) {
+        Some((name, unit)) if *unit > Duration::from_secs(1) => format!("{}/{name}", rate.count).into(),
+        _ => rate.count.into(),
+    }
 }
 
 fn pool(pool: &Pool) -> Value {
@@ -167,7 +176,7 @@ fn pool(pool: &Pool) -> Value {
     ]);
     let connect = map([("timeout", duration(pool.connect.timeout)), ("attempts", pool.connect.attempts.into())]);
     let timeouts = map([
-        ("idle", duration(pool.timeouts.idle)),
+        ("idle", off(pool.timeouts.idle.map(duration))),
         ("half_closed", duration(pool.timeouts.half_closed)),
         ("max_connection_age", off(pool.timeouts.max_connection_age.map(duration))),
     ]);

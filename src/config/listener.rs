@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::address::Address;
 use crate::networks::Networks;
-use crate::proxy::{Condition, HelloSettings, ProxyProtocol};
+use crate::proxy::{Condition, HelloSettings, ProxyProtocol, Rate};
 
 /// An address that accepts clients.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,10 +63,8 @@ pub struct AccessList {
 pub struct PerSource {
     /// Maximum of open connections per source; `None`: unlimited.
     pub max_connections: Option<u32>,
-    /// Maximum average rate of new connections per second; `None`: unlimited.
-    pub rate: Option<u32>,
-    /// Number of new connections that a source may open at once. Used only with `rate`.
-    pub burst: u32,
+    /// Maximum rate of new connections; `None`: unlimited.
+    pub rate: Option<Rate>,
 }
 
 impl Listener {

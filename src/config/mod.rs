@@ -6,14 +6,17 @@
 //! - [`parse`], [`parse_listener`], [`parse_routes`], [`parse_pool`], [`parse_check`], [`parse_provider`]: every key with its
 //!   range and default
 //! - [`listener`]: listeners, their routes and access lists; [`provider`]: the kinds of providers
+//! - [`source`]: where the text comes from; [`document`]: its YAML, with included files; [`variables`]: `${NAME}`;
+//!   [`places`]: the lines of faults
 //! - [`conflicts`]: equal names, clashing addresses and ports, and loops
-//! - [`reader`]: typed access to YAML; collects each fault with its key path
+//! - [`reader`]: typed access to YAML; collects each fault with its key path; [`remedy`]: what faults say
 //! - [`diff`]: the differences between two configs
 //! - [`effective`]: the reverse of parsing: writes the config as YAML, with every default filled in
 
-mod conflicts;
 pub mod diff;
 
+mod conflicts;
+mod document;
 mod effective;
 mod listener;
 mod parse;
@@ -22,8 +25,12 @@ mod parse_listener;
 mod parse_pool;
 mod parse_provider;
 mod parse_routes;
+mod places;
 mod provider;
 mod reader;
+mod remedy;
+mod source;
+mod variables;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -41,59 +48,28 @@ use crate::ring::Parameters;
 
 pub use self::listener::{AccessList, Listener, PerSource, Route};
 pub use self::provider::{Containers, Discover, Process, Provider, Restart, StaticBackend};
-
-/// The config that is built into the binary: the repository's `config.yaml`.
-pub const BUILT_IN: &str = include_str!("../../config.yaml");
-
-/// The source of a config.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Source {
-    /// A config file.
-    File(PathBuf),
-    /// The config that is built into the binary, [`BUILT_IN`].
-    BuiltIn,
-}
-
-impl Source {
-    /// Reads and validates the config.
-    ///
-    /// # Errors
-    /// Returns an error if the file cannot be read or does not contain a valid config.
-    pub fn load(&self) -> Result<Config, Error> {
-        match self {
-            Self::File(path) => Config::load(path),
-            Self::BuiltIn => Config::parse(BUILT_IN, &self.to_string()),
-        }
-    }
-}
-
-impl std::fmt::Display for Source {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::File(path) => path.display().fmt(f),
-            Self::BuiltIn => f.write_str("the built-in config"),
-        }
-    }
-}
+pub use self::source::{BUILT_IN, Source, USUAL_FILES};
 
 /// A config could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be read.
-    #[error("{}: {error}", path.display())]
+    #[error("{}: {problem}", path.display())]
     Unreadable {
         /// Path of the file.
         path: PathBuf,
-        /// The error that the system reported.
-        error: std::io::Error,
+        /// Why, and the remedy.
+        problem: String,
     },
     /// The text is not valid YAML.
-    #[error("{origin}: not valid YAML: {error}")]
+    #[error("{origin}{}: {problem}", line.map(|line| format!(":{line}")).unwrap_or_default())]
     NotYaml {
         /// The file, or where else the text came from.
         origin: String,
-        /// The parser's error, with line and column.
-        error: serde_yaml::Error,
+        /// The line, from 1, if the parser knows it.
+        line: Option<usize>,
+        /// The parser's error, and the remedy.
+        problem: String,
     },
     /// The text is valid YAML but not a valid config.
     #[error("{}", list(origin, faults))]
@@ -106,25 +82,50 @@ pub enum Error {
 }
 
 /// One fault in a config: where it is and how to fix it.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{path}: {problem}")]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
-    /// Key path, like `pools[0].health_check.interval`.
+    /// Key path, like `pools[echo].health_check.interval`. Entries of lists have their name, id or address, else their position
+    /// from 0. Empty for the whole config.
     pub path: String,
     /// What is wrong and what to write instead.
     pub problem: String,
+    /// Where the key path is; `None` if nobody knows.
+    pub place: Option<Place>,
+}
+
+impl std::fmt::Display for Fault {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if let Some(place) = &self.place {
+            write!(f, "{place}: ")?;
+        }
+        if !self.path.is_empty() {
+            write!(f, "{}: ", self.path)?;
+        }
+        f.write_str(&self.problem)
+    }
+}
+
+/// A line of a config.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Place {
+    /// The file, or where else the text came from.
+    pub file: String,
+    /// The line, from 1.
+    pub line: usize,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.file, self.line)
+    }
 }
 
 fn list(origin: &str, faults: &[Fault]) -> String {
-    use std::fmt::Write as _;
-
-    let count = faults.len();
-    let mut text = format!("{origin}: {count} {}", if count == 1 { "error" } else { "errors" });
-    for fault in faults {
-        // Writing to a String cannot fail.
-        let _ = write!(text, "\n  {fault}");
+    if let [fault] = faults {
+        return if fault.place.is_some() { fault.to_string() } else { format!("{origin}: {fault}") };
     }
-    text
+    let lines: Vec<_> = faults.iter().map(|fault| format!("\n  {fault}")).collect();
+    format!("{origin}: {} errors{}", faults.len(), lines.concat())
 }
 
 /// A valid config. `None` means `auto` where the key accepts it: Ringway derives the value from the machine at start.
@@ -271,8 +272,8 @@ pub struct Connect {
 /// Timeouts and the maximum age of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
-    /// Maximum time without data while both directions are open.
-    pub idle: Duration,
+    /// Maximum time without data while both directions are open; `None`: no limit.
+    pub idle: Option<Duration>,
     /// Maximum time without data after one side has closed its direction.
     pub half_closed: Duration,
     /// Ringway resets a connection at this age; `None`: never.
@@ -296,17 +297,16 @@ impl Config {
     /// # Errors
     /// Returns an error if the file cannot be read or does not contain a valid config.
     pub fn load(path: &Path) -> Result<Self, Error> {
-        let text = std::fs::read_to_string(path).map_err(|error| Error::Unreadable { path: path.to_owned(), error })?;
-        Self::parse(&text, &path.display().to_string())
+        document::Document::read(path)?.config()
     }
 
-    /// Parses a config from YAML text. Error messages name the text by `origin`.
+    /// Parses a config from YAML text, which can neither include files nor use variables. Error messages name the text by
+    /// `origin`.
     ///
     /// # Errors
     /// Returns an error if the text is not a valid config.
     pub fn parse(text: &str, origin: &str) -> Result<Self, Error> {
-        let value = serde_yaml::from_str(text).map_err(|error| Error::NotYaml { origin: origin.to_owned(), error })?;
-        parse::config(&value).map_err(|faults| Error::Faulty { origin: origin.to_owned(), faults })
+        document::Document::parse(text.to_owned(), origin)?.config()
     }
 
     /// The first static backend that leads back to its own listener. The parser has checked the file; a command can add a
@@ -317,11 +317,18 @@ impl Config {
         faults.into_vec().into_iter().next()
     }
 
-    /// The pools that no listener leads to, with their positions. Only `/api/request` can reach them.
-    pub fn unused_pools(&self) -> impl Iterator<Item = (usize, &str)> {
+    /// What is valid but hardly intended, with key paths.
+    pub fn warnings(&self) -> Vec<Fault> {
+        let warning = |path: String, problem: &str| Fault { path, problem: problem.to_owned(), place: None };
         let is_used = |name: &str| self.listeners.iter().any(|listener| listener.pools().any(|pool| pool == name));
-        let pools = self.pools.iter().map(|pool| pool.name.as_str()).enumerate();
-        pools.filter(move |(_, name)| !is_used(name))
+        let unused = self.pools.iter().filter(|pool| !is_used(&pool.name));
+        let unused = unused.map(|pool| warning(format!("pools[{}]", pool.name), "no listener leads to this pool"));
+        let refuses = self.listeners.iter().filter(|listener| listener.refuses_its_balancers());
+        let refuses = refuses.map(|listener| {
+            let what = "lacks addresses of proxy_protocol.from, so Ringway refuses health checks of those balancers: add the addresses";
+            warning(format!("listeners[{}].allow", listener.name), what)
+        });
+        unused.chain(refuses).collect()
     }
 
     /// Writes the whole config as YAML, with every default filled in. Loading that YAML gives the same config.

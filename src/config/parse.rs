@@ -8,10 +8,11 @@ use std::time::Duration;
 use serde_yaml::Value;
 
 use super::conflicts::{clashing_addresses, clashing_ports, duplicate_names, loops};
-use super::parse_listener::listener;
+use super::parse_listener::{listener, text_of_address};
 use super::parse_pool::pool;
 use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, check_name, narrow, show};
 use super::{AccessLog, Api, Config, Docker, Fault, Metrics, Relay, Shutdown};
+use crate::address::listen_ip;
 use crate::metrics::PerBackend;
 use crate::proxy::access_log::Format;
 use crate::proxy::socket::{Keepalive, TcpOptions};
@@ -73,6 +74,14 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     } else {
         Err(faults)
     }
+}
+
+/// Parses the section `api` alone.
+pub(super) fn only_api(value: &Value) -> Result<Api, Vec<Fault>> {
+    let faults = Faults::default();
+    let api = api(Item::root(value, &faults).section().section("api"));
+    let faults = faults.into_vec();
+    if faults.is_empty() { Ok(api) } else { Err(faults) }
 }
 
 fn relay(mut section: Section<'_>) -> Relay {
@@ -178,12 +187,6 @@ fn docker(mut section: Section<'_>) -> Docker {
 }
 
 fn address(item: &Item<'_>) -> Option<SocketAddr> {
-    let address = item.value.as_str().and_then(|text| text.parse().ok());
-    if address.is_none() {
-        item.fault(format_args!(
-            "{} is not an address with a port: write it like 0.0.0.0:8000 or [::]:8000",
-            show(item.value)
-        ));
-    }
-    address
+    let text = text_of_address(item, "")?;
+    listen_ip(text).map_err(|problem| item.fault(problem)).ok()
 }

@@ -1,15 +1,20 @@
 //! Parses the keys of a listener, with their ranges and defaults.
 
+use std::time::Duration;
+
 use super::parse_routes::{RESET, access_list, hello, networks, pool_name, routes};
-use super::reader::{Item, MINUTE, SECOND, Section, name, narrow, show};
+use super::reader::{HOUR, Item, MINUTE, SECOND, Section, name, narrow, show};
 use super::{Listener, PerSource, Pool, Relay};
-use crate::address::Address;
+use crate::address::{Address, listen_ip};
 use crate::label_enum;
 use crate::networks::Networks;
-use crate::proxy::ProxyProtocol;
+use crate::proxy::{ProxyProtocol, Rate};
 
 /// Permissions of the file of a Unix socket on which only Ringway's own user, and root, may connect.
 const OWNER_ONLY: u32 = 0o600;
+
+/// The units of rates.
+pub(super) const RATE_UNITS: [(&str, Duration); 3] = [("s", SECOND), ("m", MINUTE), ("h", HOUR)];
 
 pub(super) fn listener(mut section: Section<'_>, pools: &[Pool], relay: &Relay) -> Listener {
     let name = name(&mut section);
@@ -56,15 +61,35 @@ pub(super) fn listener(mut section: Section<'_>, pools: &[Pool], relay: &Relay) 
 
 fn per_source(mut section: Section<'_>) -> PerSource {
     let max_connections = section.off_or_integer("max_connections", 1..=1_000_000).map(narrow);
-    let rate = section.off_or_integer("rate", 1..=1_000_000).map(narrow);
+    let rate = section.item("rate").filter(|item| !item.is_off());
     let burst = section.item("burst");
     if let Some(item) = burst.as_ref().filter(|_| rate.is_none()) {
         item.fault("requires rate: set rate, or remove burst");
     }
-    // The default burst is the number of connections that the rate allows in one second.
-    let burst = burst.and_then(|item| item.integer(&(1..=1_000_000))).map_or(rate.unwrap_or(1), narrow);
+    let burst = burst.and_then(|item| item.integer(&(1..=1_000_000))).map(narrow);
+    let rate =
+        rate.and_then(|item| self::rate(&item)).map(|(count, per)| Rate { count, per, burst: burst.unwrap_or(count) });
     section.finish();
-    PerSource { max_connections, rate, burst }
+    PerSource { max_connections, rate }
+}
+
+/// A number of connections in a unit of time: `100` or `100/s`, `30/m`, `500/h`.
+fn rate(item: &Item<'_>) -> Option<(u32, Duration)> {
+    let fits = |number: &u64| (1..=1_000_000).contains(number);
+    let per_second = item.value.as_u64().map(|number| (number, SECOND));
+    let with_unit = || {
+        let (number, unit) = item.value.as_str()?.split_once('/')?;
+        let (_, unit) = RATE_UNITS.iter().find(|(name, _)| *name == unit.trim())?;
+        Some((number.trim().parse().ok()?, *unit))
+    };
+    let rate = per_second.or_else(with_unit).filter(|(number, _)| fits(number));
+    if rate.is_none() {
+        item.fault(format_args!(
+            "{} is neither off nor a rate of 1 to 1000000 connections: write it like 100 (each second), 30/m or 500/h",
+            show(item.value)
+        ));
+    }
+    rate.map(|(number, unit)| (narrow(number), unit))
 }
 
 label_enum! {
@@ -96,18 +121,24 @@ fn proxy_protocol(mut section: Section<'_>) -> ProxyProtocol {
 
 /// The address of a listener: `ip:port` or `unix:/path`.
 fn listen_address(item: &Item<'_>) -> Option<Address> {
-    let parsed = |text| Address::parse_unix(text).or_else(|| text.parse().ok().map(|address| Ok(Address::Ip(address))));
-    let address = item.value.as_str().and_then(parsed);
-    let problem = match address {
-        Some(Ok(address)) => return Some(address),
-        Some(Err(problem)) => problem,
-        None => format!(
-            "{} is neither ip:port nor unix:/path: write it like 0.0.0.0:8000, [::]:8000 or unix:/run/web.sock",
+    let text = text_of_address(item, "unix:/run/web.sock")?;
+    let address = Address::parse_unix(text).unwrap_or_else(|| listen_ip(text).map(Address::Ip));
+    address.map_err(|problem| item.fault(problem)).ok()
+}
+
+/// The text of an address. A bare number is a port, which YAML does not take for text. `other`: another way to write an address,
+/// or nothing.
+pub(super) fn text_of_address<'a>(item: &Item<'a>, other: &str) -> Option<&'a str> {
+    let text = item.value.as_str();
+    if text.is_none() {
+        let or = if other.is_empty() { String::new() } else { format!(", or {other}") };
+        let port = item.value.as_u64().filter(|port| (1..=65_535).contains(port)).unwrap_or(8000);
+        item.fault(format_args!(
+            "{} is not an address: write it like 0.0.0.0:{port} or [::]:{port}{or}",
             show(item.value)
-        ),
-    };
-    item.fault(problem);
-    None
+        ));
+    }
+    text
 }
 
 /// The permissions of a file, as octal digits.

@@ -4,7 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::parse_routes::RESET;
-use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, hint, name, narrow, show};
+use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, name, narrow, show};
+use super::remedy::hint;
 use super::{Connect, Ejection, Pool, Provider, Timeouts, parse_check, parse_provider};
 use crate::control::ejection;
 use crate::control::publisher::OnDown;
@@ -38,7 +39,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let mut timeouts = section.section("timeouts");
     let timeouts = {
         let settings = Timeouts {
-            idle: timeouts.duration("idle", 100 * MS..=30 * DAY, 10 * MINUTE),
+            idle: timeouts.off_or_duration("idle", 100 * MS..=30 * DAY, Some(10 * MINUTE)),
             half_closed: timeouts.duration("half_closed", 100 * MS..=30 * DAY, MINUTE),
             max_connection_age: timeouts.off_or_duration("max_connection_age", SECOND..=30 * DAY, None),
         };

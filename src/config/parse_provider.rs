@@ -28,6 +28,7 @@ pub(super) fn provider(mut section: Section<'_>) -> Provider {
         (Some(item), None, None) => Provider::Static(static_backends(&item).into()),
         (None, Some(item), None) => Provider::Process(process_of(item.section())),
         (None, None, Some(item)) => docker_of(item.section()),
+        _ if !section.is_mapping() => Provider::Static(Arc::default()),
         (fixed, process, docker) => {
             let given =
                 [fixed.is_some(), process.is_some(), docker.is_some()].into_iter().filter(|&given| given).count();
@@ -43,6 +44,12 @@ pub(super) fn provider(mut section: Section<'_>) -> Provider {
 }
 
 fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
+    if let Some(text) = list.value.as_str() {
+        let addresses = text.split([',', ' ']).filter(|address| !address.is_empty());
+        let entries: Vec<_> = addresses.map(|address| format!("{{ address: {address:?} }}")).collect();
+        list.fault(format_args!("{text:?} is not a list: write [{}]", entries.join(", ")));
+        return Vec::new();
+    }
     let items = list.list();
     if items.is_empty() && list.value.is_sequence() {
         list.fault("is empty: give at least one {address: \"host:port\"}");
@@ -51,6 +58,10 @@ fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
     let mut backends = Vec::new();
     for item in items {
         let path = item.path.clone();
+        if let Some(text) = item.value.as_str() {
+            item.fault(format_args!("{text:?} is not a section: write {{ address: {text:?} }}"));
+            continue;
+        }
         let mut section = item.clone().section();
         let address = section.required("address", "host:port or unix:/path").and_then(|item| location(&item));
         let id = section.item("id").and_then(|item| item.text());
@@ -71,15 +82,15 @@ fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
 
 fn process_of(mut section: Section<'_>) -> Process {
     let replicas = replicas(&mut section);
-    let command: Option<Vec<_>> = section
-        .required("command", "a list of the program and its arguments, with {port} or {socket}")
-        .map(|item| words(&item));
+    let command =
+        section.required("command", "a list of the program and its arguments, with {port} or {socket}").map(|item| {
+            let words = words(&item);
+            if item.value.is_sequence() && words.first().is_none_or(String::is_empty) {
+                item.fault("is empty: give a program and its arguments");
+            }
+            words
+        });
     let env = env(&mut section);
-    if let Some(command) = &command
-        && command.first().is_none_or(String::is_empty)
-    {
-        section.fault("command is empty: give a program and its arguments");
-    }
     let spec = handover::Spec { command: command.unwrap_or_default(), env };
     match (spec.mentions(handover::PORT), spec.mentions(handover::SOCKET)) {
         (false, false) if !spec.command.is_empty() => section.fault(
@@ -291,7 +302,7 @@ fn restart(mut section: Section<'_>) -> Restart {
 
 fn location(item: &Item<'_>) -> Option<Location> {
     let Some(text) = item.value.as_str() else {
-        item.fault(format_args!("{} is neither host:port nor unix:/path: write it in quotes", show(item.value)));
+        item.fault(format_args!("{} is not an address: write host:port or unix:/path, in quotes", show(item.value)));
         return None;
     };
     Location::parse(text).map_err(|problem| item.fault(problem)).ok()

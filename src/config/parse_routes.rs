@@ -5,7 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::reader::{Item, MINUTE, SECOND, Section, check_name, hint, narrow, show};
+use super::reader::{Item, MINUTE, SECOND, Section, check_name, narrow};
+use super::remedy::{hint, not_a_list};
 use super::{AccessList, Relay, Route};
 use crate::label_enum;
 use crate::networks::{Network, Networks};
@@ -66,10 +67,7 @@ pub(super) fn access_list(section: &mut Section<'_>, key: &'static str) -> Optio
     } else if item.value.is_sequence() {
         AccessList { networks: Arc::new(networks(&item)), file: None }
     } else {
-        item.fault(format_args!(
-            "{} is neither off, nor a list of networks, nor a section with the key file",
-            show(item.value)
-        ));
+        item.fault(format_args!("{}, {{ file: /path }} or off", not_a_list(item.value)));
         return None;
     };
     if key == "allow" && list.networks.list().is_empty() {

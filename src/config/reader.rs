@@ -1,6 +1,7 @@
 //! Typed access to YAML. The reader collects each fault with its key path and continues, so one run reports all faults.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 use std::rc::Rc;
@@ -9,7 +10,11 @@ use std::time::Duration;
 use serde_yaml::{Mapping, Value};
 
 use super::Fault;
+use super::remedy::{duration_fault, hint, not_a_list, not_a_number, not_a_section, not_text};
 use crate::labels::Label;
+
+/// Begins keys of the whole config that Ringway does not read. They hold sections for anchors, as in Compose files.
+pub(super) const EXTENSION: &str = "x-";
 
 /// Units for the bounds of durations.
 pub(super) const MS: Duration = Duration::from_millis(1);
@@ -24,7 +29,7 @@ pub(super) struct Faults(Rc<RefCell<Vec<Fault>>>);
 
 impl Faults {
     pub(super) fn add(&self, path: &str, problem: impl Display) {
-        self.0.borrow_mut().push(Fault { path: path.to_owned(), problem: problem.to_string() });
+        self.0.borrow_mut().push(Fault { path: path.to_owned(), problem: problem.to_string(), place: None });
     }
 
     pub(super) fn count(&self) -> usize {
@@ -50,14 +55,14 @@ impl<'a> Item<'a> {
     }
 
     pub(super) fn fault(&self, problem: impl Display) {
-        self.faults.add(if self.path.is_empty() { "config" } else { &self.path }, problem);
+        self.faults.add(&self.path, problem);
     }
 
     /// Reads the value as a mapping. If it is not a mapping, adds a fault and returns an empty section.
     pub(super) fn section(self) -> Section<'a> {
         let map = self.value.as_mapping();
         if map.is_none() {
-            self.fault(format_args!("{} is not a section of `key: value` lines", show(self.value)));
+            self.fault(not_a_section(&self.path, self.value));
         }
         Section { map, path: self.path, faults: self.faults, known: Vec::new() }
     }
@@ -74,11 +79,12 @@ impl<'a> Item<'a> {
 
     pub(super) fn list(&self) -> Vec<Item<'a>> {
         let Some(list) = self.value.as_sequence() else {
-            self.fault(format_args!("{} is not a list", show(self.value)));
+            self.fault(not_a_list(self.value));
             return Vec::new();
         };
-        let item = |(n, value)| Item { value, path: format!("{}[{n}]", self.path), faults: self.faults.clone() };
-        list.iter().enumerate().map(item).collect()
+        let item =
+            |(label, value)| Item { value, path: format!("{}[{label}]", self.path), faults: self.faults.clone() };
+        labels(list).zip(list).map(item).collect()
     }
 
     /// Reads text. A number or boolean counts as text too, as in `command: [nc, -p, 80]`.
@@ -92,7 +98,7 @@ impl<'a> Item<'a> {
             Value::Number(number) => Some(number.to_string()),
             Value::Bool(truth) => Some(truth.to_string()),
             other => {
-                self.fault(format_args!("{} is not text", show(other)));
+                self.fault(not_text(other));
                 None
             }
         }
@@ -101,8 +107,7 @@ impl<'a> Item<'a> {
     pub(super) fn integer(&self, range: &RangeInclusive<u64>) -> Option<u64> {
         let number = self.value.as_u64().filter(|number| range.contains(number));
         if number.is_none() {
-            let (least, most) = (range.start(), range.end());
-            self.fault(format_args!("{} is not a whole number from {least} to {most}", show(self.value)));
+            self.fault(not_a_number(self.value, "", range));
         }
         number
     }
@@ -110,7 +115,12 @@ impl<'a> Item<'a> {
     pub(super) fn truth(&self) -> Option<bool> {
         let truth = self.value.as_bool();
         if truth.is_none() {
-            self.fault(format_args!("{} is neither true nor false", show(self.value)));
+            let remedy = match self.value.as_str() {
+                Some("yes" | "on" | "1") => ": write true",
+                Some("no" | "off" | "0") => ": write false",
+                _ => "",
+            };
+            self.fault(format_args!("{} is neither true nor false{remedy}", show(self.value)));
         }
         truth
     }
@@ -118,7 +128,7 @@ impl<'a> Item<'a> {
     pub(super) fn duration(&self, range: &RangeInclusive<Duration>) -> Option<Duration> {
         let duration = self.value.as_str().and_then(|text| humantime::parse_duration(text).ok());
         let Some(duration) = duration else {
-            self.fault(format_args!("{} is not a duration: write it like 500ms, 10s or 5m", show(self.value)));
+            self.fault(duration_fault("not", self.value));
             return None;
         };
         if range.contains(&duration) {
@@ -141,7 +151,16 @@ pub(super) struct Section<'a> {
 
 impl<'a> Section<'a> {
     pub(super) fn fault(&self, problem: impl Display) {
-        self.faults.add(if self.path.is_empty() { "config" } else { &self.path }, problem);
+        self.faults.add(&self.path, problem);
+    }
+
+    /// Whether there is a mapping to read. Otherwise the section is missing, or its fault has been reported.
+    pub(super) fn is_mapping(&self) -> bool {
+        self.map.is_some()
+    }
+
+    fn has(&self, key: &str) -> bool {
+        self.map.is_some_and(|map| map.contains_key(key))
     }
 
     /// Returns the value of `key`, if the section has one. An empty value is a fault.
@@ -191,8 +210,7 @@ impl<'a> Section<'a> {
         }
         let number = item.value.as_u64().filter(|number| range.contains(number));
         if number.is_none() {
-            let (least, most) = (range.start(), range.end());
-            item.fault(format_args!("{} is neither auto nor a whole number from {least} to {most}", show(item.value)));
+            item.fault(not_a_number(item.value, "auto", &range));
         }
         number.and_then(|number| usize::try_from(number).ok())
     }
@@ -205,8 +223,7 @@ impl<'a> Section<'a> {
         }
         let number = item.value.as_u64().filter(|number| range.contains(number));
         if number.is_none() {
-            let (least, most) = (range.start(), range.end());
-            item.fault(format_args!("{} is neither off nor a whole number from {least} to {most}", show(item.value)));
+            item.fault(not_a_number(item.value, "off", &range));
         }
         number
     }
@@ -224,7 +241,7 @@ impl<'a> Section<'a> {
         }
         let is_duration = item.value.as_str().is_some_and(|text| humantime::parse_duration(text).is_ok());
         if !is_duration {
-            item.fault(format_args!("{} is neither off nor a duration: write it like 30s", show(item.value)));
+            item.fault(duration_fault("neither off nor", item.value));
             return default;
         }
         item.duration(&range).or(default)
@@ -263,22 +280,14 @@ impl<'a> Section<'a> {
     pub(super) fn finish(self) {
         for key in self.map.into_iter().flat_map(Mapping::keys) {
             let name = key.as_str().map_or_else(|| show(key), str::to_owned);
-            if !self.known.contains(&name.as_str()) {
-                let hint = hint(key, &self.known);
+            let is_extension = self.path.is_empty() && name.starts_with(EXTENSION);
+            if !self.known.contains(&name.as_str()) && !is_extension {
+                let absent: Vec<_> = self.known.iter().filter(|key| !self.has(key)).copied().collect();
+                let hint = hint(key, &absent);
                 let known = self.known.join(", ");
                 self.faults.add(&join(&self.path, &name), format_args!("unknown key{hint}; known keys: {known}"));
             }
         }
-    }
-}
-
-/// Returns `, did you mean "name"?` if the value is close to one of the names, else an empty text.
-pub(super) fn hint(value: &Value, names: &[&str]) -> String {
-    let Some(text) = value.as_str() else { return String::new() };
-    let near = names.iter().map(|name| (strsim::damerau_levenshtein(text, name), name)).min();
-    match near {
-        Some((distance, name)) if distance <= 3 && distance < name.len() => format!(", did you mean {name:?}?"),
-        _ => String::new(),
     }
 }
 
@@ -295,7 +304,27 @@ pub(super) fn show(value: &Value) -> String {
     }
 }
 
-fn join(path: &str, key: &str) -> String {
+/// What stands for each entry of a list in key paths: its name, id or address if no other entry has the same, else its position
+/// from 0.
+pub(super) fn labels(list: &[Value]) -> impl Iterator<Item = String> + use<> {
+    let own = |value: &Value| {
+        let text = ["name", "id", "address"].iter().find_map(|key| value.get(key)?.as_str())?;
+        let is_fine = !text.is_empty() && text.len() <= 253 && !text.chars().any(char::is_control);
+        is_fine.then(|| text.to_owned())
+    };
+    let names: Vec<_> = list.iter().map(own).collect();
+    let mut counts = HashMap::new();
+    for name in names.iter().flatten() {
+        *counts.entry(name.clone()).or_insert(0) += 1;
+    }
+    let label = move |(n, name): (usize, Option<String>)| {
+        name.filter(|name| counts.get(name) == Some(&1)).unwrap_or_else(|| n.to_string())
+    };
+    names.into_iter().enumerate().map(label)
+}
+
+/// The key path of a key in a section.
+pub(super) fn join(path: &str, key: &str) -> String {
     if path.is_empty() { key.to_owned() } else { format!("{path}.{key}") }
 }
 

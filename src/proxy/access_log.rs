@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
+use rustix::fs::{Access, access};
+use rustix::io::Errno;
 use serde::Serialize;
 
 use super::connect::Try;
@@ -106,6 +108,26 @@ fn open(path: &Path) -> io::Result<Sink> {
         Some("stderr") => Box::new(io::stderr()),
         _ => Box::new(append(path)?),
     })
+}
+
+/// Whether a log could be opened for appending. Creates nothing.
+///
+/// # Errors
+/// What the system would report.
+pub fn is_writable(path: &Path) -> io::Result<()> {
+    if matches!(path.to_str(), Some("stdout" | "stderr")) {
+        return Ok(());
+    }
+    if path.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    match access(path, Access::WRITE_OK) {
+        Err(Errno::NOENT) => {
+            let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            Ok(access(folder, Access::WRITE_OK | Access::EXEC_OK)?)
+        }
+        other => Ok(other?),
+    }
 }
 
 /// The details of an ended connection.

@@ -68,7 +68,7 @@ pub use self::proxy_protocol::ProxyProtocol;
 pub use self::routing::{Condition, DEFAULT, HelloSettings, NamePattern, Reports, Route, Routing, Rule};
 use self::sessions::Sessions;
 use self::socket::TcpOptions;
-pub use self::source_limits::{SourceLimits, Sources};
+pub use self::source_limits::{Rate, SourceLimits, Sources};
 use self::stats::{ListenerStats, WorkerStats};
 use self::worker::{Setup, WorkerCommand};
 use crate::stream::{Client, IdleStream};

@@ -27,8 +27,19 @@ const MOST_IN_SHARD: usize = 4096;
 pub struct SourceLimits {
     /// Maximum concurrent connections.
     pub max_connections: u32,
-    /// New connections per second on average, and the maximum burst; `None`: unlimited.
-    pub rate: Option<(u32, u32)>,
+    /// Maximum rate of new connections; `None`: unlimited.
+    pub rate: Option<Rate>,
+}
+
+/// A rate of new connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rate {
+    /// Number of connections on average; at least 1.
+    pub count: u32,
+    /// The time for which they count.
+    pub per: Duration,
+    /// Number of connections that may come at once; at least 1.
+    pub burst: u32,
 }
 
 /// The sources of a listener, shared by all workers.
@@ -92,10 +103,10 @@ impl Sources {
         if entry.connections >= limits.max_connections {
             return Err(RefusalReason::SourceConnections);
         }
-        if let Some((rate, burst)) = limits.rate {
-            let each = Duration::from_secs(1) / rate.max(1);
+        if let Some(rate) = limits.rate {
+            let each = rate.per / rate.count.max(1);
             let full_at = entry.full_at.max(now) + each;
-            if full_at > now + each * burst.max(1) {
+            if full_at > now + each.saturating_mul(rate.burst.max(1)) {
                 return Err(RefusalReason::SourceRate);
             }
             entry.full_at = full_at;
@@ -140,6 +151,7 @@ mod tests {
     use super::*;
 
     fn sources(max_connections: u32, rate: Option<(u32, u32)>) -> Arc<Sources> {
+        let rate = rate.map(|(count, burst)| Rate { count, per: Duration::from_secs(1), burst });
         Arc::new(Sources::new(SourceLimits { max_connections, rate }))
     }
 
@@ -179,6 +191,15 @@ mod tests {
         let in_ten_seconds = (0..1000).filter(|n| at(200 + n * 10)).count();
         assert!((100..=101).contains(&in_ten_seconds), "{in_ten_seconds}");
         assert_eq!((0..20).filter(|_| at(60_000)).count(), 5, "a long silence allows at most one burst");
+    }
+
+    #[test]
+    fn a_rate_can_count_connections_of_a_minute() {
+        let rate = Some(Rate { count: 30, per: Duration::from_secs(60), burst: 1 });
+        let (sources, begin) =
+            (Arc::new(Sources::new(SourceLimits { max_connections: u32::MAX, rate })), Instant::now());
+        let at = |ms: u64| sources.admit(ip("10.0.0.1"), begin + Duration::from_millis(ms)).is_ok();
+        assert!(at(0) && !at(1999) && at(2000) && !at(3999) && at(4000));
     }
 
     #[test]

@@ -53,7 +53,7 @@ async fn a_list_in_a_file_is_read_with_the_config_and_a_wrong_line_changes_nothi
     writeln!(denied, "127.0.0.1 # this host\n127.0.0.1/33").unwrap();
     let error = ringway.reload(&yaml).await.unwrap_err().to_string();
     assert!(
-        error.contains(&format!("listeners[0].deny.file: {}:3: not a network", denied.path().display())),
+        error.contains(&format!("listeners[web].deny.file: {}:3: not a network", denied.path().display())),
         "{error}"
     );
     assert!(may_connect(&ringway).await, "a wrong list took effect");

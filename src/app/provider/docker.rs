@@ -10,7 +10,8 @@ use crate::app::changes::OfPool;
 use crate::app::context::PoolContext;
 use crate::config::{self, Config, Provider};
 use crate::control::Event;
-use crate::control::supervisor::docker::{Settings, supervise};
+use crate::control::docker::engine::Engine;
+use crate::control::supervisor::docker::{Pull, Settings, supervise};
 use crate::control::supervisor::handover::Handover;
 
 /// The channels to the supervisor.
@@ -38,6 +39,20 @@ pub(super) fn prepare(
             let supervisor = supervise(settings, engine, start.table, start.events, status, resting, start.stop);
             start.tasks.supervise(supervisor);
         }),
+    })
+}
+
+/// The error of an image that the engine does not have and Ringway may not pull.
+pub(super) async fn missing_image(
+    key_path: &str,
+    containers: &config::Containers,
+    engine: &Engine,
+) -> Option<StartError> {
+    let image = &containers.spec.image;
+    let is_missing = containers.spec.pull == Pull::Never && matches!(engine.has_image(image).await, Ok(false));
+    is_missing.then(|| StartError::Unfit {
+        key_path: format!("{key_path}.provider.docker.image"),
+        problem: format!("the engine has no image {image:?}, and pull is never: build or pull the image"),
     })
 }
 

@@ -12,7 +12,7 @@ use crate::address::Address;
 use crate::app::StartError;
 use crate::app::context::PoolContext;
 use crate::app::tasks::until;
-use crate::config::{self, Config, StaticBackend};
+use crate::config::{self, StaticBackend};
 use crate::control::Event;
 use crate::control::provider::Listed;
 use crate::control::provider::Location;
@@ -125,13 +125,13 @@ async fn resolve(
     let results = resolve_all(&names(backends)).await;
     let resolved = results.iter().filter(|result| result.is_ok()).count();
     let mut found = Addresses::new();
-    for (n, (backend, result)) in std::iter::zip(backends, results).enumerate() {
+    for (backend, result) in std::iter::zip(backends, results) {
         let known = result.is_err().then(|| kept(backend)).flatten();
         let address = match (result, known) {
             (Ok(address), _) => Some(address),
             (Err(_), Some(kept)) => kept,
             (Err(error), None) => {
-                let error = unresolved(key_path, n, backend, error);
+                let error = unresolved(key_path, backend, error);
                 if !may_miss(resolved) {
                     return Err(error);
                 }
@@ -144,20 +144,14 @@ async fn resolve(
     Ok(found)
 }
 
-/// The names of static backends that cannot be resolved now, each as the error that names its key path.
-pub async fn unknown_names(config: &Config) -> Vec<StartError> {
-    let listed = config.pools.iter().map(|pool| pool.provider.static_backends().unwrap_or_default());
-    let places = listed.enumerate().flat_map(|(n, backends)| {
-        backends.iter().enumerate().map(move |(m, backend)| (format!("pools[{n}]"), m, backend))
-    });
-    let places: Vec<_> = places.collect();
-    let all: Vec<Name> = places.iter().map(|(.., backend)| name(backend)).collect();
-    let results = std::iter::zip(places, resolve_all(&all).await);
-    results.filter_map(|((path, m, backend), result)| Some(unresolved(&path, m, backend, result.err()?))).collect()
+/// The backends whose names cannot be resolved now, each as the error that names its key path.
+pub(super) async fn unknown_names(key_path: &str, backends: &[StaticBackend]) -> Vec<StartError> {
+    let results = std::iter::zip(backends, resolve_all(&names(backends)).await);
+    results.filter_map(|(backend, result)| Some(unresolved(key_path, backend, result.err()?))).collect()
 }
 
-fn unresolved(key_path: &str, n: usize, backend: &StaticBackend, error: io::Error) -> StartError {
-    let key_path = format!("{key_path}.provider.static[{n}].address");
+fn unresolved(key_path: &str, backend: &StaticBackend, error: io::Error) -> StartError {
+    let key_path = format!("{key_path}.provider.static[{}].address", backend.id);
     // Only host names need a look-up.
     let host = if let Location::Host { host, .. } = &backend.location { host.clone() } else { String::new() };
     StartError::Resolve { key_path, host, error }

@@ -14,12 +14,12 @@ use std::io;
 use tokio::sync::oneshot;
 
 pub(super) use self::fixed::listed;
-pub use self::fixed::unknown_names;
 pub(super) use self::source::{Prepared, Source, Start, Update, change};
 use super::StartError;
 use super::changes::OfPool;
 use super::context::PoolContext;
 use crate::config::{self, Provider};
+use crate::control::docker::engine::Engine;
 pub(super) use crate::control::provider::names::Addresses;
 use crate::control::supervisor::handover::{Handed, Handover};
 
@@ -36,6 +36,26 @@ pub(super) async fn prepare(
         Provider::Process(process) => process::prepare(key_path, pool, process, changes, taken_over, context),
         Provider::Containers(containers) => docker::prepare(pool, containers, changes, context),
         Provider::Discover(settings) => discover::prepare(pool, settings, context),
+    }
+}
+
+/// What a start of the pool would find missing on this machine now. True: the pool could not start at all.
+pub(super) async fn probe(key_path: &str, pool: &config::Pool, engine: Option<&Engine>) -> Vec<(bool, StartError)> {
+    match &pool.provider {
+        Provider::Static(backends) => {
+            let unknown = fixed::unknown_names(key_path, backends).await;
+            let is_fatal = unknown.len() == backends.len();
+            unknown.into_iter().map(|error| (is_fatal, error)).collect()
+        }
+        Provider::Process(process) => {
+            let missing = process::check_program(&format!("{key_path}.provider.process"), process).err();
+            missing.map(|error| (true, error)).into_iter().collect()
+        }
+        Provider::Containers(containers) => {
+            let Some(engine) = engine else { return Vec::new() };
+            docker::missing_image(key_path, containers, engine).await.map(|error| (false, error)).into_iter().collect()
+        }
+        Provider::Discover(_) => Vec::new(),
     }
 }
 

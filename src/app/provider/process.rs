@@ -89,7 +89,8 @@ fn settings(pool: &config::Pool, process: &config::Process, changes: &OfPool, en
     }
 }
 
-fn check_program(key_path: &str, process: &config::Process) -> Result<(), StartError> {
+/// Fails if the program of the replicas is missing.
+pub(super) fn check_program(key_path: &str, process: &config::Process) -> Result<(), StartError> {
     let program = process.spec.command.first().map_or("", String::as_str);
     // With a placeholder in the program or another PATH, only the start can show whether the program exists.
     let is_known = !program.contains('{') && !process.spec.env.iter().any(|(name, _)| name == "PATH");

@@ -11,12 +11,11 @@ pub mod discover;
 pub mod names;
 
 use std::fmt;
-use std::net::Ipv6Addr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::address::Address;
+use crate::address::{Address, host_and_port};
 
 /// A backend that is listed in the config or by a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,25 +82,13 @@ impl Location {
         if let Some(address) = Address::parse_unix(text) {
             return address.map(|address| Self::Unix { address });
         }
-        let parts = Self::host_and_port(text).map(|(host, port)| Self::Host { host, port });
-        parts.ok_or_else(|| {
-            format!(
-                "{text:?} is neither host:port nor unix:/path: write it like 10.0.0.5:6379, [::1]:6379, db.local:5432 or \
-                 unix:/run/db.sock"
-            )
-        })
-    }
-
-    /// Splits `host:port`; an IPv6 address is in brackets. Returns `None` if the text is invalid.
-    fn host_and_port(text: &str) -> Option<(String, u16)> {
-        let (host, port) = text.rsplit_once(':')?;
-        let port = port.parse().ok().filter(|&port: &u16| port > 0)?;
-        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
-        let is_fine = match bare {
-            Some(ip) => ip.parse::<Ipv6Addr>().is_ok(),
-            None => !host.is_empty() && !host.contains([':', '[', ']', '/', ' ']),
+        let problem = match host_and_port(text) {
+            Ok(("" | "*", port)) => format!("has no host: write it like 10.0.0.5:{port} or db.local:{port}"),
+            Ok((_, 0)) => "has port 0: write the port on which the server listens".to_owned(),
+            Ok((host, port)) => return Ok(Self::Host { host: host.to_owned(), port }),
+            Err(problem) => problem,
         };
-        is_fine.then(|| (bare.unwrap_or(host).to_owned(), port))
+        Err(format!("{text:?} {problem}"))
     }
 }
 

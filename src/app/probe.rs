@@ -1,0 +1,110 @@
+//! What `ringway check` tries out: whether a config could start on this machine. It changes nothing.
+
+use std::io::{self, ErrorKind};
+use std::path::Path;
+
+use futures_util::future::join_all;
+use rustix::fs::{Access, access};
+use socket2::{Domain, Socket, Type};
+
+use super::access::guard;
+use super::capacity::capacity;
+use super::{StartError, engine, provider, reload, workers};
+use crate::address::Address;
+use crate::config::Config;
+use crate::control::docker::engine::Engine;
+use crate::proxy::access_log;
+
+/// Something that a start would find missing.
+#[derive(Debug)]
+pub struct Finding {
+    /// Whether Ringway would not start. Otherwise it starts, without what is missing.
+    pub is_fatal: bool,
+    /// What is missing, with its key path and the remedy.
+    pub problem: StartError,
+}
+
+/// Tries what a start with this config needs: names, programs, files, addresses, descriptors and the Docker engine.
+/// `docker_host`: the value of `DOCKER_HOST`. `token`: the token of the side port, if the environment has one.
+pub async fn probe(config: &Config, docker_host: Option<&str>, token: Option<&str>) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut tell = |is_fatal, problem| findings.push(Finding { is_fatal, problem });
+    match capacity(config, workers(config)) {
+        Ok(capacity) => {
+            for problem in capacity.lowered {
+                tell(false, problem);
+            }
+        }
+        Err(problem) => tell(true, problem),
+    }
+    if let Err(problem) = guard(&config.api, token) {
+        tell(true, problem);
+    }
+    if let Err(problem) = reload::check_together(config) {
+        tell(true, problem);
+    }
+    for problem in addresses(config) {
+        tell(true, problem);
+    }
+    if let Some(log) = &config.access_log
+        && let Err(error) = access_log::is_writable(&log.path)
+    {
+        tell(true, StartError::AccessLog { path: log.path.clone(), error });
+    }
+    let engine = engine(config, docker_host).unwrap_or_else(|problem| {
+        tell(true, problem);
+        None
+    });
+    let engine = match engine {
+        Some(engine) => match away(&engine).await {
+            Some(problem) => {
+                tell(false, problem);
+                None
+            }
+            None => Some(engine),
+        },
+        None => None,
+    };
+    let pools = config.pools.iter().map(|pool| {
+        let (key_path, engine) = (format!("pools[{}]", pool.name), engine.as_ref());
+        async move { provider::probe(&key_path, pool, engine).await }
+    });
+    for (is_fatal, problem) in join_all(pools).await.into_iter().flatten() {
+        tell(is_fatal, problem);
+    }
+    findings
+}
+
+/// The addresses on which Ringway may not listen. An address that is taken does not count: a running Ringway may have it.
+fn addresses(config: &Config) -> Vec<StartError> {
+    let listeners = config.listeners.iter();
+    let listeners = listeners.map(|listener| (format!("listeners[{}].listen", listener.name), listener.listen.clone()));
+    let all = std::iter::once(("api.listen".to_owned(), config.api.listen.into())).chain(listeners);
+    let refused = all.filter_map(|(key_path, address)| {
+        let error = bind(&address).err().filter(|error| error.kind() != ErrorKind::AddrInUse)?;
+        Some(StartError::Listen { key_path, address, error })
+    });
+    refused.collect()
+}
+
+/// Binds an address without listening, so no client can connect. Creates no file of a Unix socket.
+fn bind(address: &Address) -> io::Result<()> {
+    match address {
+        Address::Ip(ip) => {
+            let socket = Socket::new(Domain::for_address(*ip), Type::STREAM, None)?;
+            // A Ringway that starts at this moment can still bind the address.
+            socket.set_reuse_address(true)?;
+            socket.bind(&(*ip).into())
+        }
+        Address::Unix(path) => {
+            let folder = path.parent().unwrap_or(Path::new("/"));
+            Ok(access(folder, Access::WRITE_OK | Access::EXEC_OK)?)
+        }
+    }
+}
+
+/// The error of an engine that does not answer.
+async fn away(engine: &Engine) -> Option<StartError> {
+    let error = engine.has_network("bridge").await.err()?;
+    Some(StartError::Docker(format!("the Docker engine at {} does not answer: {error}", engine.host())))
+}

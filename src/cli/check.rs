@@ -1,0 +1,91 @@
+//! `ringway check`: validates a config, tries whether it could start here, and says what a reload would change.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+
+use clap::Args;
+use ringway::app::{Finding, probe};
+use ringway::config::{Config, Fault, Source};
+use ringway::control::command::Command;
+
+use super::commands::in_words;
+use super::side_port::{self, Port};
+use super::{Common, Failure, docker_host, print, runtime};
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// Config file [default: as for --config]
+    file: Option<PathBuf>,
+    /// Check only the file: resolve no names, and try no addresses, programs, files and engine
+    #[arg(long)]
+    offline: bool,
+    /// Print the config with every default filled in
+    #[arg(long)]
+    print: bool,
+    /// Print what a reload of the file would change in a running Ringway, and how many keys would move [default file: the one
+    /// that Ringway was started with]
+    #[arg(long, conflicts_with_all = ["offline", "print"])]
+    diff: bool,
+    #[command(flatten)]
+    port: Port,
+}
+
+pub(crate) fn check(common: &Common, options: &Options) -> Result<(), Failure> {
+    let file = options.file.clone().or_else(|| common.config.clone());
+    if options.diff {
+        return diff(common, options, file);
+    }
+    let source = Source::find(file);
+    let config = source.load()?;
+    for warning in config.warnings() {
+        warn(&Fault { place: source.place(&warning.path), ..warning });
+    }
+    if !options.offline {
+        try_out(&config, &source)?;
+    }
+    if options.print {
+        return print(&format!("# {source}, with every default filled in\n{}", config.to_yaml()));
+    }
+    print(&format!("{source}: valid\n"))
+}
+
+/// Tries what a start needs. Prints what is missing, and fails if Ringway would not start.
+fn try_out(config: &Config, source: &Source) -> Result<(), Failure> {
+    let token = std::env::var(side_port::TOKEN).ok();
+    let findings = runtime()?.block_on(probe(config, docker_host().as_deref(), token.as_deref()));
+    let (fatal, others): (Vec<_>, Vec<_>) = findings.into_iter().partition(|finding| finding.is_fatal);
+    for Finding { problem, .. } in others {
+        warn(&Failure::start(source, problem));
+    }
+    let mut fatal: Vec<_> = fatal.into_iter().map(|finding| Failure::start(source, finding.problem)).collect();
+    match fatal.len() {
+        0 => Ok(()),
+        1 => Err(fatal.remove(0)),
+        count => {
+            let lines: Vec<_> = fatal.iter().map(|failure| format!("\n  {failure}")).collect();
+            Err(anyhow::anyhow!("{source}: {count} errors{}", lines.concat()).into())
+        }
+    }
+}
+
+fn warn(warning: &impl std::fmt::Display) {
+    // Nobody may be reading it.
+    let _ = writeln!(std::io::stderr(), "ringway: warning: {warning}");
+}
+
+/// What a reload would change.
+fn diff(common: &Common, options: &Options, file: Option<PathBuf>) -> Result<(), Failure> {
+    let text = match file {
+        Some(file) => {
+            let source = Source::File(file);
+            // Reports faults with their lines.
+            source.load()?;
+            Some(source.rendered()?)
+        }
+        None => None,
+    };
+    let command = Command::Reload { text, is_dry_run: true };
+    let report = runtime()?.block_on(side_port::run(common, &options.port, &command));
+    let report = report.map_err(|error| error.context("cannot compare with a running Ringway"))?;
+    print(&in_words(&report, "no difference\n"))
+}

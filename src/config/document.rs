@@ -1,0 +1,308 @@
+//! A config as YAML: the file with its included files, without variables and merge keys, and the places of its values.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use serde_yaml::{Mapping, Value};
+
+use super::places::{Node, Places};
+use super::reader::{EXTENSION, Faults, show};
+use super::variables::{self, Lookup};
+use super::{Api, Config, Error, Fault, parse, source};
+
+/// The key of the files that belong to the config too.
+const INCLUDE: &str = "include";
+
+/// What an included file can have: entries of these lists.
+const LISTS: [&str; 2] = ["listeners", "pools"];
+
+/// Most included files.
+const MOST_FILES: usize = 1000;
+
+/// How deep merge keys can lead to others.
+const DEEPEST_MERGE: usize = 16;
+
+/// A config as YAML.
+pub(super) struct Document {
+    value: Value,
+    origin: String,
+    main: String,
+    included: Vec<Text>,
+    /// Faults of variables and of included files.
+    faults: Vec<Fault>,
+}
+
+/// A file with its text.
+struct Text {
+    origin: String,
+    text: String,
+}
+
+impl Document {
+    /// Reads a file with the files that it includes. Variables come from the environment of this process.
+    pub(super) fn read(path: &Path) -> Result<Self, Error> {
+        let lookup = |name: &str| std::env::var(name).ok();
+        let folder = path.parent().unwrap_or(Path::new(""));
+        Self::build(source::read(path)?, &path.display().to_string(), Some(&lookup), Some(folder))
+    }
+
+    /// Reads a text, which can neither include files nor use variables.
+    pub(super) fn parse(text: String, origin: &str) -> Result<Self, Error> {
+        Self::build(text, origin, None, None)
+    }
+
+    fn build(text: String, origin: &str, lookup: Lookup<'_>, folder: Option<&Path>) -> Result<Self, Error> {
+        let mut value = yaml(&text, origin)?;
+        let mut document = Self {
+            value: Value::Null,
+            origin: origin.to_owned(),
+            main: text,
+            included: Vec::new(),
+            faults: Vec::new(),
+        };
+        let faults = Faults::default();
+        let include = value.as_mapping_mut().and_then(|map| map.shift_remove(INCLUDE));
+        if let Some(mut include) = include {
+            variables::replace(&mut include, INCLUDE, lookup, &faults);
+            match folder {
+                Some(folder) if faults.count() == 0 => document.include(&include, folder, &mut value, &faults)?,
+                Some(_) => {}
+                None => faults.add(INCLUDE, "only a file can include others: use `ringway check --diff FILE`"),
+            }
+        }
+        variables::replace(&mut value, "", lookup, &faults);
+        document.value = value;
+        document.faults.extend(faults.into_vec());
+        Ok(document)
+    }
+
+    /// Appends the listeners and pools of the included files to those of `value`.
+    fn include(&mut self, include: &Value, folder: &Path, value: &mut Value, faults: &Faults) -> Result<(), Error> {
+        let patterns = match include {
+            Value::Sequence(list) => list.iter().collect(),
+            one => vec![one],
+        };
+        for pattern in patterns {
+            let Some(pattern) = pattern.as_str().filter(|pattern| !pattern.is_empty()) else {
+                let problem = format!("{} is not the path of a file: write it like conf.d/*.yaml", show(pattern));
+                faults.add(INCLUDE, problem);
+                continue;
+            };
+            match files(folder, pattern) {
+                Ok(files) if self.included.len() + files.len() > MOST_FILES => {
+                    faults.add(INCLUDE, format_args!("includes more than {MOST_FILES} files: use fewer"));
+                }
+                Ok(files) => {
+                    for file in files {
+                        match self.include_file(&file, value) {
+                            Err(error @ Error::Unreadable { .. }) => faults.add(INCLUDE, error),
+                            other => other?,
+                        }
+                    }
+                }
+                Err(problem) => faults.add(INCLUDE, problem),
+            }
+        }
+        Ok(())
+    }
+
+    fn include_file(&mut self, file: &Path, value: &mut Value) -> Result<(), Error> {
+        let (text, origin) = (source::read(file)?, file.display().to_string());
+        let part = yaml(&text, &origin)?;
+        let place = |key: &str| Node::of(&text, &origin).map(|node| node.place_of(key));
+        let mut fault = |key: &str, problem: String| {
+            self.faults.push(Fault { path: key.to_owned(), problem, place: place(key) });
+        };
+        match part {
+            // An empty file, perhaps with all lines commented out.
+            Value::Null => {}
+            Value::Mapping(part) => {
+                for (key, more) in part {
+                    let name = key.as_str().unwrap_or_default();
+                    match more {
+                        _ if name.starts_with(EXTENSION) => {}
+                        _ if !LISTS.contains(&name) => fault(
+                            name,
+                            "an included file can have only listeners and pools: move this key to the main config"
+                                .to_owned(),
+                        ),
+                        Value::Sequence(more) => append(value, name, more),
+                        other => fault(name, format!("{} is not a list: begin each entry with `- `", show(&other))),
+                    }
+                }
+            }
+            other => fault("", format!("{} is not a config: write listeners or pools", show(&other))),
+        }
+        self.included.push(Text { origin, text });
+        Ok(())
+    }
+
+    /// The places of all values.
+    pub(super) fn places(&self) -> Places {
+        let Some(mut root) = Node::of(&self.main, &self.origin) else { return Places::default() };
+        for Text { origin, text } in &self.included {
+            let Some(part) = Node::of(text, origin) else { continue };
+            root = LISTS.iter().fold(root, |root, key| root.extended(key, &part));
+        }
+        Places::of(&self.value, &root)
+    }
+
+    /// The config, or all of its faults.
+    pub(super) fn config(self) -> Result<Config, Error> {
+        let parsed = parse::config(&self.value);
+        self.without_faults(parsed)
+    }
+
+    /// The section `api`, or its faults.
+    pub(super) fn api(mut self) -> Result<Api, Error> {
+        self.faults.retain(|fault| fault.path.starts_with("api."));
+        let parsed = parse::only_api(&self.value);
+        self.without_faults(parsed)
+    }
+
+    /// What was parsed, unless it or the document has faults.
+    fn without_faults<T>(mut self, parsed: Result<T, Vec<Fault>>) -> Result<T, Error> {
+        let faults = match parsed {
+            Ok(parsed) if self.faults.is_empty() => return Ok(parsed),
+            Ok(_) => Vec::new(),
+            Err(faults) => faults,
+        };
+        let places = self.places();
+        // A variable without a value causes further faults in its place.
+        let is_known = |fault: &Fault| self.faults.iter().any(|known| known.path == fault.path);
+        let faults: Vec<_> = faults.into_iter().filter(|fault| !is_known(fault)).collect();
+        self.faults.extend(faults);
+        for fault in &mut self.faults {
+            fault.place = fault.place.take().or_else(|| places.find(&fault.path));
+        }
+        let origin = self.origin;
+        self.faults.sort_by_cached_key(|fault| {
+            fault.place.as_ref().map(|place| (place.file != origin, place.file.clone(), place.line))
+        });
+        Err(Error::Faulty { origin, faults: self.faults })
+    }
+
+    /// The config as one YAML text that includes no files and has no variables.
+    pub(super) fn rendered(mut self) -> Result<String, Error> {
+        if !self.faults.is_empty() {
+            // Reports them with the others.
+            self.config()?;
+            return Ok(String::new());
+        }
+        variables::escape(&mut self.value);
+        // A value that has been read always serializes.
+        Ok(serde_yaml::to_string(&self.value).unwrap_or_default())
+    }
+}
+
+/// Adds entries to a list of the config. A value in its place that is no list stays, and the reader reports it.
+fn append(value: &mut Value, key: &str, more: Vec<Value>) {
+    if value.is_null() {
+        *value = Value::Mapping(Mapping::new());
+    }
+    let Some(map) = value.as_mapping_mut() else { return };
+    let list = map.entry(key.into()).or_insert_with(|| Value::Sequence(Vec::new()));
+    if let Some(list) = list.as_sequence_mut() {
+        list.extend(more);
+    }
+}
+
+/// The files that a pattern stands for, in the order of their names. Only its last part can have a `*`.
+fn files(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
+    let path = folder.join(pattern);
+    if !pattern.contains('*') {
+        return Ok(vec![path]);
+    }
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let parts = name.split_once('*').filter(|(_, last)| !last.contains('*'));
+    let (Some((first, last)), Some(parent)) = (parts, path.parent()) else {
+        return Err(format!("{pattern:?} has a * in the wrong place: use one * in the last part of the path"));
+    };
+    let entries = match std::fs::read_dir(if parent.as_os_str().is_empty() { Path::new(".") } else { parent }) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(format!("cannot read {}: {error}", parent.display())),
+    };
+    let matches = |name: &str| {
+        // A `*` does not stand for hidden files, as in a shell.
+        name.len() >= first.len() + last.len()
+            && name.starts_with(first)
+            && name.ends_with(last)
+            && (name.starts_with('.') == first.starts_with('.'))
+    };
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let mut names: Vec<_> = names.filter(|name| matches(name)).collect();
+    names.sort();
+    Ok(names.into_iter().map(|name| parent.join(name)).collect())
+}
+
+/// Parses YAML, and replaces merge keys (`<<`) by what they bring.
+fn yaml(text: &str, origin: &str) -> Result<Value, Error> {
+    let fault = |line: Option<usize>, problem: String| Error::NotYaml { origin: origin.to_owned(), line, problem };
+    let of_line = |is_it: &dyn Fn(&str) -> bool| text.lines().position(is_it).map(|at| at + 1);
+    let mut value: Value = serde_yaml::from_str(text).map_err(|error| {
+        let (line, words) = (error.location().map(|location| location.line()), error.to_string());
+        if words.contains("duplicate entry")
+            && let Some((key, first, second)) = Node::of(text, origin).and_then(|node| node.duplicate())
+        {
+            return fault(Some(second), format!("the key {key} is on line {first} already: remove one of the two"));
+        }
+        if words.contains("more than one document") {
+            let line = of_line(&|line| line.starts_with("---"));
+            return fault(
+                line,
+                "the file has more than one YAML document: remove the lines that consist of ---".to_owned(),
+            );
+        }
+        let hint = hint(text, line, &words).map(|hint| format!("; {hint}")).unwrap_or_default();
+        fault(line, format!("not valid YAML: {words}{hint}"))
+    })?;
+    // One pass resolves one level: what a merge key brings can have a merge key of its own.
+    for _ in 0..DEEPEST_MERGE {
+        if !has_merge(&value) {
+            return Ok(value);
+        }
+        value.apply_merge().map_err(|_| {
+            let line = of_line(&|line| line.trim_start_matches(['-', ' ']).starts_with("<<:"));
+            fault(line, "a merge key (<<) needs a section or a list of sections: write it like <<: *name".to_owned())
+        })?;
+    }
+    Err(fault(None, format!("merge keys (<<) lead to each other more than {DEEPEST_MERGE} times: use fewer")))
+}
+
+fn has_merge(value: &Value) -> bool {
+    match value {
+        Value::Mapping(map) => map.contains_key("<<") || map.values().any(has_merge),
+        Value::Sequence(list) => list.iter().any(has_merge),
+        _ => false,
+    }
+}
+
+/// What to write instead, for common mistakes in YAML.
+fn hint(text: &str, line: Option<usize>, error: &str) -> Option<&'static str> {
+    let number = line.unwrap_or(1);
+    let line = text.lines().nth(number.saturating_sub(1)).unwrap_or_default();
+    let has_tab = |line: &str| line[..line.len() - line.trim_start().len()].contains('\t');
+    Some(if has_tab(line) || error.contains("token") && text.lines().take(number).any(has_tab) {
+        "indent with spaces: a line begins with a tab"
+    } else if error.contains("while scanning an alias") {
+        "put text that begins with * in quotes; to listen on all IPv4 addresses, write 0.0.0.0:PORT"
+    } else if error.contains("unknown anchor") {
+        "define the anchor before, like &name, or put the text in quotes"
+    } else if error.contains("mapping values are not allowed") {
+        "put text with `: ` in it in quotes, and check the indentation"
+    } else if error.contains("could not find expected ':'") || error.contains("did not find expected key") {
+        "write `key: value`, and indent the lines of a section alike"
+    } else if error.contains("did not find expected ','")
+        || error.contains("flow node")
+        || error.contains("quoted scalar")
+    {
+        "close the quotes and brackets before this place"
+    } else if error.contains("as u128") || error.contains("as i128") {
+        "the number is too large"
+    } else if error.contains("cannot start any token") {
+        "put the text in quotes"
+    } else {
+        return None;
+    })
+}

@@ -1,0 +1,172 @@
+//! The words of faults: what is wrong with a value, and what to write instead.
+
+use std::ops::RangeInclusive;
+
+use serde_yaml::Value;
+
+use super::reader::show;
+
+/// What to write in place of a value that is no section, by the key of the section.
+const SECTIONS: [(&str, &str); 24] = [
+    ("access_log", "{ path: stdout }"),
+    ("api", "{ listen: 127.0.0.1:8001 }"),
+    ("connect", "{ timeout: 2s }"),
+    ("discover", "{ label: app=web, port: 80 }"),
+    ("docker", "{ replicas: 3, image: web, port: 80 }"),
+    ("ejection", "{ after: 5 }, or off"),
+    ("env", "{ NAME: value }"),
+    ("health_check", "{ kind: http }"),
+    ("hello", "{ timeout: 5s }"),
+    ("keepalive", "{ idle: 2m }, or off"),
+    ("labels", "{ name: value }"),
+    ("metrics", "{ per_backend: compact }"),
+    ("per_source", "{ max_connections: 100 }"),
+    ("process", "{ replicas: 3, command: [server, \"{port}\"] }"),
+    ("provider", "{ static: [{ address: \"10.0.0.5:80\" }] }"),
+    ("proxy_protocol", "{ from: [10.0.0.0/8] }, or off"),
+    ("relay", "{ splice: false }"),
+    ("resources", "{ memory: 64MiB }"),
+    ("restart", "{ backoff: 1s }"),
+    ("ring", "{ virtual_nodes: 160 }"),
+    ("shutdown", "{ delay: 5s }"),
+    ("source_net", "{ v4: 24, v6: 64 }"),
+    ("tcp", "{ user_timeout: 30s }"),
+    ("timeouts", "{ idle: 10m }"),
+];
+
+/// Keys of other balancers, and Ringway's.
+const SYNONYMS: [(&str, &str); 16] = [
+    ("address", "listen"),
+    ("backend", "pool"),
+    ("backends", "static"),
+    ("bind", "listen"),
+    ("cmd", "command"),
+    ("endpoints", "static"),
+    ("environment", "env"),
+    ("frontends", "listeners"),
+    ("healthcheck", "health_check"),
+    ("host", "address"),
+    ("maxconn", "max_connections"),
+    ("pool_name", "pool"),
+    ("port", "listen"),
+    ("servers", "static"),
+    ("timeout", "timeouts"),
+    ("upstreams", "pools"),
+];
+
+/// A value that is not a section.
+pub(super) fn not_a_section(path: &str, value: &Value) -> String {
+    let what = show(value);
+    if path.is_empty() {
+        return match value {
+            Value::Null => "the file is empty: write listeners and pools, or start with one of the examples".to_owned(),
+            _ => format!("{what} is not a config: write sections like `listeners:` and `pools:`"),
+        };
+    }
+    let key = path.rsplit('.').next().unwrap_or_default();
+    let example = SECTIONS.iter().find(|(name, _)| *name == key).map(|(_, example)| format!("{key}: {example}"));
+    match (example, value) {
+        (Some(example), _) => format!("{what} is not a section: write {example}"),
+        (None, Value::Sequence(_)) => format!("{what} is not a section: write `key: value` lines, without `- `"),
+        (None, _) => format!("{what} is not a section: write `key: value` lines"),
+    }
+}
+
+/// A value that is not a list.
+pub(super) fn not_a_list(value: &Value) -> String {
+    let what = show(value);
+    match value {
+        Value::Mapping(_) => format!("{what} is not a list: begin each entry with `- `"),
+        Value::String(text) => {
+            let words = text.split([',', ' ']).filter(|word| !word.is_empty());
+            let words: Vec<_> = words.map(|word| format!("{word:?}")).collect();
+            format!("{what} is not a list: write [{}]", words.join(", "))
+        }
+        _ => format!("{what} is not a list: write [a, b], or one line with `- ` for each entry"),
+    }
+}
+
+/// A value that is not text.
+pub(super) fn not_text(value: &Value) -> String {
+    let what = show(value);
+    // `{port}` without quotes is a section with the key `port`.
+    let placeholder = value.as_mapping().filter(|map| map.len() == 1).and_then(|map| {
+        let (key, value) = map.iter().next()?;
+        key.as_str().filter(|_| value.is_null())
+    });
+    placeholder.map_or_else(
+        || format!("{what} is not text"),
+        |key| format!("{what} is not text: write \"{{{key}}}\" in quotes"),
+    )
+}
+
+/// A value that is not a whole number of the range. `other`: a word that the key accepts too, or nothing.
+pub(super) fn not_a_number(value: &Value, other: &str, range: &RangeInclusive<u64>) -> String {
+    let (what, least, most) = (show(value), range.start(), range.end());
+    let neither = if other.is_empty() { "not".to_owned() } else { format!("neither {other} nor") };
+    let remedy = match value {
+        Value::String(text) if text.parse().is_ok_and(|number| range.contains(&number)) => {
+            format!(": write {text} without quotes")
+        }
+        Value::String(text) if text.starts_with(|c: char| c.is_ascii_digit()) => ": write only digits".to_owned(),
+        _ => String::new(),
+    };
+    format!("{what} is {neither} a whole number from {least} to {most}{remedy}")
+}
+
+/// A value that is not a duration. `neither`: `not`, or `neither off nor`.
+pub(super) fn duration_fault(neither: &str, value: &Value) -> String {
+    let what = show(value);
+    let remedy = match value {
+        Value::Number(number) if number.is_u64() => format!("write the unit too, like {number}s"),
+        Value::String(text) if text.starts_with('-') => "a duration cannot be negative".to_owned(),
+        Value::String(text) if text.parse::<u64>().is_ok() => format!("write the unit too, like {text}s"),
+        _ => "write it like 500ms, 10s or 5m".to_owned(),
+    };
+    format!("{what} is {neither} a duration: {remedy}")
+}
+
+/// Returns `, did you mean "name"?` if the value is close to one of the names, or another balancer's word for one, else an
+/// empty text.
+pub(super) fn hint(value: &Value, names: &[&str]) -> String {
+    let Some(text) = value.as_str() else { return String::new() };
+    let same = |a: &str, b: &str| {
+        let letters = |text: &str| text.to_ascii_lowercase().replace(['-', '_', ' '], "");
+        letters(a) == letters(b)
+    };
+    // One wrong letter in four: a word that shares less is another word.
+    let is_near = |name: &str| strsim::damerau_levenshtein(text, name) <= (name.len() / 4).clamp(1, 3);
+    let nearest = names
+        .iter()
+        .filter(|name| name.len() > 2 && (same(text, name) || is_near(name)))
+        .min_by_key(|name| (!same(text, name), strsim::damerau_levenshtein(text, name)));
+    let synonym = || {
+        let known = SYNONYMS.iter().filter(|(other, name)| *other == text && names.contains(name));
+        known.map(|(_, name)| name).next()
+    };
+    nearest.or_else(synonym).map_or(String::new(), |name| format!(", did you mean {name:?}?"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hint_names_only_near_misses_and_known_synonyms() {
+        let names = ["name", "listen", "pool", "health_check", "timeouts", "key"];
+        for (text, wanted) in [
+            ("listn", "listen"),
+            ("helth_check", "health_check"),
+            ("healthCheck", "health_check"),
+            ("health-check", "health_check"),
+            ("bind", "listen"),
+            ("timeout", "timeouts"),
+            ("Pool", "pool"),
+        ] {
+            assert_eq!(hint(&text.into(), &names), format!(", did you mean {wanted:?}?"), "{text}");
+        }
+        for text in ["mode", "kubernetes", "weight", "pick", "tls", "no", "option"] {
+            assert_eq!(hint(&text.into(), &names), "", "{text}");
+        }
+    }
+}
