@@ -32,6 +32,7 @@ fn ringway(backend: SocketAddr, access_log: &str) -> SocketAddr {
         replica_open_files: None,
         docker_host: None,
         log_lost: None,
+        log_filter: None,
     };
     let (told, address) = std::sync::mpsc::channel();
     std::thread::spawn(move || {

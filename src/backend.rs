@@ -222,6 +222,8 @@ pub struct Live {
     pub ejections: AtomicU64,
     /// Requests to end the backend's connections.
     pub evictions: Evictions,
+    /// Connections that Ringway reset at the deadline of a drain.
+    pub cut_by_drain: AtomicU64,
     /// Payload bytes moved from clients to the backend.
     pub from_client: Moved,
     /// Payload bytes moved from the backend to clients.

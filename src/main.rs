@@ -1,6 +1,6 @@
 //! The `ringway` program: arguments, command, exit code.
 //!
-//! Exit codes: 0 fine, 1 failed while starting or running, 2 bad arguments or config.
+//! Exit codes: 0 fine, 1 failed while starting or running, 2 bad arguments or config, 3 a drain ended connections.
 
 mod cli;
 

@@ -2,7 +2,7 @@
 //! the control plane's publisher writes it.
 
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
@@ -28,6 +28,7 @@ pub struct Table {
     /// At least one healthy backend takes all of its keys, and at least one starts slowly. A slow-starting backend then
     /// gets only the keys that its admission takes.
     spares_slow_ones: bool,
+    shares_now: OnceLock<Vec<f64>>,
 }
 
 impl Table {
@@ -40,7 +41,24 @@ impl Table {
         let is_panic = healthy * 100 < usize::from(panic_below) * known;
         let takes_all = is_panic || (healthy == 0 && panic_below > 0);
         let spares_slow_ones = !takes_all && backends.some_start_slowly();
-        Self { generation, ring, backends, takes_all, is_panic, panic_below, spares_slow_ones }
+        let shares_now = OnceLock::new();
+        Self { generation, ring, backends, takes_all, is_panic, panic_below, spares_slow_ones, shares_now }
+    }
+
+    /// The share of all keys that each backend gets now, in the order of the backends: those that get no connections have 0, and
+    /// the others have their keys. Shares during a slow start are estimates. The first call computes and caches them.
+    pub fn shares_now(&self) -> &[f64] {
+        self.shares_now.get_or_init(|| {
+            let may = if self.takes_all { &self.backends.reachable } else { &self.backends.healthy };
+            if may.count() == self.backends.len() && !self.spares_slow_ones {
+                return self.ring.shares().to_vec();
+            }
+            self.ring.shares_by(|owner| match (may.has(owner), self.spares_slow_ones) {
+                (false, _) => 0.0,
+                (true, false) => 1.0,
+                (true, true) => self.backends[owner].admission.as_part(),
+            })
+        })
     }
 
     /// The table that the pool would have with this ring and these backends.

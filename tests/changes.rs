@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::harness::backends::Server;
-use crate::harness::program::Program;
+use crate::harness::program::{Program, run};
 use crate::harness::{
     Ringway, THREE_REPLICAS, config, echoes, eventually, eventually_async, http, http_with, soon, static_config,
 };
@@ -97,6 +97,115 @@ async fn a_drain_resets_the_remaining_connections_and_not_before_its_deadline() 
     assert!(took >= Duration::from_secs(2), "{took:?}");
     println!("2 s of drain took {took:?}");
     eventually("counted", || ringway.state().listeners[0].stats.ended(EndReason::DrainDeadline) == 1).await;
+}
+
+/// Runs `ringway` with these arguments against a program's side port.
+async fn cli(program: &Program, arguments: &[&str]) -> (Option<i32>, String, String) {
+    let mut all: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
+    all.extend(["--api".to_owned(), program.api().to_string()]);
+    let run = move || run(&all.iter().map(String::as_str).collect::<Vec<_>>());
+    tokio::task::spawn_blocking(run).await.unwrap()
+}
+
+#[tokio::test]
+async fn waiting_for_a_drain_says_how_many_connections_were_reset() {
+    let servers = [named("b0").await, named("b1").await];
+    let yaml = static_config(&servers.each_ref().map(|server| server.address), "health_check: { kind: none }");
+    let program = Program::start(&yaml).await.ready().await;
+    let mut open = Vec::new();
+    let mut of = [0, 0];
+    while of.contains(&0) {
+        let mut stream = TcpStream::connect(program.web()).await.unwrap();
+        let mut name = [0; 2];
+        soon("a name", stream.read_exact(&mut name)).await.unwrap();
+        of[usize::from(name[1] - b'0')] += 1;
+        open.push(stream);
+    }
+    let words =
+        |count: u32| format!("Ringway reset {count} connection{} at the deadline", if count == 1 { "" } else { "s" });
+    let (code, stdout, stderr) = cli(&program, &["drain", "echo/b0", "--wait", "--within", "0s"]).await;
+    assert_eq!(code, Some(3), "{stdout}{stderr}");
+    assert!(stderr.contains(&words(of[0])), "{stderr}");
+    // A backend that leaves takes its own counter along.
+    let (code, _, _) = cli(&program, &["undrain", "echo/b0"]).await;
+    assert_eq!(code, Some(0));
+    let (code, stdout, stderr) = cli(&program, &["remove", "echo/b1", "--wait"]).await;
+    assert_eq!(code, Some(3), "{stdout}{stderr}");
+    assert!(stderr.contains(&words(of[1])) && stdout.contains("left the pool"), "{stdout}{stderr}");
+    // Without connections there is nothing to reset.
+    let (code, stdout, stderr) = cli(&program, &["drain", "echo/b0", "--wait"]).await;
+    assert_eq!((code, stderr.as_str()), (Some(0), ""), "{stdout}");
+    assert!(stdout.contains("echo/b0: 0 connections left"), "{stdout}");
+}
+
+#[tokio::test]
+async fn a_reload_names_the_changes_that_it_keeps_and_drops_them_when_asked() {
+    let servers = [named("b0").await, named("b1").await];
+    let yaml = static_config(&servers.each_ref().map(|server| server.address), "health_check: { kind: none }");
+    let program = Program::start(&yaml).await.ready().await;
+    let (code, stdout, stderr) = cli(&program, &["undrain", "echo/b0"]).await;
+    assert_eq!((code, stdout.as_str()), (Some(0), "nothing to change\n"), "{stderr}");
+    for change in [&["drain", "echo/b0"][..], &["weight", "echo/b1", "3"]] {
+        assert_eq!(cli(&program, change).await.0, Some(0));
+    }
+    let (_, stdout, _) = cli(&program, &["reload"]).await;
+    for part in [
+        "nothing to change",
+        "kept at run time: pools[echo]: weight of b1 is 3, not 1",
+        "b0 is drained",
+        "reload --reset",
+    ] {
+        assert!(stdout.contains(part), "{stdout:?} lacks {part:?}");
+    }
+    let (code, stdout, stderr) = cli(&program, &["reload", "--reset"]).await;
+    assert_eq!(code, Some(0), "{stderr}");
+    for part in ["static[b1].weight: 3 -> 1", "pools[echo]: b0 is no longer drained", "keys move"] {
+        assert!(stdout.contains(part) && !stdout.contains("kept"), "{stdout:?} lacks {part:?}");
+    }
+    let status = program.status().await;
+    assert_eq!(status["pools"][0]["differs"], serde_json::json!([]));
+    assert_eq!(status["pools"][0]["backends"][0]["state"], "healthy");
+    let (_, stdout, _) = cli(&program, &["check", "--diff"]).await;
+    assert_eq!(stdout, "no difference\n");
+}
+
+#[tokio::test]
+async fn a_drained_backend_has_its_share_but_gets_no_keys_now() {
+    let (_servers, ringway) = three().await;
+    let table = || ringway.state().pools[0].table.load();
+    let shares = table().ring().shares().to_vec();
+    assert_eq!(table().shares_now(), shares);
+    ringway.send(drain("b1", None)).await.unwrap();
+    eventually("draining", || ringway.states()[1] == State::Draining).await;
+    let now = table().shares_now().to_vec();
+    assert_eq!(table().ring().shares(), shares);
+    assert!(now[1] == 0.0 && (now.iter().sum::<f64>() - 1.0).abs() < 1e-9, "{now:?}");
+    // As many keys as the shares say.
+    let keys = 20_000_u32;
+    let first = |key: u32| table().candidates(&key.to_le_bytes()).next().unwrap().0.id.to_string();
+    let to_b0 = (0..keys).filter(|&key| first(key) == "b0").count();
+    let part = to_b0 as f64 / f64::from(keys);
+    assert!((part - now[0]).abs() < 0.02, "{part} {now:?}");
+}
+
+#[tokio::test]
+async fn the_log_shows_something_else_until_it_is_reset_or_the_time_is_over() {
+    let server = named("b0").await;
+    let program = Program::start(&static_config(&[server.address], "")).await.ready().await;
+    let (code, _, stderr) = cli(&program, &["log", "debgu"]).await;
+    assert!(code == Some(1) && stderr.contains("\"debgu\" is not a level: use one of error, warn"), "{stderr}");
+    let (code, stdout, stderr) = cli(&program, &["log", "warn,ringway::app=debug", "--for", "1h"]).await;
+    assert_eq!((code, stdout.as_str()), (Some(0), "log: warn,ringway::app=debug for 1h, then info\n"), "{stderr}");
+    assert_eq!(cli(&program, &["log", "off"]).await.0, Some(0));
+    assert_eq!(cli(&program, &["weight", "echo/b0", "2"]).await.0, Some(0));
+    let (code, stdout, _) = cli(&program, &["log", "--reset"]).await;
+    assert_eq!((code, stdout.as_str()), (Some(0), "log: info, as at the start\n"));
+    assert_eq!(cli(&program, &["weight", "echo/b0", "3"]).await.0, Some(0));
+    eventually("a line", || program.log().contains("command done: weight echo/b0 3")).await;
+    assert!(!program.log().contains("weight echo/b0 2"), "{}", program.log());
+    let (code, _, _) = cli(&program, &["log", "off", "--for", "1ms"]).await;
+    assert_eq!(code, Some(0));
+    eventually("the usual log", || program.log().contains("the log is as at the start again")).await;
 }
 
 #[tokio::test]
@@ -237,7 +346,6 @@ async fn every_error_is_json_and_changes_nothing() {
         ("DELETE", "/api/pools/echo/backends/nope", &[], b"", 404, "not_found"),
         ("GET", &format!("{b0}/drain"), &[], b"", 405, "method_not_allowed"),
         ("GET", "/api/reload", &[], b"", 405, "method_not_allowed"),
-        ("POST", &format!("{b0}/undrain"), &[], b"", 409, "conflict"),
         ("POST", "/api/pools/echo/scale", &[], b"{\"replicas\": 2}", 409, "conflict"),
         ("POST", "/api/pools/echo/backends", &[], b"{\"address\": \"127.0.0.1:1\", \"id\": \"b0\"}", 409, "conflict"),
         ("POST", &format!("{b0}/weight"), &[], &large, 413, "body_too_large"),

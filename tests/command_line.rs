@@ -262,4 +262,5 @@ async fn json_logs_are_json() {
     let line = crate::harness::soon("a line", line).await.unwrap();
     let line: serde_json::Value = serde_json::from_str(&line).unwrap();
     assert!(line["level"] == "INFO" && line["fields"]["message"].is_string(), "{line}");
+    assert_eq!(line["pid"], child.0.id());
 }

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Signal, kill_process};
 
 use crate::harness::program::{Program, is_alive};
-use crate::harness::{Ringway, THREE_REPLICAS, config, eventually, eventually_async, get, soon};
+use crate::harness::{Ringway, THREE_REPLICAS, config, eventually, eventually_async, get, http, soon};
 use ringway::backend::State;
 
 fn pid_of(ringway: &Ringway, slot: usize) -> Option<rustix::process::Pid> {
@@ -177,6 +177,17 @@ async fn sigterm_and_sigint_stop_ringway_and_its_replicas_with_exit_code_0() {
         assert!(!replicas.iter().any(|&pid| is_alive(pid)), "a replica outlived Ringway");
         eventually("the last line", || program.log().contains("stopped")).await;
     }
+}
+
+#[tokio::test]
+async fn a_planned_stop_of_a_replica_is_no_warning() {
+    let program = Program::start(&program_config()).await.ready().await;
+    let answer = http(program.api(), "POST", "/api/pools/echo/scale", b"{\"replicas\": 2}").await;
+    assert_eq!(answer.status(), 200);
+    eventually("the stop", || program.log().contains("replica stopped pool=echo slot=echo-3")).await;
+    assert!(!program.log().contains(" WARN "), "{}", program.log());
+    kill_process(program.replicas().await[0], Signal::KILL).unwrap();
+    eventually("a warning", || program.log().contains(" WARN replica ended pool=echo slot=echo-1")).await;
 }
 
 #[tokio::test]

@@ -20,8 +20,8 @@ use super::{State, encoded};
 use crate::control::command::{Caller, Command, ErrorKind, Report};
 use crate::control::provider::Listed;
 
-/// Longest drain that a call may ask for: one day, in seconds, as in the config.
-const LONGEST_DRAIN: f64 = 86_400.0;
+/// Longest time that a call may give: one day, in seconds, as for a drain in the config.
+const LONGEST: f64 = 86_400.0;
 
 type Answer = Result<Json<Report>, Error>;
 type From = ConnectInfo<SocketAddr>;
@@ -65,12 +65,24 @@ struct ScaleBody {
     replicas: u32,
 }
 
+/// The body of a change of the log.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LogBody {
+    /// `null`: as at the start.
+    filter: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    for_seconds: Option<f64>,
+}
+
 /// The query of a reload.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ReloadQuery {
     #[serde(default)]
     dry_run: bool,
+    #[serde(default)]
+    reset: bool,
 }
 
 /// A command as a client sends it.
@@ -108,9 +120,15 @@ impl HttpCall {
             Command::Scale { pool, replicas } => {
                 post(format!("/api/pools/{}/scale", encoded(pool)), json(&ScaleBody { replicas: *replicas }))
             }
-            Command::Reload { text, is_dry_run } => {
-                let query = if *is_dry_run { "?dry_run=true" } else { "" };
-                post(format!("/api/reload{query}"), text.clone().unwrap_or_default())
+            Command::Reload { text, is_dry_run, is_reset } => {
+                let given = [(*is_dry_run, "dry_run=true"), (*is_reset, "reset=true")];
+                let given: Vec<_> = given.iter().filter(|(is_given, _)| *is_given).map(|(_, text)| *text).collect();
+                let mark = if given.is_empty() { "" } else { "?" };
+                post(format!("/api/reload{mark}{}", given.join("&")), text.clone().unwrap_or_default())
+            }
+            Command::Log { filter, lasts } => {
+                let for_seconds = lasts.map(|lasts| lasts.as_secs_f64());
+                post("/api/log".to_owned(), json(&LogBody { filter: filter.clone(), for_seconds }))
             }
             Command::Upgrade => post("/api/upgrade".to_owned(), String::new()),
         }
@@ -136,6 +154,7 @@ pub(super) fn routes(state: &Arc<State>) -> axum::Router<Arc<State>> {
         .route("/api/pools/{pool}/backends/{backend}/weight", post(weight))
         .route("/api/pools/{pool}/scale", post(scale))
         .route("/api/reload", post(reload))
+        .route("/api/log", post(log))
         .route("/api/upgrade", post(upgrade))
         .route_layer(from_fn_with_state(Arc::clone(state), changes))
 }
@@ -143,12 +162,8 @@ pub(super) fn routes(state: &Arc<State>) -> axum::Router<Arc<State>> {
 async fn drain(Extract(state): Extract<Arc<State>>, caller: From, path: BackendPath, body: Bytes) -> Answer {
     let (pool, backend) = backend_of(path)?;
     let DrainBody { within_seconds } = optional(&body)?;
-    let within = within_seconds.map(|seconds| {
-        let fits = (0.0..=LONGEST_DRAIN).contains(&seconds);
-        fits.then(|| Duration::from_secs_f64(seconds))
-            .ok_or_else(|| invalid(format!("within_seconds: {seconds} is not between 0 and {LONGEST_DRAIN}")))
-    });
-    run(&state, caller, Command::Drain { pool, backend, within: within.transpose()? }).await
+    let within = within_seconds.map(|seconds| duration("within_seconds", seconds)).transpose()?;
+    run(&state, caller, Command::Drain { pool, backend, within }).await
 }
 
 async fn undrain(Extract(state): Extract<Arc<State>>, caller: From, path: BackendPath) -> Answer {
@@ -186,15 +201,22 @@ async fn reload(
     query: Result<Query<ReloadQuery>, QueryRejection>,
     body: Bytes,
 ) -> Answer {
-    let Query(ReloadQuery { dry_run }) = query
-        .map_err(|rejection| invalid(format!("{}: the only query parameter is dry_run=true", rejection.body_text())))?;
+    let Query(ReloadQuery { dry_run, reset }) = query.map_err(|rejection| {
+        invalid(format!("{}: the query parameters are dry_run=true and reset=true", rejection.body_text()))
+    })?;
     let text = (!body.is_empty()).then(|| String::from_utf8(body.to_vec()));
     let text = text.transpose().map_err(|_| invalid("the config is not UTF-8".to_owned()))?;
     if text.is_some() && !dry_run {
         let message = "a reload reads the file that Ringway was started with; a body is only for ?dry_run=true";
         return Err(invalid(message.to_owned()));
     }
-    run(&state, caller, Command::Reload { text, is_dry_run: dry_run }).await
+    run(&state, caller, Command::Reload { text, is_dry_run: dry_run, is_reset: reset }).await
+}
+
+async fn log(Extract(state): Extract<Arc<State>>, caller: From, body: Bytes) -> Answer {
+    let LogBody { filter, for_seconds } = required(&body)?;
+    let lasts = for_seconds.map(|seconds| duration("for_seconds", seconds)).transpose()?;
+    run(&state, caller, Command::Log { filter, lasts }).await
 }
 
 async fn upgrade(Extract(state): Extract<Arc<State>>, caller: From) -> Answer {
@@ -211,6 +233,13 @@ async fn run(state: &State, ConnectInfo(caller): From, command: Command) -> Answ
         }
     })?;
     Ok(Json(report))
+}
+
+/// A number of seconds as a duration.
+fn duration(field: &str, seconds: f64) -> Result<Duration, Error> {
+    let fits = (0.0..=LONGEST).contains(&seconds);
+    fits.then(|| Duration::from_secs_f64(seconds))
+        .ok_or_else(|| invalid(format!("{field}: {seconds} is not between 0 and {LONGEST}")))
 }
 
 fn pool_of(path: PoolPath) -> Result<String, Error> {
@@ -282,8 +311,14 @@ mod tests {
             Command::Add { pool: pool.clone(), backend: listed("unix:/run/db.sock") },
             Command::Remove { pool: pool.clone(), backend },
             Command::Scale { pool, replicas: 5 },
-            Command::Reload { text: None, is_dry_run: false },
-            Command::Reload { text: Some("listeners: []".to_owned()), is_dry_run: true },
+            Command::Reload { text: None, is_dry_run: false, is_reset: false },
+            Command::Reload { text: None, is_dry_run: true, is_reset: true },
+            Command::Reload { text: Some("listeners: []".to_owned()), is_dry_run: true, is_reset: false },
+            Command::Log {
+                filter: Some("info,ringway::proxy=debug".to_owned()),
+                lasts: Some(Duration::from_secs(300)),
+            },
+            Command::Log { filter: None, lasts: None },
             Command::Upgrade,
         ] {
             assert_eq!(received(&HttpCall::of(&command)).await, command);

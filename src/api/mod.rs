@@ -24,6 +24,7 @@ mod request;
 mod scrape;
 mod server;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -153,6 +154,8 @@ pub struct View {
     pub tcp: TcpOptions,
     /// Which metrics each backend has.
     pub per_backend: PerBackend,
+    /// The path of the config file; `None`: the built-in config.
+    pub config: Option<PathBuf>,
     /// Counts lines that the access log dropped.
     pub access_log_lost: Option<LostLines>,
     /// Counts lines that the log dropped.
@@ -168,6 +171,7 @@ impl Default for View {
             differs: Vec::new(),
             tcp: TcpOptions::default(),
             per_backend: PerBackend::Full,
+            config: None,
             access_log_lost: None,
             log_lost: None,
         }

@@ -27,6 +27,9 @@ pub struct Status {
     pub pid: Option<u32>,
     pub uptime_seconds: f64,
     pub ready: bool,
+    /// `None`: the built-in config, or hidden.
+    #[serde(default)]
+    pub config: Option<String>,
     pub listeners: Vec<Listener>,
     pub pools: Vec<Pool>,
 }
@@ -68,6 +71,8 @@ pub struct Pool {
     pub table_generation: u64,
     pub panic: bool,
     pub drain_seconds: f64,
+    #[serde(default)]
+    pub cut_by_drain: u64,
     pub differs: Vec<Differs>,
     pub backends: Vec<Member>,
 }
@@ -106,6 +111,8 @@ pub struct Member {
     pub state: String,
     pub weight: u32,
     pub share: f64,
+    #[serde(default)]
+    pub now: f64,
     pub replica: Option<Replica>,
     pub restarts: u64,
     pub last_exit: Option<Exit>,
@@ -148,6 +155,8 @@ pub struct BackendConnections {
     pub active: u64,
     pub total: u64,
     pub failed: u64,
+    #[serde(default)]
+    pub cut_by_drain: u64,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -182,7 +191,7 @@ impl Status {
     /// Keeps what clients of a listener may see: names, states, counts and shares. Removes addresses, process ids,
     /// containers, run-time changes, and texts of servers, replicas and the engine.
     pub(super) fn for_strangers(mut self) -> Self {
-        self.pid = None;
+        (self.pid, self.config) = (None, None);
         for listener in &mut self.listeners {
             listener.address = None;
         }
@@ -209,6 +218,7 @@ impl Status {
             pid: Some(std::process::id()),
             uptime_seconds: state.started.elapsed().as_secs_f64(),
             ready: state.ready.load(Ordering::Relaxed),
+            config: view.config.as_ref().map(|path| path.display().to_string()),
             listeners: view.listeners.iter().map(Listener::of).collect(),
             pools: pools.map(|(pool, (provider, differs))| Pool::of(pool, provider, differs)).collect(),
         }
@@ -262,6 +272,7 @@ impl Pool {
             table_generation: table.generation(),
             panic: table.is_panic(),
             drain_seconds: pool.drain.as_secs_f64(),
+            cut_by_drain: pool.stats.cut_by_drain.load(Ordering::Relaxed),
             differs: differs.to_vec(),
             backends,
         }
@@ -282,21 +293,21 @@ impl Provider {
 
 fn members(table: &Table) -> Vec<Member> {
     let now = Instant::now();
-    std::iter::zip(table.backends(), table.ring().shares())
-        .map(|(backend, &share)| Member::of(backend, share, now))
-        .collect()
+    let shares = std::iter::zip(table.ring().shares(), table.shares_now());
+    let members = std::iter::zip(table.backends(), shares);
+    members.map(|(backend, (&share, &share_now))| Member::of(backend, share, share_now, now)).collect()
 }
 
 impl Member {
-    fn of(backend: &Backend, share: f64, now: Instant) -> Self {
+    fn of(backend: &Backend, share: f64, share_now: f64, now: Instant) -> Self {
         let live = &backend.live;
         Self {
             id: backend.id.to_string(),
             address: backend.address.as_ref().map(std::string::ToString::to_string),
             state: backend.state.as_str().to_owned(),
             weight: backend.weight,
-            // Four digits are precise enough for a person.
-            share: (share * 1e4).round() / 1e4,
+            share: four_digits(share),
+            now: four_digits(share_now),
             replica: backend.replica.as_ref().map(Replica::of),
             restarts: backend.restarts,
             last_exit: backend.last_exit.as_ref().map(|exit| Exit {
@@ -309,17 +320,23 @@ impl Member {
                 active: live.active.load(Ordering::Relaxed),
                 total: live.total.load(Ordering::Relaxed),
                 failed: live.failures.total(),
+                cut_by_drain: live.cut_by_drain.load(Ordering::Relaxed),
             },
             bytes: Moved { from_client: live.from_client.total(), to_client: live.to_client.total() },
             health: Health {
                 last: backend.last_check().map(str::to_owned),
                 since_seconds: now.saturating_duration_since(backend.health.since).as_secs_f64(),
             },
-            admission: (backend.admission.as_part() * 1e4).round() / 1e4,
+            admission: four_digits(backend.admission.as_part()),
             drain: backend.drain.map(|drain| Drain::of(drain, now)),
             ejections: live.ejections.load(Ordering::Relaxed),
         }
     }
+}
+
+/// Precise enough for a person.
+fn four_digits(part: f64) -> f64 {
+    (part * 1e4).round() / 1e4
 }
 
 impl Drain {
@@ -350,7 +367,7 @@ mod tests {
     #[test]
     fn strangers_see_states_and_counts_but_no_addresses_processes_or_texts() {
         let status: Status = serde_json::from_value(serde_json::json!({
-            "version": "1", "pid": 4711, "uptime_seconds": 1.0, "ready": true,
+            "version": "1", "pid": 4711, "config": "/secret.yaml", "uptime_seconds": 1.0, "ready": true,
             "listeners": [{
                 "name": "web", "address": "10.9.9.9:8000", "pool": "echo", "max_connections": 7,
                 "connections": { "active": 1, "total": 2 },

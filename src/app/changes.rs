@@ -35,6 +35,15 @@ impl Changes {
         self.0.get(pool).cloned().unwrap_or_default()
     }
 
+    /// Returns the changes whose values differ from the config, in words.
+    pub(super) fn in_words(&self, config: &Config) -> Vec<String> {
+        let of_pool = |pool: &Pool| {
+            let differs = self.get(&pool.name).differs(pool);
+            differs.iter().map(|differs| format!("pools[{}]: {}", pool.name, differs.in_words())).collect::<Vec<_>>()
+        };
+        config.pools.iter().flat_map(of_pool).collect()
+    }
+
     /// Returns the config with the changes applied to it.
     pub(super) fn over(&self, config: &Config) -> Config {
         let mut config = config.clone();

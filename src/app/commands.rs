@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::changes::Changes;
 use super::provider::listed;
@@ -30,6 +31,8 @@ pub(super) enum Planned {
     Reload(Box<ReloadPlan>),
     /// Drain or undrain one backend.
     Notify { pool: String, event: Event, changes: Changes, summary: String },
+    /// Log something else; `None`: as at the start.
+    Log { filter: Option<String>, lasts: Option<Duration>, summary: String },
     /// Only report: a dry run.
     Report(Report),
     /// Hand over to a successor.
@@ -58,7 +61,7 @@ impl App {
             Command::Undrain { pool, backend } => {
                 self.check_backend(&pool, &backend)?;
                 if !changes.of(&pool).drained.remove(&backend) {
-                    return Err(CommandError::NotDrained { pool, backend });
+                    return Ok(Planned::Report(Report::default()));
                 }
                 let event = Event::DrainCancelled { id: backend.as_str().into() };
                 let summary = format!("{pool}/{backend}: accepting connections again");
@@ -118,20 +121,26 @@ impl App {
                 }
                 changes.of(&pool).replicas = Some(replicas);
             }
-            Command::Reload { text, is_dry_run } => {
+            Command::Reload { text, is_dry_run, is_reset } => {
                 let is_from_file = text.is_none();
                 let file = Arc::new(self.read(text).await?);
-                changes = changes.kept(&self.file, &file);
+                changes = if is_reset { Changes::default() } else { changes.kept(&self.file, &file) };
+                let kept = changes.in_words(&file);
                 if is_dry_run {
-                    return Ok(Planned::Report(self.outlook(file, changes).await.report));
+                    let report = self.outlook(file, changes).await.report;
+                    return Ok(Planned::Report(Report { kept, ..report }));
                 }
                 let plan = self.prepare(file, changes).await;
                 return match plan {
-                    Ok(plan) => Ok(Planned::Reload(Box::new(plan))),
+                    Ok(mut plan) => {
+                        plan.report.kept = kept;
+                        Ok(Planned::Reload(Box::new(plan)))
+                    }
                     Err(error) if is_from_file => Err(self.with_place(error).await),
                     Err(error) => Err(CommandError::CannotPrepare(error.to_string())),
                 };
             }
+            Command::Log { filter, lasts } => return self.plan_log(filter, lasts),
             Command::Upgrade => return Ok(Planned::HandOver),
         }
         self.plan_reload(Arc::clone(&self.file), changes).await
@@ -160,6 +169,37 @@ impl App {
     async fn plan_reload(&self, file: Arc<Config>, changes: Changes) -> Result<Planned, CommandError> {
         let plan = self.prepare(file, changes).await;
         Ok(Planned::Reload(Box::new(plan.map_err(|error| CommandError::CannotPrepare(error.to_string()))?)))
+    }
+
+    fn plan_log(&self, filter: Option<String>, lasts: Option<Duration>) -> Result<Planned, CommandError> {
+        let log = self.environment.log_filter.as_ref();
+        let log = log.ok_or_else(|| CommandError::BadFilter("this Ringway writes no log".to_owned()))?;
+        if let Some(filter) = &filter {
+            log.check(filter).map_err(CommandError::BadFilter)?;
+        }
+        let summary = match (&filter, lasts) {
+            (None, _) => format!("log: {}, as at the start", log.first()),
+            (Some(filter), None) => format!("log: {filter}"),
+            (Some(filter), Some(lasts)) => {
+                format!("log: {filter} for {}, then {}", humantime::format_duration(lasts), log.first())
+            }
+        };
+        Ok(Planned::Log { filter, lasts, summary })
+    }
+
+    /// Changes the filter of the log. A change with a time ends by itself, and every other one replaces it.
+    pub(super) fn apply_log(&mut self, filter: Option<&str>, lasts: Option<Duration>, summary: String) -> Report {
+        if let Some(log) = self.environment.log_filter.clone() {
+            log.set(filter);
+            self.log_ends = lasts.filter(|_| filter.is_some()).map(|lasts| {
+                AbortOnDropHandle::new(tokio::spawn(async move {
+                    tokio::time::sleep(lasts).await;
+                    log.set(None);
+                    tracing::info!(filter = log.first(), "the log is as at the start again");
+                }))
+            });
+        }
+        Report { changes: vec![summary], ..Report::default() }
     }
 
     /// The error with the line of the config file that it is about.
@@ -197,7 +237,7 @@ impl App {
             | Command::Add { pool, .. }
             | Command::Remove { pool, .. }
             | Command::Scale { pool, .. } => *pool = self.pool_name(std::mem::take(pool)),
-            Command::Reload { .. } | Command::Upgrade => {}
+            Command::Reload { .. } | Command::Log { .. } | Command::Upgrade => {}
         }
         command
     }

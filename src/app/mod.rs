@@ -94,6 +94,23 @@ pub struct Environment {
     pub token: Option<String>,
     /// Counts lines that did not reach the log; `None`: nobody counts them.
     pub log_lost: Option<LostLines>,
+    /// What the log shows; `None`: nobody can change it.
+    pub log_filter: Option<Arc<dyn LogFilter>>,
+}
+
+/// What a log shows, which a command can change.
+pub trait LogFilter: std::fmt::Debug + Send + Sync {
+    /// The filter at the start.
+    fn first(&self) -> &str;
+
+    /// Whether this is a filter.
+    ///
+    /// # Errors
+    /// What is wrong with the text, and the remedy.
+    fn check(&self, filter: &str) -> Result<(), String>;
+
+    /// Changes the filter; `None`: as at the start. Does nothing if `check` refuses the text.
+    fn set(&self, filter: Option<&str>);
 }
 
 /// A started app. Dropping it ends replicas and side port at once; the workers drain while the process lives.
@@ -129,6 +146,8 @@ pub struct App {
     retiring: Vec<(String, CancellationToken)>,
     commands: mpsc::Receiver<PendingCommand>,
     /// Hear of workers that end, and of tasks that panic.
+    /// Ends a change of the log's filter.
+    log_ends: Option<AbortOnDropHandle<()>>,
     trouble: Option<(WorkersEnded, mpsc::UnboundedReceiver<()>)>,
     /// Ends before `ready` becomes false, or it could set `ready` again.
     becoming_ready: Option<AbortOnDropHandle<()>>,
@@ -240,6 +259,7 @@ impl App {
             bound,
             inheritance,
             commands,
+            log_ends: None,
             trouble: Some((workers_ended, panics)),
             tasks,
             retiring: Vec::new(),
@@ -299,6 +319,7 @@ impl App {
             differs: self.pools.iter().map(differs).collect(),
             tcp: self.config.tcp,
             per_backend: self.config.metrics.per_backend,
+            config: self.environment.source.path(),
             access_log_lost: self.access_log.as_ref().map(|(log, _)| log.lost()),
             log_lost: self.environment.log_lost.clone(),
         });

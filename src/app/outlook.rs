@@ -58,13 +58,21 @@ impl Running {
         let mut needs_restart = keep_fixed(&mut config, &self.config);
         let shown = differences(&self.config, &config);
         needs_restart.sort();
+        let undrained = config.pools.iter().flat_map(|pool| self.undrained(pool, &changes));
         let of_slots = config.pools.iter().flat_map(|pool| self.slot_weights(pool, &changes));
         let report = Report {
-            changes: shown.iter().map(ToString::to_string).chain(of_slots).collect(),
+            changes: shown.iter().map(ToString::to_string).chain(of_slots).chain(undrained).collect(),
             moved: self.moved(&config, &changes),
             needs_restart,
+            kept: Vec::new(),
         };
         Outlook { config: Arc::new(config), changes, report }
+    }
+
+    /// The drains that end, which no config holds.
+    fn undrained(&self, pool: &config::Pool, changes: &Changes) -> Vec<String> {
+        let (was, is) = (self.changes.get(&pool.name).drained, changes.get(&pool.name).drained);
+        was.difference(&is).map(|id| format!("pools[{}]: {id} is no longer drained", pool.name)).collect()
     }
 
     /// The changes of the weights of a pool's slots, which no config holds.

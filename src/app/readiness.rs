@@ -44,7 +44,7 @@ pub(super) async fn become_ready(state: Arc<State>) {
     };
     let _ = tokio::time::timeout(WARMING, all_judged).await;
     if !state.ready.swap(true, Ordering::Relaxed) {
-        tracing::info!(after = ?state.started.elapsed(), "ready");
+        tracing::info!(after_seconds = state.started.elapsed().as_secs_f64(), "ready");
     }
 }
 

@@ -147,6 +147,7 @@ impl App {
                 Ok(Planned::Notify { pool, event, changes, summary }) => {
                     Ok(self.apply_event(&pool, event, changes, summary).await)
                 }
+                Ok(Planned::Log { filter, lasts, summary }) => Ok(self.apply_log(filter.as_deref(), lasts, summary)),
                 Ok(Planned::HandOver) => {
                     let successor = tokio::select! {
                         () = &mut shutdown => return Ok(RunOutcome::Stopped),
@@ -194,9 +195,13 @@ impl App {
         result: Result<Report, CommandError>,
         outcome: oneshot::Sender<Result<Report, CommandError>>,
     ) {
+        let (name, pool, backend) = (command.name(), command.pool(), command.backend());
         match &result {
-            Ok(_) => tracing::info!(%caller, "command done: {command}"),
-            Err(error) => tracing::warn!(%caller, "command rejected: {command}: {error}"),
+            Ok(_) => tracing::info!(command = name, pool, backend, %caller, "command done: {command}"),
+            Err(error) => {
+                let error = error.to_string();
+                tracing::warn!(command = name, pool, backend, error, %caller, "command rejected: {command}");
+            }
         }
         let label = if result.is_ok() { api::Outcome::Ok } else { api::Outcome::Failed };
         match command {

@@ -84,7 +84,7 @@ fn diff(common: &Common, options: &Options, file: Option<PathBuf>) -> Result<(),
         }
         None => None,
     };
-    let command = Command::Reload { text, is_dry_run: true };
+    let command = Command::Reload { text, is_dry_run: true, is_reset: false };
     let report = runtime()?.block_on(side_port::run(common, &options.port, &command));
     let report = report.map_err(|error| error.context("cannot compare with a running Ringway"))?;
     print(&in_words(&report, "no difference\n"))

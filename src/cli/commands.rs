@@ -3,12 +3,12 @@
 use std::time::{Duration, Instant};
 
 use clap::Subcommand;
-use ringway::api::status::{Member, Status};
+use ringway::api::status::Status;
 use ringway::control::command::{Command, Report};
 use ringway::control::provider::Listed;
 
 use super::side_port::{self, Port};
-use super::{Common, Failure, print, runtime};
+use super::{Common, Failure, counted, print, runtime};
 
 /// Time between two reads of the status while `--wait` waits.
 const LOOK: Duration = Duration::from_millis(250);
@@ -83,8 +83,25 @@ pub(crate) enum RuntimeCommand {
         #[command(flatten)]
         port: Port,
     },
+    /// Change what a running Ringway logs
+    Log {
+        /// A level (error, warn, info, debug, trace) or a filter like `info,ringway::proxy=debug`
+        #[arg(required_unless_present = "reset")]
+        filter: Option<String>,
+        /// How long; after this time, Ringway logs as at its start
+        #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
+        lasts: Option<Duration>,
+        /// Log as at the start
+        #[arg(long, conflicts_with_all = ["filter", "lasts"])]
+        reset: bool,
+        #[command(flatten)]
+        port: Port,
+    },
     /// Read the config file again and apply its changes
     Reload {
+        /// Drop the changes made at run time, which a reload keeps otherwise
+        #[arg(long)]
+        reset: bool,
         #[command(flatten)]
         port: Port,
     },
@@ -119,8 +136,8 @@ pub(crate) fn run(common: &Common, command: RuntimeCommand) -> Result<(), Failur
         match command {
             RuntimeCommand::Drain { backend, within, wait, port } => {
                 let Backend { pool, id } = backend.clone();
-                send(common, &port, &Command::Drain { pool, backend: id, within }).await?;
-                if wait { wait_for(common, &port, &backend).await } else { Ok(()) }
+                let command = Command::Drain { pool, backend: id, within };
+                send_and_wait(common, &port, &command, wait.then_some(&backend)).await
             }
             RuntimeCommand::Undrain { backend: Backend { pool, id }, port } => {
                 send(common, &port, &Command::Undrain { pool, backend: id }).await
@@ -134,15 +151,18 @@ pub(crate) fn run(common: &Common, command: RuntimeCommand) -> Result<(), Failur
             }
             RuntimeCommand::Remove { backend, wait, port } => {
                 let Backend { pool, id } = backend.clone();
-                send(common, &port, &Command::Remove { pool, backend: id }).await?;
-                if wait { wait_for(common, &port, &backend).await } else { Ok(()) }
+                let command = Command::Remove { pool, backend: id };
+                send_and_wait(common, &port, &command, wait.then_some(&backend)).await
             }
             RuntimeCommand::Scale { pool, replicas, port } => {
                 send(common, &port, &Command::Scale { pool, replicas }).await
             }
+            RuntimeCommand::Log { filter, lasts, reset: _, port } => {
+                send(common, &port, &Command::Log { filter, lasts }).await
+            }
             RuntimeCommand::Upgrade { port } => send(common, &port, &Command::Upgrade).await,
-            RuntimeCommand::Reload { port } => {
-                send(common, &port, &Command::Reload { text: None, is_dry_run: false }).await
+            RuntimeCommand::Reload { reset, port } => {
+                send(common, &port, &Command::Reload { text: None, is_dry_run: false, is_reset: reset }).await
             }
         }
     })
@@ -168,17 +188,52 @@ pub(super) fn in_words(report: &Report, nothing: &str) -> String {
     if !report.needs_restart.is_empty() {
         let _ = writeln!(text, "requires an upgrade or a restart: {}", report.needs_restart.join(", "));
     }
-    if text.is_empty() { nothing.to_owned() } else { text }
+    if text.is_empty() {
+        text.push_str(nothing);
+    }
+    for kept in &report.kept {
+        let _ = writeln!(text, "kept at run time: {kept}");
+    }
+    if !report.kept.is_empty() {
+        text.push_str("`ringway reload --reset` drops these changes\n");
+    }
+    text
 }
 
-/// Waits until the backend has no connections or has left, and prints a line for each change of their number.
-async fn wait_for(common: &Common, port: &Port, backend: &Backend) -> Result<(), Failure> {
-    let began = Instant::now();
-    let mut shown = None;
-    loop {
+/// Sends a command that drains a backend. With `waits_for`, waits until it has no connections or has left, and fails if Ringway
+/// reset some of them.
+async fn send_and_wait(
+    common: &Common,
+    port: &Port,
+    command: &Command,
+    waits_for: Option<&Backend>,
+) -> Result<(), Failure> {
+    let Some(backend) = waits_for else { return send(common, port, command).await };
+    let before = cut(&side_port::status(common, port).await?, backend);
+    send(common, port, command).await?;
+    wait_for(common, port, backend, before).await
+}
+
+/// The connections that drains have reset so far: of the pool, and of the backend.
+fn cut(status: &Status, backend: &Backend) -> (u64, u64) {
+    let pool = status.pool(&backend.pool);
+    let member = pool.and_then(|pool| pool.backends.iter().find(|member| member.id == backend.id));
+    (pool.map_or(0, |pool| pool.cut_by_drain), member.map_or(0, |member| member.connections.cut_by_drain))
+}
+
+/// Waits for the end of a drain, and prints a line for each change of the number of connections.
+async fn wait_for(common: &Common, port: &Port, backend: &Backend, before: (u64, u64)) -> Result<(), Failure> {
+    let (began, mut shown) = (Instant::now(), None);
+    let cut = loop {
         let status = side_port::status(common, port).await?;
-        let Some(member) = find(&status, backend) else {
-            return print(&format!("{backend} left the pool after {:.1} s\n", began.elapsed().as_secs_f64()));
+        let Some(pool) = status.pool(&backend.pool) else {
+            return Err(anyhow::anyhow!("the pool of {backend} is gone").into());
+        };
+        let member = pool.backends.iter().find(|member| member.id == backend.id);
+        let Some(member) = member else {
+            print(&format!("{backend} left the pool after {:.1} s\n", began.elapsed().as_secs_f64()))?;
+            // Its own counter is gone.
+            break pool.cut_by_drain.saturating_sub(before.0);
         };
         let left = member.connections.active;
         let Some(drain) = &member.drain else {
@@ -188,17 +243,13 @@ async fn wait_for(common: &Common, port: &Port, backend: &Backend) -> Result<(),
             let deadline = drain
                 .deadline_in_seconds
                 .map_or("no deadline".to_owned(), |left| format!("{left:.0} s until the deadline"));
-            print(&format!("{backend}: {left} connections left, {deadline}\n"))?;
+            print(&format!("{backend}: {} left, {deadline}\n", counted(left, "connection")))?;
             shown = Some(left);
         }
         if left == 0 && !drain.leaves {
-            return Ok(());
+            break member.connections.cut_by_drain.saturating_sub(before.1);
         }
         tokio::time::sleep(LOOK).await;
-    }
-}
-
-fn find<'a>(status: &'a Status, backend: &Backend) -> Option<&'a Member> {
-    let pool = status.pool(&backend.pool)?;
-    pool.backends.iter().find(|member| member.id == backend.id)
+    };
+    if cut == 0 { Ok(()) } else { Err(Failure::Cut { what: backend.to_string(), cut }) }
 }

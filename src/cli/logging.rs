@@ -1,14 +1,19 @@
 //! The log on standard error: its filter and its format. Writing a line never blocks the thread that logs.
 
-use std::io::{self, IsTerminal as _};
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ringway::app::LogFilter;
 use ringway::lossy_writer::{LossyWriter, LostLines};
-use tracing_subscriber::EnvFilter;
-use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+use tracing_subscriber::fmt::{self, MakeWriter};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Registry, reload};
 
-use super::{Common, Failure, LogFormat};
+use super::{Common, Failure, LogFormat, terminal};
 
 /// Maximum lines in the queue; further lines are dropped and counted.
 const QUEUED_LINES: usize = 4096;
@@ -17,23 +22,36 @@ const QUEUED_LINES: usize = 4096;
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The log of this process. Dropping it writes the queued lines, for at most one second.
-pub(super) struct Log(Arc<LossyWriter>);
+pub(super) struct Log {
+    writer: Arc<LossyWriter>,
+    filter: Arc<Filter>,
+}
+
+/// The filter of the log, which a command can change.
+#[derive(Debug)]
+struct Filter {
+    first: String,
+    current: reload::Handle<EnvFilter, Registry>,
+}
 
 impl Log {
     /// Starts the log. Panics are logged too.
     pub(super) fn start(common: &Common) -> Result<Self, Failure> {
-        let filter = filter(&common.log)?;
+        let fault = |error: String| Failure::Log { filter: common.log.clone(), error };
+        let (filter, current) = reload::Layer::new(filter(&common.log).map_err(fault)?);
         let writer = LossyWriter::start("log", QUEUED_LINES, Box::new(io::stderr()), LostLines::default())
             .map_err(|error| anyhow::anyhow!("cannot start the log: {error}"))?;
-        let log = Self(Arc::new(writer));
-        let builder = tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_writer(Lines(Arc::clone(&log.0)))
-            .with_ansi(io::stderr().is_terminal());
-        match common.log_format {
-            LogFormat::Text => builder.with_target(false).init(),
-            LogFormat::Json => builder.json().init(),
+        let writer = Arc::new(writer);
+        let is_json = common.log_format == LogFormat::Json;
+        let lines = Lines { writer: Arc::clone(&writer), is_json };
+        let layer = fmt::layer().with_writer(lines).with_ansi(terminal::has_colours(&io::stderr()));
+        let registry = tracing_subscriber::registry().with(filter);
+        if is_json {
+            registry.with(layer.json()).init();
+        } else {
+            registry.with(layer.with_target(false).with_timer(Stamp)).init();
         }
+        let log = Self { writer, filter: Arc::new(Filter { first: common.log.clone(), current }) };
         // The default hook writes to standard error, where nobody may be reading.
         std::panic::set_hook(Box::new(|panic| {
             let at = panic.location().map(ToString::to_string);
@@ -45,20 +63,52 @@ impl Log {
         Ok(log)
     }
 
+    /// What the log shows.
+    pub(super) fn filter(&self) -> Arc<dyn LogFilter> {
+        Arc::clone(&self.filter) as Arc<dyn LogFilter>
+    }
+
     /// Prints text in full, between the lines of the log.
     pub(super) fn print(&self, text: String) {
-        self.0.write(text.into_bytes());
+        self.writer.write(text.into_bytes());
     }
 
     /// The counter of lost lines.
     pub(super) fn lost(&self) -> LostLines {
-        self.0.lost().clone()
+        self.writer.lost().clone()
     }
 }
 
 impl Drop for Log {
     fn drop(&mut self) {
-        self.0.finish();
+        self.writer.finish();
+    }
+}
+
+impl LogFilter for Filter {
+    fn first(&self) -> &str {
+        &self.first
+    }
+
+    fn check(&self, text: &str) -> Result<(), String> {
+        filter(text).map(drop)
+    }
+
+    fn set(&self, text: Option<&str>) {
+        // The subscriber lives as long as the process.
+        if let Ok(new) = filter(text.unwrap_or(&self.first)) {
+            let _ = self.current.reload(new);
+        }
+    }
+}
+
+/// The time and the process id: during an upgrade, two processes write to the same log.
+struct Stamp;
+
+impl FormatTime for Stamp {
+    fn format_time(&self, to: &mut Writer<'_>) -> std::fmt::Result {
+        SystemTime.format_time(to)?;
+        write!(to, " [{}]", std::process::id())
     }
 }
 
@@ -78,17 +128,17 @@ pub(super) async fn report_lost(lost: LostLines) {
     }
 }
 
-fn filter(text: &str) -> Result<EnvFilter, Failure> {
-    let fault = |error: &dyn std::fmt::Display| Failure::Log { filter: text.to_owned(), error: error.to_string() };
+/// Parses a filter, or says what is wrong with it.
+fn filter(text: &str) -> Result<EnvFilter, String> {
     // `EnvFilter` takes a bare word that is not a level for a module, and would log nothing at all.
     let levels = ["error", "warn", "info", "debug", "trace", "off"];
     if let Some(word) = text
         .split(',')
         .find(|word| !word.contains(['=', ':', '[']) && !levels.contains(&word.to_ascii_lowercase().as_str()))
     {
-        return Err(fault(&format_args!("{word:?} is not a level: use one of {}", levels.join(", "))));
+        return Err(format!("{word:?} is not a level: use one of {}", levels.join(", ")));
     }
-    let filter = EnvFilter::try_new(text).map_err(|error| fault(&error))?;
+    let filter = EnvFilter::try_new(text).map_err(|error| error.to_string())?;
     // bollard logs whole requests, with the environment of replicas in them. hyper logs every slow client of the side
     // port as a warning.
     let quiet = [("bollard", "bollard=info"), ("hyper", "hyper=error")].into_iter();
@@ -98,22 +148,30 @@ fn filter(text: &str) -> Result<EnvFilter, Failure> {
 }
 
 /// Makes each event one line of the log.
-struct Lines(Arc<LossyWriter>);
+struct Lines {
+    writer: Arc<LossyWriter>,
+    is_json: bool,
+}
 
 /// The formatter writes a whole event at once.
-struct Event<'a>(&'a LossyWriter);
+struct Event<'a>(&'a Lines);
 
 impl<'a> MakeWriter<'a> for Lines {
     type Writer = Event<'a>;
 
     fn make_writer(&'a self) -> Event<'a> {
-        Event(&self.0)
+        Event(self)
     }
 }
 
 impl io::Write for Event<'_> {
     fn write(&mut self, event: &[u8]) -> io::Result<usize> {
-        self.0.write(one_line(event));
+        let line = one_line(event);
+        // The formatter of JSON has no place for the process id.
+        self.0.writer.write(match line.strip_prefix(b"{") {
+            Some(rest) if self.0.is_json => [format!("{{\"pid\":{},", std::process::id()).as_bytes(), rest].concat(),
+            _ => line,
+        });
         Ok(event.len())
     }
 

@@ -8,7 +8,7 @@
 //! - [`reap`]: removes containers that Ringway created
 //! - [`healthcheck`], [`init`]: the health check and process 1 of Ringway's own container
 //! - [`logging`]: the log on standard error
-//! - [`side_port`]: HTTP client of the side port
+//! - [`side_port`]: HTTP client of the side port; [`table`], [`terminal`]: how commands print
 
 pub(crate) mod check;
 pub(crate) mod commands;
@@ -22,6 +22,8 @@ pub(crate) mod status;
 
 mod logging;
 mod side_port;
+mod table;
+mod terminal;
 
 use std::io::Write as _;
 use std::path::PathBuf;
@@ -108,6 +110,8 @@ pub(crate) enum Failure {
     Log { filter: String, error: String },
     #[error("{}{error}", place.as_ref().map(|place| format!("{place}: ")).unwrap_or_default())]
     Start { place: Option<Place>, error: StartError },
+    #[error("{what}: Ringway reset {} at the deadline", counted(*cut, "connection"))]
+    Cut { what: String, cut: u64 },
     #[error("{0:#}")]
     Other(#[from] anyhow::Error),
 }
@@ -122,6 +126,7 @@ impl Failure {
         match self {
             Self::Config(_) | Self::Log { .. } => ExitCode::from(2),
             Self::Start { .. } | Self::Other(_) => ExitCode::FAILURE,
+            Self::Cut { .. } => ExitCode::from(3),
         }
     }
 }
@@ -139,19 +144,9 @@ impl Common {
     }
 }
 
-/// Rows with aligned columns.
-fn table<const N: usize>(rows: &[[String; N]]) -> String {
-    let mut widths = [0; N];
-    for row in rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = (*width).max(cell.len());
-        }
-    }
-    let line = |row: &[String; N]| {
-        let cells: Vec<_> = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        cells.join("  ").trim_end().to_owned() + "\n"
-    };
-    rows.iter().map(line).collect()
+/// A number with its noun: `1 connection`, `2 connections`.
+fn counted(count: u64, noun: &str) -> String {
+    if count == 1 { format!("1 {noun}") } else { format!("{count} {noun}s") }
 }
 
 /// Prints to standard output. A closed pipe (`ringway check | head`) is not a failure.

@@ -49,6 +49,7 @@ fn serve(common: &Common, config: Config, source: &Source, log: &Log) -> Result<
         docker_host: docker_host(),
         token: std::env::var(side_port::TOKEN).ok(),
         log_lost: Some(log.lost()),
+        log_filter: Some(log.filter()),
     };
     if environment.token.is_some() || config.api.token_file.is_some() {
         // Processes of the same user cannot read the environment and the memory of this one then (prctl(2)).
@@ -141,7 +142,7 @@ impl Signals {
             tokio::select! {
                 _ = self.terminate.recv() => return "SIGTERM",
                 _ = self.interrupt.recv() => return "SIGINT",
-                _ = self.hangup.recv() => send(Command::Reload { text: None, is_dry_run: false }),
+                _ = self.hangup.recv() => send(Command::Reload { text: None, is_dry_run: false, is_reset: false }),
                 _ = self.user2.recv() => send(Command::Upgrade),
             }
         }

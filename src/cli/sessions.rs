@@ -6,7 +6,9 @@ use clap::Args;
 use ringway::api::encoded;
 use ringway::api::sessions::{Ended, MOST, Page, Parameters, Shown};
 
-use super::{Common, Failure, print, runtime, side_port};
+use super::table::{Cell, Narrow, table};
+use super::terminal::Terminal;
+use super::{Common, Failure, counted, print, runtime, side_port};
 
 /// Which connections.
 #[derive(Debug, Args)]
@@ -99,7 +101,7 @@ pub(crate) fn list(common: &Common, list: &List) -> Result<(), Failure> {
         // Text and numbers always serialize.
         return print(&(serde_json::to_string_pretty(&sessions).unwrap_or_default() + "\n"));
     }
-    print(&table(&sessions))
+    print(&list_of(&sessions))
 }
 
 pub(crate) fn kill(common: &Common, kill: &Kill) -> Result<(), Failure> {
@@ -126,10 +128,10 @@ pub(crate) fn kill(common: &Common, kill: &Kill) -> Result<(), Failure> {
 }
 
 fn sessions(count: usize) -> String {
-    if count == 1 { "1 session".to_owned() } else { format!("{count} sessions") }
+    counted(count as u64, "session")
 }
 
-fn table(sessions: &[Shown]) -> String {
+fn list_of(sessions: &[Shown]) -> String {
     let head = [
         "ID", "CLIENT", "PEER", "LISTENER", "ROUTE", "POOL", "BACKEND", "AGE", "IDLE", "IN", "OUT", "PATH", "STATE",
         "SNI",
@@ -156,6 +158,7 @@ fn table(sessions: &[Shown]) -> String {
             or_dash(&one.sni),
         ]
     };
-    let rows: Vec<_> = std::iter::once(head.map(str::to_owned)).chain(sessions.iter().map(row)).collect();
-    super::table(&rows)
+    let rows: Vec<_> =
+        std::iter::once(head.map(Cell::from)).chain(sessions.iter().map(|one| row(one).map(Cell::from))).collect();
+    table(&rows, Narrow { shorten: &[1, 2, 4, 6, 13], drop: &[2, 11, 4, 13, 3] }, Terminal::stdout())
 }

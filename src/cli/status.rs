@@ -1,103 +1,245 @@
 //! `ringway status`: reads the status of a running Ringway and prints it as a table.
 
+use std::io::{IsTerminal as _, Write as _};
+use std::time::Duration;
+
 use anyhow::Context as _;
 use clap::Args;
-use ringway::api::status::{Connections, Member, Replica, Status};
-use ringway::control::command::Differs;
+use ringway::api::status::{Connections, Listener, Member, Pool, Replica, Status};
 
-use super::{Common, Failure, print, runtime, side_port};
+use super::table::{Cell, Narrow, clean, table};
+use super::terminal::{Colour, Terminal};
+use super::{Common, Failure, counted, print, runtime, side_port};
+
+/// Time between two tables of `--watch`.
+const WATCH: Duration = Duration::from_secs(2);
+
+/// Moves the cursor to the first line, and clears what is below it.
+const AGAIN: &str = "\x1b[H\x1b[J";
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
+    /// Show only this pool
+    pool: Option<String>,
     /// Print JSON
     #[arg(long)]
     json: bool,
+    /// Print the status again and again, at this interval [default interval: 2s]
+    #[arg(long, value_name = "INTERVAL", num_args = 0..=1, value_parser = humantime::parse_duration, conflicts_with = "json")]
+    watch: Option<Option<Duration>>,
     #[command(flatten)]
     port: side_port::Port,
 }
 
 pub(crate) fn status(common: &Common, options: &Options) -> Result<(), Failure> {
-    let answer = runtime()?.block_on(side_port::body(common, &options.port, "/api/status"))?;
-    if options.json {
-        return print(&format!("{}\n", String::from_utf8_lossy(&answer)));
-    }
-    let status = serde_json::from_slice(&answer).context("the side port's answer is not a status")?;
-    print(&table(&status))
+    runtime()?.block_on(async {
+        let Some(interval) = options.watch else { return once(common, options).await };
+        let is_terminal = std::io::stdout().is_terminal();
+        loop {
+            // Ringway may be away for a moment.
+            let text = match read(common, options).await {
+                Ok(status) => in_words(&status, Terminal::stdout()),
+                Err(failure) => format!("{failure}\n"),
+            };
+            print(&if is_terminal { format!("{AGAIN}{text}") } else { format!("{text}\n") })?;
+            if std::io::stdout().flush().is_err() {
+                return Ok(());
+            }
+            tokio::time::sleep(interval.unwrap_or(WATCH)).await;
+        }
+    })
 }
 
-fn table(status: &Status) -> String {
-    let mut rows = vec![
-        ["POOL", "BACKEND", "STATE", "ADDRESS", "REPLICA", "RESTARTS", "ACTIVE", "TOTAL", "FAILED", "SHARE", "CHECK"]
-            .map(str::to_owned),
-    ];
-    for pool in &status.pools {
-        rows.extend(pool.backends.iter().map(|backend| row(&pool.name, backend)));
+async fn once(common: &Common, options: &Options) -> Result<(), Failure> {
+    if options.json && options.pool.is_none() {
+        let answer = side_port::body(common, &options.port, "/api/status").await?;
+        return print(&format!("{}\n", String::from_utf8_lossy(&answer)));
     }
-    let ready = if status.ready { "ready" } else { "not ready" };
-    let mut lines = vec![format!("Ringway {}, up {:.0} s, {ready}", status.version, status.uptime_seconds)];
+    let status = read(common, options).await?;
+    if options.json {
+        // Text and numbers always serialize.
+        return print(&(serde_json::to_string(&status).unwrap_or_default() + "\n"));
+    }
+    print(&in_words(&status, Terminal::stdout()))
+}
+
+/// The status, or the part of it that is about one pool.
+async fn read(common: &Common, options: &Options) -> Result<Status, Failure> {
+    let mut status = side_port::status(common, &options.port).await.context("cannot read the status")?;
+    if let Some(wanted) = &options.pool {
+        if status.pool(wanted).is_none() {
+            let known: Vec<_> = status.pools.iter().map(|pool| pool.name.as_str()).collect();
+            return Err(anyhow::anyhow!("there is no pool {wanted:?}; pools: {}", known.join(", ")).into());
+        }
+        status.pools.retain(|pool| pool.name == *wanted);
+        let leads = |listener: &Listener| {
+            listener.pool == *wanted || listener.routes.iter().any(|route| route.pool.as_ref() == Some(wanted))
+        };
+        status.listeners.retain(leads);
+    }
+    Ok(status)
+}
+
+fn in_words(status: &Status, terminal: Terminal) -> String {
+    let ready = if status.ready { ("ready", Colour::Good) } else { ("not ready", Colour::Bad) };
+    let ready = terminal.coloured(ready.0, Some(ready.1));
+    let mut lines = vec![format!("Ringway {}, up {}, {ready}", status.version, time(status.uptime_seconds))];
     for listener in &status.listeners {
-        let Connections { active, total } = listener.connections;
-        let (name, address) = (&listener.name, &listener.address);
-        let is_pool = status.pools.iter().any(|pool| pool.name == listener.pool);
-        let pool = if is_pool { format!("pool {}", listener.pool) } else { listener.pool.clone() };
-        lines.push(format!(
-            "{name} on {}, {pool}: {active} connections, {total} in total",
-            address.as_deref().unwrap_or("-")
-        ));
-        lines.extend(listener.routes.iter().map(|route| {
-            let to = route.pool.as_deref().map_or("reset".to_owned(), |pool| format!("pool {pool}"));
-            format!("  route {} to {to}: {} connections in total", route.name, route.connections)
-        }));
+        lines.extend(listener_in_words(listener, status));
     }
     for pool in &status.pools {
-        if let Some(error) = pool.provider.engine.as_ref().and_then(|engine| engine.error.as_ref()) {
-            lines.push(format!("pool {}: {error}", pool.name));
-        }
-        if pool.panic {
-            lines
-                .push(format!("pool {}: panic: too few backends are healthy, so Ringway tries all of them", pool.name));
-        }
-        lines.extend(
-            pool.differs
-                .iter()
-                .map(|differs| format!("pool {}: differs from the config: {}", pool.name, in_words(differs))),
-        );
+        lines.extend(problems(pool).into_iter().map(|problem| terminal.coloured(&clean(&problem), Some(Colour::Bad))));
+        let differs = pool.differs.iter().map(|differs| format!("changed at run time: {}", differs.in_words()));
+        lines.extend(differs.map(|differs| clean(&format!("pool {}: {differs}", pool.name))));
     }
     lines.push(String::new());
-    lines.push(super::table(&rows).trim_end().to_owned());
+    lines.push(backends(status, terminal).trim_end().to_owned());
     let exits = status.pools.iter().flat_map(|pool| &pool.backends).filter(|backend| backend.replica.is_none());
     for (backend, exit) in exits.filter_map(|backend| Some((backend, backend.last_exit.as_ref()?))) {
-        lines.push(format!("\n{}: {}, {:.0} s ago", backend.id, exit.reason, exit.seconds_ago));
-        lines.extend(exit.output.iter().map(|line| format!("  {line}")));
+        lines.push(clean(&format!("{}: {}, {} ago", backend.id, exit.reason, time(exit.seconds_ago))));
+        let last = lines.len() - 1;
+        lines[last].insert(0, '\n');
+        lines.extend(exit.output.iter().map(|line| format!("  {}", clean(line))));
     }
     lines.join("\n") + "\n"
 }
 
-/// A run-time change in a few words.
-fn in_words(differs: &Differs) -> String {
-    let backend = differs.backend.as_ref().map(|id| format!(" {id}")).unwrap_or_default();
-    match (differs.config, differs.now) {
-        (Some(config), Some(now)) => format!("{}{backend} is {now}, not {config}", differs.what),
-        (None, Some(now)) => format!("{}{backend} is {now}", differs.what),
-        _ => format!("{}{backend}", differs.what),
+fn listener_in_words(listener: &Listener, status: &Status) -> Vec<String> {
+    let Connections { active, total } = listener.connections;
+    let is_pool = status.pools.iter().any(|pool| pool.name == listener.pool);
+    let pool = if is_pool { format!("pool {}", listener.pool) } else { listener.pool.clone() };
+    let address = listener.address.as_deref().unwrap_or("-");
+    let mut lines =
+        vec![format!("{} on {address}, {pool}: {}, {total} in total", listener.name, counted(active, "connection"))];
+    lines.extend(listener.routes.iter().map(|route| {
+        let to = route.pool.as_deref().map_or("reset".to_owned(), |pool| format!("pool {pool}"));
+        format!("  route {} to {to}: {} in total", route.name, counted(route.connections, "connection"))
+    }));
+    lines
+}
+
+/// What is wrong with a pool.
+fn problems(pool: &Pool) -> Vec<String> {
+    let mut problems = Vec::new();
+    if let Some(error) = pool.provider.engine.as_ref().and_then(|engine| engine.error.as_ref()) {
+        problems.push(format!("pool {}: {error}", pool.name));
+    }
+    if pool.panic {
+        let what = "panic: too few backends are healthy, so Ringway tries all of them";
+        problems.push(format!("pool {}: {what}", pool.name));
+    }
+    problems
+}
+
+/// The table of backends.
+fn backends(status: &Status, terminal: Terminal) -> String {
+    let head = [
+        "POOL", "BACKEND", "STATE", "ADDRESS", "REPLICA", "RESTARTS", "ACTIVE", "TOTAL", "FAILED", "SHARE", "NOW",
+        "CHECK",
+    ];
+    let mut rows = vec![head.map(Cell::from)];
+    for pool in &status.pools {
+        let shares = percents(pool.backends.iter().map(|backend| backend.share));
+        let now = percents(pool.backends.iter().map(|backend| backend.now));
+        let shares = std::iter::zip(shares, now);
+        rows.extend(std::iter::zip(&pool.backends, shares).map(|(backend, shares)| row(&pool.name, backend, shares)));
+    }
+    table(&rows, Narrow { shorten: &[1, 3, 4, 11], drop: &[5, 4, 7, 9, 8] }, terminal)
+}
+
+fn row(pool: &str, backend: &Member, (share, now): (String, String)) -> [Cell; 12] {
+    let replica = backend.replica.as_ref().map(|replica| match replica {
+        Replica::Process { pid } => format!("pid {pid}"),
+        Replica::Container { name, .. } => name.clone(),
+    });
+    let or_dash = |text: Option<&String>| text.map_or("-", String::as_str).to_owned();
+    [
+        pool.into(),
+        backend.id.as_str().into(),
+        Cell::coloured(&backend.state, Some(colour(&backend.state))),
+        or_dash(backend.address.as_ref()).into(),
+        or_dash(replica.as_ref()).into(),
+        backend.restarts.to_string().into(),
+        backend.connections.active.to_string().into(),
+        backend.connections.total.to_string().into(),
+        backend.connections.failed.to_string().into(),
+        share.into(),
+        now.into(),
+        or_dash(backend.health.last.as_ref()).into(),
+    ]
+}
+
+/// The colour of a backend's state.
+pub(super) fn colour(state: &str) -> Colour {
+    match state {
+        "healthy" => Colour::Good,
+        "starting" | "draining" => Colour::Warning,
+        _ => Colour::Bad,
     }
 }
 
-fn row(pool: &str, backend: &Member) -> [String; 11] {
-    [
-        pool.to_owned(),
-        backend.id.clone(),
-        backend.state.clone(),
-        backend.address.clone().unwrap_or_else(|| "-".to_owned()),
-        backend.replica.as_ref().map_or("-".to_owned(), |replica| match replica {
-            Replica::Process { pid } => format!("pid {pid}"),
-            Replica::Container { name, .. } => name.clone(),
-        }),
-        backend.restarts.to_string(),
-        backend.connections.active.to_string(),
-        backend.connections.total.to_string(),
-        backend.connections.failed.to_string(),
-        format!("{:.1} %", backend.share * 100.0),
-        backend.health.last.clone().unwrap_or_else(|| "-".to_owned()),
-    ]
+/// Parts of 1 as percentages with one digit. They add up to 100.0 if the parts add up to 1: the largest remainders are
+/// rounded up (Hamilton's method).
+pub(super) fn percents(parts: impl Iterator<Item = f64>) -> Vec<String> {
+    let tenths: Vec<f64> = parts.map(|part| part * 1000.0).collect();
+    let mut whole: Vec<u32> = tenths.iter().map(|&tenths| whole(tenths.floor())).collect();
+    let missing = self::whole(tenths.iter().sum::<f64>().round()).saturating_sub(whole.iter().sum());
+    let mut by_remainder: Vec<usize> = (0..tenths.len()).collect();
+    by_remainder.sort_by(|&a, &b| tenths[b].fract().total_cmp(&tenths[a].fract()));
+    for &n in by_remainder.iter().take(missing as usize) {
+        whole[n] += 1;
+    }
+    whole.iter().map(|tenths| format!("{}.{} %", tenths / 10, tenths % 10)).collect()
+}
+
+/// A whole number that is not negative.
+#[expect(clippy::cast_sign_loss, reason = "negative numbers become 0")]
+fn whole(number: f64) -> u32 {
+    number as u32
+}
+
+/// A time in its two largest units: `5 m 10 s`.
+pub(super) fn time(seconds: f64) -> String {
+    let seconds = seconds.max(0.0).round();
+    let units = [("d", 86_400.0), ("h", 3600.0), ("m", 60.0), ("s", 1.0)];
+    let first = units.iter().position(|(_, size)| seconds >= *size).unwrap_or(3);
+    let mut left = seconds;
+    let parts = units.iter().skip(first).take(2).map(|(name, size)| {
+        let count = (left / size).floor();
+        left -= count * size;
+        (count, name)
+    });
+    let parts: Vec<_> = parts.enumerate().filter(|(n, (count, _))| *n == 0 || *count > 0.0).collect();
+    let parts: Vec<_> = parts.iter().map(|(_, (count, name))| format!("{count} {name}")).collect();
+    parts.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentages_add_up_to_a_hundred() {
+        for parts in [vec![1.0 / 3.0; 3], vec![1.0 / 7.0; 7], vec![0.99996, 0.00004], vec![0.1234, 0.8766]] {
+            let shown = percents(parts.iter().copied());
+            let sum: f64 = shown.iter().map(|text| text.trim_end_matches(" %").parse::<f64>().unwrap()).sum();
+            assert!((sum - 100.0).abs() < 1e-9, "{shown:?}");
+        }
+        assert_eq!(percents([1.0 / 3.0; 3].into_iter()), ["33.4 %", "33.3 %", "33.3 %"]);
+        assert_eq!(percents([0.0, 0.0].into_iter()), ["0.0 %", "0.0 %"]);
+    }
+
+    #[test]
+    fn a_time_has_its_two_largest_units() {
+        for (seconds, text) in [
+            (0.2, "0 s"),
+            (59.6, "1 m"),
+            (310.0, "5 m 10 s"),
+            (3600.0, "1 h"),
+            (7265.0, "2 h 1 m"),
+            (200_000.0, "2 d 7 h"),
+        ] {
+            assert_eq!(time(seconds), text);
+        }
+    }
 }

@@ -72,9 +72,61 @@ pub enum Command {
         text: Option<String>,
         /// Report what would change, and change nothing.
         is_dry_run: bool,
+        /// Drop the run-time changes. Otherwise those stay whose settings the config has not changed.
+        is_reset: bool,
+    },
+    /// Change what Ringway logs.
+    Log {
+        /// A level like `debug`, or a filter like `info,ringway::proxy=debug`; `None`: as at the start.
+        filter: Option<String>,
+        /// How long, then as at the start; `None`: until Ringway ends.
+        lasts: Option<Duration>,
     },
     /// Hand over to a new process, started from the binary that is on disk now.
     Upgrade,
+}
+
+impl Command {
+    /// The name of the command, as on the command line.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Drain { .. } => "drain",
+            Self::Undrain { .. } => "undrain",
+            Self::Weight { .. } => "weight",
+            Self::Add { .. } => "add",
+            Self::Remove { .. } => "remove",
+            Self::Scale { .. } => "scale",
+            Self::Reload { is_dry_run: true, .. } => "check",
+            Self::Reload { .. } => "reload",
+            Self::Log { .. } => "log",
+            Self::Upgrade => "upgrade",
+        }
+    }
+
+    /// The pool or listener that the command names.
+    pub fn pool(&self) -> Option<&str> {
+        match self {
+            Self::Drain { pool, .. }
+            | Self::Undrain { pool, .. }
+            | Self::Weight { pool, .. }
+            | Self::Add { pool, .. }
+            | Self::Remove { pool, .. }
+            | Self::Scale { pool, .. } => Some(pool),
+            Self::Reload { .. } | Self::Log { .. } | Self::Upgrade => None,
+        }
+    }
+
+    /// The backend that the command names.
+    pub fn backend(&self) -> Option<&str> {
+        match self {
+            Self::Drain { backend, .. }
+            | Self::Undrain { backend, .. }
+            | Self::Weight { backend, .. }
+            | Self::Remove { backend, .. } => Some(backend),
+            Self::Add { backend, .. } => Some(&backend.id),
+            Self::Scale { .. } | Self::Reload { .. } | Self::Log { .. } | Self::Upgrade => None,
+        }
+    }
 }
 
 impl fmt::Display for Command {
@@ -88,7 +140,10 @@ impl fmt::Display for Command {
             Self::Remove { pool, backend } => write!(f, "remove {pool}/{backend}"),
             Self::Scale { pool, replicas } => write!(f, "scale {pool} {replicas}"),
             Self::Reload { is_dry_run: true, .. } => f.write_str("check"),
+            Self::Reload { is_reset: true, .. } => f.write_str("reload --reset"),
             Self::Reload { .. } => f.write_str("reload"),
+            Self::Log { filter: Some(filter), .. } => write!(f, "log {filter}"),
+            Self::Log { filter: None, .. } => f.write_str("log --reset"),
             Self::Upgrade => f.write_str("upgrade"),
         }
     }
@@ -103,6 +158,9 @@ pub struct Report {
     pub moved: Vec<Moved>,
     /// Key paths of settings that differ and require a restart.
     pub needs_restart: Vec<String>,
+    /// Run-time changes that a reload leaves as they are, in words.
+    #[serde(default)]
+    pub kept: Vec<String>,
 }
 
 /// The share of a pool's keys that move to another backend.
@@ -151,14 +209,6 @@ pub enum CommandError {
         /// The id.
         backend: String,
     },
-    /// The backend is not drained.
-    #[error("{pool}/{backend} is not drained")]
-    NotDrained {
-        /// The pool.
-        pool: String,
-        /// The id.
-        backend: String,
-    },
     /// Only static pools take or give up single backends.
     #[error("pool {0} is not static: its provider decides which backends it has")]
     NotStatic(String),
@@ -190,6 +240,9 @@ pub enum CommandError {
         /// What is allowed.
         range: RangeInclusive<u32>,
     },
+    /// The log takes no such filter; the text says why.
+    #[error("{0}")]
+    BadFilter(String),
     /// The config has faults; the text names them all.
     #[error("{0}")]
     BadConfig(String),
@@ -220,10 +273,9 @@ impl CommandError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::UnknownPool { .. } | Self::UnknownBackend { .. } => ErrorKind::NotFound,
-            Self::OutOfRange { .. } | Self::BadConfig(_) => ErrorKind::Invalid,
+            Self::OutOfRange { .. } | Self::BadConfig(_) | Self::BadFilter(_) => ErrorKind::Invalid,
             Self::BackendExists { .. }
             | Self::LastBackend { .. }
-            | Self::NotDrained { .. }
             | Self::NotStatic(_)
             | Self::NotSupervised(_)
             | Self::FixedWeight(_)
@@ -283,6 +335,20 @@ impl CommandSender {
         let (sender, outcome) = oneshot::channel();
         self.0.send(PendingCommand { command, caller, outcome: sender }).await.map_err(|_| CommandError::Stopping)?;
         outcome.await.map_err(|_| CommandError::Stopping)?
+    }
+}
+
+impl Differs {
+    /// The change in a few words, like `weight of echo-1 is 3, not 1`.
+    pub fn in_words(&self) -> String {
+        let of = self.backend.as_ref().map(|id| format!(" of {id}")).unwrap_or_default();
+        match (self.config, self.now, self.what.as_str(), &self.backend) {
+            (Some(config), Some(now), what, _) => format!("{what}{of} is {now}, not {config}"),
+            (None, Some(now), what, _) => format!("{what}{of} is {now}"),
+            (.., "drain", Some(id)) => format!("{id} is drained"),
+            (.., what, Some(id)) => format!("{id} was {what}"),
+            (.., what, None) => what.to_owned(),
+        }
     }
 }
 

@@ -116,7 +116,7 @@ impl Ejections {
         }
         let count = self.records.get(&report.backend).map_or(0, |record| record.left(base, now)) + 1;
         let lasts = base.saturating_mul(count).min(max);
-        tracing::warn!(backend = %report.backend, count, ?lasts, "connects keep failing; backend ejected");
+        tracing::warn!(backend = %report.backend, count, lasts_seconds = lasts.as_secs_f64(), "connects keep failing; backend ejected");
         let (incarnation, until) = (report.incarnation, now + lasts);
         self.records.insert(Arc::clone(&report.backend), Record { incarnation, count, until, is_out: true });
         vec![Event::Ejected { id: Arc::clone(&report.backend), incarnation }]

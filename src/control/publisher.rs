@@ -78,6 +78,8 @@ pub struct Publisher {
     /// again must get a new number.
     incarnation: u64,
     generation: u64,
+    /// The pool has been in panic mode before.
+    has_panicked: bool,
     cell: TableCell,
 }
 
@@ -99,6 +101,7 @@ impl Publisher {
             ring,
             incarnation: 0,
             generation: 0,
+            has_panicked: false,
             cell,
         };
         publisher.take(known, now);
@@ -207,14 +210,27 @@ impl Publisher {
         self.generation += 1;
         let table =
             Table::new(self.generation, Arc::clone(&self.ring), self.members.clone(), self.settings.panic_below);
-        let (pool, healthy) = (&self.pool, table.healthy());
+        let (pool, healthy) = (Arc::clone(&self.pool), table.healthy());
         match (before.is_panic(), table.is_panic()) {
-            (false, true) => tracing::error!(%pool, healthy, "too few backends are healthy; trying all (panic)"),
+            (false, true) => self.tell_panic(healthy),
             (true, false) => tracing::info!(%pool, healthy, "enough backends are healthy again"),
             _ if before.any_healthy() && healthy == 0 => tracing::error!(%pool, "no backend is healthy"),
             _ => {}
         }
         self.cell.publish(table);
+    }
+
+    /// Logs that the pool is in panic mode, which surprises users of other balancers: the first time with an explanation.
+    fn tell_panic(&mut self, healthy: usize) {
+        let (pool, backends, threshold) = (&self.pool, self.backends.len(), self.settings.panic_below);
+        let what = "too few backends are healthy; trying all (panic)";
+        if std::mem::replace(&mut self.has_panicked, true) {
+            tracing::error!(%pool, healthy, backends, threshold, "{what}");
+        } else {
+            tracing::error!(%pool, healthy, backends, threshold,
+                "{what}: fewer than panic_threshold percent are healthy, so the checks may be wrong and the healthy ones may not bear \
+                 the load. Ringway ignores the checks until enough backends pass. panic_threshold: 0 turns this off");
+        }
     }
 
     /// Applies one event. Returns which part of the published table it changes.

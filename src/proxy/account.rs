@@ -105,6 +105,12 @@ impl Drop for Account {
             log.write(&Line { connection, tries: &self.tries, outcome: self.outcome.as_str(), duration });
         }
         listener.serving.connection_seconds.record(duration.as_secs_f64());
+        if let (Outcome::Ended(EndReason::DrainDeadline), Some(served)) = (self.outcome, connection.served.get()) {
+            served.permit.live().cut_by_drain.fetch_add(1, Ordering::Relaxed);
+            if let Some(route) = connection.route() {
+                route.stats.cut_by_drain.fetch_add(1, Ordering::Relaxed);
+            }
+        }
         match self.outcome {
             Outcome::Ended(end) => listener.share().count_end(end),
             Outcome::Refused(refusal) => listener.share().count_refusal(refusal),

@@ -293,6 +293,8 @@ pub struct PoolStats {
     pub picked_in_panic: AtomicU64,
     /// How often a backend was skipped because it had reached its connection limit.
     pub walked_past_full: AtomicU64,
+    /// Connections that Ringway reset at the deadline of a backend's drain, those of backends that have left included.
+    pub cut_by_drain: AtomicU64,
 }
 
 /// Counters of one worker. The alignment keeps those of two workers out of one cache line: processors fetch lines of 64

@@ -89,6 +89,24 @@ async fn an_image_that_cannot_be_pulled_is_the_reason_of_the_exit() {
 
 #[tokio::test]
 #[ignore = "needs a Docker engine"]
+async fn a_missing_image_is_pulled_once_for_all_slots() {
+    let owner = Owner::new().await;
+    let restart = "restart: { backoff: 10ms, max_backoff: 100ms, crash_loop_after: 20 }";
+    let yaml =
+        owner.config(3, restart, "").replace(IMAGE, "127.0.0.1:1/no/image").replace("pull: never", "pull: missing");
+    let program = owner.program(&yaml).await;
+    crate::harness::eventually_async("many tries of each slot", async || {
+        let status = program.status().await;
+        (0..3).all(|backend| status["pools"][0]["backends"][backend]["state"] == "crash_loop")
+    })
+    .await;
+    let log = program.log();
+    assert_eq!(log.matches("pulling the image").count(), 1, "{log}");
+    assert!(log.contains("Ringway pulls again after 10 s"), "{log}");
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
 async fn a_slot_waits_until_a_foreign_container_frees_its_name() {
     let owner = Owner::new().await;
     let (name, mark) = (owner.container("echo-1"), format!("rwtest={}", owner.name));

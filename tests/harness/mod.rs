@@ -97,7 +97,7 @@ impl Ringway {
 
     /// Reloads the app with this config.
     pub(crate) async fn reload(&self, yaml: &str) -> Result<Report, CommandError> {
-        self.send(Command::Reload { text: Some(yaml.to_owned()), is_dry_run: false }).await
+        self.send(Command::Reload { text: Some(yaml.to_owned()), is_dry_run: false, is_reset: false }).await
     }
 
     /// Waits until every pool has had a healthy backend.
@@ -173,6 +173,7 @@ pub(crate) fn environment() -> Environment {
         replica_open_files: None,
         docker_host: None,
         log_lost: None,
+        log_filter: None,
     }
 }
 

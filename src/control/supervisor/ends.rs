@@ -3,9 +3,10 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::plan::{Policy, Slot};
+use super::plan::{Policy, Slot, Why};
 use crate::backend::Exit;
 use crate::control::Event;
+use crate::labels::Label as _;
 
 /// Records and logs ends of replicas and failed starts.
 #[derive(Debug)]
@@ -28,28 +29,33 @@ impl Ends {
 
     /// Records that a replica ended.
     pub(super) fn ended(&self, slot: &mut Slot, exit: Exit) -> Event {
-        let (was_loop, again_in_ms, is_loop) = self.strike(slot, exit.at);
+        let planned = slot.stops_for();
+        let (was_loop, again_in_seconds, is_loop) = self.strike(slot, exit.at);
         let (pool, name, how) = (&self.pool, &slot.name, &exit.reason);
         match (was_loop, is_loop) {
-            (_, false) => tracing::warn!(%pool, slot = %name, how, again_in_ms, "replica ended"),
+            _ if planned.is_some() => {
+                let why = planned.map(|why: Why| why.as_str());
+                tracing::info!(%pool, slot = %name, how, why, "replica stopped");
+            }
+            (_, false) => tracing::warn!(%pool, slot = %name, how, again_in_seconds, "replica ended"),
             (false, true) => {
                 let last_line = exit.output.last().map_or("", String::as_str);
-                tracing::error!(%pool, slot = %name, how, again_in_ms, last_line, "replica keeps exiting (crash loop)");
+                tracing::error!(%pool, slot = %name, how, again_in_seconds, last_line, "replica keeps exiting (crash loop)");
             }
-            (true, true) => tracing::debug!(%pool, slot = %name, how, again_in_ms, "replica ended again"),
+            (true, true) => tracing::debug!(%pool, slot = %name, how, again_in_seconds, "replica ended again"),
         }
         Event::Stopped { id: Arc::clone(name), crash_loop: is_loop, exit: Some(Arc::new(exit)) }
     }
 
     /// Records that a replica could not be started.
     pub(super) fn refused(&mut self, slot: &mut Slot, reason: &str, now: Instant) -> Event {
-        let (_, again_in_ms, is_loop) = self.strike(slot, now);
+        let (_, again_in_seconds, is_loop) = self.strike(slot, now);
         let (pool, name) = (&self.pool, &slot.name);
         let gist = gist(reason);
         if self.refusal.as_ref() == Some(&gist) {
-            tracing::debug!(%pool, slot = %name, reason, again_in_ms, "replica still cannot be started");
+            tracing::debug!(%pool, slot = %name, reason, again_in_seconds, "replica still cannot be started");
         } else {
-            tracing::error!(%pool, slot = %name, reason, again_in_ms, "replica cannot be started");
+            tracing::error!(%pool, slot = %name, reason, again_in_seconds, "replica cannot be started");
         }
         let exit = Exit { reason: format!("cannot be started: {reason}"), code: None, output: Vec::new(), at: now };
         self.refusal = Some(gist);
@@ -57,11 +63,11 @@ impl Ends {
     }
 
     /// Counts a failure of the slot. Returns whether it was in a crash loop before, the wait before the next try in
-    /// milliseconds, and whether it is in a crash loop now.
-    fn strike(&self, slot: &mut Slot, now: Instant) -> (bool, u64, bool) {
+    /// seconds, and whether it is in a crash loop now.
+    fn strike(&self, slot: &mut Slot, now: Instant) -> (bool, f64, bool) {
         let was_loop = slot.is_crash_loop(&self.policy);
         let wait = slot.ended(&self.policy, now);
-        (was_loop, u64::try_from(wait.as_millis()).unwrap_or(u64::MAX), slot.is_crash_loop(&self.policy))
+        (was_loop, wait.as_secs_f64(), slot.is_crash_loop(&self.policy))
     }
 }
 

@@ -285,6 +285,14 @@ impl Slot {
         }
     }
 
+    /// Why Ringway stops the replica; `None` if it does not.
+    pub fn stops_for(&self) -> Option<Why> {
+        match self.phase {
+            Phase::Stopping { why, .. } => Some(why),
+            _ => None,
+        }
+    }
+
     /// Whether a start has begun and no replica has been seen yet.
     pub fn is_starting(&self) -> bool {
         self.phase == Phase::Starting

@@ -1,6 +1,7 @@
 //! Creates the containers of a pool.
 
 use std::collections::HashMap;
+use std::time::{Duration, Instant};
 
 use bollard::models::{ContainerCreateBody, HostConfig, RestartPolicy, RestartPolicyNameEnum};
 use tokio::sync::Mutex;
@@ -44,6 +45,12 @@ pub struct Spec {
     pub pull: Pull,
 }
 
+/// Wait between a pull that failed and the next one; doubles with each further failure.
+const PULL_AGAIN: Duration = Duration::from_secs(10);
+
+/// Longest wait between two pulls.
+const PULL_AGAIN_AT_LAST: Duration = Duration::from_secs(300);
+
 /// Why Ringway could not create a container.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
@@ -77,13 +84,23 @@ pub(super) struct Maker {
     spec: Spec,
     digest: String,
     /// Limits pulls to one at a time: after the first, the engine has the image.
-    pulling: Mutex<()>,
+    pulling: Mutex<Option<FailedPull>>,
+}
+
+/// The last pull, which has failed. All slots of the pool need the same image, so one pull counts for all of them.
+#[derive(Debug)]
+struct FailedPull {
+    /// Failures in a row.
+    count: u32,
+    /// When Ringway may pull again.
+    again: Instant,
+    reason: String,
 }
 
 impl Maker {
     pub(super) fn new(engine: Engine, pool: &str, scope: &Scope, spec: Spec) -> Self {
         let digest = digest(&spec, &scope.network);
-        Self { engine, pool: pool.to_owned(), scope: scope.clone(), spec, digest, pulling: Mutex::new(()) }
+        Self { engine, pool: pool.to_owned(), scope: scope.clone(), spec, digest, pulling: Mutex::new(None) }
     }
 
     /// Digest of the settings; a container with another digest is outdated.
@@ -107,8 +124,7 @@ impl Maker {
             self.engine.remove(&old.id, false).await?;
         }
         if self.spec.pull == Pull::Always {
-            let _one_at_a_time = self.pulling.lock().await;
-            self.pull().await?;
+            self.pull(&mut *self.pulling.lock().await).await?;
         }
         let id = match self.create(slot).await {
             Err(error) if error.is_no_image() && self.spec.pull == Pull::Missing => self.pull_and_create(slot).await?,
@@ -133,32 +149,45 @@ impl Maker {
         } else if self.spec.pull == Pull::Never {
             Err(no_image(image))
         } else {
-            let _one_at_a_time = self.pulling.lock().await;
-            self.pull().await
+            self.pull(&mut *self.pulling.lock().await).await
         }
     }
 
     async fn pull_and_create(&self, slot: &str) -> Result<String, Failure> {
-        let _one_at_a_time = self.pulling.lock().await;
+        let mut last = self.pulling.lock().await;
         match self.create(slot).await {
             Err(error) if error.is_no_image() => {
-                self.pull().await?;
+                self.pull(&mut last).await?;
                 Ok(self.create(slot).await?)
             }
             other => Ok(other?),
         }
     }
 
-    async fn pull(&self) -> Result<(), Failure> {
-        let image = &self.spec.image;
+    /// Pulls the image, but not soon after a pull that failed.
+    async fn pull(&self, last: &mut Option<FailedPull>) -> Result<(), Failure> {
+        let (image, now) = (&self.spec.image, Instant::now());
+        if let Some(FailedPull { reason, .. }) = last.as_ref().filter(|failed| failed.again > now) {
+            return Err(Failure::Refused(reason.clone()));
+        }
         tracing::info!(pool = self.pool, image, "pulling the image");
-        self.engine.pull(image).await.map_err(|error| match error {
-            EngineError::Away { .. } => Failure::Engine(error),
-            EngineError::Refused { message, .. } => Failure::Refused(format!(
-                "the engine lacks the image {image:?} and cannot pull it: {message}; build or load it, \
-                 or check its name"
-            )),
-        })
+        let message = match self.engine.pull(image).await {
+            Ok(()) => {
+                *last = None;
+                return Ok(());
+            }
+            Err(error @ EngineError::Away { .. }) => return Err(Failure::Engine(error)),
+            Err(EngineError::Refused { message, .. }) => message,
+        };
+        let count = last.as_ref().map_or(0, |failed| failed.count);
+        let wait = PULL_AGAIN.saturating_mul(1 << count.min(10)).min(PULL_AGAIN_AT_LAST);
+        let reason = format!(
+            "the engine lacks the image {image:?} and cannot pull it: {message}; build or load it, or check its name. \
+             Ringway pulls again after {} s",
+            wait.as_secs()
+        );
+        *last = Some(FailedPull { count: count + 1, again: now + wait, reason: reason.clone() });
+        Err(Failure::Refused(reason))
     }
 
     async fn create(&self, slot: &str) -> Result<String, EngineError> {
