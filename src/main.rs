@@ -7,12 +7,10 @@ mod cli;
 use std::io::Write as _;
 use std::process::ExitCode;
 
-use clap::Parser as _;
-
 use crate::cli::{Arguments, Command, Failure};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = Arguments::from_command_line();
     let outcome = match arguments.command {
         None | Some(Command::Run) if cli::init::is_needed() => {
             return cli::init::run().unwrap_or_else(|failure| tell(&failure));
@@ -20,6 +18,10 @@ fn main() -> ExitCode {
         None | Some(Command::Run) => return cli::run::run(&arguments.common).unwrap_or_else(|failure| tell(&failure)),
         Some(Command::Check(ref check)) => cli::check::check(&arguments.common, check),
         Some(Command::Status(ref options)) => cli::status::status(&arguments.common, options),
+        Some(Command::Top(ref options)) => cli::top::top(&arguments.common, options),
+        Some(Command::Init(ref options)) => cli::new_config::init(options),
+        Some(Command::Completions(ref options)) => cli::packaging::completions(options),
+        Some(Command::Man(ref options)) => cli::packaging::man(options),
         Some(Command::Explain(ref options)) => cli::explain::explain(&arguments.common, options),
         Some(Command::Sessions(ref list)) => cli::sessions::list(&arguments.common, list),
         Some(Command::Kill(ref kill)) => cli::sessions::kill(&arguments.common, kill),

@@ -16,7 +16,7 @@ const LOOK: Duration = Duration::from_millis(250);
 /// Commands for a running Ringway.
 #[derive(Debug, Subcommand)]
 pub(crate) enum RuntimeCommand {
-    /// Stop sending new connections to a backend; open ones may finish until the deadline
+    /// Send a backend no new connections; open ones may finish
     Drain {
         /// POOL/BACKEND, like echo/echo-2
         #[arg(value_parser = backend)]
@@ -105,7 +105,7 @@ pub(crate) enum RuntimeCommand {
         #[command(flatten)]
         port: Port,
     },
-    /// Hand over to a new process, started from the current binary and config file
+    /// Hand over to a new process with the current binary and config
     Upgrade {
         #[command(flatten)]
         port: Port,

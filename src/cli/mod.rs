@@ -3,10 +3,12 @@
 //! # Layout
 //!
 //! - [`run`]: the main job; [`check`]: whether a config could run
-//! - [`status`]: the state of a running Ringway as a table
+//! - [`status`]: the state of a running Ringway as a table; [`top`]: the same, live
+//! - [`explain`], [`sessions`]: why a connection goes where it goes; open connections
 //! - [`commands`]: run-time commands for a running Ringway
 //! - [`reap`]: removes containers that Ringway created
 //! - [`healthcheck`], [`init`]: the health check and process 1 of Ringway's own container
+//! - [`new_config`]: writes a first config; [`packaging`]: completions and manual pages; [`help`]: the list of commands
 //! - [`logging`]: the log on standard error
 //! - [`side_port`]: HTTP client of the side port; [`table`], [`terminal`]: how commands print
 
@@ -15,11 +17,15 @@ pub(crate) mod commands;
 pub(crate) mod explain;
 pub(crate) mod healthcheck;
 pub(crate) mod init;
+pub(crate) mod new_config;
+pub(crate) mod packaging;
 pub(crate) mod reap;
 pub(crate) mod run;
 pub(crate) mod sessions;
 pub(crate) mod status;
+pub(crate) mod top;
 
+mod help;
 mod logging;
 mod side_port;
 mod table;
@@ -37,7 +43,7 @@ use ringway::control::supervisor::shim::{self, Shim};
 
 /// A Layer-4 TCP load balancer on a consistent-hash ring, with self-healing replicas
 #[derive(Debug, Parser)]
-#[command(name = "ringway", version, after_help = "Without a command, Ringway runs `run`.")]
+#[command(name = "ringway", version, term_width = 80, disable_help_subcommand = true)]
 pub(crate) struct Arguments {
     #[command(flatten)]
     pub(crate) common: Common,
@@ -47,27 +53,33 @@ pub(crate) struct Arguments {
 
 /// Arguments of every command.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
 pub(crate) struct Common {
-    /// Config file [default: the first that exists of ./config.yaml and /etc/ringway/config.yaml, else the built-in config]
+    /// Config file [default: the first of ./config.yaml and /etc/ringway/config.yaml that exists, else the built-in config]
     #[arg(long, short, global = true, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Log level (error, warn, info, debug, trace) or a filter like `info,ringway::proxy=debug`
-    #[arg(long, global = true, env = "RINGWAY_LOG", default_value = "info", value_name = "FILTER")]
+    #[arg(
+        long,
+        global = true,
+        env = "RINGWAY_LOG",
+        hide_env_values = true,
+        default_value = "info",
+        value_name = "FILTER"
+    )]
     log: String,
     /// Take over from the Ringway that started this process
     #[arg(long, global = true, hide = true)]
     take_over: bool,
     /// Format of the log, which goes to standard error
-    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    #[arg(long, global = true, value_name = "FORMAT", value_enum, default_value_t = LogFormat::Text)]
     log_format: LogFormat,
 }
 
 /// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum LogFormat {
-    /// Plain text
     Text,
-    /// One JSON object per line
     Json,
 }
 
@@ -75,24 +87,34 @@ enum LogFormat {
 pub(crate) enum Command {
     /// Balance connections (the default)
     Run,
-    /// Validate a config, and try whether it could start on this machine
+    /// Validate a config, and try whether it could start here
     Check(check::Options),
     /// Show the pools and backends of a running Ringway
     Status(status::Options),
-    /// Show why a connection goes to its backend: routes, key, probes and walk
+    /// Watch a running Ringway: backends, rates and sessions
+    Top(top::Options),
+    /// Show why a connection goes to its backend
     Explain(explain::Options),
     /// List the open connections
     Sessions(sessions::List),
     /// End open connections with a reset, by id or by conditions
     Kill(sessions::Kill),
-    /// Remove the containers that Ringway created (they keep running when Ringway stops)
+    /// Remove the containers that Ringway created
     Reap(reap::Options),
-    /// Exit with 0 if process 1 of this container (Ringway or the demo backend) is ready
+    /// Exit with 0 if process 1 of this container is ready
     Healthcheck,
+    /// Write a commented config to start from
+    Init(new_config::Options),
     #[command(flatten)]
     Runtime(commands::RuntimeCommand),
     /// Run the demo backend
     EchoServer(echo_server::Options),
+    /// Print a shell's completions
+    #[command(hide = true)]
+    Completions(packaging::Completions),
+    /// Write the manual pages to a folder
+    #[command(hide = true)]
+    Man(packaging::Man),
     /// Run a replica until its Ringway stops it or exits
     #[command(hide = true)]
     Shim(Shim),

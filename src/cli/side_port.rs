@@ -33,6 +33,7 @@ const ANSWER_LIMIT: usize = 64 * 1024 * 1024;
 
 /// How to reach the side port of a running Ringway.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Side port")]
 pub(crate) struct Port {
     /// Address of the side port, like localhost:8001 [default: the one in the config]
     #[arg(long, value_name = "ADDRESS", value_parser = address)]

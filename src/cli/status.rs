@@ -11,9 +11,6 @@ use super::table::{Cell, Narrow, clean, table};
 use super::terminal::{Colour, Terminal};
 use super::{Common, Failure, counted, print, runtime, side_port};
 
-/// Time between two tables of `--watch`.
-const WATCH: Duration = Duration::from_secs(2);
-
 /// Moves the cursor to the first line, and clears what is below it.
 const AGAIN: &str = "\x1b[H\x1b[J";
 
@@ -25,8 +22,8 @@ pub(crate) struct Options {
     #[arg(long)]
     json: bool,
     /// Print the status again and again, at this interval [default interval: 2s]
-    #[arg(long, value_name = "INTERVAL", num_args = 0..=1, value_parser = humantime::parse_duration, conflicts_with = "json")]
-    watch: Option<Option<Duration>>,
+    #[arg(long, value_name = "INTERVAL", num_args = 0..=1, default_missing_value = "2s", value_parser = humantime::parse_duration, conflicts_with = "json")]
+    watch: Option<Duration>,
     #[command(flatten)]
     port: side_port::Port,
 }
@@ -45,7 +42,7 @@ pub(crate) fn status(common: &Common, options: &Options) -> Result<(), Failure> 
             if std::io::stdout().flush().is_err() {
                 return Ok(());
             }
-            tokio::time::sleep(interval.unwrap_or(WATCH)).await;
+            tokio::time::sleep(interval).await;
         }
     })
 }
@@ -119,7 +116,7 @@ fn listener_in_words(listener: &Listener, status: &Status) -> Vec<String> {
 }
 
 /// What is wrong with a pool.
-fn problems(pool: &Pool) -> Vec<String> {
+pub(super) fn problems(pool: &Pool) -> Vec<String> {
     let mut problems = Vec::new();
     if let Some(error) = pool.provider.engine.as_ref().and_then(|engine| engine.error.as_ref()) {
         problems.push(format!("pool {}: {error}", pool.name));

@@ -21,7 +21,7 @@ impl Cell {
     }
 
     fn shown(&self, width: usize, terminal: Terminal) -> String {
-        let has_sign = terminal.has_colours && self.colour.is_some_and(|colour| colour != Colour::Dim);
+        let has_sign = terminal.has_colours && self.colour.is_some();
         let room = width.saturating_sub(if has_sign { 2 } else { 0 });
         let text = shortened(&self.text, room);
         let padding = " ".repeat(room - text.chars().count().min(room));
@@ -29,7 +29,7 @@ impl Cell {
     }
 
     fn width(&self, terminal: Terminal) -> usize {
-        let has_sign = terminal.has_colours && self.colour.is_some_and(|colour| colour != Colour::Dim);
+        let has_sign = terminal.has_colours && self.colour.is_some();
         self.text.chars().count() + if has_sign { 2 } else { 0 }
     }
 }

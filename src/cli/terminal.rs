@@ -22,8 +22,6 @@ pub(super) enum Colour {
     Good,
     Warning,
     Bad,
-    /// Less important than the rest.
-    Dim,
 }
 
 impl Terminal {
@@ -41,7 +39,6 @@ impl Terminal {
             Colour::Good => (32, "●", "+"),
             Colour::Warning => (33, "▲", "!"),
             Colour::Bad => (31, "✖", "x"),
-            Colour::Dim => return format!("\x1b[2m{text}\x1b[0m"),
         };
         format!("\x1b[{code}m{} {text}\x1b[0m", if self.is_unicode { sign } else { plain })
     }

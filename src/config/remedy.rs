@@ -59,7 +59,9 @@ pub(super) fn not_a_section(path: &str, value: &Value) -> String {
     let what = show(value);
     if path.is_empty() {
         return match value {
-            Value::Null => "the file is empty: write listeners and pools, or start with one of the examples".to_owned(),
+            Value::Null => {
+                "the file is empty: write listeners and pools, or let `ringway init` write a config".to_owned()
+            }
             _ => format!("{what} is not a config: write sections like `listeners:` and `pools:`"),
         };
     }
