@@ -32,6 +32,7 @@ fn ringway(backend: SocketAddr, access_log: &str) -> SocketAddr {
         replica_open_files: None,
         docker_host: None,
         log_lost: None,
+        events: std::sync::Arc::default(),
         log_filter: None,
     };
     let (told, address) = std::sync::mpsc::channel();

@@ -13,7 +13,7 @@
 //! - [`table`]: the snapshot that the data plane reads, and its atomic swap
 //! - [`backend`]: one member of a pool: identity, address, state and counters
 //! - [`control`]: providers, supervisor, health checks, and the publisher that writes the table
-//! - [`api`]: the HTTP side port
+//! - [`api`]: the HTTP side port; [`events`]: the last events, which it shows
 //! - [`metrics`]: the name, labels and help text of every metric
 //! - [`config`]: the YAML file and its validation
 //!
@@ -27,6 +27,7 @@ pub mod backend;
 pub mod client_hello;
 pub mod config;
 pub mod control;
+pub mod events;
 pub mod handover;
 pub mod http_client;
 pub mod labels;

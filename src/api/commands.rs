@@ -23,6 +23,15 @@ use crate::control::provider::Listed;
 /// Longest time that a call may give: one day, in seconds, as for a drain in the config.
 const LONGEST: f64 = 86_400.0;
 
+/// The query of every command but a reload.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DryRun {
+    #[serde(default)]
+    dry_run: bool,
+}
+
+type DryRunQuery = Result<Query<DryRun>, QueryRejection>;
 type Answer = Result<Json<Report>, Error>;
 type From = ConnectInfo<SocketAddr>;
 type PoolPath = Result<Path<String>, PathRejection>;
@@ -159,40 +168,64 @@ pub(super) fn routes(state: &Arc<State>) -> axum::Router<Arc<State>> {
         .route_layer(from_fn_with_state(Arc::clone(state), changes))
 }
 
-async fn drain(Extract(state): Extract<Arc<State>>, caller: From, path: BackendPath, body: Bytes) -> Answer {
+async fn drain(
+    Extract(state): Extract<Arc<State>>,
+    caller: From,
+    query: DryRunQuery,
+    path: BackendPath,
+    body: Bytes,
+) -> Answer {
     let (pool, backend) = backend_of(path)?;
     let DrainBody { within_seconds } = optional(&body)?;
     let within = within_seconds.map(|seconds| duration("within_seconds", seconds)).transpose()?;
-    run(&state, caller, Command::Drain { pool, backend, within }).await
+    run(&state, caller, query, Command::Drain { pool, backend, within }).await
 }
 
-async fn undrain(Extract(state): Extract<Arc<State>>, caller: From, path: BackendPath) -> Answer {
+async fn undrain(Extract(state): Extract<Arc<State>>, caller: From, query: DryRunQuery, path: BackendPath) -> Answer {
     let (pool, backend) = backend_of(path)?;
-    run(&state, caller, Command::Undrain { pool, backend }).await
+    run(&state, caller, query, Command::Undrain { pool, backend }).await
 }
 
-async fn weight(Extract(state): Extract<Arc<State>>, caller: From, path: BackendPath, body: Bytes) -> Answer {
+async fn weight(
+    Extract(state): Extract<Arc<State>>,
+    caller: From,
+    query: DryRunQuery,
+    path: BackendPath,
+    body: Bytes,
+) -> Answer {
     let (pool, backend) = backend_of(path)?;
     let WeightBody { weight } = required(&body)?;
-    run(&state, caller, Command::Weight { pool, backend, weight }).await
+    run(&state, caller, query, Command::Weight { pool, backend, weight }).await
 }
 
-async fn add(Extract(state): Extract<Arc<State>>, caller: From, path: PoolPath, body: Bytes) -> Answer {
+async fn add(
+    Extract(state): Extract<Arc<State>>,
+    caller: From,
+    query: DryRunQuery,
+    path: PoolPath,
+    body: Bytes,
+) -> Answer {
     let pool = pool_of(path)?;
     let AddBody { address, id, weight } = required(&body)?;
     let backend = Listed::parse(&address, id, weight).map_err(invalid)?;
-    run(&state, caller, Command::Add { pool, backend }).await
+    run(&state, caller, query, Command::Add { pool, backend }).await
 }
 
-async fn remove(Extract(state): Extract<Arc<State>>, caller: From, path: BackendPath) -> Answer {
+async fn remove(Extract(state): Extract<Arc<State>>, caller: From, query: DryRunQuery, path: BackendPath) -> Answer {
     let (pool, backend) = backend_of(path)?;
-    run(&state, caller, Command::Remove { pool, backend }).await
+    run(&state, caller, query, Command::Remove { pool, backend }).await
 }
 
-async fn scale(Extract(state): Extract<Arc<State>>, caller: From, path: PoolPath, body: Bytes) -> Answer {
+async fn scale(
+    Extract(state): Extract<Arc<State>>,
+    caller: From,
+    query: DryRunQuery,
+    path: PoolPath,
+    body: Bytes,
+) -> Answer {
     let pool = pool_of(path)?;
     let ScaleBody { replicas } = required(&body)?;
-    run(&state, caller, Command::Scale { pool, replicas }).await
+    run(&state, caller, query, Command::Scale { pool, replicas }).await
 }
 
 async fn reload(
@@ -210,21 +243,30 @@ async fn reload(
         let message = "a reload reads the file that Ringway was started with; a body is only for ?dry_run=true";
         return Err(invalid(message.to_owned()));
     }
-    run(&state, caller, Command::Reload { text, is_dry_run: dry_run, is_reset: reset }).await
+    send(&state, caller, false, Command::Reload { text, is_dry_run: dry_run, is_reset: reset }).await
 }
 
-async fn log(Extract(state): Extract<Arc<State>>, caller: From, body: Bytes) -> Answer {
+async fn log(Extract(state): Extract<Arc<State>>, caller: From, query: DryRunQuery, body: Bytes) -> Answer {
     let LogBody { filter, for_seconds } = required(&body)?;
     let lasts = for_seconds.map(|seconds| duration("for_seconds", seconds)).transpose()?;
-    run(&state, caller, Command::Log { filter, lasts }).await
+    run(&state, caller, query, Command::Log { filter, lasts }).await
 }
 
-async fn upgrade(Extract(state): Extract<Arc<State>>, caller: From) -> Answer {
-    run(&state, caller, Command::Upgrade).await
+async fn upgrade(Extract(state): Extract<Arc<State>>, caller: From, query: DryRunQuery) -> Answer {
+    run(&state, caller, query, Command::Upgrade).await
 }
 
-async fn run(state: &State, ConnectInfo(caller): From, command: Command) -> Answer {
-    let report = state.commands.send(command, Caller::SidePort(caller)).await.map_err(|error| {
+async fn run(state: &State, caller: From, query: DryRunQuery, command: Command) -> Answer {
+    let Query(DryRun { dry_run }) = query
+        .map_err(|rejection| invalid(format!("{}: the only query parameter is dry_run=true", rejection.body_text())))?;
+    send(state, caller, dry_run, command).await
+}
+
+async fn send(state: &State, ConnectInfo(caller): From, is_dry_run: bool, command: Command) -> Answer {
+    let (commands, caller) = (&state.commands, Caller::SidePort(caller));
+    let report =
+        if is_dry_run { commands.dry_run(command, caller).await } else { commands.send(command, caller).await };
+    let report = report.map_err(|error| {
         let message = error.to_string();
         match error.kind() {
             ErrorKind::NotFound => Error::new(StatusCode::NOT_FOUND, "not_found", message),
@@ -287,7 +329,14 @@ mod tests {
             crate::proxy::Settings { workers: 1, max_connections: 1, max_pipes: 0, buffer: 4096, splice_from: 4096 };
         let (proxy, _ended) = crate::proxy::Proxy::start(settings).unwrap();
         let exporter = crate::metrics::Exporter::new().unwrap();
-        let state = Arc::new(State::new(exporter, guard, sender, &proxy, Vec::new()));
+        let settings = crate::api::Settings {
+            guard,
+            runtimes: Vec::new(),
+            events: Arc::default(),
+            has_history: false,
+            has_page: false,
+        };
+        let state = Arc::new(State::new(exporter, sender, &proxy, settings));
         let caller = ConnectInfo(SocketAddr::from(([127, 0, 0, 1], 1)));
         let router: Router = routes(&state).layer(axum::Extension(caller)).with_state(state);
         let request = Request::builder().method(&call.method).uri(&call.path).header("host", "localhost");

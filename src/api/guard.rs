@@ -192,6 +192,15 @@ pub(super) async fn reads(Extract(state): Extract<Arc<State>>, request: Request,
     enforce(&state.guard, Guard::check_host, request, next).await
 }
 
+/// Middleware for the files of the page. Off loopback, the page is there only with a token.
+pub(super) async fn page(Extract(state): Extract<Arc<State>>, request: Request, next: Next) -> Response {
+    let check = |guard: &Guard, headers: &HeaderMap| {
+        guard.check_host(headers)?;
+        if guard.is_read_only() { guard.check_token(headers) } else { Ok(()) }
+    };
+    enforce(&state.guard, check, request, next).await
+}
+
 /// Middleware for calls that change something.
 pub(super) async fn changes(Extract(state): Extract<Arc<State>>, request: Request, next: Next) -> Response {
     enforce(&state.guard, Guard::check_change, request, next).await

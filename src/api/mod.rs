@@ -6,13 +6,16 @@
 //! - [`status`] answers `/api/status` on the side port; [`on_listener`] on listeners with `answer_status`
 //! - [`explain`] answers `/api/explain`: why a connection goes to its backend
 //! - [`sessions`] lists and ends open connections
+//! - [`page`]: the page for people; [`stream`], [`history`], [`events`]: what it shows; [`openapi`]: the description of all calls
 //! - [`request`] answers `/api/request`
 //! - [`commands`]: run-time commands as HTTP calls; [`guard`] decides who may call what
 //! - [`scrape`] answers `/metrics` with the text of [`exposition`]
 //! - [`server`]: the HTTP server with its limits; [`error`]: errors as JSON
 
 pub mod commands;
+pub mod events;
 pub mod explain;
+pub mod history;
 pub mod on_listener;
 pub mod sessions;
 pub mod status;
@@ -20,9 +23,12 @@ pub mod status;
 mod error;
 mod exposition;
 mod guard;
+mod openapi;
+mod page;
 mod request;
 mod scrape;
 mod server;
+mod stream;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,13 +45,16 @@ use axum::routing::{get, post};
 use arc_swap::ArcSwap;
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 
 use self::error::Error;
 pub use self::guard::Guard;
+use self::history::History;
 pub use self::server::{Limits, serve};
 use crate::address::Address;
 use crate::control::command::{CommandSender, Differs};
 use crate::control::docker::watch::EngineStatus;
+use crate::events::Events;
 use crate::label_enum;
 use crate::labels::Tally;
 use crate::lossy_writer::LostLines;
@@ -81,6 +90,15 @@ pub struct State {
     pub limit: Arc<Limit>,
     /// The open connections.
     pub sessions: Sessions,
+    /// The last events of this process.
+    pub events: Arc<Events>,
+    /// What pools and backends did lately; `None`: off.
+    pub history: Option<Arc<History>>,
+    /// Cancelled when Ringway stops or a successor has taken over: streams end.
+    pub stopping: CancellationToken,
+    has_page: bool,
+    /// For the clients that follow the status.
+    streams: Arc<Semaphore>,
     /// For the one explanation at a time.
     explaining: Arc<Semaphore>,
     /// Reloads so far.
@@ -96,15 +114,25 @@ pub struct State {
     view: ArcSwap<View>,
 }
 
+/// Settings of the side port.
+#[derive(Debug)]
+pub struct Settings {
+    /// Who may call what.
+    pub guard: Guard,
+    /// The runtimes of the control plane, with their names.
+    pub runtimes: Vec<(&'static str, Handle)>,
+    /// The last events of this process.
+    pub events: Arc<Events>,
+    /// Whether Ringway keeps a history of pools and backends.
+    pub has_history: bool,
+    /// Whether there is a page for people.
+    pub has_page: bool,
+}
+
 impl State {
     /// The state of an app without listeners and pools.
-    pub fn new(
-        exporter: Exporter,
-        guard: Guard,
-        commands: CommandSender,
-        proxy: &Proxy,
-        runtimes: Vec<(&'static str, Handle)>,
-    ) -> Self {
+    pub fn new(exporter: Exporter, commands: CommandSender, proxy: &Proxy, settings: Settings) -> Self {
+        let Settings { guard, runtimes, events, has_history, has_page } = settings;
         Self {
             started: Instant::now(),
             ready: AtomicBool::new(false),
@@ -112,6 +140,11 @@ impl State {
             exporter,
             limit: Arc::clone(proxy.limit()),
             sessions: proxy.sessions(),
+            events,
+            history: has_history.then(Arc::default),
+            stopping: CancellationToken::new(),
+            has_page,
+            streams: Arc::new(Semaphore::new(stream::MOST)),
             explaining: Arc::new(Semaphore::new(1)),
             reloads: Tally::default(),
             upgrades: Tally::default(),
@@ -220,20 +253,30 @@ impl ListenerView {
 /// Every route of the side port.
 pub fn router(state: Arc<State>) -> Router {
     let request = post(request::forward).route_layer(from_fn_with_state(Arc::clone(&state), guard::requests));
-    let status = get(status::status).route_layer(from_fn_with_state(Arc::clone(&state), guard::reads));
-    let explained = get(explain::get).route_layer(from_fn_with_state(Arc::clone(&state), guard::reads));
-    Router::new()
+    let reads = Router::new()
+        .route("/api/status", get(status::status))
+        .route("/api/explain", get(explain::get))
+        .route("/api/openapi.json", get(openapi::get))
+        .route_layer(from_fn_with_state(Arc::clone(&state), guard::reads));
+    // They tell who connects, so they need the rights of a change.
+    let private = Router::new()
+        .route("/api/events", get(events::get))
+        .route("/api/history", get(history::get))
+        .route("/api/stream", get(stream::get))
+        .route_layer(from_fn_with_state(Arc::clone(&state), guard::changes));
+    let mut router = Router::new()
         .route("/api/request", request)
-        .route("/api/status", status)
-        .route("/api/explain", explained)
+        .merge(reads)
+        .merge(private)
         .merge(commands::routes(&state))
         .merge(sessions::routes(&state))
         .route("/metrics", get(scrape::metrics))
         .route("/healthz", get(|| async { "ok\n" }))
-        .route("/readyz", get(ready))
-        .fallback(not_found)
-        .method_not_allowed_fallback(not_allowed)
-        .with_state(state)
+        .route("/readyz", get(ready));
+    if state.has_page {
+        router = router.merge(page::routes(&state));
+    }
+    router.fallback(not_found).method_not_allowed_fallback(not_allowed).with_state(state)
 }
 
 /// Percent-encodes a segment of a path, or a value of a query.
@@ -259,7 +302,7 @@ async fn ready(Extract(state): Extract<Arc<State>>) -> Response {
 }
 
 async fn not_found(uri: Uri) -> Error {
-    let known = "/api/request, /api/status, /api/explain, /api/sessions, /api/reload, /api/upgrade, /api/pools/POOL/…, /metrics, /healthz, /readyz";
+    let known = "/, /api/openapi.json (which describes all calls), /metrics, /healthz, /readyz";
     Error::new(StatusCode::NOT_FOUND, "not_found", format!("unknown path {}; known paths: {known}", uri.path()))
 }
 

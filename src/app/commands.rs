@@ -14,7 +14,7 @@ use super::{App, StartError};
 use crate::backend::Backend;
 use crate::config::{Config, Pool, StaticBackend};
 use crate::control::Event;
-use crate::control::command::{Command, CommandError, Report};
+use crate::control::command::{Command, CommandError, Moved, Report};
 
 /// Allowed weights of a backend.
 const WEIGHTS: RangeInclusive<u32> = 1..=1000;
@@ -144,6 +144,34 @@ impl App {
             Command::Upgrade => return Ok(Planned::HandOver),
         }
         self.plan_reload(Arc::clone(&self.file), changes).await
+    }
+
+    /// What a planned command would change.
+    pub(super) fn forecast(&self, planned: Planned) -> Report {
+        match planned {
+            Planned::Reload(plan) => plan.report,
+            Planned::Report(report) => report,
+            Planned::Notify { pool, event, summary, .. } => {
+                Report { changes: vec![summary], moved: self.keys_of(&pool, &event), ..Report::default() }
+            }
+            Planned::Log { summary, .. } => Report { changes: vec![summary], ..Report::default() },
+            Planned::HandOver => {
+                Report { changes: vec!["a new process would take over".to_owned()], ..Report::default() }
+            }
+        }
+    }
+
+    /// The share of the keys that a drain moves away, or that come back after one.
+    fn keys_of(&self, pool: &str, event: &Event) -> Vec<Moved> {
+        let Some(running) = self.pools.iter().find(|known| known.config().name == pool) else { return Vec::new() };
+        let table = running.route.table.load();
+        let position = |id: &str| table.backends().iter().position(|backend| *backend.id == *id);
+        let share = match event {
+            Event::DrainRequested { id, .. } => position(id).map(|at| table.shares_now()[at]),
+            Event::DrainCancelled { id } => position(id).map(|at| table.ring().shares()[at]),
+            _ => None,
+        };
+        share.map(|share| Moved { pool: pool.to_owned(), share: (share * 1e4).round() / 1e4 }).into_iter().collect()
     }
 
     /// Moves to another config. `hurry` ends the wait for new backends.

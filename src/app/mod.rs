@@ -65,11 +65,12 @@ use crate::control::command::{CommandSender, PendingCommand};
 use crate::control::docker::engine::Engine;
 use crate::control::supervisor::handover::Handed;
 use crate::control::supervisor::process::let_go;
+use crate::events::Events;
 use crate::handover::Channel;
 use crate::lossy_writer::LostLines;
 use crate::metrics::Exporter;
 use crate::proxy::access_log::{AccessLog, FlushGuard};
-use crate::proxy::{self, Intercept, Proxy, WorkersEnded};
+use crate::proxy::{Intercept, Proxy, WorkersEnded};
 
 /// From SIGTERM to SIGKILL for a replica that was taken over and is of no pool.
 const UNWANTED_GRACE: Duration = Duration::from_secs(5);
@@ -94,6 +95,8 @@ pub struct Environment {
     pub token: Option<String>,
     /// Counts lines that did not reach the log; `None`: nobody counts them.
     pub log_lost: Option<LostLines>,
+    /// The last events of this process.
+    pub events: Arc<Events>,
     /// What the log shows; `None`: nobody can change it.
     pub log_filter: Option<Arc<dyn LogFilter>>,
 }
@@ -222,24 +225,19 @@ impl App {
         inheritance.close_leftovers();
         let access_log = config.access_log.as_ref().map(open_log).transpose()?;
 
-        let (buffer, splice_from) = (config.relay.buffer_kib * 1024, config.relay.splice_from_kib * 1024);
-        let proxy = proxy::Settings {
-            workers,
-            max_connections: capacity.connections,
-            max_pipes: capacity.pipes,
-            buffer,
-            splice_from,
-        };
+        let proxy = settings::proxy(&config, workers, &capacity);
         let (proxy, workers_ended) = Proxy::start(proxy).map_err(StartError::Threads)?;
         let (intercept, intercepted) = api::on_listener::intercept();
         let (sender, commands) = CommandSender::new();
-        let state = Arc::new(State::new(exporter, guard, sender, &proxy, tasks.runtimes()));
+        let settings = settings::side_port(&config.api, &environment, guard, &tasks);
+        let state = Arc::new(State::new(exporter, sender, &proxy, settings));
         let pools: Vec<_> = prepared.into_iter().map(|pool| pool.start(&tasks)).collect();
         for replica in std::mem::take(&mut inheritance.replicas) {
             tasks.spawn(let_go(replica, is_settled.clone(), UNWANTED_GRACE));
         }
         tasks.spawn_side_port(api::on_listener::answer(Arc::clone(&state), intercepted));
         tasks.spawn_side_port(upkeep(Arc::clone(&state)));
+        tasks.spawn_side_port(api::history::record(Arc::clone(&state)));
         let guard = tasks.stop_replicas.clone().drop_guard();
         let mut app = Self {
             environment,

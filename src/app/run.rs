@@ -77,6 +77,7 @@ impl App {
         let mut trouble = Trouble { workers, panics, side_port: side_port.ended.clone() };
         let outcome = self.serve(shutdown, &mut trouble, &side_port).await;
         self.becoming_ready = None;
+        self.state.stopping.cancel();
         self.state.ready.store(false, Ordering::Relaxed);
         match outcome {
             Ok(RunOutcome::Stopped) => {
@@ -122,7 +123,7 @@ impl App {
         side_port: &SidePort,
     ) -> Result<RunOutcome, RunError> {
         loop {
-            let PendingCommand { command, caller, outcome } = tokio::select! {
+            let PendingCommand { command, caller, is_dry_run, outcome } = tokio::select! {
                 () = &mut shutdown => return Ok(RunOutcome::Stopped),
                 error = trouble.next() => return Err(error),
                 Some(pending) = self.commands.recv() => pending,
@@ -133,6 +134,11 @@ impl App {
                 error = trouble.next() => return Err(error),
                 planned = self.plan(command.clone()) => planned,
             };
+            if is_dry_run {
+                // The sender may have gone.
+                let _ = outcome.send(planned.map(|planned| self.forecast(planned)));
+                continue;
+            }
             let result = match planned {
                 Err(error) => Err(error),
                 Ok(Planned::Report(report)) => Ok(report),
@@ -157,6 +163,7 @@ impl App {
                     if let Ok(pid) = successor {
                         // The side port closes before the answer: a caller that asks again reaches the successor.
                         side_port.over.cancel();
+                        self.state.stopping.cancel();
                         side_port.closed.cancelled().await;
                         let changes = vec![format!("process {pid} has taken over")];
                         self.answer(&command, caller, Ok(Report { changes, ..Report::default() }), outcome);

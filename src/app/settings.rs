@@ -1,15 +1,19 @@
-//! Translates the config of a pool into the settings of each component of the pool.
+//! Translates the config into the settings of each part.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
 
+use super::Environment;
+use super::capacity::Capacity;
+use super::tasks::Tasks;
+use crate::api;
 use crate::backend::Failing;
-use crate::config;
+use crate::config::{self, Config};
 use crate::control::publisher;
 use crate::metrics::{self, Exporter};
-use crate::proxy::{Reports, Route};
+use crate::proxy::{self, Reports, Route};
 use crate::proxy_header::OwnHeader;
 use crate::table::TableCell;
 
@@ -32,6 +36,33 @@ pub(super) fn base_route(pool: &config::Pool, table: TableCell, exporter: &Expor
         connect_seconds: exporter.histogram(&metrics::CONNECT_SECONDS, &[&pool.name]),
         failing: None,
         stats: Arc::default(),
+    }
+}
+
+/// Returns the settings of the data plane.
+pub(super) fn proxy(config: &Config, workers: usize, capacity: &Capacity) -> proxy::Settings {
+    proxy::Settings {
+        workers,
+        max_connections: capacity.connections,
+        max_pipes: capacity.pipes,
+        buffer: config.relay.buffer_kib * 1024,
+        splice_from: config.relay.splice_from_kib * 1024,
+    }
+}
+
+/// Returns the settings of the side port.
+pub(super) fn side_port(
+    config: &config::Api,
+    environment: &Environment,
+    guard: api::Guard,
+    tasks: &Tasks,
+) -> api::Settings {
+    api::Settings {
+        guard,
+        runtimes: tasks.runtimes(),
+        events: Arc::clone(&environment.events),
+        has_history: config.history,
+        has_page: config.page,
     }
 }
 

@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ringway::app::LogFilter;
+use ringway::events::{Events, Recorder};
 use ringway::lossy_writer::{LossyWriter, LostLines};
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{self, MakeWriter};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
-use tracing_subscriber::{EnvFilter, Registry, reload};
+use tracing_subscriber::{EnvFilter, Layer as _, Registry, reload};
 
 use super::{Common, Failure, LogFormat, terminal};
 
@@ -25,6 +27,7 @@ const LOOK: Duration = Duration::from_secs(1);
 pub(super) struct Log {
     writer: Arc<LossyWriter>,
     filter: Arc<Filter>,
+    events: Arc<Events>,
 }
 
 /// The filter of the log, which a command can change.
@@ -45,13 +48,16 @@ impl Log {
         let is_json = common.log_format == LogFormat::Json;
         let lines = Lines { writer: Arc::clone(&writer), is_json };
         let layer = fmt::layer().with_writer(lines).with_ansi(terminal::has_colours(&io::stderr()));
-        let registry = tracing_subscriber::registry().with(filter);
-        if is_json {
-            registry.with(layer.json()).init();
+        let layer = if is_json {
+            layer.json().with_filter(filter).boxed()
         } else {
-            registry.with(layer.with_target(false).with_timer(Stamp)).init();
-        }
-        let log = Self { writer, filter: Arc::new(Filter { first: common.log.clone(), current }) };
+            layer.with_target(false).with_timer(Stamp).with_filter(filter).boxed()
+        };
+        // Whatever the log shows, the side port has the last events.
+        let events = Arc::new(Events::default());
+        let recorder = Recorder(Arc::clone(&events)).with_filter(LevelFilter::INFO);
+        tracing_subscriber::registry().with(layer).with(recorder).init();
+        let log = Self { writer, filter: Arc::new(Filter { first: common.log.clone(), current }), events };
         // The default hook writes to standard error, where nobody may be reading.
         std::panic::set_hook(Box::new(|panic| {
             let at = panic.location().map(ToString::to_string);
@@ -61,6 +67,11 @@ impl Log {
             tracing::error!(at, "Ringway has a bug, please report it: {text}");
         }));
         Ok(log)
+    }
+
+    /// The last events.
+    pub(super) fn events(&self) -> Arc<Events> {
+        Arc::clone(&self.events)
     }
 
     /// What the log shows.

@@ -49,6 +49,7 @@ fn serve(common: &Common, config: Config, source: &Source, log: &Log) -> Result<
         docker_host: docker_host(),
         token: std::env::var(side_port::TOKEN).ok(),
         log_lost: Some(log.lost()),
+        events: log.events(),
         log_filter: Some(log.filter()),
     };
     if environment.token.is_some() || config.api.token_file.is_some() {

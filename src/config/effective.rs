@@ -69,7 +69,11 @@ fn api(api: &Api) -> Value {
     let mut entries = vec![("listen", api.listen.to_string().into())];
     entries.extend(api.token_file.as_ref().map(|path| ("token_file", path.display().to_string().into())));
     entries.push(("allowed_hosts", words(&api.allowed_hosts)));
-    entries.push(("public_request", api.public_request.into()));
+    entries.extend([
+        ("public_request", api.public_request.into()),
+        ("page", api.page.into()),
+        ("history", api.history.into()),
+    ]);
     map(entries)
 }
 

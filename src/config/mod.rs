@@ -189,6 +189,10 @@ pub struct Api {
     pub allowed_hosts: Vec<String>,
     /// Whether everyone who reaches the side port may call `/api/request`.
     pub public_request: bool,
+    /// Whether `GET /` shows a page for people.
+    pub page: bool,
+    /// Whether Ringway keeps a history of pools and backends in memory.
+    pub history: bool,
 }
 
 /// What the metrics show.

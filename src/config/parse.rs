@@ -150,8 +150,9 @@ fn api(mut section: Section<'_>) -> Api {
         hosts.iter().filter_map(host).collect()
     });
     let public_request = section.truth("public_request", false);
+    let (page, history) = (section.truth("page", true), section.truth("history", true));
     section.finish();
-    Api { listen, token_file, allowed_hosts, public_request }
+    Api { listen, token_file, allowed_hosts, public_request, page, history }
 }
 
 /// Parses a host name as it appears in the `host` header, without the port.

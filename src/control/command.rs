@@ -312,6 +312,8 @@ pub struct PendingCommand {
     pub command: Command,
     /// Who asked for it.
     pub caller: Caller,
+    /// Report what the command would change, and change nothing.
+    pub is_dry_run: bool,
     /// Where the outcome goes.
     pub outcome: oneshot::Sender<Result<Report, CommandError>>,
 }
@@ -332,8 +334,21 @@ impl CommandSender {
     /// # Errors
     /// When the app rejects it.
     pub async fn send(&self, command: Command, caller: Caller) -> Result<Report, CommandError> {
+        self.pass(command, caller, false).await
+    }
+
+    /// What a command would change. Changes nothing.
+    ///
+    /// # Errors
+    /// When the app would reject it.
+    pub async fn dry_run(&self, command: Command, caller: Caller) -> Result<Report, CommandError> {
+        self.pass(command, caller, true).await
+    }
+
+    async fn pass(&self, command: Command, caller: Caller, is_dry_run: bool) -> Result<Report, CommandError> {
         let (sender, outcome) = oneshot::channel();
-        self.0.send(PendingCommand { command, caller, outcome: sender }).await.map_err(|_| CommandError::Stopping)?;
+        let pending = PendingCommand { command, caller, is_dry_run, outcome: sender };
+        self.0.send(pending).await.map_err(|_| CommandError::Stopping)?;
         outcome.await.map_err(|_| CommandError::Stopping)?
     }
 }

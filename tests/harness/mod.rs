@@ -1,6 +1,7 @@
 //! Starts and stops the processes that the tests need. Every `Drop` removes all that it has made.
 
 pub(crate) mod backends;
+pub(crate) mod browser;
 pub(crate) mod engine;
 pub(crate) mod program;
 pub(crate) mod watchdog;
@@ -173,6 +174,7 @@ pub(crate) fn environment() -> Environment {
         replica_open_files: None,
         docker_host: None,
         log_lost: None,
+        events: Arc::default(),
         log_filter: None,
     }
 }

@@ -1,0 +1,460 @@
+// The page of Ringway's side port. All values become text nodes: names, texts of checks and output of replicas may be hostile.
+
+const $ = (id) => document.getElementById(id);
+const SVG = "http://www.w3.org/2000/svg";
+const POINTS = 300;
+const MOST_ARCS = 240;
+// More small charts would slow the page down.
+const MOST_CHARTS = 100;
+const ROW_POINTS = 60;
+
+let token = sessionStorage.getItem("ringway-token") || "";
+let readOnly = false;
+const pools = new Map();
+let last = null;
+
+// An element with attributes and children. Text children stay text.
+function h(name, attributes = {}, ...children) {
+  const element = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+function s(name, attributes = {}, ...children) {
+  const element = document.createElementNS(SVG, name);
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  element.append(...children);
+  return element;
+}
+
+// Changes the text only if it differs, so that screen readers and selections are left alone.
+function text(element, value) {
+  if (element.textContent !== value) element.textContent = value;
+}
+
+function api(path, options = {}) {
+  const headers = token ? { authorization: `Bearer ${token}` } : {};
+  return fetch(path, { ...options, headers, cache: "no-store" });
+}
+
+async function problem(answer) {
+  try { return (await answer.json()).error.message; } catch { return `status ${answer.status}`; }
+}
+
+// ---- words ----
+
+function time(seconds) {
+  let left = Math.max(0, Math.round(seconds));
+  const parts = [];
+  for (const [unit, size] of [["d", 86400], ["h", 3600], ["m", 60], ["s", 1]]) {
+    const count = Math.floor(left / size);
+    left -= count * size;
+    if (count > 0 || (unit === "s" && parts.length === 0)) parts.push(`${count} ${unit}`);
+    else if (parts.length) break;
+    if (parts.length === 2) break;
+  }
+  return parts.join(" ");
+}
+
+const counted = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
+const percent = (part) => `${(part * 100).toFixed(1)} %`;
+
+// Percentages with one digit that add up to 100.0: the largest remainders are rounded up.
+function percents(parts) {
+  const tenths = parts.map((part) => part * 1000);
+  const whole = tenths.map(Math.floor);
+  let missing = Math.round(tenths.reduce((a, b) => a + b, 0)) - whole.reduce((a, b) => a + b, 0);
+  const order = tenths.map((_, n) => n).sort((a, b) => (tenths[b] % 1) - (tenths[a] % 1));
+  for (const n of order) { if (missing-- <= 0) break; whole[n] += 1; }
+  return whole.map((number) => `${(number / 10).toFixed(1)} %`);
+}
+
+const STATES = { healthy: ["good", "●"], starting: ["warn", "◌"], draining: ["warn", "▲"] };
+const look = (state) => STATES[state] || ["bad", "✖"];
+
+function why(member) {
+  const exit = member.last_exit;
+  if (member.drain) {
+    const deadline = member.drain.deadline_in_seconds == null ? null : member.drain.deadline_in_seconds - (Date.now() - member.at) / 1000;
+    const then = deadline == null ? "" : `, reset in ${time(deadline)}`;
+    return `drained: ${counted(member.connections.active, "connection")} left${member.connections.active ? then : ""}`;
+  }
+  if (member.state === "crash_loop" || !member.replica && exit) return exit ? exit.reason : "replicas keep exiting";
+  if (member.state === "ejected") return "connects keep failing";
+  const since = member.health.since_seconds + (Date.now() - member.at) / 1000;
+  return member.health.last ? `${member.health.last}, for ${time(since)}` : "no check yet";
+}
+
+function differs(one) {
+  const of = one.backend ? ` of ${one.backend}` : "";
+  if (one.now != null) return `${one.what}${of} is ${one.now}${one.config == null ? "" : `, not ${one.config}`}`;
+  if (one.what === "drain") return `${one.backend} is drained`;
+  return one.backend ? `${one.backend} was ${one.what}` : one.what;
+}
+
+// ---- charts ----
+
+function spark(width, height) {
+  const path = s("path");
+  const svg = s("svg", { class: "spark", width, height, viewBox: `0 0 ${width} ${height}`, role: "img" }, path);
+  return { svg, draw(values, label) {
+    const most = Math.max(1, ...values);
+    const step = width / Math.max(1, values.length - 1);
+    const points = values.map((value, n) => `${(n * step).toFixed(1)},${(height - 1 - (value / most) * (height - 2)).toFixed(1)}`);
+    path.setAttribute("d", points.length > 1 ? `M${points.join("L")}` : "");
+    svg.setAttribute("aria-label", label);
+  } };
+}
+
+function drawRing(svg, members) {
+  const key = members.map((one) => `${one.id}:${one.share}:${one.now > 0}`).join();
+  if (svg.dataset.key === key) return;
+  svg.dataset.key = key;
+  svg.replaceChildren();
+  let from = 0;
+  members.slice(0, MOST_ARCS).forEach((one, n) => {
+    const to = from + one.share;
+    const at = (part, r) => `${(50 + r * Math.sin(part * 2 * Math.PI)).toFixed(2)} ${(50 - r * Math.cos(part * 2 * Math.PI)).toFixed(2)}`;
+    const end = Math.min(to, from + 0.9999);
+    const large = end - from > 0.5 ? 1 : 0;
+    if (one.share > 0) {
+      svg.append(s("path", {
+        d: `M${at(from, 46)}A46 46 0 ${large} 1 ${at(end, 46)}L${at(end, 30)}A30 30 0 ${large} 0 ${at(from, 30)}Z`,
+        fill: `hsl(${(n * 137.5) % 360} 60% 50%)`, class: one.now > 0 ? "on" : "off",
+      }, s("title", {}, `${one.id}: ${percent(one.share)} of the ring, ${percent(one.now)} now`)));
+    }
+    from = to;
+  });
+  const words = members.slice(0, 10).map((one) => `${one.id} ${percent(one.share)}`).join(", ");
+  svg.setAttribute("aria-label", `Shares of the ring: ${words}${members.length > 10 ? ", and others" : ""}`);
+}
+
+// ---- pools ----
+
+const HEAD = [["Backend"], ["State"], ["Why"], ["Share", 1], ["Now", 1], ["Active", 1], ["Conn/s", 1], ["Failed", 1], ["Weight", 1], ["Actions"]];
+
+function newPool(name) {
+  const id = `pool-${pools.size}`;
+  const ring = s("svg", { class: "ring", width: 96, height: 96, viewBox: "0 0 100 100", role: "img" });
+  const chart = spark(240, 48);
+  const parts = {
+    meta: h("p", { class: "quiet" }), rate: h("p", { class: "quiet" }), body: h("tbody"), caption: h("caption"), words: h("div"), scale: h("button", { type: "button", hidden: "" }, "Scale…"),
+  };
+  const head = h("tr", {}, ...HEAD.map(([label, number]) => h("th", { scope: "col", ...(number ? { class: "number" } : {}) }, label)));
+  const table = h("table", { class: "backends" }, parts.caption, h("thead", {}, head), parts.body);
+  const title = h("h2", { id }, `Pool ${name}`);
+  const section = h("section", { "aria-labelledby": id },
+    h("div", { class: "head" }, h("div", {}, title, parts.meta, parts.scale), h("div", { class: "charts" }, ring, h("div", {}, chart.svg, parts.rate))),
+    h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Backends of pool ${name}` }, table), parts.words);
+  $("pools").append(section);
+  const pool = { name, section, ring, chart, ...parts, members: new Map(), rows: new Map(), order: [], rates: [] };
+  parts.scale.addEventListener("click", () => ask({
+    title: `Scale pool ${name}`, label: "Number of replicas", number: pool.order.length,
+    path: () => `/api/pools/${encodeURIComponent(name)}/scale`, body: (number) => ({ replicas: number }),
+  }));
+  api(`/api/history?pool=${encodeURIComponent(name)}`).then(async (answer) => {
+    if (answer.ok) pool.rates = [...(await answer.json()).connections, ...pool.rates].slice(-POINTS);
+  }).catch(() => {});
+  return pool;
+}
+
+function newRow(pool, id) {
+  const cells = HEAD.map(([label, number], n) => h(n ? "td" : "th", { "data-label": label, ...(n ? {} : { scope: "row" }), class: number ? "number" : ["id", "", "why"][n] || "" }));
+  const base = `/api/pools/${encodeURIComponent(pool.name)}/backends/${encodeURIComponent(id)}`;
+  const drain = h("button", { type: "button", class: "drain" });
+  const weight = h("button", { type: "button", "aria-label": `Change the weight of ${id}` }, "Weight…");
+  const chart = spark(60, 18);
+  const rate = h("span");
+  const row = { tr: h("tr", {}, ...cells), cells, drain, chart, rate, rates: [], state: h("span", { class: "state" }) };
+  cells[6].append(chart.svg, rate);
+  drain.addEventListener("click", () => {
+    const drained = Boolean(pool.members.get(id)?.drain);
+    ask({ title: `${drained ? "Undrain" : "Drain"} ${pool.name}/${id}`, path: () => `${base}/${drained ? "undrain" : "drain"}` });
+  });
+  weight.addEventListener("click", () => ask({
+    title: `Weight of ${pool.name}/${id}`, label: "Weight", number: pool.members.get(id)?.weight || 1,
+    path: () => `${base}/weight`, body: (number) => ({ weight: number }),
+  }));
+  cells[0].textContent = id;
+  cells[1].append(row.state);
+  cells[9].className = "actions";
+  cells[9].append(drain, weight);
+  return row;
+}
+
+function showRow(pool, id, shares) {
+  const member = pool.members.get(id);
+  const row = pool.rows.get(id);
+  const [kind, sign] = look(member.state);
+  row.state.className = `state ${kind}`;
+  text(row.state, `${sign} ${member.state}`);
+  text(row.cells[2], why(member));
+  text(row.cells[3], shares[0]);
+  text(row.cells[4], shares[1]);
+  text(row.cells[5], `${member.connections.active}`);
+  const rate = (member.rate || 0).toFixed(member.rate >= 10 ? 0 : 1);
+  text(row.rate, rate);
+  row.rates = [...row.rates, member.rate || 0].slice(-ROW_POINTS);
+  row.chart.svg.toggleAttribute("hidden", pool.order.length > MOST_CHARTS);
+  if (pool.order.length <= MOST_CHARTS) row.chart.draw(row.rates, `New connections per second to ${id}; now ${rate}`);
+  text(row.cells[7], `${member.connections.failed}`);
+  text(row.cells[8], `${member.weight}`);
+  text(row.drain, member.drain ? "Undrain" : "Drain");
+  row.drain.setAttribute("aria-label", `${member.drain ? "Undrain" : "Drain"} ${id}`);
+  row.cells[9].hidden = readOnly;
+}
+
+function showPool(pool, data, change) {
+  pool.order = change.members[data.name];
+  for (const member of data.backends) pool.members.set(member.id, { ...member, at: Date.now() });
+  const rates = change.backend_rates[data.name] || {};
+  for (const id of pool.members.keys()) {
+    if (!pool.order.includes(id)) { pool.members.delete(id); pool.rows.get(id)?.tr.remove(); pool.rows.delete(id); }
+  }
+  const members = pool.order.map((id) => pool.members.get(id)).filter(Boolean);
+  for (const member of members) member.rate = rates[member.id] || 0;
+  const share = percents(members.map((one) => one.share));
+  const now = percents(members.map((one) => one.now));
+  const fresh = document.createDocumentFragment();
+  members.forEach((member, n) => {
+    if (!pool.rows.has(member.id)) {
+      const row = newRow(pool, member.id);
+      pool.rows.set(member.id, row);
+      fresh.append(row.tr);
+    }
+    showRow(pool, member.id, [share[n], now[n]]);
+  });
+  pool.body.append(fresh);
+  const healthy = members.filter((one) => one.state === "healthy").length;
+  const from = change.listeners.filter((one) => one.pool === data.name || one.routes.some((route) => route.pool === data.name));
+  const listeners = from.map((one) => `${one.name} (${one.address})`).join(", ") || "no listener";
+  text(pool.meta, `From ${listeners}: ${data.provider.kind}, key ${data.key}, ring ${data.ring.digest}, ${healthy} of ${counted(members.length, "backend")} healthy`);
+  text(pool.caption, `Backends of pool ${data.name}`);
+  pool.scale.hidden = readOnly || !members.some((one) => one.replica) || data.provider.kind === "static";
+  drawRing(pool.ring, members);
+  pool.rates = [...pool.rates, change.rates[data.name] ?? members.reduce((sum, one) => sum + one.rate, 0)].slice(-POINTS);
+  const latest = pool.rates[pool.rates.length - 1];
+  text(pool.rate, `${latest.toFixed(1)} connections per second`);
+  pool.chart.draw(pool.rates, `New connections per second in the last minutes; now ${latest.toFixed(1)}`);
+  showWords(pool, members);
+}
+
+// The last words of dead replicas.
+function showWords(pool, members) {
+  const dead = members.filter((one) => !one.replica && one.last_exit);
+  const key = JSON.stringify(dead.map((one) => [one.id, one.last_exit.reason, one.last_exit.output]));
+  if (pool.words.dataset.key === key) return;
+  pool.words.dataset.key = key;
+  pool.words.replaceChildren(...dead.map((one) => h("details", {},
+    h("summary", {}, `${one.id}: ${one.last_exit.reason}`),
+    h("pre", { tabindex: "0", role: "region", "aria-label": `Last output of ${one.id}` }, one.last_exit.output.join("\n") || "(no output)"))));
+}
+
+// ---- banners ----
+
+function showBanners(status, members) {
+  const lines = [];
+  if (!status.ready) lines.push(["warn", "Not ready: Ringway is stopping, or a pool has had no healthy backend yet."]);
+  for (const pool of status.pools) {
+    const all = members(pool.name);
+    if (pool.panic) lines.push(["bad", `Pool ${pool.name} is in panic: too few backends are healthy, so Ringway tries all of them.`]);
+    else if (all.length && !all.some((one) => one.state === "healthy")) lines.push(["bad", `Pool ${pool.name} has no healthy backend.`]);
+    const looping = all.filter((one) => one.state === "crash_loop").map((one) => one.id);
+    if (looping.length) lines.push(["bad", `Pool ${pool.name}: replicas keep exiting: ${looping.slice(0, 5).join(", ")}${looping.length > 5 ? " and others" : ""}.`]);
+    const engine = pool.provider.engine;
+    if (engine && !engine.reachable) lines.push(["bad", `Pool ${pool.name}: the Docker engine does not answer. ${engine.error || ""}`]);
+    if (pool.differs.length) lines.push(["warn", `Pool ${pool.name} differs from its config: ${pool.differs.slice(0, 8).map(differs).join("; ")}.`]);
+  }
+  const key = JSON.stringify(lines);
+  if ($("banners").dataset.key === key) return;
+  $("banners").dataset.key = key;
+  $("banners").replaceChildren(...lines.map(([kind, line]) => h("p", { class: `banner ${kind}` }, `${kind === "bad" ? "✖" : "▲"} ${line}`)));
+}
+
+// ---- events ----
+
+function showEvents(events) {
+  const list = $("events");
+  for (const event of events) {
+    const at = new Date(event.at * 1000).toLocaleTimeString();
+    const kind = { error: "bad", warn: "warn" }[event.level] || "good";
+    const fields = Object.entries(event.fields).map(([key, value]) => `${key}=${value}`).join(" ");
+    list.prepend(h("li", {}, h("span", { class: "quiet" }, `${at} `), h("span", { class: `state ${kind}` }, event.level), ` ${event.text} `, h("span", { class: "quiet" }, fields)));
+  }
+  while (list.children.length > 200) list.lastChild.remove();
+}
+
+// ---- one change of the status ----
+
+function show(change) {
+  last = change;
+  const connections = change.listeners.reduce((sum, one) => sum + one.connections.active, 0);
+  text($("summary"), `Version ${change.version}, up ${time(change.uptime_seconds)}, ${change.ready ? "ready" : "not ready"}, ${counted(connections, "connection")} on ${counted(change.listeners.length, "listener")}${change.config ? `, ${change.config}` : ""}`);
+  const names = change.pools.map((pool) => pool.name);
+  for (const [name, pool] of pools) if (!names.includes(name)) { pool.section.remove(); pools.delete(name); }
+  for (const data of change.pools) {
+    if (!pools.has(data.name)) pools.set(data.name, newPool(data.name));
+    showPool(pools.get(data.name), data, change);
+  }
+  showBanners(change, (name) => [...(pools.get(name)?.members.values() || [])]);
+  showEvents(change.events);
+  const targets = [...change.listeners.map((one) => `listener ${one.name}`), ...names.map((name) => `pool ${name}`)];
+  if ($("target").dataset.key !== targets.join()) {
+    $("target").dataset.key = targets.join();
+    $("target").replaceChildren(...targets.map((target) => h("option", {}, target)));
+  }
+}
+
+// ---- the stream ----
+
+async function follow() {
+  const answer = await api("/api/stream");
+  if (answer.status === 401 || answer.status === 403) {
+    const message = await problem(answer);
+    $("access").hidden = false;
+    text($("refused"), token ? message : "");
+    text($("summary"), answer.status === 401 ? "This side port needs a token." : message);
+    return new Promise((resolve) => { wake = resolve; });
+  }
+  if (answer.status === 503) return poll();
+  if (!answer.ok) throw new Error(await problem(answer));
+  $("access").hidden = true;
+  text($("link"), "");
+  // The first event has everything, so an earlier stream's rows are refreshed.
+  $("events").replaceChildren();
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let buffer = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    buffer += value;
+    const parts = buffer.split("\n\n");
+    buffer = parts.pop();
+    for (const part of parts) {
+      const data = part.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5)).join("");
+      if (data) show(JSON.parse(data));
+    }
+  }
+}
+
+// Too many pages follow the stream: ask for the status instead.
+async function poll() {
+  text($("link"), "Many pages are open, so this one asks every two seconds.");
+  const answer = await api("/api/status");
+  if (!answer.ok) throw new Error(await problem(answer));
+  const status = await answer.json();
+  const members = Object.fromEntries(status.pools.map((pool) => [pool.name, pool.backends.map((one) => one.id)]));
+  show({ ...status, members, rates: {}, backend_rates: {}, events: [] });
+  await new Promise((resolve) => setTimeout(resolve, 2000));
+}
+
+let wake = () => {};
+
+async function run() {
+  let wait = 500;
+  for (;;) {
+    try {
+      await follow();
+      wait = 500;
+    } catch (error) {
+      text($("link"), `No connection to Ringway: ${error.message}. Trying again.`);
+      await new Promise((resolve) => setTimeout(resolve, wait));
+      wait = Math.min(wait * 2, 8000);
+    }
+  }
+}
+
+$("access").addEventListener("submit", (event) => {
+  event.preventDefault();
+  token = $("token").value.trim();
+  $("token").value = "";
+  if ($("keep").checked) sessionStorage.setItem("ringway-token", token);
+  wake();
+});
+
+// ---- commands ----
+
+let question = null;
+
+async function ask(wanted) {
+  question = wanted;
+  text($("dialog-title"), wanted.title);
+  $("dialog-value").hidden = !wanted.label;
+  text($("number-label"), wanted.label || "");
+  $("number").value = wanted.number || "";
+  $("preview").replaceChildren();
+  $("dialog").showModal();
+  (wanted.label ? $("number") : $("confirm")).focus();
+  preview();
+}
+
+function call(dry) {
+  const body = question.body ? JSON.stringify(question.body(Number($("number").value))) : "";
+  return api(question.path() + (dry ? "?dry_run=true" : ""), { method: "POST", body });
+}
+
+// What the command would change, and which share of the keys would move.
+async function preview() {
+  const mine = question;
+  $("confirm").disabled = true;
+  const answer = await call(true).catch((error) => ({ ok: false, json: async () => ({ error: { message: error.message } }) }));
+  const lines = answer.ok ? reported(await answer.json()) : [await problem(answer)];
+  if (mine !== question) return;
+  $("confirm").disabled = !answer.ok;
+  $("preview").replaceChildren(...lines.map((line) => h("p", {}, line)));
+}
+
+function reported(report) {
+  const lines = [...report.changes];
+  for (const moved of report.moved) lines.push(`Pool ${moved.pool}: ${percent(moved.share)} of the keys move to another backend.`);
+  return lines.length ? lines : ["Nothing to change."];
+}
+
+$("number").addEventListener("input", preview);
+$("cancel").addEventListener("click", () => $("dialog").close());
+$("dialog").addEventListener("close", () => { question = null; });
+$("dialog-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  if ($("confirm").disabled) return;
+  $("confirm").disabled = true;
+  const answer = await call(false).catch(() => null);
+  if (answer?.ok) { $("dialog").close(); return; }
+  $("confirm").disabled = false;
+  $("preview").replaceChildren(h("p", { class: "state bad" }, answer ? await problem(answer) : "No connection to Ringway."));
+});
+
+// ---- explain and sessions ----
+
+$("explain").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const [kind, ...name] = $("target").value.split(" ");
+  const query = new URLSearchParams({ [kind === "listener" ? "listener" : "target"]: name.join(" "), from: $("client").value.trim() });
+  if ($("sni").value.trim()) query.set("sni", $("sni").value.trim());
+  const answer = await api(`/api/explain?${query}`);
+  if (!answer.ok) { $("explanation").replaceChildren(h("p", { class: "state bad" }, await problem(answer))); return; }
+  const found = await answer.json();
+  const lines = [];
+  if (found.refused) lines.push(`Refused: ${found.refused}. Ringway resets the connection.`);
+  for (const route of found.routes) lines.push(`Route ${route.name}: ${route.matches ? "matches" : "does not match"}. ${route.why}`);
+  if (found.pool) {
+    lines.push(`Key ${found.pool.key.kind} ${found.pool.key.bytes} in pool ${found.pool.name}`);
+    for (const step of found.pool.walk.slice(0, 8)) lines.push(`${step.attempt == null ? "–" : `${step.attempt}.`} ${step.backend} (${step.state}): ${step.why}`);
+  } else lines.push("Ringway resets the connection.");
+  $("explanation").replaceChildren(h("ol", {}, ...lines.map((line) => h("li", {}, line))));
+});
+
+$("load-sessions").addEventListener("click", async () => {
+  const answer = await api("/api/sessions?limit=100");
+  if (!answer.ok) { $("sessions").replaceChildren(h("p", { class: "state bad" }, await problem(answer))); return; }
+  const { sessions, next } = await answer.json();
+  const cells = (one) => [one.client, one.listener, one.pool || "–", one.backend || "–", time(one.age_seconds), time(one.idle_seconds), `${one.from_client}`, `${one.to_client}`, one.state];
+  const head = ["Client", "Listener", "Pool", "Backend", "Age", "Idle", "Bytes in", "Bytes out", "State"];
+  const caption = `${counted(sessions.length, "open connection")}${next ? ", the first ones" : ""}`;
+  $("sessions").replaceChildren(h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Open connections" }, h("table", {}, h("caption", {}, caption),
+    h("thead", {}, h("tr", {}, ...head.map((label) => h("th", { scope: "col" }, label)))),
+    h("tbody", {}, ...sessions.map((one) => h("tr", {}, ...cells(one).map((value) => h("td", {}, value))))))));
+  text($("load-sessions"), "Show them again");
+});
+
+run();
