@@ -21,6 +21,7 @@ mod failover;
 mod house;
 mod limits;
 mod names;
+mod openapi;
 mod page;
 mod proxy_protocol;
 mod real_servers;
