@@ -51,7 +51,7 @@ impl Events {
     }
 
     fn record(&self, level: Level, details: Details) {
-        let at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+        let at = unix_seconds();
         let level = level.as_str().to_ascii_lowercase();
         let mut events = self.lock();
         let number = events.back().map_or(0, |event| event.number) + 1;
@@ -64,6 +64,11 @@ impl Events {
     fn lock(&self) -> MutexGuard<'_, VecDeque<Arc<Event>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The time now, in seconds since 1970.
+pub fn unix_seconds() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
 }
 
 /// Records what Ringway logs as information, a warning or an error.

@@ -61,6 +61,12 @@ impl Table {
         })
     }
 
+    /// The share of all keys that a backend would get if it took its keys, and the others take theirs as now.
+    pub fn share_if_it_took(&self, owner: usize) -> f64 {
+        let may = if self.takes_all { &self.backends.reachable } else { &self.backends.healthy };
+        self.ring.shares_by(|other| if other == owner || may.has(other) { 1.0 } else { 0.0 })[owner]
+    }
+
     /// The table that the pool would have with this ring and these backends.
     #[must_use]
     pub fn what_if(&self, ring: Arc<Ring>, backends: Members) -> Self {

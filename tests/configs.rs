@@ -79,9 +79,10 @@ fn anchors_variables_and_included_files_make_one_config() {
     let file = folder.iter().find(|file| file.ends_with("merged_and_included.yaml")).unwrap();
     let config = Config::load(file).unwrap_or_else(|error| panic!("{error}"));
     let names: Vec<_> = config.pools.iter().map(|pool| pool.name.as_str()).collect();
-    assert_eq!(names, ["one", "two", "part"]);
+    assert_eq!(names, ["one", "two", "three", "part"]);
     assert_eq!(config.listeners.len(), 2);
-    let [one, two, ..] = &config.pools[..] else { panic!() };
+    let [one, two, three, ..] = &config.pools[..] else { panic!() };
+    assert_eq!((three.drain, three.slow_start), (Duration::from_secs(11), Duration::from_secs(22)));
     assert_eq!((one.timeouts.idle, one.drain), (None, Duration::from_secs(5)));
     assert_eq!(two.drain, Duration::from_secs(1), "the first of several merged sections wins");
     assert_eq!(two.health_check.as_ref().unwrap().interval, Duration::from_secs(5));

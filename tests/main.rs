@@ -23,6 +23,7 @@ mod limits;
 mod names;
 mod openapi;
 mod page;
+mod prometheus;
 mod proxy_protocol;
 mod real_servers;
 mod reload;

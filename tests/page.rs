@@ -49,7 +49,9 @@ async fn a_click_drains_a_backend_after_showing_what_moves() {
         .await;
     browser.until("an event", "return /command done: drain/.test(document.getElementById('events').textContent)").await;
     browser.click("button[aria-label='Undrain echo-2']").await;
-    browser.until("the forecast", "return !document.getElementById('confirm').disabled").await;
+    browser
+        .until("the forecast", "return document.getElementById('confirm').getAttribute('aria-disabled') === 'false'")
+        .await;
     browser.click("#confirm").await;
     browser.until("the healthy backend", &format!("{} .includes('healthy')", state("echo-2"))).await;
     assert_eq!(browser.complaints().await, [] as [&str; 0]);
@@ -88,7 +90,9 @@ async fn the_keyboard_alone_drains_a_backend_and_explains_a_choice() {
     browser.until("a closed dialog", "return !document.getElementById('dialog').open").await;
     assert_eq!(focused().await, "Drain b0", "the dialog gives the focus back");
     browser.keys("\u{e007}").await;
-    browser.until("the forecast", "return !document.getElementById('confirm').disabled").await;
+    browser
+        .until("the forecast", "return document.getElementById('confirm').getAttribute('aria-disabled') === 'false'")
+        .await;
     tab_to("confirm").await;
     browser.keys("\u{e007}").await;
     browser.until("the drained backend", &format!("{} .includes('draining')", state("b0"))).await;
@@ -253,17 +257,17 @@ async fn the_stream_begins_with_everything_and_goes_on_with_what_changes() {
     let (mut stream, mut buffer) = (streaming(program.api()).await, String::new());
     let first = event(&mut stream, &mut buffer, |_| true).await;
     let ids = |value: &Value| {
-        let backends = value["pools"][0]["backends"].as_array().unwrap();
+        let backends = value["changed"]["echo"].as_array().unwrap();
         backends.iter().map(|backend| backend["id"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
     assert_eq!(ids(&first), ["b0", "b1"]);
     assert!(first["events"].as_array().is_some_and(|events| !events.is_empty()), "{first}");
     let second = event(&mut stream, &mut buffer, |_| true).await;
-    assert_eq!((ids(&second), second["members"]["echo"].as_array().unwrap().len()), (Vec::new(), 2));
+    assert_eq!((ids(&second), second["members"].clone()), (Vec::new(), serde_json::json!({})), "nothing has changed");
     assert_eq!(http(program.api(), "POST", "/api/pools/echo/backends/b1/drain", b"").await.status(), 200);
     let change = event(&mut stream, &mut buffer, |value| !ids(value).is_empty()).await;
     assert_eq!(ids(&change)[0], if ids(&change).len() == 2 { "b0" } else { "b1" });
-    let of_b1 = change["pools"][0]["backends"].as_array().unwrap().iter().find(|one| one["id"] == "b1").unwrap();
+    let of_b1 = change["changed"]["echo"].as_array().unwrap().iter().find(|one| one["id"] == "b1").unwrap();
     assert_eq!(of_b1["state"], "draining");
     let (_, events) = get(program.api(), "/api/events").await;
     assert!(events.contains("command done: drain echo/b1"), "{events}");
@@ -278,6 +282,28 @@ async fn the_stream_begins_with_everything_and_goes_on_with_what_changes() {
     {
         assert_eq!(get(program.api(), &format!("/api/history?{path}")).await.0, status, "{path}");
     }
+}
+
+#[tokio::test]
+async fn the_stream_shows_a_stop_until_the_connections_have_drained() {
+    let server = Server::echo("a").await;
+    let yaml = static_config(&[server.address], "health_check: { kind: none }\ndrain: 1m");
+    let mut program = Program::start(&yaml).await.ready().await;
+    let mut open = TcpStream::connect(program.web()).await.unwrap();
+    assert!(crate::harness::echoes(&mut open).await);
+    let (mut stream, mut buffer) = (streaming(program.api()).await, String::new());
+    event(&mut stream, &mut buffer, |value| value["status"]["ready"] == true).await;
+    program.signal(rustix::process::Signal::TERM);
+    let stopping = |value: &Value| value["status"]["ready"] == false;
+    for _ in 0..2 {
+        event(&mut stream, &mut buffer, stopping).await;
+    }
+    // A stream that begins now shows the drain too.
+    let (mut late, mut other) = (streaming(program.api()).await, String::new());
+    let change = event(&mut late, &mut other, stopping).await;
+    assert_eq!(change["changed"]["echo"][0]["connections"]["active"], 1);
+    drop(open);
+    assert_eq!(program.ended().await.code(), Some(0));
 }
 
 #[tokio::test]

@@ -180,9 +180,12 @@ async fn the_log_names_the_caller_of_a_command_and_of_a_rejected_one() {
         http_with(program.api(), "POST", "/api/reload", &headers, b"").await;
     }
     program.signal(Signal::HUP);
-    eventually("a reload by a signal", || program.log().contains("command done: reload caller=a signal")).await;
+    eventually("a reload by a signal", || {
+        program.log().contains("command done: reload command=\"reload\" caller=a signal")
+    })
+    .await;
     let log = program.log();
-    assert!(log.contains("command done: reload caller=127.0.0.1:"), "{log}");
+    assert!(log.contains("command done: reload command=\"reload\" caller=127.0.0.1:"), "{log}");
     // The second one is only counted.
     let rejected: Vec<_> = log.lines().filter(|line| line.contains("rejected a call")).collect();
     assert!(rejected.len() == 1 && rejected[0].contains("why=\"unauthorized\""), "{log}");

@@ -24,6 +24,8 @@ pub(super) struct Parameters {
 #[derive(Debug, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct List {
+    pub pid: u32,
+    pub last: u64,
     pub events: Vec<Event>,
 }
 
@@ -35,5 +37,8 @@ pub(super) async fn get(
         let message = format!("{}: the only parameter is after, the number of an event", rejection.body_text());
         Error::new(StatusCode::BAD_REQUEST, "bad_query", message)
     })?;
-    Ok(Json(List { events: state.events.after(after).iter().map(|event| Event::clone(event)).collect() }))
+    // A successor counts from 1 again.
+    let after = if after > state.events.last() { 0 } else { after };
+    let events: Vec<_> = state.events.after(after).iter().map(|event| Event::clone(event)).collect();
+    Ok(Json(List { pid: std::process::id(), last: state.events.last(), events }))
 }

@@ -1,9 +1,9 @@
 //! `GET /api/history`: what pools and backends did in the last minutes and in the last day, from memory.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::rejection::QueryRejection;
@@ -14,10 +14,11 @@ use serde::{Deserialize, Serialize};
 use super::State;
 use super::error::Error;
 use crate::backend::Backend;
+use crate::events::unix_seconds;
 use crate::table::Table;
 
 /// Time between two samples.
-pub(super) const STEP: Duration = Duration::from_secs(1);
+const STEP: Duration = Duration::from_secs(1);
 
 /// Samples of the last minutes.
 const FINE: usize = 300;
@@ -26,7 +27,7 @@ const FINE: usize = 300;
 const COARSE: usize = 288;
 const FINE_PER_COARSE: usize = 300;
 
-/// Most backends with a history. Each takes up to 12 KB.
+/// Most backends with a history. Each takes up to 12 KB. Those that come first in the config have one.
 const MOST_BACKENDS: usize = 1000;
 
 /// One sample.
@@ -57,7 +58,6 @@ struct Counters {
 /// The samples of a pool or a backend, the oldest first.
 #[derive(Debug, Default)]
 struct Series {
-    last: Option<Counters>,
     fine: VecDeque<Sample>,
     coarse: VecDeque<Sample>,
     /// Fine samples since the last coarse one.
@@ -67,12 +67,21 @@ struct Series {
 #[derive(Debug, Default)]
 struct OfPool {
     all: Series,
-    backends: BTreeMap<Arc<str>, Series>,
+    /// The counters of each backend at the last sample.
+    counters: HashMap<Arc<str>, Counters>,
+    backends: HashMap<Arc<str>, Series>,
 }
 
 /// The history of all pools.
 #[derive(Debug, Default)]
-pub struct History(Mutex<BTreeMap<Arc<str>, OfPool>>);
+pub struct History(Mutex<Recorded>);
+
+#[derive(Debug, Default)]
+struct Recorded {
+    pools: HashMap<Arc<str>, OfPool>,
+    /// When the last sample was taken.
+    last: Option<(Instant, f64)>,
+}
 
 /// What the call asks for.
 #[derive(Debug, Deserialize)]
@@ -106,7 +115,7 @@ pub async fn record(state: Arc<State>) {
         ticks.tick().await;
         let view = state.view();
         let pools = view.pools.iter().map(|pool| (Arc::clone(&pool.pool), pool.table.load()));
-        history.sample(pools);
+        history.sample(pools, Instant::now());
     }
 }
 
@@ -134,43 +143,44 @@ pub(super) async fn get(
 }
 
 impl History {
-    fn sample(&self, pools: impl Iterator<Item = (Arc<str>, Arc<Table>)>) {
-        let mut all = self.lock();
-        let (mut known, mut left) = (Vec::new(), MOST_BACKENDS);
+    fn sample(&self, pools: impl Iterator<Item = (Arc<str>, Arc<Table>)>, now: Instant) {
+        let mut recorded = self.lock();
+        // A busy thread samples late.
+        let passed = recorded.last.map_or(STEP, |(last, _)| now.saturating_duration_since(last)).as_secs_f32();
+        let mut left = MOST_BACKENDS;
+        let mut before = std::mem::take(&mut recorded.pools);
         for (name, table) in pools {
-            let of_pool = all.entry(Arc::clone(&name)).or_default();
-            let mut sum = Counters::default();
+            let mut of_pool = before.remove(&name).unwrap_or_default();
+            let (mut counters, mut backends) = (HashMap::new(), HashMap::new());
+            let mut sum = Sample::default();
             for backend in table.backends() {
-                let counters = Counters::of(backend);
-                sum.add(counters);
+                let (id, now) = (&backend.id, Counters::of(backend));
+                // A backend's first sample has no rate: it may have counted before, as a member of the same id.
+                let sample = of_pool.counters.get(id).map_or_else(Sample::default, |before| now.since(before, passed));
+                sum.add(Sample { active: now.active as f32, ..sample });
+                counters.insert(Arc::clone(id), now);
                 if left > 0 {
                     left -= 1;
-                    of_pool.backends.entry(Arc::clone(&backend.id)).or_default().push(counters);
+                    let mut series = of_pool.backends.remove(id).unwrap_or_default();
+                    series.push(Sample { active: now.active as f32, ..sample });
+                    backends.insert(Arc::clone(id), series);
                 }
             }
             of_pool.all.push(sum);
-            of_pool.backends.retain(|id, _| table.backends().find(id).is_some());
-            known.push(name);
+            (of_pool.counters, of_pool.backends) = (counters, backends);
+            recorded.pools.insert(name, of_pool);
         }
-        all.retain(|name, _| known.contains(name));
+        recorded.last = Some((now, unix_seconds()));
     }
 
     fn samples(&self, pool: &str, backend: Option<&str>, is_coarse: bool) -> Option<Samples> {
-        let all = self.lock();
-        let of_pool = all.get(pool)?;
+        let recorded = self.lock();
+        let of_pool = recorded.pools.get(pool)?;
         let series = backend.map_or(Some(&of_pool.all), |backend| of_pool.backends.get(backend))?;
-        Some(series.samples(is_coarse))
+        Some(series.samples(is_coarse, recorded.last?.1))
     }
 
-    /// The last values of a backend, or of the whole pool: new connections per second.
-    pub(super) fn last(&self, pool: &str, backend: Option<&str>) -> Option<f32> {
-        let all = self.lock();
-        let of_pool = all.get(pool)?;
-        let series = backend.map_or(Some(&of_pool.all), |backend| of_pool.backends.get(backend))?;
-        series.fine.back().map(|sample| sample.connections)
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Arc<str>, OfPool>> {
+    fn lock(&self) -> MutexGuard<'_, Recorded> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -187,8 +197,22 @@ impl Counters {
         }
     }
 
+    /// The rates since the counters were `before`.
+    fn since(self, before: &Self, seconds: f32) -> Sample {
+        let rate = |now: u64, before: u64| now.saturating_sub(before) as f32 / seconds.max(0.001);
+        Sample {
+            connections: rate(self.total, before.total),
+            active: 0.0,
+            failed: rate(self.failed, before.failed),
+            from_client: rate(self.from_client, before.from_client),
+            to_client: rate(self.to_client, before.to_client),
+        }
+    }
+}
+
+impl Sample {
     fn add(&mut self, other: Self) {
-        self.total += other.total;
+        self.connections += other.connections;
         self.active += other.active;
         self.failed += other.failed;
         self.from_client += other.from_client;
@@ -197,18 +221,7 @@ impl Counters {
 }
 
 impl Series {
-    fn push(&mut self, now: Counters) {
-        let before = self.last.replace(now);
-        // A pool's counters fall when a backend leaves.
-        let rate = |now: u64, before: u64| now.saturating_sub(before) as f32 / STEP.as_secs_f32();
-        let sample = before.map(|before| Sample {
-            connections: rate(now.total, before.total),
-            active: now.active as f32,
-            failed: rate(now.failed, before.failed),
-            from_client: rate(now.from_client, before.from_client),
-            to_client: rate(now.to_client, before.to_client),
-        });
-        let Some(sample) = sample else { return };
+    fn push(&mut self, sample: Sample) {
         push(&mut self.fine, sample, FINE);
         self.since += 1;
         if self.since == FINE_PER_COARSE {
@@ -217,12 +230,13 @@ impl Series {
         }
     }
 
-    fn samples(&self, is_coarse: bool) -> Samples {
+    fn samples(&self, is_coarse: bool, until: f64) -> Samples {
         let list = if is_coarse { &self.coarse } else { &self.fine };
-        let values = |of: fn(&Sample) -> f32| list.iter().map(|sample| (of(sample) * 10.0).round() / 10.0).collect();
+        // One event in five minutes is 0.003 each second.
+        let values = |of: fn(&Sample) -> f32| list.iter().map(|sample| (of(sample) * 1e4).round() / 1e4).collect();
         Samples {
             step_seconds: if is_coarse { (FINE_PER_COARSE as u64) * STEP.as_secs() } else { STEP.as_secs() },
-            until: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64()),
+            until,
             connections: values(|sample| sample.connections),
             active: values(|sample| sample.active),
             failed: values(|sample| sample.failed),
@@ -255,19 +269,54 @@ fn average(samples: &VecDeque<Sample>) -> Sample {
 mod tests {
     use super::*;
 
+    fn sample(n: f32) -> Sample {
+        Sample { connections: n, active: 3.0, ..Sample::default() }
+    }
+
     #[test]
-    fn a_series_has_rates_and_a_bounded_number_of_samples() {
+    fn a_series_has_a_bounded_number_of_samples_and_averages() {
         let mut series = Series::default();
-        for n in 0..(FINE_PER_COARSE * (COARSE + 2)) as u64 {
-            series.push(Counters { total: n * 7, active: 3, from_client: n * 100, ..Counters::default() });
+        for n in 0..FINE_PER_COARSE * (COARSE + 2) {
+            series.push(sample(if n % FINE_PER_COARSE == 0 { 3.0 } else { 0.0 }));
         }
-        let fine = series.samples(false);
-        assert_eq!((fine.connections.len(), fine.step_seconds), (FINE, 1));
-        assert!(fine.connections.iter().all(|&rate| rate == 7.0) && fine.active.iter().all(|&active| active == 3.0));
-        let coarse = series.samples(true);
-        assert_eq!((coarse.from_client.len(), coarse.step_seconds, coarse.from_client[0]), (COARSE, 300, 100.0));
-        // A backend that left takes its counters along.
-        series.push(Counters::default());
-        assert_eq!(series.samples(false).connections.last(), Some(&0.0));
+        let fine = series.samples(false, 1.0);
+        assert_eq!((fine.connections.len(), fine.step_seconds, fine.until), (FINE, 1, 1.0));
+        let coarse = series.samples(true, 1.0);
+        assert_eq!((coarse.connections.len(), coarse.step_seconds), (COARSE, 300));
+        assert!(coarse.connections.iter().all(|&rate| rate == 0.01), "a rare event is not rounded away");
+        assert!(coarse.active.iter().all(|&active| active == 3.0));
+    }
+
+    #[test]
+    fn rates_use_the_time_that_has_passed_and_no_backend_hides_others() {
+        use crate::backend::State as BackendState;
+        use crate::control::Event;
+        use crate::control::publisher::{OnDown, Publisher, Settings};
+        use crate::ring::Parameters;
+
+        let joined = |ids: &[&str]| {
+            let parameters = Parameters { virtual_nodes: 10, probes: 1, seed: 0 };
+            let (on_down, slow_start) = (OnDown::Keep, Duration::ZERO);
+            let settings = Settings { parameters, is_checked: false, panic_below: 0, on_down, slow_start };
+            let known = ids.iter().map(|&id| Event::Joined { id: id.into(), weight: 1 });
+            Publisher::new("p".into(), settings, known, Instant::now()).table().load()
+        };
+        let (history, begin) = (History::default(), Instant::now());
+        let at = |seconds: u64| begin + Duration::from_secs(seconds);
+        let two = joined(&["a", "b"]);
+        let total = |n: usize, count: u64| two.backends()[n].live.total.store(count, Ordering::Relaxed);
+        total(0, 1_000_000);
+        total(1, 10);
+        history.sample([("p".into(), Arc::clone(&two))].into_iter(), at(0));
+        total(0, 1_000_020);
+        total(1, 30);
+        history.sample([("p".into(), Arc::clone(&two))].into_iter(), at(2));
+        let connections = |backend: Option<&str>| history.samples("p", backend, false).unwrap().connections;
+        assert_eq!((connections(None), connections(Some("b"))), (vec![0.0, 20.0], vec![0.0, 10.0]));
+        assert_eq!(two.backends()[0].state, BackendState::Starting);
+        let one = joined(&["c"]);
+        history.sample([("p".into(), one)].into_iter(), at(3));
+        assert_eq!(connections(None), [0.0, 20.0, 0.0]);
+        assert!(history.samples("p", Some("a"), false).is_none());
     }
 }

@@ -94,11 +94,12 @@ pub struct State {
     pub events: Arc<Events>,
     /// What pools and backends did lately; `None`: off.
     pub history: Option<Arc<History>>,
-    /// Cancelled when Ringway stops or a successor has taken over: streams end.
+    /// Cancelled when the side port ends, because Ringway stops or a successor has taken over: streams end.
     pub stopping: CancellationToken,
     has_page: bool,
     /// For the clients that follow the status.
     streams: Arc<Semaphore>,
+    frames: stream::Frames,
     /// For the one explanation at a time.
     explaining: Arc<Semaphore>,
     /// Reloads so far.
@@ -145,6 +146,7 @@ impl State {
             stopping: CancellationToken::new(),
             has_page,
             streams: Arc::new(Semaphore::new(stream::MOST)),
+            frames: stream::Frames::default(),
             explaining: Arc::new(Semaphore::new(1)),
             reloads: Tally::default(),
             upgrades: Tally::default(),

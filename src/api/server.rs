@@ -207,7 +207,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Marks a connection as at work.
-struct AtWork(Arc<State>);
+pub(super) struct AtWork(Arc<State>);
 
 impl AtWork {
     fn begin(state: &Arc<State>) -> Self {
@@ -238,8 +238,14 @@ async fn receive(timeout: Duration, request: Request, next: Next) -> Response {
         }
     };
     let connection = head.extensions.remove::<Arc<Connection>>();
-    let _at_work = connection.as_ref().map(|connection| AtWork::begin(&connection.state));
-    next.run(Request::from_parts(head, body.into())).await
+    if let Some(connection) = connection {
+        // A handler whose answer goes on can keep it.
+        head.extensions.insert(Arc::new(AtWork::begin(&connection.state)));
+    }
+    let at_work = head.extensions.get::<Arc<AtWork>>().cloned();
+    let response = next.run(Request::from_parts(head, body.into())).await;
+    drop(at_work);
+    response
 }
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use crate::table::Table;
 const RESET: &str = "reset";
 
 /// The response. Later versions can add fields but never rename one.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Status {
     pub version: String,
@@ -34,7 +34,7 @@ pub struct Status {
     pub pools: Vec<Pool>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Listener {
     pub name: String,
@@ -46,7 +46,7 @@ pub struct Listener {
     pub max_connections: Option<u64>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct RouteTaken {
     pub name: String,
@@ -54,14 +54,14 @@ pub struct RouteTaken {
     pub connections: u64,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Connections {
     pub active: u64,
     pub total: u64,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Pool {
     pub name: String,
@@ -77,14 +77,14 @@ pub struct Pool {
     pub backends: Vec<Member>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Provider {
     pub kind: String,
     pub engine: Option<Engine>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Engine {
     pub host: String,
@@ -93,7 +93,7 @@ pub struct Engine {
     pub error: Option<String>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Ring {
     pub digest: String,
@@ -103,7 +103,7 @@ pub struct Ring {
     pub seed: u64,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Member {
     pub id: String,
@@ -124,7 +124,7 @@ pub struct Member {
     pub ejections: u64,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Drain {
     pub since_seconds: f64,
@@ -132,7 +132,7 @@ pub struct Drain {
     pub leaves: bool,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(untagged)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub enum Replica {
@@ -140,7 +140,7 @@ pub enum Replica {
     Container { container: String, name: String },
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Exit {
     pub reason: String,
@@ -149,7 +149,7 @@ pub struct Exit {
     pub output: Vec<String>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct BackendConnections {
     pub active: u64,
@@ -159,14 +159,14 @@ pub struct BackendConnections {
     pub cut_by_drain: u64,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Moved {
     pub from_client: u64,
     pub to_client: u64,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Health {
     pub last: Option<String>,

@@ -168,7 +168,11 @@ impl App {
         let position = |id: &str| table.backends().iter().position(|backend| *backend.id == *id);
         let share = match event {
             Event::DrainRequested { id, .. } => position(id).map(|at| table.shares_now()[at]),
-            Event::DrainCancelled { id } => position(id).map(|at| table.ring().shares()[at]),
+            Event::DrainCancelled { id } => position(id).map(|at| {
+                // An unhealthy backend gets nothing back.
+                let is_well = table.backends()[at].well != Some(false);
+                if is_well { table.share_if_it_took(at) } else { 0.0 }
+            }),
             _ => None,
         };
         share.map(|share| Moved { pool: pool.to_owned(), share: (share * 1e4).round() / 1e4 }).into_iter().collect()

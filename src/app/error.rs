@@ -101,7 +101,7 @@ impl StartError {
 
 fn remedy(address: &Address, error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::AddrInUse if address.ip().is_none() => {
+        io::ErrorKind::AddrInUse | io::ErrorKind::AlreadyExists if address.ip().is_none() => {
             "; another process already listens there, or the file is not a socket: stop the process, remove the file, or \
              choose another path"
         }

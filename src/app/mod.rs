@@ -148,9 +148,9 @@ pub struct App {
     /// Docker pools that are being removed, by name, with what stops their supervisors.
     retiring: Vec<(String, CancellationToken)>,
     commands: mpsc::Receiver<PendingCommand>,
-    /// Hear of workers that end, and of tasks that panic.
     /// Ends a change of the log's filter.
     log_ends: Option<AbortOnDropHandle<()>>,
+    /// Hear of workers that end, and of tasks that panic.
     trouble: Option<(WorkersEnded, mpsc::UnboundedReceiver<()>)>,
     /// Ends before `ready` becomes false, or it could set `ready` again.
     becoming_ready: Option<AbortOnDropHandle<()>>,

@@ -1,6 +1,7 @@
 //! What `ringway check` tries out: whether a config could start on this machine. It changes nothing.
 
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
 use futures_util::future::join_all;
@@ -97,6 +98,9 @@ fn bind(address: &Address) -> io::Result<()> {
             socket.bind(&(*ip).into())
         }
         Address::Unix(path) => {
+            if path.exists() && !std::fs::metadata(path)?.file_type().is_socket() {
+                return Err(ErrorKind::AlreadyExists.into());
+            }
             let folder = path.parent().unwrap_or(Path::new("/"));
             Ok(access(folder, Access::WRITE_OK | Access::EXEC_OK)?)
         }

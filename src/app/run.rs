@@ -77,7 +77,6 @@ impl App {
         let mut trouble = Trouble { workers, panics, side_port: side_port.ended.clone() };
         let outcome = self.serve(shutdown, &mut trouble, &side_port).await;
         self.becoming_ready = None;
-        self.state.stopping.cancel();
         self.state.ready.store(false, Ordering::Relaxed);
         match outcome {
             Ok(RunOutcome::Stopped) => {
@@ -101,6 +100,8 @@ impl App {
         while trouble.workers.next().await.is_some() {}
         // The predecessor may still have connections to the replicas, until its drain ends.
         let _ = self.is_settled.wait_for(|&settled| settled).await;
+        // Until now, streams have shown how the connections drain.
+        self.state.stopping.cancel();
         self.tasks.stop_replicas.cancel();
         self.tasks.finish().await;
         if side_port.over.is_cancelled() {
@@ -206,8 +207,7 @@ impl App {
         match &result {
             Ok(_) => tracing::info!(command = name, pool, backend, %caller, "command done: {command}"),
             Err(error) => {
-                let error = error.to_string();
-                tracing::warn!(command = name, pool, backend, error, %caller, "command rejected: {command}");
+                tracing::warn!(command = name, pool, backend, %caller, "command rejected: {command}: {error}");
             }
         }
         let label = if result.is_ok() { api::Outcome::Ok } else { api::Outcome::Failed };

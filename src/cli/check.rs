@@ -7,16 +7,20 @@ use clap::Args;
 use ringway::app::{Finding, probe};
 use ringway::config::{Config, Fault, Source};
 use ringway::control::command::Command;
+use ringway::limits;
 
 use super::commands::in_words;
 use super::side_port::{self, Port};
 use super::{Common, Failure, docker_host, print, runtime};
 
+/// Longest body of a call to the side port.
+const MOST_SENT: usize = 1 << 20;
+
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Config file [default: as for --config]
     file: Option<PathBuf>,
-    /// Check only the file: resolve no names, and try no addresses, programs, files and engine
+    /// Check only the file. Do not resolve names or test addresses, programs, files and the Docker engine
     #[arg(long)]
     offline: bool,
     /// Print the config with every default filled in
@@ -37,8 +41,11 @@ pub(crate) fn check(common: &Common, options: &Options) -> Result<(), Failure> {
     }
     let source = Source::find(file);
     let config = source.load()?;
-    for warning in config.warnings() {
-        warn(&Fault { place: source.place(&warning.path), ..warning });
+    let warnings = config.warnings();
+    let paths: Vec<_> = warnings.iter().map(|warning| warning.path.as_str()).collect();
+    let places = if paths.is_empty() { Vec::new() } else { source.places(&paths) };
+    for (warning, place) in std::iter::zip(&warnings, places) {
+        warn(&Fault { place, ..warning.clone() });
     }
     if !options.offline {
         try_out(&config, &source)?;
@@ -52,12 +59,23 @@ pub(crate) fn check(common: &Common, options: &Options) -> Result<(), Failure> {
 /// Tries what a start needs. Prints what is missing, and fails if Ringway would not start.
 fn try_out(config: &Config, source: &Source) -> Result<(), Failure> {
     let token = std::env::var(side_port::TOKEN).ok();
+    // As `run` does.
+    limits::raise_open_files();
     let findings = runtime()?.block_on(probe(config, docker_host().as_deref(), token.as_deref()));
-    let (fatal, others): (Vec<_>, Vec<_>) = findings.into_iter().partition(|finding| finding.is_fatal);
-    for Finding { problem, .. } in others {
-        warn(&Failure::start(source, problem));
+    if findings.is_empty() {
+        return Ok(());
     }
-    let mut fatal: Vec<_> = fatal.into_iter().map(|finding| Failure::start(source, finding.problem)).collect();
+    let paths: Vec<_> = findings.iter().map(|finding| finding.problem.key_path().unwrap_or_default()).collect();
+    let places = source.places(&paths);
+    let failures = std::iter::zip(findings, places).map(|(Finding { is_fatal, problem }, place)| {
+        let place = place.filter(|_| problem.key_path().is_some());
+        (is_fatal, Failure::Start { place, error: problem })
+    });
+    let (fatal, others): (Vec<_>, Vec<_>) = failures.partition(|(is_fatal, _)| *is_fatal);
+    for (_, problem) in others {
+        warn(&problem);
+    }
+    let mut fatal: Vec<_> = fatal.into_iter().map(|(_, failure)| failure).collect();
     match fatal.len() {
         0 => Ok(()),
         1 => Err(fatal.remove(0)),
@@ -80,7 +98,12 @@ fn diff(common: &Common, options: &Options, file: Option<PathBuf>) -> Result<(),
             let source = Source::File(file);
             // Reports faults with their lines.
             source.load()?;
-            Some(source.rendered()?)
+            let text = source.rendered()?;
+            if text.len() > MOST_SENT {
+                let problem = "the config is larger than 1 MiB, and --diff sends at most that; without a file, Ringway compares with its own file";
+                return Err(anyhow::anyhow!("{problem}").into());
+            }
+            Some(text)
         }
         None => None,
     };

@@ -11,6 +11,9 @@ use super::table::{Cell, Narrow, clean, table};
 use super::terminal::{Colour, Terminal};
 use super::{Common, Failure, counted, print, runtime, side_port};
 
+/// Shortest time between two tables of `--watch`.
+const SHORTEST: Duration = Duration::from_millis(100);
+
 /// Moves the cursor to the first line, and clears what is below it.
 const AGAIN: &str = "\x1b[H\x1b[J";
 
@@ -36,13 +39,14 @@ pub(crate) fn status(common: &Common, options: &Options) -> Result<(), Failure> 
             // Ringway may be away for a moment.
             let text = match read(common, options).await {
                 Ok(status) => in_words(&status, Terminal::stdout()),
-                Err(failure) => format!("{failure}\n"),
+                Err(failure) => clean(&failure.to_string()) + "\n",
             };
-            print(&if is_terminal { format!("{AGAIN}{text}") } else { format!("{text}\n") })?;
-            if std::io::stdout().flush().is_err() {
+            let text = if is_terminal { format!("{AGAIN}{text}") } else { format!("{text}\n") };
+            // Its reader may have gone.
+            if std::io::stdout().write_all(text.as_bytes()).and_then(|()| std::io::stdout().flush()).is_err() {
                 return Ok(());
             }
-            tokio::time::sleep(interval).await;
+            tokio::time::sleep(interval.max(SHORTEST)).await;
         }
     })
 }

@@ -1,12 +1,13 @@
 //! `ringway top`: a live view of a running Ringway in the terminal.
 //!
-//! - this file: the keys, the samples and the terminal, which every way out restores
+//! - this file: the keys, the samples and the terminal; `top` restores it however it ends
 //! - [`model`]: rows with rates from two samples; [`view`]: the screen
 
 mod model;
 mod view;
 
 use std::io::IsTerminal as _;
+use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -14,16 +15,20 @@ use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use ringway::api::sessions::{Page, Parameters, Shown};
 use ringway::api::status::Status;
-use ringway::control::command::Command;
-use rustix::process::{Signal, getpid, kill_process};
-use tokio::signal::unix::{SignalKind, signal};
+use ringway::control::command::{Command, Report};
+use rustix::process::{Signal as ProcessSignal, getpid, kill_process};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
 
 use self::model::{Row, Sort, arrange, rate, rows, speed};
 use super::status::problems;
 use super::table::{Narrow, table};
 use super::terminal::Terminal;
 use super::{Common, Failure, print, runtime, side_port};
+
+/// How long Ringway may take to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Sessions that are shown.
 const SESSIONS: usize = 200;
@@ -56,11 +61,15 @@ pub(crate) fn top(common: &Common, options: &Options) -> Result<(), Failure> {
     runtime()?.block_on(async {
         // Before the terminal changes: a wrong address is an ordinary error.
         screen.take(read(common, options).await?, Duration::ZERO);
-        let mut terminal = ratatui::init();
+        let mut terminal = ratatui::try_init().map_err(terminal_failed)?;
         let outcome = live(&mut terminal, &mut screen, common, options, interval).await;
         ratatui::restore();
         outcome
     })
+}
+
+fn terminal_failed(error: std::io::Error) -> Failure {
+    Failure::Other(anyhow::Error::from(error).context("cannot use the terminal"))
 }
 
 async fn read(common: &Common, options: &Options) -> anyhow::Result<Status> {
@@ -98,7 +107,33 @@ async fn once(common: &Common, options: &Options, interval: Duration) -> Result<
     print(&table(&cells, Narrow { shorten: &[1, 10], drop: &[8] }, Terminal::stdout()))
 }
 
-/// Shows the screen until the user leaves, or a signal asks for the end.
+/// The signals that end the view, and the one that pauses it.
+struct Signals {
+    end: [Signal; 3],
+    pause: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        let end = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()];
+        let [first, second, third] = end.map(signal);
+        let pause = signal(SignalKind::from_raw(ProcessSignal::TSTP.as_raw()))?;
+        Ok(Self { end: [first?, second?, third?], pause })
+    }
+
+    /// Whether the view ends; otherwise it pauses.
+    async fn next(&mut self) -> bool {
+        let [first, second, third] = &mut self.end;
+        tokio::select! {
+            _ = first.recv() => true,
+            _ = second.recv() => true,
+            _ = third.recv() => true,
+            _ = self.pause.recv() => false,
+        }
+    }
+}
+
+/// Shows the screen until the user leaves, or a signal asks for the end. Calls to Ringway run beside the keys: it may not answer.
 async fn live(
     terminal: &mut DefaultTerminal,
     screen: &mut Screen,
@@ -106,30 +141,33 @@ async fn live(
     options: &Options,
     interval: Duration,
 ) -> Result<(), Failure> {
-    let failed = |error: std::io::Error| Failure::Other(anyhow::anyhow!("cannot use the terminal: {error}"));
-    let mut keys = keys();
-    let mut end = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
-    let mut pause = signal(SignalKind::from_raw(Signal::TSTP.as_raw())).map_err(failed)?;
-    let mut ticks = tokio::time::interval(interval);
+    let (mut keys, mut signals) = (keys(), Signals::new().map_err(terminal_failed)?);
+    let mut ticks = tokio::time::interval_at((Instant::now() + interval).into(), interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sampled = Instant::now();
+    let mut call: Option<Pin<Box<dyn Future<Output = Answer> + '_>>> = None;
     loop {
-        terminal.draw(|frame| view::draw(frame, screen)).map_err(failed)?;
-        let [first, second, third] = &mut end;
-        let (first, second, third) = (
-            first.as_mut().map_err(|error| anyhow::anyhow!("cannot listen for signals: {error}"))?,
-            second.as_mut().map_err(|error| anyhow::anyhow!("cannot listen for signals: {error}"))?,
-            third.as_mut().map_err(|error| anyhow::anyhow!("cannot listen for signals: {error}"))?,
-        );
+        terminal.draw(|frame| view::draw(frame, screen)).map_err(terminal_failed)?;
+        let answer = async {
+            match &mut call {
+                Some(call) => call.await,
+                None => std::future::pending().await,
+            }
+        };
         let wish = tokio::select! {
-            _ = first.recv() => return Ok(()),
-            _ = second.recv() => return Ok(()),
-            _ = third.recv() => return Ok(()),
-            _ = pause.recv() => {
+            ends = signals.next() => {
+                if ends {
+                    return Ok(());
+                }
                 // A stopped program must leave the terminal to the shell.
                 ratatui::restore();
-                let _ = kill_process(getpid(), Signal::STOP);
-                *terminal = ratatui::init();
+                let _ = kill_process(getpid(), ProcessSignal::STOP);
+                *terminal = ratatui::try_init().map_err(terminal_failed)?;
                 continue;
+            }
+            answer = answer => {
+                call = None;
+                if screen.answered(answer, &mut sampled) { Wish::Sample } else { Wish::Nothing }
             }
             _ = ticks.tick() => Wish::Sample,
             key = keys.recv() => match key {
@@ -140,30 +178,37 @@ async fn live(
             },
         };
         match wish {
-            Wish::Nothing => continue,
             Wish::Leave => return Ok(()),
-            Wish::Run(command) => {
-                let outcome = side_port::run(common, &options.port, &command).await;
-                screen.message = outcome.map_or_else(|error| format!("{error:#}"), |report| report.changes.join("; "));
-            }
-            Wish::Sample => {}
-        }
-        match read(common, options).await {
-            Ok(status) => {
-                screen.take(status, sampled.elapsed());
-                sampled = Instant::now();
-            }
-            // It may be back soon.
-            Err(error) => screen.message = format!("{error:#}"),
-        }
-        if screen.tab == Tab::Sessions {
-            let parameters = Parameters { limit: Some(SESSIONS), pool: options.pool.clone(), ..Parameters::default() };
-            match side_port::read::<Page>(common, &options.port, &parameters.path()).await {
-                Ok(page) => screen.sessions = page.sessions,
-                Err(error) => screen.message = format!("{error:#}"),
-            }
+            Wish::Run(command) => call = Some(Box::pin(run(common, options, command))),
+            // One call at a time.
+            Wish::Sample if call.is_none() => call = Some(Box::pin(sample(common, options, screen.tab))),
+            Wish::Sample | Wish::Nothing => {}
         }
     }
+}
+
+/// What a call to Ringway has given.
+enum Answer {
+    Sample(Box<anyhow::Result<(Status, Vec<Shown>)>>),
+    Report(anyhow::Result<Report>),
+}
+
+async fn run(common: &Common, options: &Options, command: Command) -> Answer {
+    Answer::Report(side_port::run(common, &options.port, &command).await)
+}
+
+async fn sample(common: &Common, options: &Options, tab: Tab) -> Answer {
+    let sample = async {
+        let status = read(common, options).await?;
+        if tab == Tab::Backends {
+            return Ok((status, Vec::new()));
+        }
+        let parameters = Parameters { limit: Some(SESSIONS), pool: options.pool.clone(), ..Parameters::default() };
+        let page = side_port::read::<Page>(common, &options.port, &parameters.path()).await?;
+        anyhow::Ok((status, page.sessions))
+    };
+    let sample = tokio::time::timeout(PATIENCE, sample).await;
+    Answer::Sample(Box::new(sample.unwrap_or_else(|_| Err(anyhow::anyhow!("Ringway does not answer")))))
 }
 
 /// The events of the terminal, from a thread of their own: reading them blocks.
@@ -213,6 +258,8 @@ struct Screen {
     has_colours: bool,
     is_unicode: bool,
     status: Option<Status>,
+    /// Why the last sample failed.
+    trouble: Option<String>,
     /// All rows of the last sample.
     all: Vec<Row>,
     /// Those that are shown.
@@ -233,6 +280,7 @@ impl Screen {
             has_colours,
             is_unicode,
             status: None,
+            trouble: None,
             all: Vec::new(),
             rows: Vec::new(),
             sessions: Vec::new(),
@@ -242,6 +290,26 @@ impl Screen {
             tab: Tab::Backends,
             mode: Mode::Normal,
             message: String::new(),
+        }
+    }
+
+    /// Takes the answer to a call. Returns whether a new sample would show more.
+    fn answered(&mut self, answer: Answer, sampled: &mut Instant) -> bool {
+        match answer {
+            Answer::Report(report) => {
+                self.message = report.map_or_else(|error| format!("{error:#}"), |report| report.changes.join("; "));
+                true
+            }
+            Answer::Sample(sample) => {
+                match *sample {
+                    Ok((status, sessions)) => {
+                        self.take(status, sampled.elapsed());
+                        (self.sessions, self.trouble, *sampled) = (sessions, None, Instant::now());
+                    }
+                    Err(error) => self.trouble = Some(format!("{error:#}; what you see is old")),
+                }
+                false
+            }
         }
     }
 
@@ -261,7 +329,8 @@ impl Screen {
     }
 
     fn problems(&self) -> Vec<String> {
-        self.status.iter().flat_map(|status| &status.pools).flat_map(problems).collect()
+        let of_pools = self.status.iter().flat_map(|status| &status.pools).flat_map(problems);
+        self.trouble.iter().cloned().chain(of_pools).collect()
     }
 
     fn selected_index(&self) -> Option<usize> {
@@ -278,9 +347,11 @@ impl Screen {
             KeyCode::Char('c') if modifiers.contains(KeyModifiers::CONTROL) => Wish::Leave,
             KeyCode::Char('z') if modifiers.contains(KeyModifiers::CONTROL) => {
                 // In raw mode, the terminal sends no signal.
-                let _ = kill_process(getpid(), Signal::TSTP);
+                let _ = kill_process(getpid(), ProcessSignal::TSTP);
                 Wish::Nothing
             }
+            // Other keys with Control mean something else to people.
+            KeyCode::Char(_) if modifiers.intersects(KeyModifiers::CONTROL | KeyModifiers::ALT) => Wish::Nothing,
             KeyCode::Char(key) => self.press(key),
             KeyCode::Esc => {
                 if self.mode == Mode::Filter {
@@ -300,8 +371,8 @@ impl Screen {
                 self.arrange();
                 Wish::Nothing
             }
-            KeyCode::Down => self.press('j'),
-            KeyCode::Up => self.press('k'),
+            KeyCode::Down if self.mode == Mode::Normal => self.press('j'),
+            KeyCode::Up if self.mode == Mode::Normal => self.press('k'),
             _ => Wish::Nothing,
         }
     }
@@ -327,6 +398,8 @@ impl Screen {
             'q' => return Wish::Leave,
             '?' => self.mode = Mode::Help,
             '/' => self.mode = Mode::Filter,
+            // These are about backends.
+            'j' | 'k' | 'd' | 'u' if self.tab == Tab::Sessions => {}
             'j' => self.select((index + 1).min(self.rows.len().saturating_sub(1))),
             'k' => self.select(index.saturating_sub(1)),
             's' => {
@@ -401,6 +474,12 @@ mod tests {
         assert_eq!((screen.rows.len(), screen.selected_index()), (1, Some(0)));
         screen.key(KeyCode::Esc, KeyModifiers::NONE);
         assert_eq!(screen.rows.len(), 2);
+        screen.press('/');
+        screen.key(KeyCode::Down, KeyModifiers::NONE);
+        assert_eq!(screen.filter, "", "an arrow is no text");
+        screen.key(KeyCode::Esc, KeyModifiers::NONE);
+        screen.key(KeyCode::Char('d'), KeyModifiers::CONTROL);
+        assert_eq!(screen.mode, Mode::Normal, "Ctrl-D asks for no drain");
         assert_eq!(screen.key(KeyCode::Char('c'), KeyModifiers::CONTROL), Wish::Leave);
     }
 }

@@ -30,7 +30,7 @@ impl<'a> Paths<'a> {
     }
 }
 
-/// Reports names that two entries of a list have.
+/// Reports duplicate names.
 pub(super) fn duplicate_names<'a>(faults: &Faults, list: &str, names: impl Iterator<Item = &'a str>) {
     let mut seen = HashMap::new();
     for (n, name) in names.enumerate().filter(|(_, name)| !name.is_empty()) {
@@ -102,7 +102,7 @@ pub(super) fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
             if seen.contains(&n) {
                 faults.add(
                     &format!("{}.provider.static[{}].address", paths.path(n), backend_label(&pools[n], backend)),
-                    "is a listener of this config that leads back to this pool: connections would go round without end",
+                    "is a listener of this config that leads back to this pool: connections would loop forever",
                 );
             }
         }

@@ -1,14 +1,16 @@
 //! A config as YAML: the file with its included files, without variables and merge keys, and the places of its values.
 
-use std::io::ErrorKind;
+use std::collections::HashSet;
+use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_yaml::{Mapping, Value};
 
 use super::places::{Node, Places};
 use super::reader::{EXTENSION, Faults, show};
 use super::variables::{self, Lookup};
-use super::{Api, Config, Error, Fault, parse, source};
+use super::{Api, Config, Error, Fault, Place, parse, source};
 
 /// The key of the files that belong to the config too.
 const INCLUDE: &str = "include";
@@ -16,11 +18,11 @@ const INCLUDE: &str = "include";
 /// What an included file can have: entries of these lists.
 const LISTS: [&str; 2] = ["listeners", "pools"];
 
+/// Most faults whose lines are looked up.
+const MOST_PLACES: usize = 1000;
+
 /// Most included files.
 const MOST_FILES: usize = 1000;
-
-/// How deep merge keys can lead to others.
-const DEEPEST_MERGE: usize = 16;
 
 /// A config as YAML.
 pub(super) struct Document {
@@ -46,6 +48,16 @@ impl Document {
         Self::build(source::read(path)?, &path.display().to_string(), Some(&lookup), Some(folder))
     }
 
+    /// Reads a file without those that it includes. The section `api` is in the main file.
+    pub(super) fn read_main(path: &Path) -> Result<Self, Error> {
+        let lookup = |name: &str| std::env::var(name).ok();
+        let mut value = yaml(&source::read(path)?, &path.display().to_string())?;
+        let faults = Faults::default();
+        variables::replace(&mut value, "", Some(&lookup), &faults);
+        let (origin, main) = (path.display().to_string(), source::read(path)?);
+        Ok(Self { value, origin, main, included: Vec::new(), faults: faults.into_vec() })
+    }
+
     /// Reads a text, which can neither include files nor use variables.
     pub(super) fn parse(text: String, origin: &str) -> Result<Self, Error> {
         Self::build(text, origin, None, None)
@@ -65,7 +77,7 @@ impl Document {
         if let Some(mut include) = include {
             variables::replace(&mut include, INCLUDE, lookup, &faults);
             match folder {
-                Some(folder) if faults.count() == 0 => document.include(&include, folder, &mut value, &faults)?,
+                Some(folder) if faults.count() == 0 => document.include(&include, folder, &mut value, &faults),
                 Some(_) => {}
                 None => faults.add(INCLUDE, "only a file can include others: use `ringway check --diff FILE`"),
             }
@@ -77,7 +89,7 @@ impl Document {
     }
 
     /// Appends the listeners and pools of the included files to those of `value`.
-    fn include(&mut self, include: &Value, folder: &Path, value: &mut Value, faults: &Faults) -> Result<(), Error> {
+    fn include(&mut self, include: &Value, folder: &Path, value: &mut Value, faults: &Faults) {
         let patterns = match include {
             Value::Sequence(list) => list.iter().collect(),
             one => vec![one],
@@ -94,21 +106,38 @@ impl Document {
                 }
                 Ok(files) => {
                     for file in files {
-                        match self.include_file(&file, value) {
-                            Err(error @ Error::Unreadable { .. }) => faults.add(INCLUDE, error),
-                            other => other?,
-                        }
+                        self.include_file(&file, value, faults);
                     }
                 }
                 Err(problem) => faults.add(INCLUDE, problem),
             }
         }
-        Ok(())
     }
 
-    fn include_file(&mut self, file: &Path, value: &mut Value) -> Result<(), Error> {
-        let (text, origin) = (source::read(file)?, file.display().to_string());
-        let part = yaml(&text, &origin)?;
+    fn include_file(&mut self, file: &Path, value: &mut Value, faults: &Faults) {
+        let origin = file.display().to_string();
+        let is_same = |other: &str| std::fs::canonicalize(other).ok() == std::fs::canonicalize(file).ok();
+        if file.exists() && is_same(&self.origin) {
+            faults.add(INCLUDE, "the config includes itself: choose another pattern");
+            return;
+        }
+        // Two patterns may have the same file.
+        if self.included.iter().any(|known| file.exists() && is_same(&known.origin)) {
+            return;
+        }
+        let read = source::read(file).and_then(|text| Ok((yaml(&text, &origin)?, text)));
+        let (part, text) = match read {
+            Ok(read) => read,
+            Err(Error::NotYaml { line: Some(line), problem, .. }) => {
+                let place = Some(Place { file: origin.into(), line });
+                self.faults.push(Fault { path: String::new(), problem, place });
+                return;
+            }
+            Err(error) => {
+                faults.add(INCLUDE, error);
+                return;
+            }
+        };
         let place = |key: &str| Node::of(&text, &origin).map(|node| node.place_of(key));
         let mut fault = |key: &str, problem: String| {
             self.faults.push(Fault { path: key.to_owned(), problem, place: place(key) });
@@ -131,20 +160,19 @@ impl Document {
                     }
                 }
             }
-            other => fault("", format!("{} is not a config: write listeners or pools", show(&other))),
+            _ => fault("", "is not a config: write listeners or pools".to_owned()),
         }
         self.included.push(Text { origin, text });
-        Ok(())
     }
 
     /// The places of all values.
-    pub(super) fn places(&self) -> Places {
-        let Some(mut root) = Node::of(&self.main, &self.origin) else { return Places::default() };
+    pub(super) fn places(&self) -> Places<'_> {
+        let mut root = Node::of(&self.main, &self.origin);
         for Text { origin, text } in &self.included {
             let Some(part) = Node::of(text, origin) else { continue };
-            root = LISTS.iter().fold(root, |root, key| root.extended(key, &part));
+            root = root.map(|root| LISTS.iter().fold(root, |root, key| root.extended(key, &part)));
         }
-        Places::of(&self.value, &root)
+        Places::of(&self.value, root)
     }
 
     /// The config, or all of its faults.
@@ -167,17 +195,18 @@ impl Document {
             Ok(_) => Vec::new(),
             Err(faults) => faults,
         };
-        let places = self.places();
         // A variable without a value causes further faults in its place.
-        let is_known = |fault: &Fault| self.faults.iter().any(|known| known.path == fault.path);
-        let faults: Vec<_> = faults.into_iter().filter(|fault| !is_known(fault)).collect();
-        self.faults.extend(faults);
-        for fault in &mut self.faults {
+        let known: HashSet<String> = self.faults.iter().map(|fault| fault.path.clone()).collect();
+        let mut all = std::mem::take(&mut self.faults);
+        all.extend(faults.into_iter().filter(|fault| !known.contains(&fault.path)));
+        let places = self.places();
+        for fault in all.iter_mut().take(MOST_PLACES) {
             fault.place = fault.place.take().or_else(|| places.find(&fault.path));
         }
+        self.faults = all;
         let origin = self.origin;
         self.faults.sort_by_cached_key(|fault| {
-            fault.place.as_ref().map(|place| (place.file != origin, place.file.clone(), place.line))
+            fault.place.as_ref().map(|place| (*place.file != *origin, Arc::clone(&place.file), place.line))
         });
         Err(Error::Faulty { origin, faults: self.faults })
     }
@@ -188,6 +217,9 @@ impl Document {
             // Reports them with the others.
             self.config()?;
             return Ok(String::new());
+        }
+        if let Some(map) = self.value.as_mapping_mut() {
+            map.retain(|key, _| !key.as_str().is_some_and(|key| key.starts_with(EXTENSION)));
         }
         variables::escape(&mut self.value);
         // A value that has been read always serializes.
@@ -214,24 +246,31 @@ fn files(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
         return Ok(vec![path]);
     }
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let parent = path.parent().unwrap_or(Path::new(""));
     let parts = name.split_once('*').filter(|(_, last)| !last.contains('*'));
-    let (Some((first, last)), Some(parent)) = (parts, path.parent()) else {
+    let Some((first, last)) = parts.filter(|_| pattern.matches('*').count() == 1) else {
         return Err(format!("{pattern:?} has a * in the wrong place: use one * in the last part of the path"));
     };
-    let entries = match std::fs::read_dir(if parent.as_os_str().is_empty() { Path::new(".") } else { parent }) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(format!("cannot read {}: {error}", parent.display())),
+    let unreadable = |error: io::Error| match error.kind() {
+        ErrorKind::NotFound => format!("the folder {} does not exist", parent.display()),
+        _ => format!("cannot read the folder {}: {error}", parent.display()),
     };
-    let matches = |name: &str| {
+    let parent_or_here = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(parent_or_here).map_err(unreadable)? {
+        let name = entry.map_err(unreadable)?.file_name();
+        let Some(text) = name.to_str() else {
+            return Err(format!("the name of {} is not UTF-8: rename the file", name.display()));
+        };
         // A `*` does not stand for hidden files, as in a shell.
-        name.len() >= first.len() + last.len()
-            && name.starts_with(first)
-            && name.ends_with(last)
-            && (name.starts_with('.') == first.starts_with('.'))
-    };
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let mut names: Vec<_> = names.filter(|name| matches(name)).collect();
+        let matches = text.len() >= first.len() + last.len()
+            && text.starts_with(first)
+            && text.ends_with(last)
+            && (text.starts_with('.') == first.starts_with('.'));
+        if matches {
+            names.push(text.to_owned());
+        }
+    }
     names.sort();
     Ok(names.into_iter().map(|name| parent.join(name)).collect())
 }
@@ -239,7 +278,9 @@ fn files(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
 /// Parses YAML, and replaces merge keys (`<<`) by what they bring.
 fn yaml(text: &str, origin: &str) -> Result<Value, Error> {
     let fault = |line: Option<usize>, problem: String| Error::NotYaml { origin: origin.to_owned(), line, problem };
-    let of_line = |is_it: &dyn Fn(&str) -> bool| text.lines().position(is_it).map(|at| at + 1);
+    let of_line = |is_it: &dyn Fn(&str) -> bool| {
+        text.lines().enumerate().filter(|(_, line)| is_it(line)).last().map(|(at, _)| at + 1)
+    };
     let mut value: Value = serde_yaml::from_str(text).map_err(|error| {
         let (line, words) = (error.location().map(|location| location.line()), error.to_string());
         if words.contains("duplicate entry")
@@ -257,24 +298,37 @@ fn yaml(text: &str, origin: &str) -> Result<Value, Error> {
         let hint = hint(text, line, &words).map(|hint| format!("; {hint}")).unwrap_or_default();
         fault(line, format!("not valid YAML: {words}{hint}"))
     })?;
-    // One pass resolves one level: what a merge key brings can have a merge key of its own.
-    for _ in 0..DEEPEST_MERGE {
-        if !has_merge(&value) {
-            return Ok(value);
-        }
-        value.apply_merge().map_err(|_| {
-            let line = of_line(&|line| line.trim_start_matches(['-', ' ']).starts_with("<<:"));
-            fault(line, "a merge key (<<) needs a section or a list of sections: write it like <<: *name".to_owned())
-        })?;
-    }
-    Err(fault(None, format!("merge keys (<<) lead to each other more than {DEEPEST_MERGE} times: use fewer")))
+    merge(&mut value).map_err(|NotASection| {
+        let line = of_line(&|line| line.trim_start_matches(['-', ' ']).starts_with("<<:"));
+        fault(line, "a merge key (<<) needs a section or a list of sections: write it like <<: *name".to_owned())
+    })?;
+    Ok(value)
 }
 
-fn has_merge(value: &Value) -> bool {
+/// The value of a merge key is no section.
+struct NotASection;
+
+/// Replaces merge keys (`<<`) by what they bring. A key of the section itself wins, then one of the first source that has it. A
+/// source's own merge keys come before those of the next source.
+fn merge(value: &mut Value) -> Result<(), NotASection> {
     match value {
-        Value::Mapping(map) => map.contains_key("<<") || map.values().any(has_merge),
-        Value::Sequence(list) => list.iter().any(has_merge),
-        _ => false,
+        Value::Sequence(list) => list.iter_mut().try_for_each(merge),
+        Value::Mapping(map) => {
+            map.values_mut().try_for_each(merge)?;
+            let sources = match map.shift_remove("<<") {
+                None => return Ok(()),
+                Some(Value::Sequence(list)) => list,
+                Some(one) => vec![one],
+            };
+            for source in sources {
+                let Value::Mapping(source) = source else { return Err(NotASection) };
+                for (key, value) in source {
+                    map.entry(key).or_insert(value);
+                }
+            }
+            Ok(())
+        }
+        _ => Ok(()),
     }
 }
 

@@ -34,6 +34,7 @@ mod variables;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::control::ejection;
@@ -89,7 +90,7 @@ pub struct Fault {
     pub path: String,
     /// What is wrong and what to write instead.
     pub problem: String,
-    /// Where the key path is; `None` if nobody knows.
+    /// Where the key path is; `None` if the line is unknown.
     pub place: Option<Place>,
 }
 
@@ -109,7 +110,7 @@ impl std::fmt::Display for Fault {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Place {
     /// The file, or where else the text came from.
-    pub file: String,
+    pub file: Arc<str>,
     /// The line, from 1.
     pub line: usize,
 }
@@ -120,11 +121,17 @@ impl std::fmt::Display for Place {
     }
 }
 
+/// Most faults that an error lists.
+const MOST_SHOWN: usize = 100;
+
 fn list(origin: &str, faults: &[Fault]) -> String {
     if let [fault] = faults {
         return if fault.place.is_some() { fault.to_string() } else { format!("{origin}: {fault}") };
     }
-    let lines: Vec<_> = faults.iter().map(|fault| format!("\n  {fault}")).collect();
+    let mut lines: Vec<_> = faults.iter().take(MOST_SHOWN).map(|fault| format!("\n  {fault}")).collect();
+    if faults.len() > MOST_SHOWN {
+        lines.push(format!("\n  and {} more", faults.len() - MOST_SHOWN));
+    }
     format!("{origin}: {} errors{}", faults.len(), lines.concat())
 }
 
@@ -329,7 +336,7 @@ impl Config {
         let unused = unused.map(|pool| warning(format!("pools[{}]", pool.name), "no listener leads to this pool"));
         let refuses = self.listeners.iter().filter(|listener| listener.refuses_its_balancers());
         let refuses = refuses.map(|listener| {
-            let what = "lacks addresses of proxy_protocol.from, so Ringway refuses health checks of those balancers: add the addresses";
+            let what = "has no entry for some balancers in proxy_protocol.from, and Ringway refuses their health checks: add the balancers";
             warning(format!("listeners[{}].allow", listener.name), what)
         });
         unused.chain(refuses).collect()

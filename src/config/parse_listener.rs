@@ -144,10 +144,11 @@ pub(super) fn text_of_address<'a>(item: &Item<'a>, other: &str) -> Option<&'a st
 /// The permissions of a file, as octal digits.
 fn mode(item: &Item<'_>) -> Option<u32> {
     let is_octal = |text: &&str| (3..=4).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
-    let digits = item.value.as_str().filter(is_octal);
+    // A number counts as its digits: whoever writes 660 means that.
+    let digits = item.value.as_str().map(str::to_owned).or_else(|| Some(item.value.as_u64()?.to_string()));
+    let digits = digits.as_deref().filter(is_octal);
     let mode = digits.and_then(|digits| u32::from_str_radix(digits, 8).ok()).filter(|&mode| mode <= 0o777);
     if mode.is_none() {
-        // YAML would read 660 and 0o660 as different numbers.
         item.fault(format_args!(
             "{} is not a file mode: write octal digits in quotes, like \"0660\"",
             show(item.value)

@@ -1,18 +1,20 @@
 //! The lines of a config: a second pass over its YAML, made only after a fault, because the first parser gives no positions.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use saphyr_parser::{Event, Parser};
 use serde_yaml::Value;
 
 use super::Place;
-use super::reader::{join, labels};
+use super::reader::labels;
 
 /// A YAML value with its lines.
 #[derive(Debug)]
 pub(super) struct Node {
-    file: Rc<str>,
+    file: Arc<str>,
     line: usize,
     shape: Shape,
 }
@@ -25,9 +27,15 @@ enum Shape {
     Map(Vec<(String, usize, Rc<Node>)>),
 }
 
-/// The place of every key path.
-#[derive(Debug, Default)]
-pub(super) struct Places(HashMap<String, Place>);
+/// Finds the places of key paths.
+pub(super) struct Places<'a> {
+    value: &'a Value,
+    root: Option<Rc<Node>>,
+    /// The positions of the entries of a list by their labels, for lists that a path has led through.
+    labels: RefCell<HashMap<*const Value, Labels>>,
+}
+
+type Labels = Rc<HashMap<String, usize>>;
 
 /// A list or a mapping whose end has not come yet.
 struct Open {
@@ -41,7 +49,7 @@ struct Open {
 impl Node {
     /// Reads the lines of a YAML text that another parser has taken for valid; `None` if this parser disagrees.
     pub(super) fn of(text: &str, file: &str) -> Option<Rc<Self>> {
-        let file: Rc<str> = file.into();
+        let file: Arc<str> = file.into();
         let (mut open, mut anchors, mut root) = (Vec::<Open>::new(), HashMap::new(), None);
         for event in Parser::new_from_str(text) {
             let (event, span) = event.ok()?;
@@ -58,7 +66,7 @@ impl Node {
                 }
                 Event::SequenceEnd | Event::MappingEnd => {
                     let Open { line, anchor, shape, .. } = open.pop()?;
-                    (anchor, Rc::new(Self { file: Rc::clone(&file), line, shape }))
+                    (anchor, Rc::new(Self { file: Arc::clone(&file), line, shape }))
                 }
                 Event::Scalar(text, _, anchor, _) => {
                     // A scalar is a key if its mapping waits for one.
@@ -66,7 +74,7 @@ impl Node {
                         *key = Some((text.into_owned(), line));
                         continue;
                     }
-                    (anchor, Rc::new(Self { file: Rc::clone(&file), line, shape: Shape::Scalar }))
+                    (anchor, Rc::new(Self { file: Arc::clone(&file), line, shape: Shape::Scalar }))
                 }
                 Event::Alias(anchor) => (0, Rc::clone(anchors.get(&anchor)?)),
                 _ => continue,
@@ -102,7 +110,7 @@ impl Node {
     }
 
     fn place(&self, line: usize) -> Place {
-        Place { file: self.file.to_string(), line }
+        Place { file: Arc::clone(&self.file), line }
     }
 
     /// The place of this key, or of the node.
@@ -134,61 +142,63 @@ impl Node {
             list.clone_from(own);
         }
         list.extend(more.iter().cloned());
-        let list = Rc::new(Self { file: Rc::clone(&node.file), line: node.line, shape: Shape::List(list) });
+        let list = Rc::new(Self { file: Arc::clone(&node.file), line: node.line, shape: Shape::List(list) });
         let mut map: Vec<_> = own.iter().map(|(name, line, node)| (name.clone(), *line, Rc::clone(node))).collect();
         match map.iter_mut().find(|(name, ..)| name == key) {
             Some((.., old)) => *old = list,
             None => map.push((key.to_owned(), line, list)),
         }
-        Rc::new(Self { file: Rc::clone(&self.file), line: self.line, shape: Shape::Map(map) })
+        Rc::new(Self { file: Arc::clone(&self.file), line: self.line, shape: Shape::Map(map) })
     }
 }
 
-impl Places {
-    /// The places of a value and of everything in it.
-    pub(super) fn of(value: &Value, node: &Node) -> Self {
-        let mut places = Self::default();
-        places.0.insert(String::new(), node.place(node.line));
-        places.record("", value, node);
-        places
-    }
-
-    fn record(&mut self, path: &str, value: &Value, node: &Node) {
-        match value {
-            Value::Mapping(map) => {
-                // A mapping can have keys that its value has no more, like variables and merge keys.
-                if let Shape::Map(entries) = &node.shape {
-                    self.0.extend(entries.iter().map(|(key, line, _)| (join(path, key), node.place(*line))));
-                }
-                for (key, value) in map {
-                    let Some(key) = key.as_str() else { continue };
-                    let Some((line, child)) = node.entry(key) else { continue };
-                    let path = join(path, key);
-                    self.0.insert(path.clone(), Place { file: child.file.to_string(), line });
-                    self.record(&path, value, &child);
-                }
-            }
-            Value::Sequence(list) => {
-                let Shape::List(nodes) = &node.shape else { return };
-                for ((label, value), node) in labels(list).zip(list).zip(nodes) {
-                    let path = format!("{path}[{label}]");
-                    self.0.insert(path.clone(), node.place(node.line));
-                    self.record(&path, value, node);
-                }
-            }
-            _ => {}
-        }
+impl<'a> Places<'a> {
+    pub(super) fn of(value: &'a Value, root: Option<Rc<Node>>) -> Self {
+        Self { value, root, labels: RefCell::default() }
     }
 
     /// The place of a key path, or of the closest section around it.
     pub(super) fn find(&self, path: &str) -> Option<Place> {
-        let mut path = path;
-        loop {
-            let place = self.0.get(path);
-            if place.is_some() || path.is_empty() {
-                return place.cloned();
+        let root = self.root.as_ref()?;
+        Some(self.below(self.value, root, path).unwrap_or_else(|| root.place(root.line)))
+    }
+
+    /// The place of what the rest of a path leads to, as far as it leads; `None`: nowhere.
+    fn below(&self, value: &Value, node: &Node, rest: &str) -> Option<Place> {
+        match value {
+            Value::Mapping(map) => {
+                let rest = rest.strip_prefix('.').unwrap_or(rest);
+                let is_next = |key: &&str| {
+                    let after = rest.strip_prefix(key);
+                    after.is_some_and(|after| after.is_empty() || after.starts_with(['.', '[']))
+                };
+                // The longest: keys can have dots.
+                let key = map.keys().filter_map(Value::as_str).filter(is_next).max_by_key(|key| key.len());
+                let Some(key) = key else {
+                    // A key that its value has no more, like `include`.
+                    return node.entry(rest).map(|(line, _)| node.place(line));
+                };
+                let (line, child) = node.entry(key)?;
+                let place = Place { file: Arc::clone(&child.file), line };
+                Some(self.below(map.get(key)?, &child, &rest[key.len()..]).unwrap_or(place))
             }
-            path = path.rfind(['.', '[']).map_or("", |end| &path[..end]);
+            Value::Sequence(list) => {
+                let Shape::List(nodes) = &node.shape else { return None };
+                let labels = self.labels_of(value, list);
+                let rest = rest.strip_prefix('[')?;
+                // A label can have brackets, like that of an IPv6 address.
+                let ends = rest.match_indices(']').map(|(end, _)| end);
+                let (end, &at) = ends.into_iter().find_map(|end| Some((end, labels.get(&rest[..end])?)))?;
+                let child = nodes.get(at)?;
+                Some(self.below(&list[at], child, &rest[end + 1..]).unwrap_or_else(|| child.place(child.line)))
+            }
+            _ => None,
         }
+    }
+
+    fn labels_of(&self, value: &Value, list: &[Value]) -> Labels {
+        let mut known = self.labels.borrow_mut();
+        let new = || Rc::new(labels(list).enumerate().map(|(at, label)| (label, at)).collect());
+        Rc::clone(known.entry(std::ptr::from_ref(value)).or_insert_with(new))
     }
 }

@@ -29,7 +29,9 @@ pub(super) struct Faults(Rc<RefCell<Vec<Fault>>>);
 
 impl Faults {
     pub(super) fn add(&self, path: &str, problem: impl Display) {
-        self.0.borrow_mut().push(Fault { path: path.to_owned(), problem: problem.to_string(), place: None });
+        // A key of the config could move the cursor of a terminal.
+        let path = if path.contains(char::is_control) { path.escape_debug().to_string() } else { path.to_owned() };
+        self.0.borrow_mut().push(Fault { path, problem: problem.to_string(), place: None });
     }
 
     pub(super) fn count(&self) -> usize {
@@ -291,10 +293,16 @@ impl<'a> Section<'a> {
     }
 }
 
+/// Longest text that a fault shows, in characters.
+const LONGEST_SHOWN: usize = 100;
+
 /// Formats a value for a fault message, close to how the user wrote it.
 pub(super) fn show(value: &Value) -> String {
     match value {
         Value::Null => "an empty value".to_owned(),
+        Value::String(text) if text.chars().count() > LONGEST_SHOWN => {
+            format!("{:?} (and more)", text.chars().take(LONGEST_SHOWN).collect::<String>())
+        }
         Value::String(text) => format!("{text:?}"),
         Value::Number(number) => number.to_string(),
         Value::Bool(truth) => truth.to_string(),
@@ -308,9 +316,14 @@ pub(super) fn show(value: &Value) -> String {
 /// from 0.
 pub(super) fn labels(list: &[Value]) -> impl Iterator<Item = String> + use<> {
     let own = |value: &Value| {
-        let text = ["name", "id", "address"].iter().find_map(|key| value.get(key)?.as_str())?;
+        let text = |value: &Value| match value {
+            Value::String(text) => Some(text.clone()),
+            Value::Number(number) => Some(number.to_string()),
+            _ => None,
+        };
+        let text = ["name", "id", "address"].iter().find_map(|key| text(value.get(key)?))?;
         let is_fine = !text.is_empty() && text.len() <= 253 && !text.chars().any(char::is_control);
-        is_fine.then(|| text.to_owned())
+        is_fine.then_some(text)
     };
     let names: Vec<_> = list.iter().map(own).collect();
     let mut counts = HashMap::new();

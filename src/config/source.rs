@@ -45,7 +45,10 @@ impl Source {
     /// # Errors
     /// Returns an error if the file cannot be read, is not valid YAML or has a fault in this section.
     pub fn api(&self) -> Result<Api, Error> {
-        self.document()?.api()
+        match self {
+            Self::File(path) => Document::read_main(path)?.api(),
+            Self::BuiltIn => self.document()?.api(),
+        }
     }
 
     /// The config as YAML, with its included files and without variables. [`Config::parse`] reads it.
@@ -58,7 +61,14 @@ impl Source {
 
     /// Where the config has this key path, or the closest section around it; `None` if the source cannot be read.
     pub fn place(&self, key_path: &str) -> Option<Place> {
-        self.document().ok()?.places().find(key_path)
+        self.places(&[key_path]).pop().flatten()
+    }
+
+    /// As [`Source::place`], for several key paths. Reads the source once.
+    pub fn places(&self, key_paths: &[&str]) -> Vec<Option<Place>> {
+        let Ok(document) = self.document() else { return vec![None; key_paths.len()] };
+        let places = document.places();
+        key_paths.iter().map(|key_path| places.find(key_path)).collect()
     }
 
     /// The path of the file, absolute; `None` for the built-in config.

@@ -27,6 +27,9 @@ pub(super) fn replace(value: &mut Value, path: &str, lookup: Lookup<'_>, faults:
                 replace(value, &join(path, key.as_str().unwrap_or_default()), lookup, faults);
             }
         }
+        Value::Tagged(tagged) => {
+            faults.add(path, format_args!("has the tag {}, which Ringway does not know: remove it", tagged.tag));
+        }
         _ => {}
     }
 }

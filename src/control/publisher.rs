@@ -228,8 +228,8 @@ impl Publisher {
             tracing::error!(%pool, healthy, backends, threshold, "{what}");
         } else {
             tracing::error!(%pool, healthy, backends, threshold,
-                "{what}: fewer than panic_threshold percent are healthy, so the checks may be wrong and the healthy ones may not bear \
-                 the load. Ringway ignores the checks until enough backends pass. panic_threshold: 0 turns this off");
+                "{what}: fewer than panic_threshold percent are healthy, so the checks may be wrong, and the healthy backends may be \
+                 overloaded. Ringway ignores the checks until enough backends pass. panic_threshold: 0 turns this off");
         }
     }
 

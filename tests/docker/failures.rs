@@ -102,7 +102,7 @@ async fn a_missing_image_is_pulled_once_for_all_slots() {
     .await;
     let log = program.log();
     assert_eq!(log.matches("pulling the image").count(), 1, "{log}");
-    assert!(log.contains("Ringway pulls again after 10 s"), "{log}");
+    assert!(log.contains("Ringway waits at least 10 s"), "{log}");
 }
 
 #[tokio::test]

@@ -8,10 +8,14 @@ const MOST_ARCS = 240;
 const MOST_CHARTS = 100;
 const ROW_POINTS = 60;
 
+// No event for so long: the page may be out of date.
+const SILENCE_MS = 6000;
+
 let token = sessionStorage.getItem("ringway-token") || "";
-let readOnly = false;
+let keeps = token !== "";
 const pools = new Map();
-let last = null;
+let sections = 0;
+let process = null;
 
 // An element with attributes and children. Text children stay text.
 function h(name, attributes = {}, ...children) {
@@ -78,12 +82,12 @@ function why(member) {
   if (member.drain) {
     const deadline = member.drain.deadline_in_seconds == null ? null : member.drain.deadline_in_seconds - (Date.now() - member.at) / 1000;
     const then = deadline == null ? "" : `, reset in ${time(deadline)}`;
-    return `drained: ${counted(member.connections.active, "connection")} left${member.connections.active ? then : ""}`;
+    return `${member.drain.leaves ? "leaves the pool" : "drained"}: ${counted(member.connections.active, "connection")} left${member.connections.active ? then : ""}`;
   }
   if (member.state === "crash_loop" || !member.replica && exit) return exit ? exit.reason : "replicas keep exiting";
   if (member.state === "ejected") return "connects keep failing";
   const since = member.health.since_seconds + (Date.now() - member.at) / 1000;
-  return member.health.last ? `${member.health.last}, for ${time(since)}` : "no check yet";
+  return member.health.last ? `${member.health.last}, for ${time(since)}` : "no check has ended yet, or the pool has no checks";
 }
 
 function differs(one) {
@@ -97,7 +101,7 @@ function differs(one) {
 
 function spark(width, height) {
   const path = s("path");
-  const svg = s("svg", { class: "spark", width, height, viewBox: `0 0 ${width} ${height}`, role: "img" }, path);
+  const svg = s("svg", { class: "spark", width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "No rates yet" }, path);
   return { svg, draw(values, label) {
     const most = Math.max(1, ...values);
     const step = width / Math.max(1, values.length - 1);
@@ -135,7 +139,7 @@ function drawRing(svg, members) {
 const HEAD = [["Backend"], ["State"], ["Why"], ["Share", 1], ["Now", 1], ["Active", 1], ["Conn/s", 1], ["Failed", 1], ["Weight", 1], ["Actions"]];
 
 function newPool(name) {
-  const id = `pool-${pools.size}`;
+  const id = `pool-${sections++}`;
   const ring = s("svg", { class: "ring", width: 96, height: 96, viewBox: "0 0 100 100", role: "img" });
   const chart = spark(240, 48);
   const parts = {
@@ -150,13 +154,19 @@ function newPool(name) {
   $("pools").append(section);
   const pool = { name, section, ring, chart, ...parts, members: new Map(), rows: new Map(), order: [], rates: [] };
   parts.scale.addEventListener("click", () => ask({
-    title: `Scale pool ${name}`, label: "Number of replicas", number: pool.order.length,
+    title: `Scale pool ${name}`, label: "Number of replicas", number: [...pool.members.values()].filter((one) => !one.drain?.leaves).length,
     path: () => `/api/pools/${encodeURIComponent(name)}/scale`, body: (number) => ({ replicas: number }),
   }));
-  api(`/api/history?pool=${encodeURIComponent(name)}`).then(async (answer) => {
-    if (answer.ok) pool.rates = [...(await answer.json()).connections, ...pool.rates].slice(-POINTS);
-  }).catch(() => {});
+  readHistory(pool);
   return pool;
+}
+
+// What happened before the page was open, or while it had no connection.
+async function readHistory(pool) {
+  try {
+    const answer = await api(`/api/history?pool=${encodeURIComponent(pool.name)}`);
+    if (answer.ok) pool.rates = (await answer.json()).connections.slice(-POINTS);
+  } catch { /* The chart begins now. */ }
 }
 
 function newRow(pool, id) {
@@ -193,27 +203,31 @@ function showRow(pool, id, shares) {
   text(row.cells[3], shares[0]);
   text(row.cells[4], shares[1]);
   text(row.cells[5], `${member.connections.active}`);
-  const rate = (member.rate || 0).toFixed(member.rate >= 10 ? 0 : 1);
+  const rate = member.rate == null ? "–" : member.rate.toFixed(member.rate >= 10 ? 0 : 1);
   text(row.rate, rate);
-  row.rates = [...row.rates, member.rate || 0].slice(-ROW_POINTS);
+  if (member.rate != null) row.rates = [...row.rates, member.rate].slice(-ROW_POINTS);
   row.chart.svg.toggleAttribute("hidden", pool.order.length > MOST_CHARTS);
   if (pool.order.length <= MOST_CHARTS) row.chart.draw(row.rates, `New connections per second to ${id}; now ${rate}`);
   text(row.cells[7], `${member.connections.failed}`);
   text(row.cells[8], `${member.weight}`);
   text(row.drain, member.drain ? "Undrain" : "Drain");
   row.drain.setAttribute("aria-label", `${member.drain ? "Undrain" : "Drain"} ${id}`);
-  row.cells[9].hidden = readOnly;
+  row.drain.hidden = Boolean(member.drain?.leaves);
 }
 
-function showPool(pool, data, change) {
-  pool.order = change.members[data.name];
-  for (const member of data.backends) pool.members.set(member.id, { ...member, at: Date.now() });
-  const rates = change.backend_rates[data.name] || {};
+function showPool(pool, data, change, seconds) {
+  pool.order = change.members[data.name] || pool.order;
+  // A backend that did not change got no connection.
+  for (const member of pool.members.values()) member.rate = seconds ? 0 : null;
+  for (const member of change.changed[data.name]) {
+    const before = pool.members.get(member.id);
+    const more = before ? member.connections.total - before.connections.total : -1;
+    pool.members.set(member.id, { ...member, at: Date.now(), rate: seconds && more >= 0 ? more / seconds : null });
+  }
   for (const id of pool.members.keys()) {
     if (!pool.order.includes(id)) { pool.members.delete(id); pool.rows.get(id)?.tr.remove(); pool.rows.delete(id); }
   }
   const members = pool.order.map((id) => pool.members.get(id)).filter(Boolean);
-  for (const member of members) member.rate = rates[member.id] || 0;
   const share = percents(members.map((one) => one.share));
   const now = percents(members.map((one) => one.now));
   const fresh = document.createDocumentFragment();
@@ -231,12 +245,14 @@ function showPool(pool, data, change) {
   const listeners = from.map((one) => `${one.name} (${one.address})`).join(", ") || "no listener";
   text(pool.meta, `From ${listeners}: ${data.provider.kind}, key ${data.key}, ring ${data.ring.digest}, ${healthy} of ${counted(members.length, "backend")} healthy`);
   text(pool.caption, `Backends of pool ${data.name}`);
-  pool.scale.hidden = readOnly || !members.some((one) => one.replica) || data.provider.kind === "static";
+  pool.scale.hidden = data.provider.kind === "static";
   drawRing(pool.ring, members);
-  pool.rates = [...pool.rates, change.rates[data.name] ?? members.reduce((sum, one) => sum + one.rate, 0)].slice(-POINTS);
-  const latest = pool.rates[pool.rates.length - 1];
-  text(pool.rate, `${latest.toFixed(1)} connections per second`);
-  pool.chart.draw(pool.rates, `New connections per second in the last minutes; now ${latest.toFixed(1)}`);
+  if (seconds) {
+    const latest = members.reduce((sum, one) => sum + (one.rate || 0), 0);
+    pool.rates = [...pool.rates, latest].slice(-POINTS);
+    text(pool.rate, `${latest.toFixed(1)} connections per second`);
+    pool.chart.draw(pool.rates, `New connections per second in the last minutes; now ${latest.toFixed(1)}`);
+  }
   showWords(pool, members);
 }
 
@@ -266,10 +282,15 @@ function showBanners(status, members) {
     if (engine && !engine.reachable) lines.push(["bad", `Pool ${pool.name}: the Docker engine does not answer. ${engine.error || ""}`]);
     if (pool.differs.length) lines.push(["warn", `Pool ${pool.name} differs from its config: ${pool.differs.slice(0, 8).map(differs).join("; ")}.`]);
   }
-  const key = JSON.stringify(lines);
-  if ($("banners").dataset.key === key) return;
-  $("banners").dataset.key = key;
-  $("banners").replaceChildren(...lines.map(([kind, line]) => h("p", { class: `banner ${kind}` }, `${kind === "bad" ? "✖" : "▲"} ${line}`)));
+  showLines($("alerts"), "bad", lines.filter(([kind]) => kind === "bad").map(([, line]) => `✖ ${line}`));
+  showLines($("warnings"), "warn", lines.filter(([kind]) => kind === "warn").map(([, line]) => `▲ ${line}`));
+}
+
+// Keeps the lines that stay, so that a screen reader reads only the new ones.
+function showLines(place, kind, lines) {
+  for (const old of [...place.children]) if (!lines.includes(old.textContent)) old.remove();
+  const shown = [...place.children].map((old) => old.textContent);
+  for (const line of lines) if (!shown.includes(line)) place.append(h("p", { class: `banner ${kind}` }, line));
 }
 
 // ---- events ----
@@ -287,97 +308,137 @@ function showEvents(events) {
 
 // ---- one change of the status ----
 
-function show(change) {
-  last = change;
+function show(message) {
+  const { status } = message;
+  // After an upgrade, another process counts from 0.
+  const isSame = process?.pid === status.pid && status.uptime_seconds > process.uptime;
+  const seconds = isSame ? status.uptime_seconds - process.uptime : 0;
+  process = { pid: status.pid, uptime: status.uptime_seconds };
+  const change = { ...status, ...message };
   const connections = change.listeners.reduce((sum, one) => sum + one.connections.active, 0);
   text($("summary"), `Version ${change.version}, up ${time(change.uptime_seconds)}, ${change.ready ? "ready" : "not ready"}, ${counted(connections, "connection")} on ${counted(change.listeners.length, "listener")}${change.config ? `, ${change.config}` : ""}`);
   const names = change.pools.map((pool) => pool.name);
   for (const [name, pool] of pools) if (!names.includes(name)) { pool.section.remove(); pools.delete(name); }
   for (const data of change.pools) {
     if (!pools.has(data.name)) pools.set(data.name, newPool(data.name));
-    showPool(pools.get(data.name), data, change);
+    showPool(pools.get(data.name), data, change, seconds);
   }
   showBanners(change, (name) => [...(pools.get(name)?.members.values() || [])]);
   showEvents(change.events);
   const targets = [...change.listeners.map((one) => `listener ${one.name}`), ...names.map((name) => `pool ${name}`)];
   if ($("target").dataset.key !== targets.join()) {
     $("target").dataset.key = targets.join();
+    const chosen = $("target").value;
     $("target").replaceChildren(...targets.map((target) => h("option", {}, target)));
+    if (targets.includes(chosen)) $("target").value = chosen;
   }
 }
 
 // ---- the stream ----
 
 async function follow() {
-  const answer = await api("/api/stream");
-  if (answer.status === 401 || answer.status === 403) {
-    const message = await problem(answer);
-    $("access").hidden = false;
-    text($("refused"), token ? message : "");
-    text($("summary"), answer.status === 401 ? "This side port needs a token." : message);
-    return new Promise((resolve) => { wake = resolve; });
-  }
+  const stop = new AbortController();
+  const answer = await api("/api/stream", { signal: stop.signal });
+  if (answer.status === 401 || answer.status === 403) return needToken(answer);
   if (answer.status === 503) return poll();
   if (!answer.ok) throw new Error(await problem(answer));
-  $("access").hidden = true;
-  text($("link"), "");
-  // The first event has everything, so an earlier stream's rows are refreshed.
-  $("events").replaceChildren();
+  accepted();
+  process = null;
+  for (const pool of pools.values()) readHistory(pool);
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let buffer = "";
+  let [buffer, isFirst] = ["", true];
   for (;;) {
-    const { value, done } = await reader.read();
+    const silence = setTimeout(() => stop.abort(new Error("no news for a while")), SILENCE_MS);
+    const { value, done } = await reader.read().finally(() => clearTimeout(silence));
     if (done) return;
     buffer += value;
     const parts = buffer.split("\n\n");
     buffer = parts.pop();
     for (const part of parts) {
       const data = part.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5)).join("");
-      if (data) show(JSON.parse(data));
+      if (!data) continue;
+      // The first message has all events again.
+      if (isFirst) $("events").replaceChildren();
+      isFirst = false;
+      news("");
+      show(JSON.parse(data));
     }
   }
 }
 
+// Says that the page is out of date, or that it is not any more.
+function news(problem) {
+  text($("link"), problem);
+  $("main").classList.toggle("stale", problem !== "");
+}
+
+async function needToken(answer) {
+  const message = await problem(answer);
+  sessionStorage.removeItem("ringway-token");
+  $("access").hidden = false;
+  $("refused").replaceChildren();
+  if (token || answer.status === 403) $("refused").append(message);
+  text($("summary"), answer.status === 401 ? "This side port needs a token." : "This page is not available.");
+  return new Promise((resolve) => { wake = resolve; });
+}
+
+function accepted() {
+  $("access").hidden = true;
+  $("forget").hidden = token === "";
+  if (keeps) sessionStorage.setItem("ringway-token", token);
+}
+
 // Too many pages follow the stream: ask for the status instead.
 async function poll() {
-  text($("link"), "Many pages are open, so this one asks every two seconds.");
   const answer = await api("/api/status");
   if (!answer.ok) throw new Error(await problem(answer));
   const status = await answer.json();
-  const members = Object.fromEntries(status.pools.map((pool) => [pool.name, pool.backends.map((one) => one.id)]));
-  show({ ...status, members, rates: {}, backend_rates: {}, events: [] });
-  await new Promise((resolve) => setTimeout(resolve, 2000));
+  const all = (of) => Object.fromEntries(status.pools.map((pool) => [pool.name, of(pool)]));
+  show({ status, changed: all((pool) => pool.backends), members: all((pool) => pool.backends.map((one) => one.id)), events: [] });
+  text($("link"), "Many pages are open, so this one asks every two seconds, and shows no events.");
+  await pause(2000);
 }
+
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 let wake = () => {};
 
 async function run() {
-  let wait = 500;
+  let failures = 0;
   for (;;) {
+    const began = Date.now();
     try {
       await follow();
-      wait = 500;
+      failures = 0;
     } catch (error) {
-      text($("link"), `No connection to Ringway: ${error.message}. Trying again.`);
-      await new Promise((resolve) => setTimeout(resolve, wait));
-      wait = Math.min(wait * 2, 8000);
+      failures += 1;
+      if (failures > 1) news(`No connection to Ringway (${error.message}). What you see may be out of date. Trying again.`);
     }
+    // Never at once: Ringway may be stopping.
+    await pause(Date.now() - began > 5000 ? 500 : Math.min(500 * 2 ** failures, 8000));
   }
 }
 
 $("access").addEventListener("submit", (event) => {
   event.preventDefault();
   token = $("token").value.trim();
+  keeps = $("keep").checked;
   $("token").value = "";
-  if ($("keep").checked) sessionStorage.setItem("ringway-token", token);
   wake();
+});
+
+$("forget").addEventListener("click", () => {
+  sessionStorage.removeItem("ringway-token");
+  location.reload();
 });
 
 // ---- commands ----
 
+// The command that the dialog is about, and the body whose forecast it shows.
 let question = null;
+let forecast = null;
 
-async function ask(wanted) {
+function ask(wanted) {
   question = wanted;
   text($("dialog-title"), wanted.title);
   $("dialog-value").hidden = !wanted.label;
@@ -385,23 +446,35 @@ async function ask(wanted) {
   $("number").value = wanted.number || "";
   $("preview").replaceChildren();
   $("dialog").showModal();
-  (wanted.label ? $("number") : $("confirm")).focus();
+  (wanted.label ? $("number") : $("cancel")).focus();
   preview();
 }
 
-function call(dry) {
-  const body = question.body ? JSON.stringify(question.body(Number($("number").value))) : "";
-  return api(question.path() + (dry ? "?dry_run=true" : ""), { method: "POST", body });
-}
+const call = (body, dry) => api(question.path() + (dry ? "?dry_run=true" : ""), { method: "POST", body });
+
+// A disabled button would lose the focus.
+const allow = (may) => $("confirm").setAttribute("aria-disabled", String(!may));
 
 // What the command would change, and which share of the keys would move.
 async function preview() {
   const mine = question;
-  $("confirm").disabled = true;
-  const answer = await call(true).catch((error) => ({ ok: false, json: async () => ({ error: { message: error.message } }) }));
-  const lines = answer.ok ? reported(await answer.json()) : [await problem(answer)];
-  if (mine !== question) return;
-  $("confirm").disabled = !answer.ok;
+  const body = mine.body ? JSON.stringify(mine.body(Number($("number").value))) : "";
+  forecast = null;
+  allow(false);
+  let lines;
+  let may = false;
+  try {
+    const answer = await call(body, true);
+    may = answer.ok;
+    lines = may ? reported(await answer.json()) : [await problem(answer)];
+  } catch (error) {
+    lines = [`No connection to Ringway: ${error.message}`];
+  }
+  // The question or the number may be another one by now.
+  const current = question?.body ? JSON.stringify(question.body(Number($("number").value))) : "";
+  if (mine !== question || body !== current) return;
+  if (may) forecast = body;
+  allow(may);
   $("preview").replaceChildren(...lines.map((line) => h("p", {}, line)));
 }
 
@@ -413,25 +486,45 @@ function reported(report) {
 
 $("number").addEventListener("input", preview);
 $("cancel").addEventListener("click", () => $("dialog").close());
-$("dialog").addEventListener("close", () => { question = null; });
+$("dialog").addEventListener("close", () => { question = null; forecast = null; });
 $("dialog-form").addEventListener("submit", async (event) => {
   event.preventDefault();
-  if ($("confirm").disabled) return;
-  $("confirm").disabled = true;
-  const answer = await call(false).catch(() => null);
-  if (answer?.ok) { $("dialog").close(); return; }
-  $("confirm").disabled = false;
-  $("preview").replaceChildren(h("p", { class: "state bad" }, answer ? await problem(answer) : "No connection to Ringway."));
+  if (forecast == null) return;
+  const [mine, body] = [question, forecast];
+  forecast = null;
+  allow(false);
+  let failure = "";
+  try {
+    const answer = await call(body, false);
+    if (!answer.ok) failure = await problem(answer);
+  } catch (error) {
+    failure = `No connection to Ringway: ${error.message}`;
+  }
+  text($("outcome"), failure ? `${mine.title}: ${failure}` : `${mine.title}: done.`);
+  if (mine !== question) return;
+  if (failure) $("preview").replaceChildren(h("p", { class: "state bad" }, failure));
+  else $("dialog").close();
 });
 
 // ---- explain and sessions ----
+
+// The answer to a call; null: there is none, and the place says so.
+async function reach(path, place) {
+  try {
+    return await api(path);
+  } catch (error) {
+    place.replaceChildren(h("p", { class: "state bad" }, `No connection to Ringway: ${error.message}`));
+    return null;
+  }
+}
 
 $("explain").addEventListener("submit", async (event) => {
   event.preventDefault();
   const [kind, ...name] = $("target").value.split(" ");
   const query = new URLSearchParams({ [kind === "listener" ? "listener" : "target"]: name.join(" "), from: $("client").value.trim() });
   if ($("sni").value.trim()) query.set("sni", $("sni").value.trim());
-  const answer = await api(`/api/explain?${query}`);
+  const answer = await reach(`/api/explain?${query}`, $("explanation"));
+  if (!answer) return;
   if (!answer.ok) { $("explanation").replaceChildren(h("p", { class: "state bad" }, await problem(answer))); return; }
   const found = await answer.json();
   const lines = [];
@@ -445,7 +538,8 @@ $("explain").addEventListener("submit", async (event) => {
 });
 
 $("load-sessions").addEventListener("click", async () => {
-  const answer = await api("/api/sessions?limit=100");
+  const answer = await reach("/api/sessions?limit=100", $("sessions"));
+  if (!answer) return;
   if (!answer.ok) { $("sessions").replaceChildren(h("p", { class: "state bad" }, await problem(answer))); return; }
   const { sessions, next } = await answer.json();
   const cells = (one) => [one.client, one.listener, one.pool || "–", one.backend || "–", time(one.age_seconds), time(one.idle_seconds), `${one.from_client}`, `${one.to_client}`, one.state];

@@ -10,8 +10,9 @@ use crate::cli::status::percents;
 /// The order of the rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) enum Sort {
+    /// As the config has them.
     #[default]
-    Name,
+    Config,
     Active,
     Rate,
     Errors,
@@ -20,7 +21,7 @@ pub(super) enum Sort {
 
 impl Sort {
     pub(super) const ALL: [(char, Self, &'static str); 5] = [
-        ('n', Self::Name, "name"),
+        ('n', Self::Config, "place in the config"),
         ('a', Self::Active, "active"),
         ('r', Self::Rate, "connections per second"),
         ('e', Self::Errors, "failed connects"),
@@ -92,12 +93,12 @@ fn row(pool: &str, member: &Member, (share, now): (String, String), before: &Bef
     }
 }
 
-/// Keeps the rows that contain the text, and sorts them: names upwards, numbers downwards.
+/// Keeps the rows that contain the text, and sorts them: the largest numbers first.
 pub(super) fn arrange(rows: &mut Vec<Row>, filter: &str, sort: Sort) {
     rows.retain(|row| filter.is_empty() || format!("{}/{} {}", row.pool, row.id, row.state).contains(filter));
     let bytes = |row: &Row| row.bytes.map_or(0.0, |(from, to)| from + to);
     match sort {
-        Sort::Name => {}
+        Sort::Config => {}
         Sort::Active => rows.sort_by_key(|row| std::cmp::Reverse(row.active)),
         Sort::Rate => rows.sort_by(|a, b| b.rate.unwrap_or(0.0).total_cmp(&a.rate.unwrap_or(0.0))),
         Sort::Errors => rows.sort_by_key(|row| std::cmp::Reverse(row.failed)),
@@ -166,11 +167,11 @@ pub(super) mod tests {
             arrange(&mut rows, filter, sort);
             rows.iter().map(|row| row.id.clone()).collect::<Vec<_>>()
         };
-        assert_eq!(ids("", Sort::Name), ["a", "b", "c"]);
+        assert_eq!(ids("", Sort::Config), ["a", "b", "c"]);
         assert_eq!(ids("", Sort::Active), ["b", "c", "a"]);
-        assert_eq!(ids("web/b", Sort::Name), ["b"]);
-        assert_eq!(ids("healthy", Sort::Name).len(), 3);
-        assert!(ids("nothing", Sort::Name).is_empty());
+        assert_eq!(ids("web/b", Sort::Config), ["b"]);
+        assert_eq!(ids("healthy", Sort::Config).len(), 3);
+        assert!(ids("nothing", Sort::Config).is_empty());
     }
 
     #[test]

@@ -9,6 +9,7 @@ use ringway::api::sessions::Shown;
 
 use super::model::{Row, Sort, rate, speed};
 use super::{Mode, Screen, Tab};
+use crate::cli::counted;
 use crate::cli::status::{colour, time};
 use crate::cli::table::clean;
 use crate::cli::terminal::Colour;
@@ -18,7 +19,7 @@ const HELP: [&str; 12] = [
     "d                drain the backend",
     "u                undrain the backend",
     "s                sessions, or backends again",
-    "n                sort by name",
+    "n                order of the config",
     "a                sort by active connections",
     "r                sort by connections per second",
     "e                sort by failed connects",
@@ -50,7 +51,12 @@ fn title(screen: &Screen) -> String {
     let Some(status) = &screen.status else { return "Ringway: no status yet".to_owned() };
     let active: u64 = status.listeners.iter().map(|listener| listener.connections.active).sum();
     let ready = if status.ready { "ready" } else { "not ready" };
-    format!("Ringway {}, up {}, {ready}, {active} connections", status.version, time(status.uptime_seconds))
+    format!(
+        "Ringway {}, up {}, {ready}, {}",
+        status.version,
+        time(status.uptime_seconds),
+        counted(active, "connection")
+    )
 }
 
 fn footer(screen: &Screen) -> String {

@@ -29,7 +29,7 @@ impl Ends {
 
     /// Records that a replica ended.
     pub(super) fn ended(&self, slot: &mut Slot, exit: Exit) -> Event {
-        let planned = slot.stops_for();
+        let planned = slot.stops_for().filter(|why| *why != Why::Unhealthy);
         let (was_loop, again_in_seconds, is_loop) = self.strike(slot, exit.at);
         let (pool, name, how) = (&self.pool, &slot.name, &exit.reason);
         match (was_loop, is_loop) {

@@ -183,7 +183,7 @@ impl Maker {
         let wait = PULL_AGAIN.saturating_mul(1 << count.min(10)).min(PULL_AGAIN_AT_LAST);
         let reason = format!(
             "the engine lacks the image {image:?} and cannot pull it: {message}; build or load it, or check its name. \
-             Ringway pulls again after {} s",
+             Ringway waits at least {} s before it pulls again",
             wait.as_secs()
         );
         *last = Some(FailedPull { count: count + 1, again: now + wait, reason: reason.clone() });
