@@ -18,7 +18,7 @@ pub const KEPT: usize = 200;
 const LONGEST: usize = 1024;
 
 /// Logs the output of replicas, which would push the events out.
-const OUTPUT: &str = "ringway::control::supervisor::output";
+const OUTPUT: &str = "ringway::replica";
 
 /// Something that happened. Later versions can add fields but never rename one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -72,7 +72,7 @@ metrics! {
     ADMISSION: Gauge "backend_admission_ratio" ["pool", "backend"] "Share of its keys that a backend accepts; below 1 during slow start";
     BACKEND_CONNECTIONS: Gauge "backend_connections_active" ["pool", "backend"] "Open connections to a backend";
     BACKEND_CONNECTIONS_TOTAL: Counter "backend_connections_total" ["pool", "backend"] "Connections established to a backend";
-    REPLICA_RESTARTS: Counter "replica_restarts_total" ["pool", "backend"] "Replicas started to replace a dead replica";
+    REPLICA_RESTARTS: Counter "replica_restarts_total" ["pool", "backend"] "Replicas started in the place of an earlier one, also after planned stops";
     OUTPUT_LOST: Counter "replica_output_lost_lines_total" ["pool", "backend"] "Lines of a replica's output that were not logged because it wrote too many";
     CRASH_LOOP: Gauge "replica_crash_loop" ["pool", "backend"] "1 while a slot is in restart backoff because its replicas keep dying, else 0";
     POOL_HEALTHY: Gauge "pool_backends_healthy" ["pool"] "Healthy backends in the pool";

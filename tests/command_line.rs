@@ -371,3 +371,37 @@ async fn json_logs_are_json() {
     assert!(line["level"] == "INFO" && line["fields"]["message"].is_string(), "{line}");
     assert_eq!(line["pid"], child.0.id());
 }
+
+#[test]
+fn check_warns_of_what_is_hardly_meant() {
+    let file = "tests/configs/valid/literal_escapes.yaml";
+    let (code, _, stderr) = run(&["check", "--offline", file]);
+    assert_eq!(code, Some(0), "{stderr}");
+    let warning = format!("warning: {file}:6: pools[p].health_check: has a backslash before a letter");
+    assert!(stderr.contains(&warning) && stderr.contains("\"PING\\r\\n\""), "{stderr}");
+}
+
+#[tokio::test]
+async fn commands_that_name_the_wrong_thing_say_so() {
+    let server = Server::echo("a").await;
+    let program = Program::start(&static_config(&[server.address], "")).await.ready().await;
+    let api = program.api().to_string();
+    let (code, _, stderr) =
+        tokio::task::spawn_blocking(move || run(&["reload", "--config", "config.yaml", "--api", &api])).await.unwrap();
+    assert_eq!(code, Some(1));
+    assert!(stderr.contains("a reload reads the file that Ringway was started with"), "{stderr}");
+    let open = tokio::net::TcpStream::connect(program.web()).await.unwrap();
+    let api = program.api().to_string();
+    crate::harness::eventually_async("the session of a backend as other commands write it", async || {
+        let api = api.clone();
+        let list = move || run(&["sessions", "--backend", "echo/b0", "--api", &api]);
+        tokio::task::spawn_blocking(list).await.unwrap().1.contains("127.0.0.1")
+    })
+    .await;
+    drop(open);
+    let api = program.api().to_string();
+    let drain = move || run(&["drain", "echo/b0", "--api", &api]);
+    let (code, stdout, _) = tokio::task::spawn_blocking(drain).await.unwrap();
+    assert_eq!(code, Some(0));
+    assert!(stdout.contains("No other backend of the pool is healthy") && stdout.contains("keys move"), "{stdout}");
+}

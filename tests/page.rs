@@ -19,7 +19,7 @@ const ROWS: &str = "return document.querySelectorAll('table.backends tbody tr').
 /// The state that the page shows for a backend.
 fn state(id: &str) -> String {
     format!(
-        "return [...document.querySelectorAll('table.backends tbody tr')].find((row) => row.cells[0].textContent === {id:?})?.cells[1].textContent"
+        "return [...document.querySelectorAll('table.backends tbody tr')].find((row) => row.dataset.id === {id:?})?.cells[1].textContent"
     )
 }
 
@@ -116,7 +116,7 @@ async fn hostile_names_and_texts_stay_text() {
     let program = Program::start(&yaml).await;
     let Some(browser) = opened(&program, 1000, 800).await else { return };
     browser.until("the failed check", "return /unexpected/.test(document.querySelector('td.why')?.textContent)").await;
-    let name = browser.script("return document.querySelector('table.backends tbody th').textContent").await;
+    let name = browser.script("return document.querySelector('table.backends tbody th').firstChild.textContent").await;
     assert_eq!(name, hostile);
     let why = browser.script("return document.querySelector('td.why').textContent").await;
     assert!(why.as_str().unwrap().contains("<script>"), "{why}");

@@ -158,6 +158,11 @@ impl State {
         }
     }
 
+    /// Whether somebody can see the page.
+    pub fn shows_page(&self) -> bool {
+        self.has_page && !self.guard.is_read_only()
+    }
+
     /// Sends commands to the app.
     pub fn commands(&self) -> &CommandSender {
         &self.commands

@@ -11,7 +11,7 @@ use super::changes::Changes;
 use super::provider::listed;
 use super::reload::ReloadPlan;
 use super::{App, StartError};
-use crate::backend::Backend;
+use crate::backend::{Backend, State};
 use crate::config::{Config, Pool, StaticBackend};
 use crate::control::Event;
 use crate::control::command::{Command, CommandError, Moved, Report};
@@ -47,17 +47,7 @@ impl App {
     pub(super) async fn plan(&self, command: Command) -> Result<Planned, CommandError> {
         let mut changes = self.changes.clone();
         match self.with_pool(command) {
-            Command::Drain { pool, backend, within } => {
-                self.check_backend(&pool, &backend)?;
-                let within = within.unwrap_or(self.pool(&pool)?.drain);
-                changes.of(&pool).drained.insert(backend.clone());
-                let event = Event::DrainRequested { id: backend.as_str().into(), within: Some(within) };
-                let summary = format!(
-                    "{pool}/{backend}: no new connections; Ringway resets connections that are open after {}",
-                    humantime::format_duration(within)
-                );
-                return Ok(Planned::Notify { pool, event, changes, summary });
-            }
+            Command::Drain { pool, backend, within } => return self.plan_drain(pool, &backend, within),
             Command::Undrain { pool, backend } => {
                 self.check_backend(&pool, &backend)?;
                 if !changes.of(&pool).drained.remove(&backend) {
@@ -122,23 +112,7 @@ impl App {
                 changes.of(&pool).replicas = Some(replicas);
             }
             Command::Reload { text, is_dry_run, is_reset } => {
-                let is_from_file = text.is_none();
-                let file = Arc::new(self.read(text).await?);
-                changes = if is_reset { Changes::default() } else { changes.kept(&self.file, &file) };
-                let kept = changes.in_words(&file);
-                if is_dry_run {
-                    let report = self.outlook(file, changes).await.report;
-                    return Ok(Planned::Report(Report { kept, ..report }));
-                }
-                let plan = self.prepare(file, changes).await;
-                return match plan {
-                    Ok(mut plan) => {
-                        plan.report.kept = kept;
-                        Ok(Planned::Reload(Box::new(plan)))
-                    }
-                    Err(error) if is_from_file => Err(self.with_place(error).await),
-                    Err(error) => Err(CommandError::CannotPrepare(error.to_string())),
-                };
+                return self.plan_config(text, is_dry_run, is_reset).await;
             }
             Command::Log { filter, lasts } => return self.plan_log(filter, lasts),
             Command::Upgrade => return Ok(Planned::HandOver),
@@ -188,19 +162,68 @@ impl App {
     /// Drains or undrains one backend.
     pub(super) async fn apply_event(&mut self, pool: &str, event: Event, changes: Changes, summary: String) -> Report {
         self.changes = changes;
+        let moved = self.keys_of(pool, &event);
         if let Some(pool) = self.pools.iter().find(|known| known.config().name == pool) {
             pool.tell(event).await;
             pool.settle().await;
         }
         self.show();
-        let report = Report { changes: vec![summary], ..Report::default() };
+        let report = Report { changes: vec![summary], moved, ..Report::default() };
         log(&report);
         report
+    }
+
+    /// Whether no other backend of the pool is healthy.
+    fn is_last_healthy(&self, pool: &str, backend: &str) -> bool {
+        let running = self.pools.iter().find(|known| known.config().name == pool);
+        let table = running.map(|running| running.route.table.load());
+        let is_other = |one: &Backend| *one.id != *backend && one.state == State::Healthy;
+        !table.is_some_and(|table| table.backends().iter().any(is_other))
     }
 
     async fn plan_reload(&self, file: Arc<Config>, changes: Changes) -> Result<Planned, CommandError> {
         let plan = self.prepare(file, changes).await;
         Ok(Planned::Reload(Box::new(plan.map_err(|error| CommandError::CannotPrepare(error.to_string()))?)))
+    }
+
+    fn plan_drain(&self, pool: String, backend: &str, within: Option<Duration>) -> Result<Planned, CommandError> {
+        self.check_backend(&pool, backend)?;
+        let within = within.unwrap_or(self.pool(&pool)?.drain);
+        let mut changes = self.changes.clone();
+        changes.of(&pool).drained.insert(backend.to_owned());
+        let event = Event::DrainRequested { id: backend.into(), within: Some(within) };
+        let last = ". No other backend of the pool is healthy";
+        let summary = format!(
+            "{pool}/{backend}: no new connections; Ringway resets connections that are still open in {}{}",
+            humantime::format_duration(within),
+            if self.is_last_healthy(&pool, backend) { last } else { "" }
+        );
+        Ok(Planned::Notify { pool, event, changes, summary })
+    }
+
+    /// Plans a reload of the file, or of another text.
+    async fn plan_config(
+        &self,
+        text: Option<String>,
+        is_dry_run: bool,
+        is_reset: bool,
+    ) -> Result<Planned, CommandError> {
+        let is_from_file = text.is_none();
+        let file = Arc::new(self.read(text).await?);
+        let changes = if is_reset { Changes::default() } else { self.changes.kept(&self.file, &file) };
+        let kept = changes.in_words(&file);
+        if is_dry_run {
+            let report = self.outlook(file, changes).await.report;
+            return Ok(Planned::Report(Report { kept, ..report }));
+        }
+        match self.prepare(file, changes).await {
+            Ok(mut plan) => {
+                plan.report.kept = kept;
+                Ok(Planned::Reload(Box::new(plan)))
+            }
+            Err(error) if is_from_file => Err(self.with_place(error).await),
+            Err(error) => Err(CommandError::CannotPrepare(error.to_string())),
+        }
     }
 
     fn plan_log(&self, filter: Option<String>, lasts: Option<Duration>) -> Result<Planned, CommandError> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::App;
 use super::changes::Changes;
 use crate::config::diff::differences;
-use crate::config::{self, Config};
+use crate::config::{self, Config, Provider};
 use crate::control::command::{Moved, Report};
 use crate::control::provider;
 use crate::ring::{Member, Ring};
@@ -58,15 +58,31 @@ impl Running {
         let mut needs_restart = keep_fixed(&mut config, &self.config);
         let shown = differences(&self.config, &config);
         needs_restart.sort();
+        let replaced = config.pools.iter().filter(|pool| self.replaces(pool)).map(|pool| {
+            format!(
+                "pools[{}]: Ringway replaces the replicas one by one; `ringway status` shows how far it is",
+                pool.name
+            )
+        });
         let undrained = config.pools.iter().flat_map(|pool| self.undrained(pool, &changes));
         let of_slots = config.pools.iter().flat_map(|pool| self.slot_weights(pool, &changes));
         let report = Report {
-            changes: shown.iter().map(ToString::to_string).chain(of_slots).chain(undrained).collect(),
+            changes: shown.iter().map(ToString::to_string).chain(of_slots).chain(undrained).chain(replaced).collect(),
             moved: self.moved(&config, &changes),
             needs_restart,
             kept: Vec::new(),
         };
         Outlook { config: Arc::new(config), changes, report }
+    }
+
+    /// Whether the replicas of a pool would be outdated.
+    fn replaces(&self, pool: &config::Pool) -> bool {
+        let known = self.config.pools.iter().find(|known| known.name == pool.name);
+        match (known.map(|known| &known.provider), &pool.provider) {
+            (Some(Provider::Process(old)), Provider::Process(new)) => old.spec != new.spec,
+            (Some(Provider::Containers(old)), Provider::Containers(new)) => old.spec != new.spec,
+            _ => false,
+        }
     }
 
     /// The drains that end, which no config holds.

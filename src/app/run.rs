@@ -205,6 +205,10 @@ impl App {
     ) {
         let (name, pool, backend) = (command.name(), command.pool(), command.backend());
         match &result {
+            // It has changed nothing.
+            Ok(_) if matches!(command, Command::Reload { is_dry_run: true, .. }) => {
+                tracing::debug!(command = name, %caller, "command done: {command}");
+            }
             Ok(_) => tracing::info!(command = name, pool, backend, %caller, "command done: {command}"),
             Err(error) => {
                 tracing::warn!(command = name, pool, backend, %caller, "command rejected: {command}: {error}");

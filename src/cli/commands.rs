@@ -162,10 +162,26 @@ pub(crate) fn run(common: &Common, command: RuntimeCommand) -> Result<(), Failur
             }
             RuntimeCommand::Upgrade { port } => send(common, &port, &Command::Upgrade).await,
             RuntimeCommand::Reload { reset, port } => {
+                check_file(common, &port).await?;
                 send(common, &port, &Command::Reload { text: None, is_dry_run: false, is_reset: reset }).await
             }
         }
     })
+}
+
+/// Fails if the user names another file than the one that a reload reads.
+async fn check_file(common: &Common, port: &Port) -> Result<(), Failure> {
+    let Some(wanted) = &common.config else { return Ok(()) };
+    let running = side_port::status(common, port).await?.config;
+    let wanted = std::path::absolute(wanted).unwrap_or_else(|_| wanted.clone());
+    match running {
+        Some(running) if std::path::Path::new(&running) != wanted => Err(anyhow::anyhow!(
+            "a reload reads the file that Ringway was started with, {running}, and not {}",
+            wanted.display()
+        )
+        .into()),
+        _ => Ok(()),
+    }
 }
 
 async fn send(common: &Common, port: &Port, command: &Command) -> Result<(), Failure> {

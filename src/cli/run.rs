@@ -179,7 +179,11 @@ fn banner(app: &App, origin: &str, is_demo: bool) -> String {
         let _ = writeln!(text, "  printf hello | nc -N localhost {port}");
     }
     let api = side_port::reachable(&api.to_string());
-    let _ = writeln!(text, "  curl http://{api}/api/status\n  {} status --api {api}\n", program());
+    let _ = writeln!(text, "  curl http://{api}/api/status\n  {} status --api {api}", program());
+    if app.state().shows_page() {
+        let _ = writeln!(text, "  http://{api}/ in a browser");
+    }
+    text.push('\n');
     text
 }
 

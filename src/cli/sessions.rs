@@ -68,10 +68,13 @@ pub(crate) struct Kill {
 
 impl Filter {
     fn parameters(&self) -> Parameters {
+        // As other commands write a backend: POOL/BACKEND. A path of a Unix socket has slashes too.
+        let both = self.backend.as_deref().filter(|backend| !backend.starts_with("unix:"));
+        let both = both.and_then(|backend| backend.split_once('/')).filter(|_| self.pool.is_none());
         Parameters {
             listener: self.listener.clone(),
-            pool: self.pool.clone(),
-            backend: self.backend.clone(),
+            pool: both.map(|(pool, _)| pool.to_owned()).or_else(|| self.pool.clone()),
+            backend: both.map(|(_, backend)| backend.to_owned()).or_else(|| self.backend.clone()),
             source: self.source.clone(),
             sni: self.sni.clone(),
             older: self.older.clone(),

@@ -114,10 +114,10 @@ async fn with_token<T: DeserializeOwned>(
 async fn call(common: &Common, port: &Port, request: Builder, body: String) -> anyhow::Result<Bytes> {
     let api = Api::of(common, port)?;
     let mut request = request;
-    if let Some(token) = api.token {
+    if let Some(token) = &api.token {
         request = request.header(AUTHORIZATION, format!("Bearer {token}"));
     }
-    let answer = ask(&api.address, request, body, COMMAND_TIMEOUT).await.with_context(|| unreachable(&api.address))?;
+    let answer = ask(&api.address, request, body, COMMAND_TIMEOUT).await.with_context(|| unreachable(&api))?;
     if answer.status().is_success() {
         return Ok(answer.into_body());
     }
@@ -125,13 +125,18 @@ async fn call(common: &Common, port: &Port, request: Builder, body: String) -> a
     anyhow::bail!(refusal(&answer))
 }
 
-fn unreachable(address: &str) -> String {
-    format!("cannot reach the side port at {address}; check that Ringway runs there, or give --api ADDRESS")
+fn unreachable(api: &Api) -> String {
+    let Api { address, from, .. } = api;
+    format!(
+        "cannot reach the side port at {address}{from}; check that Ringway runs there, or give --api ADDRESS or --config FILE"
+    )
 }
 
 /// Where the side port is, and its token.
 struct Api {
     address: String,
+    /// Who says so, if the user did not.
+    from: String,
     token: Option<String>,
 }
 
@@ -158,7 +163,8 @@ impl Api {
             }
             None => std::env::var(TOKEN).ok().filter(|token| !token.is_empty()),
         };
-        Ok(Self { address, token })
+        let from = if port.api.is_some() { String::new() } else { format!(" (from {source})") };
+        Ok(Self { address, from, token })
     }
 }
 

@@ -85,6 +85,7 @@ fn by_name(list: &[Value]) -> Vec<(&str, &Value)> {
 /// Formats a value on one line. The values of `env` are hidden.
 fn show(value: &Value) -> String {
     match value {
+        Value::String(text) if text.contains(char::is_control) => format!("{text:?}"),
         Value::String(text) => text.clone(),
         Value::Sequence(list) => format!("[{}]", list.iter().map(show).collect::<Vec<_>>().join(", ")),
         Value::Mapping(map) => {

@@ -13,7 +13,7 @@ use super::variables::{self, Lookup};
 use super::{Api, Config, Error, Fault, Place, parse, source};
 
 /// The key of the files that belong to the config too.
-const INCLUDE: &str = "include";
+pub(super) const INCLUDE: &str = "include";
 
 /// What an included file can have: entries of these lists.
 const LISTS: [&str; 2] = ["listeners", "pools"];

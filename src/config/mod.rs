@@ -292,6 +292,15 @@ pub struct Timeouts {
 }
 
 impl Pool {
+    /// Whether the check sends or expects the characters `\\r` or `\\n`, which single quotes do not turn into line ends.
+    fn has_literal_escapes(&self) -> bool {
+        let Some(health::Kind::Expect(expect)) = self.health_check.as_ref().map(|health| &health.check.kind) else {
+            return false;
+        };
+        let has = |bytes: &[u8]| bytes.windows(2).any(|pair| matches!(pair, b"\\r" | b"\\n"));
+        has(&expect.send) || has(&expect.expect)
+    }
+
     /// The PROXY header that the side port sends to backends. It follows the checks only for `local_as_proxy`.
     pub fn own_header(&self) -> OwnHeader {
         let Some(send) = &self.send_proxy else { return OwnHeader::Absent };
@@ -339,7 +348,12 @@ impl Config {
             let what = "has no entry for some balancers in proxy_protocol.from, and Ringway refuses their health checks: add the balancers";
             warning(format!("listeners[{}].allow", listener.name), what)
         });
-        unused.chain(refuses).collect()
+        let escapes = self.pools.iter().filter(|pool| pool.has_literal_escapes());
+        let escapes = escapes.map(|pool| {
+            let what = "has a backslash before a letter, which YAML takes literally: write the text in double quotes, like \"PING\\r\\n\"";
+            warning(format!("pools[{}].health_check", pool.name), what)
+        });
+        unused.chain(refuses).chain(escapes).collect()
     }
 
     /// Writes the whole config as YAML, with every default filled in. Loading that YAML gives the same config.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde_yaml::Value;
 
 use super::conflicts::{clashing_addresses, clashing_ports, duplicate_names, loops};
+use super::document::INCLUDE;
 use super::parse_listener::{listener, text_of_address};
 use super::parse_pool::pool;
 use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, check_name, narrow, show};
@@ -20,6 +21,8 @@ use crate::proxy::socket::{Keepalive, TcpOptions};
 pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     let faults = Faults::default();
     let mut root = Item::root(value, &faults).section();
+    // The document has replaced it.
+    root.know(INCLUDE);
     let workers = root.auto_or_integer("workers", 1..=1024);
     let max_connections = root.auto_or_integer("max_connections", 1..=1_000_000);
     let relay = relay(root.section("relay"));

@@ -161,6 +161,11 @@ impl<'a> Section<'a> {
         self.map.is_some()
     }
 
+    /// A key that something else reads.
+    pub(super) fn know(&mut self, key: &'static str) {
+        self.known.push(key);
+    }
+
     fn has(&self, key: &str) -> bool {
         self.map.is_some_and(|map| map.contains_key(key))
     }

@@ -35,10 +35,13 @@ const SECTIONS: [(&str, &str); 24] = [
 ];
 
 /// Keys of other balancers, and Ringway's.
-const SYNONYMS: [(&str, &str); 16] = [
+const SYNONYMS: [(&str, &str); 22] = [
     ("address", "listen"),
     ("backend", "pool"),
+    ("backends", "pools"),
     ("backends", "static"),
+    ("balance", "key"),
+    ("client", "idle"),
     ("bind", "listen"),
     ("cmd", "command"),
     ("endpoints", "static"),
@@ -47,10 +50,13 @@ const SYNONYMS: [(&str, &str); 16] = [
     ("healthcheck", "health_check"),
     ("host", "address"),
     ("maxconn", "max_connections"),
+    ("maxconn", "max_connections_per_backend"),
     ("pool_name", "pool"),
     ("port", "listen"),
+    ("server", "idle"),
     ("servers", "static"),
     ("timeout", "timeouts"),
+    ("type", "kind"),
     ("upstreams", "pools"),
 ];
 

@@ -125,7 +125,7 @@ function drawRing(svg, members) {
     if (one.share > 0) {
       svg.append(s("path", {
         d: `M${at(from, 46)}A46 46 0 ${large} 1 ${at(end, 46)}L${at(end, 30)}A30 30 0 ${large} 0 ${at(from, 30)}Z`,
-        fill: `hsl(${(n * 137.5) % 360} 60% 50%)`, class: one.now > 0 ? "on" : "off",
+        fill: `hsl(${205 + (n * 31) % 70} 55% ${42 + (n * 17) % 26}%)`, class: one.now > 0 ? "on" : "off",
       }, s("title", {}, `${one.id}: ${percent(one.share)} of the ring, ${percent(one.now)} now`)));
     }
     from = to;
@@ -176,7 +176,8 @@ function newRow(pool, id) {
   const weight = h("button", { type: "button", "aria-label": `Change the weight of ${id}` }, "Weight…");
   const chart = spark(60, 18);
   const rate = h("span");
-  const row = { tr: h("tr", {}, ...cells), cells, drain, chart, rate, rates: [], state: h("span", { class: "state" }) };
+  const address = h("span", { class: "quiet address" });
+  const row = { tr: h("tr", {}, ...cells), cells, drain, chart, rate, address, rates: [], state: h("span", { class: "state" }) };
   cells[6].append(chart.svg, rate);
   drain.addEventListener("click", () => {
     const drained = Boolean(pool.members.get(id)?.drain);
@@ -186,7 +187,8 @@ function newRow(pool, id) {
     title: `Weight of ${pool.name}/${id}`, label: "Weight", number: pool.members.get(id)?.weight || 1,
     path: () => `${base}/weight`, body: (number) => ({ weight: number }),
   }));
-  cells[0].textContent = id;
+  cells[0].append(id, address);
+  row.tr.dataset.id = id;
   cells[1].append(row.state);
   cells[9].className = "actions";
   cells[9].append(drain, weight);
@@ -199,6 +201,7 @@ function showRow(pool, id, shares) {
   const [kind, sign] = look(member.state);
   row.state.className = `state ${kind}`;
   text(row.state, `${sign} ${member.state}`);
+  text(row.address, member.address && member.address !== id ? member.address : "");
   text(row.cells[2], why(member));
   text(row.cells[3], shares[0]);
   text(row.cells[4], shares[1]);
@@ -276,6 +279,8 @@ function showBanners(status, members) {
     const all = members(pool.name);
     if (pool.panic) lines.push(["bad", `Pool ${pool.name} is in panic: too few backends are healthy, so Ringway tries all of them.`]);
     else if (all.length && !all.some((one) => one.state === "healthy")) lines.push(["bad", `Pool ${pool.name} has no healthy backend.`]);
+    const sick = all.filter((one) => ["unhealthy", "ejected"].includes(one.state)).map((one) => one.id);
+    if (sick.length && !pool.panic) lines.push(["warn", `Pool ${pool.name}: ${sick.length} of ${counted(all.length, "backend")} fail: ${sick.slice(0, 5).join(", ")}${sick.length > 5 ? " and others" : ""}.`]);
     const looping = all.filter((one) => one.state === "crash_loop").map((one) => one.id);
     if (looping.length) lines.push(["bad", `Pool ${pool.name}: replicas keep exiting: ${looping.slice(0, 5).join(", ")}${looping.length > 5 ? " and others" : ""}.`]);
     const engine = pool.provider.engine;

@@ -39,8 +39,10 @@ impl Ends {
             }
             (_, false) => tracing::warn!(%pool, slot = %name, how, again_in_seconds, "replica ended"),
             (false, true) => {
-                let last_line = exit.output.last().map_or("", String::as_str);
-                tracing::error!(%pool, slot = %name, how, again_in_seconds, last_line, "replica keeps exiting (crash loop)");
+                // A program often ends with a hint that says less than its error.
+                let is_error = |line: &&String| line.to_ascii_lowercase().contains("error");
+                let line = exit.output.iter().find(is_error).or(exit.output.last()).map_or("", String::as_str);
+                tracing::error!(%pool, slot = %name, how, again_in_seconds, line, "replica keeps exiting (crash loop)");
             }
             (true, true) => tracing::debug!(%pool, slot = %name, how, again_in_seconds, "replica ended again"),
         }
