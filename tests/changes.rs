@@ -100,7 +100,7 @@ async fn a_drain_resets_the_remaining_connections_and_not_before_its_deadline() 
 }
 
 /// Runs `ringway` with these arguments against a program's side port.
-async fn cli(program: &Program, arguments: &[&str]) -> (Option<i32>, String, String) {
+pub(crate) async fn cli(program: &Program, arguments: &[&str]) -> (Option<i32>, String, String) {
     let mut all: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
     all.extend(["--api".to_owned(), program.api().to_string()]);
     let run = move || run(&all.iter().map(String::as_str).collect::<Vec<_>>());
@@ -186,26 +186,6 @@ async fn a_drained_backend_has_its_share_but_gets_no_keys_now() {
     let to_b0 = (0..keys).filter(|&key| first(key) == "b0").count();
     let part = to_b0 as f64 / f64::from(keys);
     assert!((part - now[0]).abs() < 0.02, "{part} {now:?}");
-}
-
-#[tokio::test]
-async fn the_log_shows_something_else_until_it_is_reset_or_the_time_is_over() {
-    let server = named("b0").await;
-    let program = Program::start(&static_config(&[server.address], "")).await.ready().await;
-    let (code, _, stderr) = cli(&program, &["log", "debgu"]).await;
-    assert!(code == Some(1) && stderr.contains("\"debgu\" is not a level: use one of error, warn"), "{stderr}");
-    let (code, stdout, stderr) = cli(&program, &["log", "warn,ringway::app=debug", "--for", "1h"]).await;
-    assert_eq!((code, stdout.as_str()), (Some(0), "log: warn,ringway::app=debug for 1h, then info\n"), "{stderr}");
-    assert_eq!(cli(&program, &["log", "off"]).await.0, Some(0));
-    assert_eq!(cli(&program, &["weight", "echo/b0", "2"]).await.0, Some(0));
-    let (code, stdout, _) = cli(&program, &["log", "--reset"]).await;
-    assert_eq!((code, stdout.as_str()), (Some(0), "log: info, as at the start\n"));
-    assert_eq!(cli(&program, &["weight", "echo/b0", "3"]).await.0, Some(0));
-    eventually("a line", || program.log().contains("command done: weight echo/b0 3")).await;
-    assert!(!program.log().contains("weight echo/b0 2"), "{}", program.log());
-    let (code, _, _) = cli(&program, &["log", "off", "--for", "1ms"]).await;
-    assert_eq!(code, Some(0));
-    eventually("the usual log", || program.log().contains("the log is as at the start again")).await;
 }
 
 #[tokio::test]

@@ -34,5 +34,6 @@ mod serving;
 mod sessions;
 mod side_port;
 mod stalls;
+mod terminal;
 mod unix;
 mod upgrade;

@@ -6,6 +6,7 @@ use rustix::process::Signal;
 use serde_json::json;
 use tokio::io::AsyncReadExt as _;
 
+use crate::changes::cli;
 use crate::harness::backends::{Refusing, Server};
 use crate::harness::program::{Program, run};
 use crate::harness::{
@@ -223,4 +224,24 @@ async fn the_id_of_a_backend_is_one_word() {
         let answer = http(ringway.api(), "POST", "/api/pools/echo/backends", body.as_bytes()).await;
         assert_eq!(answer.status(), 400, "{id:?}");
     }
+}
+
+#[tokio::test]
+async fn the_log_shows_something_else_until_it_is_reset_or_the_time_is_over() {
+    let server = Server::echo("b0").await;
+    let program = Program::start(&static_config(&[server.address], "")).await.ready().await;
+    let (code, _, stderr) = cli(&program, &["log", "debgu"]).await;
+    assert!(code == Some(1) && stderr.contains("\"debgu\" is not a level: use one of error, warn"), "{stderr}");
+    let (code, stdout, stderr) = cli(&program, &["log", "warn,ringway::app=debug", "--for", "1h"]).await;
+    assert_eq!((code, stdout.as_str()), (Some(0), "log: warn,ringway::app=debug for 1h, then info\n"), "{stderr}");
+    assert_eq!(cli(&program, &["log", "off"]).await.0, Some(0));
+    assert_eq!(cli(&program, &["weight", "echo/b0", "2"]).await.0, Some(0));
+    let (code, stdout, _) = cli(&program, &["log", "--reset"]).await;
+    assert_eq!((code, stdout.as_str()), (Some(0), "log: info, as at the start\n"));
+    assert_eq!(cli(&program, &["weight", "echo/b0", "3"]).await.0, Some(0));
+    eventually("a line", || program.log().contains("command done: weight echo/b0 3")).await;
+    assert!(!program.log().contains("weight echo/b0 2"), "{}", program.log());
+    let (code, _, _) = cli(&program, &["log", "off", "--for", "1ms"]).await;
+    assert_eq!(code, Some(0));
+    eventually("the usual log", || program.log().contains("the log is as at the start again")).await;
 }

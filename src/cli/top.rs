@@ -1,9 +1,10 @@
 //! `ringway top`: a live view of a running Ringway in the terminal.
 //!
-//! - this file: the keys, the samples and the terminal; `top` restores it however it ends
-//! - [`model`]: rows with rates from two samples; [`view`]: the screen
+//! - this file: the samples, and the terminal, which `top` restores however it ends
+//! - [`screen`]: what is shown, and what the keys do; [`model`]: rows with rates from two samples; [`view`]: how it looks
 
 mod model;
+mod screen;
 mod view;
 
 use std::io::IsTerminal as _;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use ratatui::DefaultTerminal;
-use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
+use ratatui::crossterm::event::{self, Event, KeyEventKind};
 use ringway::api::sessions::{Page, Parameters, Shown};
 use ringway::api::status::Status;
 use ringway::control::command::{Command, Report};
@@ -21,8 +22,8 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
-use self::model::{Row, Sort, arrange, rate, rows, speed};
-use super::status::problems;
+use self::model::{rate, rows, speed};
+use self::screen::{Screen, Tab, Wish};
 use super::table::{Narrow, table};
 use super::terminal::Terminal;
 use super::{Common, Failure, print, runtime, side_port};
@@ -222,264 +223,4 @@ fn keys() -> mpsc::UnboundedReceiver<Event> {
         }
     });
     receiver
-}
-
-/// What a key asks for.
-#[derive(Debug, PartialEq, Eq)]
-enum Wish {
-    Nothing,
-    Leave,
-    /// A new sample at once.
-    Sample,
-    Run(Command),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Tab {
-    Backends,
-    Sessions,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Mode {
-    Normal,
-    Help,
-    /// The user types a filter.
-    Filter,
-    Confirm {
-        question: String,
-        command: Command,
-    },
-}
-
-/// What the screen shows.
-#[derive(Debug)]
-struct Screen {
-    has_colours: bool,
-    is_unicode: bool,
-    status: Option<Status>,
-    /// Why the last sample failed.
-    trouble: Option<String>,
-    /// All rows of the last sample.
-    all: Vec<Row>,
-    /// Those that are shown.
-    rows: Vec<Row>,
-    sessions: Vec<Shown>,
-    sort: Sort,
-    filter: String,
-    /// Pool and id of the chosen backend.
-    selected: Option<(String, String)>,
-    tab: Tab,
-    mode: Mode,
-    message: String,
-}
-
-impl Screen {
-    fn new(has_colours: bool, is_unicode: bool) -> Self {
-        Self {
-            has_colours,
-            is_unicode,
-            status: None,
-            trouble: None,
-            all: Vec::new(),
-            rows: Vec::new(),
-            sessions: Vec::new(),
-            sort: Sort::default(),
-            filter: String::new(),
-            selected: None,
-            tab: Tab::Backends,
-            mode: Mode::Normal,
-            message: String::new(),
-        }
-    }
-
-    /// Takes the answer to a call. Returns whether a new sample would show more.
-    fn answered(&mut self, answer: Answer, sampled: &mut Instant) -> bool {
-        match answer {
-            Answer::Report(report) => {
-                self.message = report.map_or_else(|error| format!("{error:#}"), |report| report.changes.join("; "));
-                true
-            }
-            Answer::Sample(sample) => {
-                match *sample {
-                    Ok((status, sessions)) => {
-                        self.take(status, sampled.elapsed());
-                        (self.sessions, self.trouble, *sampled) = (sessions, None, Instant::now());
-                    }
-                    Err(error) => self.trouble = Some(format!("{error:#}; what you see is old")),
-                }
-                false
-            }
-        }
-    }
-
-    /// Takes a new sample.
-    fn take(&mut self, status: Status, passed: Duration) {
-        self.all = rows(self.status.as_ref().map(|before| (before, passed)), &status);
-        self.status = Some(status);
-        self.arrange();
-    }
-
-    fn arrange(&mut self) {
-        self.rows.clone_from(&self.all);
-        arrange(&mut self.rows, &self.filter, self.sort);
-        if self.selected_index().is_none() {
-            self.select(0);
-        }
-    }
-
-    fn problems(&self) -> Vec<String> {
-        let of_pools = self.status.iter().flat_map(|status| &status.pools).flat_map(problems);
-        self.trouble.iter().cloned().chain(of_pools).collect()
-    }
-
-    fn selected_index(&self) -> Option<usize> {
-        let (pool, id) = self.selected.as_ref()?;
-        self.rows.iter().position(|row| row.pool == *pool && row.id == *id)
-    }
-
-    fn select(&mut self, index: usize) {
-        self.selected = self.rows.get(index).map(|row| (row.pool.clone(), row.id.clone()));
-    }
-
-    fn key(&mut self, code: KeyCode, modifiers: KeyModifiers) -> Wish {
-        match code {
-            KeyCode::Char('c') if modifiers.contains(KeyModifiers::CONTROL) => Wish::Leave,
-            KeyCode::Char('z') if modifiers.contains(KeyModifiers::CONTROL) => {
-                // In raw mode, the terminal sends no signal.
-                let _ = kill_process(getpid(), ProcessSignal::TSTP);
-                Wish::Nothing
-            }
-            // Other keys with Control mean something else to people.
-            KeyCode::Char(_) if modifiers.intersects(KeyModifiers::CONTROL | KeyModifiers::ALT) => Wish::Nothing,
-            KeyCode::Char(key) => self.press(key),
-            KeyCode::Esc => {
-                if self.mode == Mode::Filter {
-                    self.filter.clear();
-                    self.arrange();
-                }
-                self.mode = Mode::Normal;
-                self.message.clear();
-                Wish::Nothing
-            }
-            KeyCode::Enter => {
-                self.mode = Mode::Normal;
-                Wish::Nothing
-            }
-            KeyCode::Backspace if self.mode == Mode::Filter => {
-                self.filter.pop();
-                self.arrange();
-                Wish::Nothing
-            }
-            KeyCode::Down if self.mode == Mode::Normal => self.press('j'),
-            KeyCode::Up if self.mode == Mode::Normal => self.press('k'),
-            _ => Wish::Nothing,
-        }
-    }
-
-    fn press(&mut self, key: char) -> Wish {
-        match std::mem::replace(&mut self.mode, Mode::Normal) {
-            Mode::Filter => {
-                self.filter.push(key);
-                self.mode = Mode::Filter;
-                self.arrange();
-                return Wish::Nothing;
-            }
-            Mode::Confirm { command, .. } => {
-                self.message.clear();
-                return if key == 'y' { Wish::Run(command) } else { Wish::Nothing };
-            }
-            Mode::Help => return Wish::Nothing,
-            Mode::Normal => {}
-        }
-        self.message.clear();
-        let index = self.selected_index().unwrap_or(0);
-        match key {
-            'q' => return Wish::Leave,
-            '?' => self.mode = Mode::Help,
-            '/' => self.mode = Mode::Filter,
-            // These are about backends.
-            'j' | 'k' | 'd' | 'u' if self.tab == Tab::Sessions => {}
-            'j' => self.select((index + 1).min(self.rows.len().saturating_sub(1))),
-            'k' => self.select(index.saturating_sub(1)),
-            's' => {
-                self.tab = if self.tab == Tab::Backends { Tab::Sessions } else { Tab::Backends };
-                return Wish::Sample;
-            }
-            'd' | 'u' => self.ask(key == 'd'),
-            _ => {
-                if let Some((_, sort, _)) = Sort::ALL.iter().find(|(known, ..)| *known == key) {
-                    self.sort = *sort;
-                    self.arrange();
-                }
-            }
-        }
-        Wish::Nothing
-    }
-
-    /// Asks whether to drain or undrain the chosen backend.
-    fn ask(&mut self, drains: bool) {
-        let Some(row) = self.selected_index().map(|index| self.rows[index].clone()) else { return };
-        let Row { pool, id: backend, share, now, is_drained, .. } = row;
-        if drains == is_drained {
-            self.message = format!("{pool}/{backend} is {}drained", if is_drained { "already " } else { "not " });
-            return;
-        }
-        let name = format!("{pool}/{backend}");
-        let (question, command) = if drains {
-            let question = format!("Drain {name}? Its keys ({now} now) go to other backends.");
-            (question, Command::Drain { pool, backend, within: None })
-        } else {
-            let question = format!("Undrain {name}? It gets its keys back ({share}).");
-            (question, Command::Undrain { pool, backend })
-        };
-        self.mode = Mode::Confirm { question, command };
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::model::tests::status;
-    use super::*;
-
-    fn screen() -> Screen {
-        let mut screen = Screen::new(true, true);
-        screen.take(status(1, &[("a", 100), ("b", 200)]), Duration::ZERO);
-        screen
-    }
-
-    #[test]
-    fn a_drain_needs_a_yes() {
-        let mut screen = screen();
-        assert_eq!(screen.press('j'), Wish::Nothing);
-        assert_eq!(screen.press('d'), Wish::Nothing);
-        assert_eq!(screen.press('x'), Wish::Nothing);
-        assert_eq!(screen.mode, Mode::Normal);
-        screen.press('d');
-        let drain = Command::Drain { pool: "web".to_owned(), backend: "b".to_owned(), within: None };
-        assert_eq!(screen.press('y'), Wish::Run(drain));
-        screen.press('u');
-        assert_eq!((screen.mode.clone(), screen.message.as_str()), (Mode::Normal, "web/b is not drained"));
-    }
-
-    #[test]
-    fn the_chosen_backend_stays_chosen_when_rows_move() {
-        let mut screen = screen();
-        screen.press('a');
-        assert_eq!(screen.rows[0].id, "b");
-        assert_eq!(screen.selected_index(), Some(1), "a is still chosen");
-        for key in "/web/b".chars() {
-            screen.press(key);
-        }
-        assert_eq!((screen.rows.len(), screen.selected_index()), (1, Some(0)));
-        screen.key(KeyCode::Esc, KeyModifiers::NONE);
-        assert_eq!(screen.rows.len(), 2);
-        screen.press('/');
-        screen.key(KeyCode::Down, KeyModifiers::NONE);
-        assert_eq!(screen.filter, "", "an arrow is no text");
-        screen.key(KeyCode::Esc, KeyModifiers::NONE);
-        screen.key(KeyCode::Char('d'), KeyModifiers::CONTROL);
-        assert_eq!(screen.mode, Mode::Normal, "Ctrl-D asks for no drain");
-        assert_eq!(screen.key(KeyCode::Char('c'), KeyModifiers::CONTROL), Wish::Leave);
-    }
 }

@@ -8,7 +8,7 @@ use ratatui::widgets::{Block, Cell, Clear, Paragraph, Row as TableRow, Table, Ta
 use ringway::api::sessions::Shown;
 
 use super::model::{Row, Sort, rate, speed};
-use super::{Mode, Screen, Tab};
+use super::screen::{Mode, Screen, Tab};
 use crate::cli::counted;
 use crate::cli::status::{colour, time};
 use crate::cli::table::clean;
