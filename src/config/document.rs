@@ -51,10 +51,10 @@ impl Document {
     /// Reads a file without those that it includes. The section `api` is in the main file.
     pub(super) fn read_main(path: &Path) -> Result<Self, Error> {
         let lookup = |name: &str| std::env::var(name).ok();
-        let mut value = yaml(&source::read(path)?, &path.display().to_string())?;
+        let (origin, main) = (path.display().to_string(), source::read(path)?);
+        let mut value = yaml(&main, &origin)?;
         let faults = Faults::default();
         variables::replace(&mut value, "", Some(&lookup), &faults);
-        let (origin, main) = (path.display().to_string(), source::read(path)?);
         Ok(Self { value, origin, main, included: Vec::new(), faults: faults.into_vec() })
     }
 
@@ -94,6 +94,8 @@ impl Document {
             Value::Sequence(list) => list.iter().collect(),
             one => vec![one],
         };
+        let main = std::fs::canonicalize(&self.origin).ok();
+        let mut seen = HashSet::new();
         for pattern in patterns {
             let Some(pattern) = pattern.as_str().filter(|pattern| !pattern.is_empty()) else {
                 let problem = format!("{} is not the path of a file: write it like conf.d/*.yaml", show(pattern));
@@ -106,7 +108,13 @@ impl Document {
                 }
                 Ok(files) => {
                     for file in files {
-                        self.include_file(&file, value, faults);
+                        let path = std::fs::canonicalize(&file).unwrap_or_else(|_| file.clone());
+                        if Some(&path) == main.as_ref() {
+                            faults.add(INCLUDE, "the config includes itself: choose another pattern");
+                        } else if seen.insert(path) {
+                            // Two patterns may have the same file.
+                            self.include_file(&file, value, faults);
+                        }
                     }
                 }
                 Err(problem) => faults.add(INCLUDE, problem),
@@ -116,15 +124,6 @@ impl Document {
 
     fn include_file(&mut self, file: &Path, value: &mut Value, faults: &Faults) {
         let origin = file.display().to_string();
-        let is_same = |other: &str| std::fs::canonicalize(other).ok() == std::fs::canonicalize(file).ok();
-        if file.exists() && is_same(&self.origin) {
-            faults.add(INCLUDE, "the config includes itself: choose another pattern");
-            return;
-        }
-        // Two patterns may have the same file.
-        if self.included.iter().any(|known| file.exists() && is_same(&known.origin)) {
-            return;
-        }
         let read = source::read(file).and_then(|text| Ok((yaml(&text, &origin)?, text)));
         let (part, text) = match read {
             Ok(read) => read,

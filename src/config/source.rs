@@ -66,7 +66,11 @@ impl Source {
 
     /// As [`Source::place`], for several key paths. Reads the source once.
     pub fn places(&self, key_paths: &[&str]) -> Vec<Option<Place>> {
-        let Ok(document) = self.document() else { return vec![None; key_paths.len()] };
+        // Reading a pipe again could take forever.
+        let is_readable = matches!(self, Self::File(path) if path.is_file()) || *self == Self::BuiltIn;
+        let Some(document) = is_readable.then(|| self.document().ok()).flatten() else {
+            return vec![None; key_paths.len()];
+        };
         let places = document.places();
         key_paths.iter().map(|key_path| places.find(key_path)).collect()
     }
