@@ -29,9 +29,12 @@ pub fn open_files_now() -> u64 {
     std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count() as u64)
 }
 
+/// The relay never uses more pipes.
+pub const MOST_PIPES: u64 = 1024;
+
 /// Number of pipes that the relay may use under `open_files`: an eighth of the descriptors, two per pipe.
 pub fn pipes(open_files: u64) -> u64 {
-    (open_files / 16).min(1024)
+    (open_files / 16).min(MOST_PIPES)
 }
 
 /// Number of connections to the side port under `open_files`. Each may need a second descriptor, for a forwarded request.

@@ -380,4 +380,19 @@ async fn commands_to_a_public_side_port_need_the_token() {
         assert_eq!(call(&program, Some(expected)).await, 200);
         assert!(!program.log().contains(expected), "the token is in the log");
     }
+    let program = Program::start(&with_file).await;
+    let mut address = program.api();
+    address.set_ip([127, 0, 0, 1].into());
+    // The config comes from a pipe, which can be read only once.
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_ringway"))
+        .args(["drain", "echo/b0", "--api", &address.to_string(), "--config", "/dev/stdin"])
+        .env_remove("RINGWAY_TOKEN")
+        .stdin(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    command.stdin.take().unwrap().write_all(with_file.as_bytes()).await.unwrap();
+    let output = soon("the report", command.wait_with_output()).await.unwrap();
+    assert!(output.status.success(), "{output:?}");
 }

@@ -4,9 +4,6 @@ use super::StartError;
 use crate::config::{Config, Provider};
 use crate::limits;
 
-/// Ringway never uses more pipes.
-const MOST_PIPES: usize = 1024;
-
 /// What fits under the open-file limit.
 #[derive(Debug)]
 pub(super) struct Capacity {
@@ -42,7 +39,7 @@ pub(super) fn capacity(config: &Config, workers: usize) -> Result<Capacity, Star
     let pipes = match (config.relay.splice, config.relay.max_pipes) {
         (false, _) => 0,
         (true, None) => share,
-        (true, Some(wanted)) => at_most("relay.max_pipes", wanted.min(MOST_PIPES), share),
+        (true, Some(wanted)) => at_most("relay.max_pipes", wanted.min(limits::MOST_PIPES as usize), share),
     };
     // Each worker needs a listening socket and a duplicate of it per listener, and descriptors for its runtime.
     let sockets = workers * (2 * config.listeners.len() + 3);

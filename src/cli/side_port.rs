@@ -146,16 +146,14 @@ impl Api {
     fn of(common: &Common, port: &Port) -> anyhow::Result<Self> {
         let source = common.source();
         let configured = source.api();
-        let address = match (&port.api, &configured) {
-            (Some(address), _) => address.clone(),
-            (None, Ok(api)) => api.listen.to_string(),
-            (None, Err(_)) => {
-                configured.context("cannot read the address of the side port; give it with --api ADDRESS")?;
-                String::new()
-            }
-        };
         // The same order as the server: the file named in the config comes before the environment.
-        let file = port.token_file.clone().or_else(|| source.api().ok()?.token_file);
+        let file = port.token_file.clone().or_else(|| configured.as_ref().ok()?.token_file.clone());
+        let address = if let Some(address) = &port.api {
+            address.clone()
+        } else {
+            let help = "cannot read the address of the side port; give it with --api ADDRESS";
+            configured.context(help)?.listen.to_string()
+        };
         let token = match file {
             Some(file) => {
                 let text = std::fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
