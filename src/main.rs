@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         Some(Command::Status(ref options)) => cli::status::status(&arguments.common, options),
         Some(Command::Top(ref options)) => cli::top::top(&arguments.common, options),
         Some(Command::Init(ref options)) => cli::new_config::init(options),
+        Some(Command::Schema(ref options)) => cli::packaging::schema(options),
         Some(Command::Completions(ref options)) => cli::packaging::completions(options),
         Some(Command::Man(ref options)) => cli::packaging::man(options),
         Some(Command::Explain(ref options)) => cli::explain::explain(&arguments.common, options),

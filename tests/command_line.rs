@@ -251,7 +251,16 @@ fn init_writes_a_config_that_is_valid_and_overwrites_nothing() {
 }
 
 #[test]
-fn packagers_get_completions_and_manual_pages() {
+fn packagers_and_editors_get_completions_manual_pages_and_a_schema() {
+    let (code, schema, stderr) = run(&["schema"]);
+    assert!(code == Some(0) && stderr.is_empty(), "{stderr}");
+    let schema: serde_json::Value = serde_json::from_str(&schema).unwrap();
+    let config: serde_yaml::Value = serde_yaml::from_str(include_str!("../config.yaml")).unwrap();
+    let config = serde_json::to_value(config).unwrap();
+    assert!(jsonschema::draft202012::new(&schema).unwrap().is_valid(&config));
+    assert!(jsonschema::draft202012::meta::is_valid(&schema));
+    assert!(run(&["schema", "--markdown"]).1.starts_with("| key |"));
+
     for shell in ["bash", "zsh", "fish"] {
         let (code, stdout, _) = run(&["completions", shell]);
         assert!(code == Some(0) && stdout.contains("undrain"), "{shell}");

@@ -62,6 +62,17 @@ fn valid_configs_load_and_survive_being_printed() {
 }
 
 #[test]
+fn every_config_to_start_from_names_its_schema_for_editors() {
+    let mut configs = files("examples");
+    configs.retain(|file| file.extension().is_some_and(|extension| extension == "yaml"));
+    configs.extend(["config.yaml", "docker/ringway.yaml"].map(PathBuf::from));
+    for file in configs {
+        let text = std::fs::read_to_string(&file).unwrap();
+        assert!(text.starts_with("# yaml-language-server: $schema=ringway.schema.json\n"), "{}", file.display());
+    }
+}
+
+#[test]
 fn every_example_is_valid() {
     let mut examples = files("examples");
     examples.retain(|file| file.extension().is_some_and(|extension| extension == "yaml"));

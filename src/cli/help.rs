@@ -8,7 +8,7 @@ use super::{Arguments, terminal};
 
 /// The commands in the order in which the help shows them.
 const GROUPS: [(&str, &[&str]); 5] = [
-    ("Run", &["run", "init", "check", "echo-server"]),
+    ("Run", &["run", "init", "schema", "check", "echo-server"]),
     ("Look", &["status", "top", "sessions", "explain"]),
     ("Change", &["drain", "undrain", "weight", "scale", "add", "remove", "kill", "log"]),
     ("Update", &["reload", "upgrade"]),

@@ -8,7 +8,7 @@
 //! - [`commands`]: run-time commands for a running Ringway
 //! - [`reap`]: removes containers that Ringway created
 //! - [`healthcheck`], [`init`]: the health check and process 1 of Ringway's own container
-//! - [`new_config`]: writes a first config; [`packaging`]: completions and manual pages; [`help`]: the list of commands
+//! - [`new_config`]: writes a first config; [`packaging`]: schema, completions and manual pages; [`help`]: the list of commands
 //! - [`logging`]: the log on standard error
 //! - [`side_port`]: HTTP client of the side port; [`table`], [`terminal`]: how commands print
 
@@ -105,6 +105,8 @@ pub(crate) enum Command {
     Healthcheck,
     /// Write a commented config to start from
     Init(new_config::Options),
+    /// Print a JSON Schema of the config, for editors
+    Schema(packaging::Schema),
     #[command(flatten)]
     Runtime(commands::RuntimeCommand),
     /// Run the demo backend

@@ -50,5 +50,8 @@ pub(crate) fn init(options: &Options) -> Result<(), Failure> {
         })?;
     opened.write_all(text.as_bytes()).with_context(|| format!("cannot write {}", file.display()))?;
     let name = file.display();
-    print(&format!("wrote {name}\nNext: edit it, then `ringway check {name}` and `ringway --config {name}`\n"))
+    print(&format!(
+        "wrote {name}\nNext: edit it, then `ringway check {name}` and `ringway --config {name}`\n\
+         For help in editors: `ringway schema > ringway.schema.json` in the folder of {name}\n"
+    ))
 }

@@ -1,13 +1,21 @@
-//! `ringway completions` and `ringway man`, which packagers run.
+//! What packages and editors need: `ringway schema`, `ringway completions` and `ringway man`.
 
 use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::Args;
 use clap_complete::Shell;
+use ringway::config;
 
 use super::help::command;
 use super::{Failure, print};
+
+#[derive(Debug, Args)]
+pub(crate) struct Schema {
+    /// Print the table of keys of docs/configuration.md instead
+    #[arg(long)]
+    markdown: bool,
+}
 
 #[derive(Debug, Args)]
 pub(crate) struct Completions {
@@ -19,6 +27,10 @@ pub(crate) struct Completions {
 pub(crate) struct Man {
     /// The folder, which must exist
     folder: PathBuf,
+}
+
+pub(crate) fn schema(options: &Schema) -> Result<(), Failure> {
+    print(&if options.markdown { config::markdown() } else { format!("{:#}\n", config::schema()) })
 }
 
 pub(crate) fn completions(options: &Completions) -> Result<(), Failure> {

@@ -3,8 +3,8 @@
 //! # Layout
 //!
 //! - this file: the config types and loading
-//! - [`parse`], [`parse_listener`], [`parse_routes`], [`parse_pool`], [`parse_check`], [`parse_provider`]: every key with its
-//!   range and default
+//! - [`keys`]: the table of all keys with their ranges, defaults and meanings; [`schema`]: the table as a JSON Schema
+//! - [`parse`], [`parse_listener`], [`parse_routes`], [`parse_pool`], [`parse_check`], [`parse_provider`]: reads them
 //! - [`listener`]: listeners, their routes and access lists; [`provider`]: the kinds of providers
 //! - [`source`]: where the text comes from; [`document`]: its YAML, with included files; [`variables`]: `${NAME}`;
 //!   [`places`]: the lines of faults
@@ -18,6 +18,7 @@ pub mod diff;
 mod conflicts;
 mod document;
 mod effective;
+mod keys;
 mod listener;
 mod parse;
 mod parse_check;
@@ -29,6 +30,7 @@ mod places;
 mod provider;
 mod reader;
 mod remedy;
+mod schema;
 mod source;
 mod variables;
 
@@ -47,8 +49,10 @@ use crate::proxy::socket::TcpOptions;
 use crate::proxy_header::{OwnHeader, SendProxy};
 use crate::ring::Parameters;
 
+pub use self::keys::markdown;
 pub use self::listener::{AccessList, Listener, PerSource, Route};
 pub use self::provider::{Containers, Discover, Process, Provider, Restart, StaticBackend};
+pub use self::schema::schema;
 pub use self::source::{BUILT_IN, Source, USUAL_FILES};
 
 /// A config could not be loaded.

@@ -1,9 +1,8 @@
-//! Parses every key outside of listeners and pools: ranges, defaults and constraints between keys. No later code validates the config
-//! again, except for what run-time changes can break.
+//! Parses every key outside of listeners and pools, with the constraints between keys. Ranges and defaults are in
+//! [`keys`](super::keys). No later code validates the config again, except for what run-time changes can break.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde_yaml::Value;
 
@@ -11,11 +10,9 @@ use super::conflicts::{clashing_addresses, clashing_ports, duplicate_names, loop
 use super::document::INCLUDE;
 use super::parse_listener::{listener, text_of_address};
 use super::parse_pool::pool;
-use super::reader::{DAY, Faults, HOUR, Item, MINUTE, SECOND, Section, check_name, narrow, show};
+use super::reader::{Faults, Item, Section, check_name, narrow};
 use super::{AccessLog, Api, Config, Docker, Fault, Metrics, Relay, Shutdown};
 use crate::address::listen_ip;
-use crate::metrics::PerBackend;
-use crate::proxy::access_log::Format;
 use crate::proxy::socket::{Keepalive, TcpOptions};
 
 pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
@@ -23,19 +20,19 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     let mut root = Item::root(value, &faults).section();
     // The document has replaced it.
     root.know(INCLUDE);
-    let workers = root.auto_or_integer("workers", 1..=1024);
-    let max_connections = root.auto_or_integer("max_connections", 1..=1_000_000);
+    let workers = root.optional_integer("workers").map(narrow);
+    let max_connections = root.optional_integer("max_connections").map(narrow);
     let relay = relay(root.section("relay"));
     let tcp = tcp(root.section("tcp"));
     let access_log = root.item("access_log").map(|item| access_log(item.section()));
     let api = api(root.section("api"));
     let mut metrics = root.section("metrics");
-    let per_backend = metrics.choice("per_backend", PerBackend::Full);
+    let per_backend = metrics.choice("per_backend");
     metrics.finish();
     let metrics = Metrics { per_backend };
     let docker = docker(root.section("docker"));
     let mut shutdown = root.section("shutdown");
-    let delay = shutdown.duration("delay", Duration::ZERO..=HOUR, Duration::ZERO);
+    let delay = shutdown.duration("delay");
     shutdown.finish();
     let shutdown = Shutdown { delay };
     let pools = root.required("pools", "at least one pool").map(|item| (item.list(), item));
@@ -89,10 +86,10 @@ pub(super) fn only_api(value: &Value) -> Result<Api, Vec<Fault>> {
 
 fn relay(mut section: Section<'_>) -> Relay {
     let relay = Relay {
-        splice: section.truth("splice", true),
-        max_pipes: section.auto_or_integer("max_pipes", 0..=1_000_000),
-        buffer_kib: narrow(section.integer("buffer_kib", 4..=1024, 64)),
-        splice_from_kib: narrow(section.integer("splice_from_kib", 1..=128, 32)),
+        splice: section.truth("splice"),
+        max_pipes: section.optional_integer("max_pipes").map(narrow),
+        buffer_kib: narrow(section.integer("buffer_kib")),
+        splice_from_kib: narrow(section.integer("splice_from_kib")),
     };
     if relay.splice_from_kib > relay.buffer_kib {
         section.fault(format_args!(
@@ -106,26 +103,21 @@ fn relay(mut section: Section<'_>) -> Relay {
 
 fn tcp(mut section: Section<'_>) -> TcpOptions {
     let keepalive = keepalive(&mut section);
-    let user_timeout = section.duration("user_timeout", Duration::ZERO..=DAY, Duration::ZERO);
+    let user_timeout = section.duration("user_timeout");
     section.finish();
     TcpOptions { keepalive, user_timeout }
 }
 
 fn keepalive(tcp: &mut Section<'_>) -> Option<Keepalive> {
-    let default = Keepalive { idle: 2 * MINUTE, interval: 30 * SECOND, probes: 4 };
-    let Some(item) = tcp.item("keepalive") else { return Some(default) };
-    if item.is_off() {
+    let item = tcp.item("keepalive");
+    if item.as_ref().is_some_and(Item::is_off) {
         return None;
     }
-    if !item.value.is_mapping() {
-        item.fault(format_args!("{} is neither off nor a section with idle, interval and probes", show(item.value)));
-        return None;
-    }
-    let mut section = item.section();
+    let mut section = item.map_or_else(|| tcp.empty("keepalive"), Item::section);
     let keepalive = Keepalive {
-        idle: section.duration("idle", SECOND..=9 * HOUR, default.idle),
-        interval: section.duration("interval", SECOND..=9 * HOUR, default.interval),
-        probes: narrow(section.integer("probes", 1..=127, default.probes.into())),
+        idle: section.duration("idle"),
+        interval: section.duration("interval"),
+        probes: narrow(section.integer("probes")),
     };
     section.finish();
     Some(keepalive)
@@ -139,7 +131,7 @@ fn access_log(mut section: Section<'_>) -> AccessLog {
         }
         Some(path)
     });
-    let format = section.choice("format", Format::Text);
+    let format = section.choice("format");
     section.finish();
     AccessLog { path: PathBuf::from(path.unwrap_or_default()), format }
 }
@@ -152,8 +144,8 @@ fn api(mut section: Section<'_>) -> Api {
         let hosts = item.list();
         hosts.iter().filter_map(host).collect()
     });
-    let public_request = section.truth("public_request", false);
-    let (page, history) = (section.truth("page", true), section.truth("history", true));
+    let public_request = section.truth("public_request");
+    let (page, history) = (section.truth("page"), section.truth("history"));
     section.finish();
     Api { listen, token_file, allowed_hosts, public_request, page, history }
 }
@@ -181,11 +173,7 @@ fn docker(mut section: Section<'_>) -> Docker {
         }
         Some(owner)
     });
-    let docker = Docker {
-        owner,
-        resync: section.duration("resync", SECOND..=HOUR, 30 * SECOND),
-        timeout: section.duration("timeout", SECOND..=5 * MINUTE, 10 * SECOND),
-    };
+    let docker = Docker { owner, resync: section.duration("resync"), timeout: section.duration("timeout") };
     section.finish();
     docker
 }

@@ -1,4 +1,4 @@
-//! Parses the keys of a pool's health check, with their ranges and defaults.
+//! Parses the keys of a pool's health check.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -6,14 +6,14 @@ use std::time::Duration;
 use hyper::header::HeaderValue;
 use serde_yaml::Value;
 
-use super::reader::{HOUR, Item, MS, SECOND, Section, narrow, show};
+use super::reader::{Item, Section, narrow, show};
 use crate::control::health::{self, Check, Expect, Http, Kind};
 use crate::label_enum;
 use crate::labels::Label as _;
 use crate::proxy_header::{OwnHeader, Version};
 
 label_enum! {
-    enum CheckKind { Tcp => "tcp", Http => "http", Expect => "expect", None => "none", }
+    pub(super) enum CheckKind { Tcp => "tcp", Http => "http", Expect => "expect", None => "none", }
 }
 
 label_enum! {
@@ -39,7 +39,7 @@ pub(super) fn health_check(
     on_unix: bool,
     version: Option<Version>,
 ) -> Option<health::Settings> {
-    let kind = section.choice("kind", CheckKind::Tcp);
+    let kind: CheckKind = section.choice("kind");
     for (key, other) in OF_KINDS.into_iter().filter(|&(_, other)| other != kind) {
         if let Some(item) = section.item(key) {
             item.fault(format_args!("applies only to `kind: {}`: set that kind, or remove this key", other.as_str()));
@@ -54,20 +54,19 @@ pub(super) fn health_check(
     if let Some(item) = port.as_ref().filter(|_| on_unix) {
         item.fault("a backend of this pool has a Unix socket, which has no port: remove this key");
     }
-    let port = port.and_then(|item| item.integer(&(1..=65_535))).map(narrow);
+    let port = port.and_then(|item| item.integer()).map(narrow);
     let send_proxy = send_proxy(&mut section, kind, version, port);
-    let interval = section.duration("interval", 10 * MS..=HOUR, 2 * SECOND);
-    let fast_interval = section.duration("fast_interval", 10 * MS..=HOUR, (interval / 4).max(10 * MS));
-    let timeout = section.duration("timeout", MS..=HOUR, SECOND);
-    let counts: RangeInclusive<u64> = 1..=100;
+    let interval = section.duration("interval");
+    let fast_interval = section.item("fast_interval").and_then(|item| item.duration());
+    let timeout = section.duration("timeout");
     let check = health::Settings {
         check: Check { kind: wanted, port, send_proxy },
         interval,
-        fast_interval,
-        jitter: narrow(section.integer("jitter", 0..=100, 10)),
+        fast_interval: fast_interval.unwrap_or((interval / 4).max(Duration::from_millis(10))),
+        jitter: narrow(section.integer("jitter")),
         timeout,
-        rise: narrow(section.integer("rise", counts.clone(), 2)),
-        fall: narrow(section.integer("fall", counts, 3)),
+        rise: narrow(section.integer("rise")),
+        fall: narrow(section.integer("fall")),
         grace,
     };
     section.finish();
@@ -148,7 +147,7 @@ fn expect(section: &mut Section<'_>) -> Expect {
         }
         Some(bytes)
     });
-    let is_prefix = section.choice("match", Match::Prefix) == Match::Prefix;
+    let is_prefix = section.choice::<Match>("match") == Match::Prefix;
     Expect { send, expect: expect.unwrap_or_default(), is_prefix }
 }
 

@@ -1,9 +1,9 @@
-//! Parses the keys of a listener, with their ranges and defaults.
+//! Parses the keys of a listener.
 
 use std::time::Duration;
 
 use super::parse_routes::{RESET, access_list, hello, networks, pool_name, routes};
-use super::reader::{HOUR, Item, MINUTE, SECOND, Section, name, narrow, show};
+use super::reader::{Item, Section, name, narrow, show};
 use super::{Listener, PerSource, Pool, Relay};
 use crate::address::{Address, listen_ip};
 use crate::label_enum;
@@ -13,8 +13,11 @@ use crate::proxy::{ProxyProtocol, Rate};
 /// Permissions of the file of a Unix socket on which only Ringway's own user, and root, may connect.
 const OWNER_ONLY: u32 = 0o600;
 
+const SECOND: Duration = Duration::from_secs(1);
+
 /// The units of rates.
-pub(super) const RATE_UNITS: [(&str, Duration); 3] = [("s", SECOND), ("m", MINUTE), ("h", HOUR)];
+pub(super) const RATE_UNITS: [(&str, Duration); 3] =
+    [("s", SECOND), ("m", Duration::from_secs(60)), ("h", Duration::from_secs(3600))];
 
 pub(super) fn listener(mut section: Section<'_>, pools: &[Pool], relay: &Relay) -> Listener {
     let name = name(&mut section);
@@ -46,9 +49,9 @@ pub(super) fn listener(mut section: Section<'_>, pools: &[Pool], relay: &Relay) 
         routes,
         pool,
         hello: hello(section.section("hello"), relay),
-        answer_status: section.truth("answer_status", false),
-        backlog: narrow(section.integer("backlog", 1..=65_535, 4096)),
-        max_connections: section.auto_or_integer("max_connections", 1..=1_000_000),
+        answer_status: section.truth("answer_status"),
+        backlog: narrow(section.integer("backlog")),
+        max_connections: section.optional_integer("max_connections").map(narrow),
         per_source: per_source(section.section("per_source")),
         proxy_protocol: section
             .item("proxy_protocol")
@@ -60,13 +63,13 @@ pub(super) fn listener(mut section: Section<'_>, pools: &[Pool], relay: &Relay) 
 }
 
 fn per_source(mut section: Section<'_>) -> PerSource {
-    let max_connections = section.off_or_integer("max_connections", 1..=1_000_000).map(narrow);
+    let max_connections = section.optional_integer("max_connections").map(narrow);
     let rate = section.item("rate").filter(|item| !item.is_off());
     let burst = section.item("burst");
     if let Some(item) = burst.as_ref().filter(|_| rate.is_none()) {
         item.fault("requires rate: set rate, or remove burst");
     }
-    let burst = burst.and_then(|item| item.integer(&(1..=1_000_000))).map(narrow);
+    let burst = burst.and_then(|item| item.integer()).map(narrow);
     let rate =
         rate.and_then(|item| self::rate(&item)).map(|(count, per)| Rate { count, per, burst: burst.unwrap_or(count) });
     section.finish();
@@ -75,14 +78,13 @@ fn per_source(mut section: Section<'_>) -> PerSource {
 
 /// A number of connections in a unit of time: `100` or `100/s`, `30/m`, `500/h`.
 fn rate(item: &Item<'_>) -> Option<(u32, Duration)> {
-    let fits = |number: &u64| (1..=1_000_000).contains(number);
     let per_second = item.value.as_u64().map(|number| (number, SECOND));
     let with_unit = || {
         let (number, unit) = item.value.as_str()?.split_once('/')?;
         let (_, unit) = RATE_UNITS.iter().find(|(name, _)| *name == unit.trim())?;
         Some((number.trim().parse().ok()?, *unit))
     };
-    let rate = per_second.or_else(with_unit).filter(|(number, _)| fits(number));
+    let rate = per_second.or_else(with_unit).filter(|&(number, _)| item.fits(number));
     if rate.is_none() {
         item.fault(format_args!(
             "{} is neither off nor a rate of 1 to 1000000 connections: write it like 100 (each second), 30/m or 500/h",
@@ -93,14 +95,13 @@ fn rate(item: &Item<'_>) -> Option<(u32, Duration)> {
 }
 
 label_enum! {
-    enum Others { Plain => "plain", Reset => "reset", }
+    pub(super) enum Others { Plain => "plain", Reset => "reset", }
 }
 
 fn proxy_protocol(mut section: Section<'_>) -> ProxyProtocol {
-    let trusts_everybody = section.truth("i_trust_everybody", false);
-    let (is_required, others) = (section.truth("required", true), section.choice("others", Others::Plain));
-    // A lost packet of the sender is repeated after a second, and once more after two.
-    let timeout = section.duration("timeout", 3 * SECOND..=MINUTE, 5 * SECOND);
+    let trusts_everybody = section.truth("i_trust_everybody");
+    let (is_required, others) = (section.truth("required"), section.choice::<Others>("others"));
+    let timeout = section.duration("timeout");
     let list = section.required("from", "the addresses of the balancers that send the header, like 10.0.0.0/8");
     let from = list.map_or_else(Networks::default, |list| {
         let from = networks(&list);

@@ -1,14 +1,12 @@
-//! Parses the keys of a pool, with their ranges and defaults.
+//! Parses the keys of a pool.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::parse_routes::RESET;
-use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, name, narrow, show};
+use super::reader::{Item, Section, name, narrow, show};
 use super::remedy::hint;
 use super::{Connect, Ejection, Pool, Provider, Timeouts, parse_check, parse_provider};
 use crate::control::ejection;
-use crate::control::publisher::OnDown;
 use crate::labels::Label as _;
 use crate::proxy::key::KeyKind;
 use crate::proxy_header::{CRC32C, NOOP, SendProxy, Tlv, Version};
@@ -27,10 +25,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let (grace, on_unix) = (provider.start_grace(), provider.has_unix_sockets());
     let mut connect = section.section("connect");
     let connect = {
-        let settings = Connect {
-            timeout: connect.duration("timeout", MS..=5 * MINUTE, 2 * SECOND),
-            attempts: narrow(connect.integer("attempts", 1..=100, 3)),
-        };
+        let settings = Connect { timeout: connect.duration("timeout"), attempts: narrow(connect.integer("attempts")) };
         connect.finish();
         settings
     };
@@ -39,9 +34,9 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let mut timeouts = section.section("timeouts");
     let timeouts = {
         let settings = Timeouts {
-            idle: timeouts.off_or_duration("idle", 100 * MS..=30 * DAY, Some(10 * MINUTE)),
-            half_closed: timeouts.duration("half_closed", 100 * MS..=30 * DAY, MINUTE),
-            max_connection_age: timeouts.off_or_duration("max_connection_age", SECOND..=30 * DAY, None),
+            idle: timeouts.off_or_duration("idle"),
+            half_closed: timeouts.duration("half_closed"),
+            max_connection_age: timeouts.off_or_duration("max_connection_age"),
         };
         timeouts.finish();
         settings
@@ -56,11 +51,11 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         timeouts,
         health_check: parse_check::health_check(section.section("health_check"), grace, on_unix, version),
         ejection: ejection(&mut section),
-        panic_threshold: narrow(section.integer("panic_threshold", 0..=100, 50)),
-        on_down: section.choice("on_down", OnDown::Keep),
-        slow_start: section.duration("slow_start", Duration::ZERO..=HOUR, Duration::ZERO),
-        max_connections_per_backend: section.off_or_integer("max_connections_per_backend", 1..=1_000_000).map(narrow),
-        drain: section.duration("drain", Duration::ZERO..=DAY, 30 * SECOND),
+        panic_threshold: narrow(section.integer("panic_threshold")),
+        on_down: section.choice("on_down"),
+        slow_start: section.duration("slow_start"),
+        max_connections_per_backend: section.optional_integer("max_connections_per_backend").map(narrow),
+        drain: section.duration("drain"),
     };
     if let Some(problem) = pool.too_many_points() {
         section.fault(problem);
@@ -91,8 +86,8 @@ impl Pool {
 /// The part of a connection that is hashed: a name, or a section for a kind that has settings.
 fn key(item: &Item<'_>) -> KeyKind {
     let net = |mut section: Section<'_>| {
-        let v4 = narrow(section.integer("v4", 1..=32, 24));
-        let v6 = narrow(section.integer("v6", 1..=128, 64));
+        let v4 = narrow(section.integer("v4"));
+        let v6 = narrow(section.integer("v6"));
         section.finish();
         KeyKind::SourceNet { v4, v6 }
     };
@@ -153,7 +148,7 @@ fn send_proxy(item: &Item<'_>) -> Option<SendProxy> {
         send.tlvs.extend(found);
     }
     for item in pass.iter().flat_map(Item::list) {
-        let Some(kind) = item.integer(&(1..=255)).map(narrow) else { continue };
+        let Some(kind) = item.integer().map(narrow) else { continue };
         if kind == CRC32C || kind == NOOP {
             item.fault("belongs to one header only, so it cannot be passed on: remove it");
         }
@@ -170,11 +165,11 @@ fn ejection(pool: &mut Section<'_>) -> Option<Ejection> {
     }
     let mut section = item.map_or_else(|| pool.empty("ejection"), Item::section);
     let ejection = Ejection {
-        after: narrow(section.integer("after", 1..=1000, 5)),
+        after: narrow(section.integer("after")),
         settings: ejection::Settings {
-            base: section.duration("base", MS..=HOUR, 30 * SECOND),
-            max: section.duration("max", MS..=DAY, 5 * MINUTE),
-            max_share: narrow(section.integer("max_share", 1..=100, 50)),
+            base: section.duration("base"),
+            max: section.duration("max"),
+            max_share: narrow(section.integer("max_share")),
         },
     };
     if ejection.settings.max < ejection.settings.base {
@@ -186,9 +181,9 @@ fn ejection(pool: &mut Section<'_>) -> Option<Ejection> {
 
 fn ring(mut section: Section<'_>) -> Parameters {
     let parameters = Parameters {
-        virtual_nodes: narrow(section.integer("virtual_nodes", 1..=65_536, 160)),
-        probes: narrow(section.integer("probes", 1..=64, 3)),
-        seed: section.integer("seed", 0..=u64::MAX, 0),
+        virtual_nodes: narrow(section.integer("virtual_nodes")),
+        probes: narrow(section.integer("probes")),
+        seed: section.integer("seed"),
     };
     section.finish();
     parameters

@@ -1,23 +1,16 @@
-//! Parses the keys of a pool's provider, with their ranges and defaults.
+//! Parses the keys of a pool's provider.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::reader::{DAY, HOUR, Item, MINUTE, MS, SECOND, Section, narrow, show};
+use super::keys::MOST_CPUS;
+use super::reader::{Item, Section, narrow, show};
 use super::{Containers, Discover, Process, Provider, Restart, StaticBackend};
 use crate::control::docker::label;
 use crate::control::provider::{Listed, Location};
-use crate::control::supervisor::docker::{Pull, Spec};
+use crate::control::supervisor::docker::Spec;
 use crate::control::supervisor::handover;
 use crate::control::supervisor::plan::Policy;
-
-/// Minimum memory of a container in bytes. The Docker engine rejects less.
-const LEAST_MEMORY: u64 = 6 << 20;
-
-/// Upper bounds for memory in bytes and for CPUs, beyond any real machine.
-const MOST_MEMORY: u64 = 1 << 48;
-const MOST_CPUS: f64 = 4096.0;
 
 /// The possible providers, for fault messages.
 pub(super) const KINDS: &str = "one of static, process, docker";
@@ -65,7 +58,7 @@ fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
         let mut section = item.clone().section();
         let address = section.required("address", "host:port or unix:/path").and_then(|item| location(&item));
         let id = section.item("id").and_then(|item| item.text());
-        let weight = narrow(section.integer("weight", 1..=1000, 1));
+        let weight = narrow(section.integer("weight"));
         section.finish();
         let Some(location) = address else { continue };
         let id = id.unwrap_or_else(|| location.to_string());
@@ -107,7 +100,7 @@ fn process_of(mut section: Section<'_>) -> Process {
     }
     let ports = ports(&mut section, replicas);
     let restart = restart(section.section("restart"));
-    let stop_grace = stop_grace(&mut section);
+    let stop_grace = section.duration("stop_grace");
     section.finish();
     Process { replicas, spec, ports, restart, stop_grace }
 }
@@ -139,9 +132,9 @@ fn docker_of(mut section: Section<'_>) -> Provider {
         _ => Ok(()),
     });
     let (memory, milli_cpus) = resources(section.section("resources"));
-    let pull = section.choice("pull", Pull::Missing);
+    let pull = section.choice("pull");
     let restart = restart(section.section("restart"));
-    let stop_grace = stop_grace(&mut section);
+    let stop_grace = section.duration("stop_grace");
     section.finish();
     let spec = Spec { image: image.unwrap_or_default(), command, port, env, labels, memory, milli_cpus, pull };
     Provider::Containers(Containers { replicas, spec, network, restart, stop_grace })
@@ -173,19 +166,14 @@ fn discover_of(mut section: Section<'_>, network: Option<String>) -> Discover {
 }
 
 fn replicas(section: &mut Section<'_>) -> u32 {
-    let replicas = section
-        .required("replicas", "the number of replicas, from 1 to 1000")
-        .and_then(|item| item.integer(&(1..=1000)));
+    let replicas =
+        section.required("replicas", "the number of replicas, from 1 to 1000").and_then(|item| item.integer());
     narrow(replicas.unwrap_or(1))
 }
 
 fn port(section: &mut Section<'_>) -> u16 {
     let port = section.required("port", "the port on which the containers listen");
-    narrow(port.and_then(|item| item.integer(&(1..=65_535))).unwrap_or(1))
-}
-
-fn stop_grace(section: &mut Section<'_>) -> Duration {
-    section.duration("stop_grace", Duration::ZERO..=HOUR, 5 * SECOND)
+    narrow(port.and_then(|item| item.integer()).unwrap_or(1))
 }
 
 fn words(list: &Item<'_>) -> Vec<String> {
@@ -197,7 +185,7 @@ fn words(list: &Item<'_>) -> Vec<String> {
 fn resources(mut section: Section<'_>) -> (Option<u64>, Option<u64>) {
     let memory = section.item("memory").and_then(|item| {
         let bytes = item.value.as_u64().or_else(|| bytes(item.value.as_str()?));
-        let bytes = bytes.filter(|bytes| (LEAST_MEMORY..=MOST_MEMORY).contains(bytes));
+        let bytes = bytes.filter(|&bytes| item.fits(bytes));
         if bytes.is_none() {
             item.fault(format_args!(
                 "{} is not a size of at least 6MiB: write it like 64MiB or 1GiB",
@@ -286,13 +274,13 @@ fn ports(section: &mut Section<'_>, replicas: u32) -> Option<(u16, u16)> {
 
 fn restart(mut section: Section<'_>) -> Restart {
     let policy = Policy {
-        backoff: section.duration("backoff", MS..=HOUR, 200 * MS),
-        max_backoff: section.duration("max_backoff", MS..=HOUR, 30 * SECOND),
-        stable_after: section.duration("stable_after", MS..=DAY, MINUTE),
-        crash_loop_after: narrow(section.integer("crash_loop_after", 1..=1000, 5)),
-        replace_after: section.off_or_duration("replace_after", SECOND..=DAY, Some(30 * SECOND)),
+        backoff: section.duration("backoff"),
+        max_backoff: section.duration("max_backoff"),
+        stable_after: section.duration("stable_after"),
+        crash_loop_after: narrow(section.integer("crash_loop_after")),
+        replace_after: section.off_or_duration("replace_after"),
     };
-    let start_grace = section.duration("start_grace", Duration::ZERO..=DAY, MINUTE);
+    let start_grace = section.duration("start_grace");
     if policy.max_backoff < policy.backoff {
         section.fault("max_backoff is shorter than backoff: set max_backoff to backoff or longer");
     }

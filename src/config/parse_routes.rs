@@ -3,9 +3,8 @@
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
-use super::reader::{Item, MINUTE, SECOND, Section, check_name, narrow};
+use super::reader::{Item, Section, check_name, narrow};
 use super::remedy::{hint, not_a_list};
 use super::{AccessList, Relay, Route};
 use crate::label_enum;
@@ -17,7 +16,7 @@ pub(super) const RESET: &str = "reset";
 
 /// Largest ClientHello in KiB, unless the worker's buffer is smaller. The kernel's receive buffer holds about 120 KiB, and
 /// Ringway does not take the bytes out of it.
-const HELLO_KIB: usize = 64;
+pub(super) const HELLO_KIB: usize = 64;
 
 /// Most routes of a listener. A connection tries them one after the other.
 const MOST_ROUTES: usize = 1000;
@@ -207,15 +206,15 @@ fn protocol(item: &Item<'_>) -> Option<String> {
 }
 
 label_enum! {
-    enum Undecided { Reset => "reset", Default => "default", }
+    pub(super) enum Undecided { Reset => "reset", Default => "default", }
 }
 
 /// How a listener reads a ClientHello.
 pub(super) fn hello(mut section: Section<'_>, relay: &Relay) -> HelloSettings {
-    let timeout = section.duration("timeout", SECOND..=MINUTE, Duration::from_secs(5));
+    let timeout = section.duration("timeout");
     let max_kib: usize = match section.item("max_kib") {
         Some(item) => {
-            let max_kib = item.integer(&(1..=HELLO_KIB as u64)).map_or(HELLO_KIB.min(relay.buffer_kib), narrow);
+            let max_kib = item.integer().map_or(HELLO_KIB.min(relay.buffer_kib), narrow);
             if max_kib > relay.buffer_kib {
                 item.fault(format_args!(
                     "{max_kib} is larger than relay.buffer_kib ({}): lower it, or raise relay.buffer_kib",
@@ -226,7 +225,7 @@ pub(super) fn hello(mut section: Section<'_>, relay: &Relay) -> HelloSettings {
         }
         None => HELLO_KIB.min(relay.buffer_kib),
     };
-    let undecided = section.choice("undecided", Undecided::Reset);
+    let undecided: Undecided = section.choice("undecided");
     section.finish();
     HelloSettings { timeout, most: max_kib * 1024, undecided_takes_default: undecided == Undecided::Default }
 }

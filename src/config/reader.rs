@@ -1,27 +1,21 @@
-//! Typed access to YAML. The reader collects each fault with its key path and continues, so one run reports all faults.
+//! Typed access to YAML, by the table of keys. The reader collects each fault with its key path and continues, so one run
+//! reports all faults.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::fmt::Display;
-use std::ops::RangeInclusive;
 use std::rc::Rc;
 use std::time::Duration;
 
 use serde_yaml::{Mapping, Value};
 
 use super::Fault;
+use super::keys::{Default as Usual, Form, Key, ROOT};
 use super::remedy::{duration_fault, hint, not_a_list, not_a_number, not_a_section, not_text};
 use crate::labels::Label;
 
 /// Begins keys of the whole config that Ringway does not read. They hold sections for anchors, as in Compose files.
 pub(super) const EXTENSION: &str = "x-";
-
-/// Units for the bounds of durations.
-pub(super) const MS: Duration = Duration::from_millis(1);
-pub(super) const SECOND: Duration = Duration::from_secs(1);
-pub(super) const MINUTE: Duration = Duration::from_secs(60);
-pub(super) const HOUR: Duration = Duration::from_secs(3600);
-pub(super) const DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// Collects the faults of a document. Clones share one list.
 #[derive(Debug, Clone, Default)]
@@ -49,11 +43,14 @@ pub(super) struct Item<'a> {
     pub(super) value: &'a Value,
     pub(super) path: String,
     pub(super) faults: Faults,
+    form: &'static Form,
 }
 
 impl<'a> Item<'a> {
+    /// The whole config.
     pub(super) fn root(value: &'a Value, faults: &Faults) -> Self {
-        Self { value, path: String::new(), faults: faults.clone() }
+        static WHOLE: Form = Form::Section(ROOT, "");
+        Self { value, path: String::new(), faults: faults.clone(), form: &WHOLE }
     }
 
     pub(super) fn fault(&self, problem: impl Display) {
@@ -64,14 +61,19 @@ impl<'a> Item<'a> {
     pub(super) fn section(self) -> Section<'a> {
         let map = self.value.as_mapping();
         if map.is_none() {
-            self.fault(not_a_section(&self.path, self.value));
+            self.fault(not_a_section(&self.path, self.value, self.form));
         }
-        Section { map, path: self.path, faults: self.faults, known: Vec::new() }
+        Section { map, path: self.path, faults: self.faults, form: self.form, known: Vec::new() }
     }
 
     /// Returns an item for a value of this mapping whose key the user chose, like a variable name in `env`.
     pub(super) fn entry(&self, key: &str, value: &'a Value) -> Item<'a> {
-        Item { value, path: join(&self.path, key), faults: self.faults.clone() }
+        Item { value, path: join(&self.path, key), faults: self.faults.clone(), form: &Form::Text }
+    }
+
+    /// Whether the value is the word that the key accepts in place of a number.
+    fn is_word(&self) -> bool {
+        self.form.word().is_some_and(|word| self.value.as_str() == Some(word) || (word == "off" && self.is_off()))
     }
 
     /// Whether the value is `off`. YAML 1.1 reads an unquoted `off` as false, so false counts too.
@@ -84,8 +86,9 @@ impl<'a> Item<'a> {
             self.fault(not_a_list(self.value));
             return Vec::new();
         };
+        let form = self.form.entries().unwrap_or_else(|| not_in_table(&self.path, &Form::Text));
         let item =
-            |(label, value)| Item { value, path: format!("{}[{label}]", self.path), faults: self.faults.clone() };
+            |(label, value)| Item { value, path: format!("{}[{label}]", self.path), faults: self.faults.clone(), form };
         labels(list).zip(list).map(item).collect()
     }
 
@@ -106,12 +109,19 @@ impl<'a> Item<'a> {
         }
     }
 
-    pub(super) fn integer(&self, range: &RangeInclusive<u64>) -> Option<u64> {
+    /// Reads a whole number. If the key accepts a word too, like `auto`, the caller has asked for it.
+    pub(super) fn integer(&self) -> Option<u64> {
+        let range = self.form.integers().unwrap_or_else(|| not_in_table(&self.path, &(0..=u64::MAX)));
         let number = self.value.as_u64().filter(|number| range.contains(number));
         if number.is_none() {
-            self.fault(not_a_number(self.value, "", range));
+            self.fault(not_a_number(self.value, self.form.word(), range));
         }
         number
+    }
+
+    /// Whether a whole number is in the key's range.
+    pub(super) fn fits(&self, number: u64) -> bool {
+        self.form.integers().is_some_and(|range| range.contains(&number))
     }
 
     pub(super) fn truth(&self) -> Option<bool> {
@@ -127,10 +137,13 @@ impl<'a> Item<'a> {
         truth
     }
 
-    pub(super) fn duration(&self, range: &RangeInclusive<Duration>) -> Option<Duration> {
+    /// Reads a duration. If the key accepts a word too, like `off`, the caller has asked for it.
+    pub(super) fn duration(&self) -> Option<Duration> {
+        let range =
+            self.form.durations().unwrap_or_else(|| not_in_table(&self.path, &(Duration::ZERO..=Duration::MAX)));
         let duration = self.value.as_str().and_then(|text| humantime::parse_duration(text).ok());
         let Some(duration) = duration else {
-            self.fault(duration_fault("not", self.value));
+            self.fault(duration_fault(self.value, self.form.word()));
             return None;
         };
         if range.contains(&duration) {
@@ -148,6 +161,7 @@ pub(super) struct Section<'a> {
     map: Option<&'a Mapping>,
     pub(super) path: String,
     faults: Faults,
+    form: &'static Form,
     known: Vec<&'static str>,
 }
 
@@ -170,11 +184,17 @@ impl<'a> Section<'a> {
         self.map.is_some_and(|map| map.contains_key(key))
     }
 
+    /// The table's entry for a key.
+    fn key(&self, name: &str) -> &'static Key {
+        self.form.keys().find(|key| key.name == name).unwrap_or_else(|| not_in_table(&join(&self.path, name), &ROOT[0]))
+    }
+
     /// Returns the value of `key`, if the section has one. An empty value is a fault.
     pub(super) fn item(&mut self, key: &'static str) -> Option<Item<'a>> {
         self.known.push(key);
         let value = self.map?.get(key)?;
-        let item = Item { value, path: join(&self.path, key), faults: self.faults.clone() };
+        let form = &self.key(key).form;
+        let item = Item { value, path: join(&self.path, key), faults: self.faults.clone(), form };
         if value.is_null() {
             item.fault("has no value: set one, or remove the key to use the default");
             return None;
@@ -202,75 +222,54 @@ impl<'a> Section<'a> {
 
     /// Returns an empty section in place of a missing one.
     pub(super) fn empty(&self, key: &str) -> Section<'a> {
-        Section { map: None, path: join(&self.path, key), faults: self.faults.clone(), known: Vec::new() }
+        let form = &self.key(key).form;
+        Section { map: None, path: join(&self.path, key), faults: self.faults.clone(), form, known: Vec::new() }
     }
 
-    pub(super) fn integer(&mut self, key: &'static str, range: RangeInclusive<u64>, default: u64) -> u64 {
-        self.item(key).and_then(|item| item.integer(&range)).unwrap_or(default)
+    pub(super) fn integer(&mut self, key: &'static str) -> u64 {
+        let Usual::Number(usual) = self.key(key).default else { return *not_in_table(&join(&self.path, key), &0) };
+        self.item(key).and_then(|item| item.integer()).unwrap_or(usual)
     }
 
-    /// Reads a whole number; `auto` or a missing key gives `None`.
-    pub(super) fn auto_or_integer(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<usize> {
-        let item = self.item(key)?;
-        if item.value.as_str() == Some("auto") {
-            return None;
-        }
-        let number = item.value.as_u64().filter(|number| range.contains(number));
-        if number.is_none() {
-            item.fault(not_a_number(item.value, "auto", &range));
-        }
-        number.and_then(|number| usize::try_from(number).ok())
-    }
-
-    /// Reads a whole number; `off` or a missing key gives `None`.
-    pub(super) fn off_or_integer(&mut self, key: &'static str, range: RangeInclusive<u64>) -> Option<u64> {
-        let item = self.item(key)?;
-        if item.is_off() {
-            return None;
-        }
-        let number = item.value.as_u64().filter(|number| range.contains(number));
-        if number.is_none() {
-            item.fault(not_a_number(item.value, "off", &range));
-        }
-        number
+    /// Reads a whole number; a missing key, or the word `auto` or `off` where the key accepts it, gives `None`.
+    pub(super) fn optional_integer(&mut self, key: &'static str) -> Option<u64> {
+        self.item(key).filter(|item| !item.is_word())?.integer()
     }
 
     /// Reads a duration; `off` gives `None`.
-    pub(super) fn off_or_duration(
-        &mut self,
-        key: &'static str,
-        range: RangeInclusive<Duration>,
-        default: Option<Duration>,
-    ) -> Option<Duration> {
-        let Some(item) = self.item(key) else { return default };
-        if item.is_off() {
-            return None;
+    pub(super) fn off_or_duration(&mut self, key: &'static str) -> Option<Duration> {
+        let usual = match self.key(key).default {
+            Usual::Time(usual) => Some(usual),
+            _ => None,
+        };
+        match self.item(key) {
+            Some(item) if item.is_off() => None,
+            Some(item) => item.duration().or(usual),
+            None => usual,
         }
-        let is_duration = item.value.as_str().is_some_and(|text| humantime::parse_duration(text).is_ok());
-        if !is_duration {
-            item.fault(duration_fault("neither off nor", item.value));
-            return default;
-        }
-        item.duration(&range).or(default)
     }
 
-    pub(super) fn truth(&mut self, key: &'static str, default: bool) -> bool {
-        self.item(key).and_then(|item| item.truth()).unwrap_or(default)
+    pub(super) fn truth(&mut self, key: &'static str) -> bool {
+        let Usual::Truth(usual) = self.key(key).default else { return *not_in_table(&join(&self.path, key), &false) };
+        self.item(key).and_then(|item| item.truth()).unwrap_or(usual)
     }
 
-    pub(super) fn duration(
-        &mut self,
-        key: &'static str,
-        range: RangeInclusive<Duration>,
-        default: Duration,
-    ) -> Duration {
-        self.item(key).and_then(|item| item.duration(&range)).unwrap_or(default)
+    pub(super) fn duration(&mut self, key: &'static str) -> Duration {
+        let Usual::Time(usual) = self.key(key).default else {
+            return *not_in_table(&join(&self.path, key), &Duration::ZERO);
+        };
+        self.item(key).and_then(|item| item.duration()).unwrap_or(usual)
     }
 
     /// Reads one of the names of the enum `L`.
-    pub(super) fn choice<L: Label>(&mut self, key: &'static str, default: L) -> L {
-        let Some(item) = self.item(key) else { return default };
+    pub(super) fn choice<L: Label>(&mut self, key: &'static str) -> L {
         let names: Vec<_> = L::ALL.iter().map(|label| label.as_str()).collect();
+        let usual = match self.key(key).default {
+            Usual::Text(usual) => names.iter().position(|&name| name == usual),
+            _ => None,
+        };
+        let usual = L::ALL[usual.unwrap_or_else(|| *not_in_table(&join(&self.path, key), &0))];
+        let Some(item) = self.item(key) else { return usual };
         let found = item.value.as_str().and_then(|text| names.iter().position(|&name| name == text));
         if found.is_none() {
             item.fault(format_args!(
@@ -280,7 +279,7 @@ impl<'a> Section<'a> {
                 hint(item.value, &names)
             ));
         }
-        found.map_or(default, |index| L::ALL[index])
+        found.map_or(usual, |index| L::ALL[index])
     }
 
     /// Adds a fault for every unknown key: a key that no call has read.
@@ -296,6 +295,12 @@ impl<'a> Section<'a> {
             }
         }
     }
+}
+
+/// What the reader goes on with if the table lacks a key, which is a mistake in the code and no reason to stop a running Ringway.
+fn not_in_table<T: ?Sized>(path: &str, instead: &'static T) -> &'static T {
+    debug_assert!(false, "the table of keys does not have {path} in this form");
+    instead
 }
 
 /// Longest text that a fault shows, in characters.

@@ -4,35 +4,8 @@ use std::ops::RangeInclusive;
 
 use serde_yaml::Value;
 
+use super::keys::Form;
 use super::reader::show;
-
-/// What to write in place of a value that is no section, by the key of the section.
-const SECTIONS: [(&str, &str); 24] = [
-    ("access_log", "{ path: stdout }"),
-    ("api", "{ listen: 127.0.0.1:8001 }"),
-    ("connect", "{ timeout: 2s }"),
-    ("discover", "{ label: app=web, port: 80 }"),
-    ("docker", "{ replicas: 3, image: web, port: 80 }"),
-    ("ejection", "{ after: 5 }, or off"),
-    ("env", "{ NAME: value }"),
-    ("health_check", "{ kind: http }"),
-    ("hello", "{ timeout: 5s }"),
-    ("keepalive", "{ idle: 2m }, or off"),
-    ("labels", "{ name: value }"),
-    ("metrics", "{ per_backend: compact }"),
-    ("per_source", "{ max_connections: 100 }"),
-    ("process", "{ replicas: 3, command: [server, \"{port}\"] }"),
-    ("provider", "{ static: [{ address: \"10.0.0.5:80\" }] }"),
-    ("proxy_protocol", "{ from: [10.0.0.0/8] }, or off"),
-    ("relay", "{ splice: false }"),
-    ("resources", "{ memory: 64MiB }"),
-    ("restart", "{ backoff: 1s }"),
-    ("ring", "{ virtual_nodes: 160 }"),
-    ("shutdown", "{ delay: 5s }"),
-    ("source_net", "{ v4: 24, v6: 64 }"),
-    ("tcp", "{ user_timeout: 30s }"),
-    ("timeouts", "{ idle: 10m }"),
-];
 
 /// Keys of other balancers, and Ringway's.
 const SYNONYMS: [(&str, &str); 22] = [
@@ -61,7 +34,7 @@ const SYNONYMS: [(&str, &str); 22] = [
 ];
 
 /// A value that is not a section.
-pub(super) fn not_a_section(path: &str, value: &Value) -> String {
+pub(super) fn not_a_section(path: &str, value: &Value, form: &'static Form) -> String {
     let what = show(value);
     if path.is_empty() {
         return match value {
@@ -72,7 +45,8 @@ pub(super) fn not_a_section(path: &str, value: &Value) -> String {
         };
     }
     let key = path.rsplit('.').next().unwrap_or_default();
-    let example = SECTIONS.iter().find(|(name, _)| *name == key).map(|(_, example)| format!("{key}: {example}"));
+    let or = form.word().map(|word| format!(", or {word}")).unwrap_or_default();
+    let example = form.example().map(|example| format!("{key}: {example}{or}"));
     match (example, value) {
         (Some(example), _) => format!("{what} is not a section: write {example}"),
         (None, Value::Sequence(_)) => format!("{what} is not a section: write `key: value` lines, without `- `"),
@@ -108,10 +82,10 @@ pub(super) fn not_text(value: &Value) -> String {
     )
 }
 
-/// A value that is not a whole number of the range. `other`: a word that the key accepts too, or nothing.
-pub(super) fn not_a_number(value: &Value, other: &str, range: &RangeInclusive<u64>) -> String {
+/// A value that is not a whole number of the range. `other`: a word that the key accepts too.
+pub(super) fn not_a_number(value: &Value, other: Option<&str>, range: &RangeInclusive<u64>) -> String {
     let (what, least, most) = (show(value), range.start(), range.end());
-    let neither = if other.is_empty() { "not".to_owned() } else { format!("neither {other} nor") };
+    let neither = other.map_or("not".to_owned(), |other| format!("neither {other} nor"));
     let remedy = match value {
         Value::String(text) if text.parse().is_ok_and(|number| range.contains(&number)) => {
             format!(": write {text} without quotes")
@@ -122,9 +96,10 @@ pub(super) fn not_a_number(value: &Value, other: &str, range: &RangeInclusive<u6
     format!("{what} is {neither} a whole number from {least} to {most}{remedy}")
 }
 
-/// A value that is not a duration. `neither`: `not`, or `neither off nor`.
-pub(super) fn duration_fault(neither: &str, value: &Value) -> String {
+/// A value that is not a duration. `other`: a word that the key accepts too.
+pub(super) fn duration_fault(value: &Value, other: Option<&str>) -> String {
     let what = show(value);
+    let neither = other.map_or("not".to_owned(), |other| format!("neither {other} nor"));
     let remedy = match value {
         Value::Number(number) if number.is_u64() => format!("write the unit too, like {number}s"),
         Value::String(text) if text.starts_with('-') => "a duration cannot be negative".to_owned(),

@@ -1,6 +1,6 @@
 //! The built program as a child process.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -284,6 +284,10 @@ pub(crate) fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
+    // Beside the wait, because a command with a long output waits for its reader.
+    let (mut stdout, mut stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+    let stdout = std::thread::spawn(move || std::io::read_to_string(&mut stdout).unwrap());
+    let stderr = std::thread::spawn(move || std::io::read_to_string(&mut stderr).unwrap());
     let deadline = Instant::now() + PATIENCE;
     let status = loop {
         if let Some(status) = child.try_wait().unwrap() {
@@ -295,10 +299,7 @@ pub(crate) fn run(arguments: &[&str]) -> (Option<i32>, String, String) {
         }
         std::thread::sleep(Duration::from_millis(5));
     };
-    let (mut stdout, mut stderr) = (String::new(), String::new());
-    child.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
-    child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
-    (status.code(), stdout, stderr)
+    (status.code(), stdout.join().unwrap(), stderr.join().unwrap())
 }
 
 /// Whether a process exists and is not a zombie.

@@ -1,0 +1,232 @@
+//! The keys of pools, except for those of their providers.
+
+use std::time::Duration;
+
+use super::provider::PROVIDER;
+use super::{Form, Key, NAME, days, hours, minutes, ms, names, seconds};
+use crate::config::parse_check::{CheckKind, Match};
+use crate::control::publisher::OnDown;
+use crate::proxy::key::KeyKind;
+use crate::proxy_header::{Tlv, Version};
+
+/// An entry of `pools`.
+pub(super) const POOL: &[Key] = &[
+    Key::required("name", NAME, "unique name"),
+    Key::usual(
+        "key",
+        Form::Any(&[Form::Choice(key_kinds), Form::Section(KEY, "{ source_net: { v4: 24, v6: 64 } }")]),
+        "source",
+        "`source`: hash the client's address and port, so each connection may go to a different backend. `source_ip`: hash only the address, so a client keeps its backend. `source_net`: hash only the client's network, an IPv4 /24 or an IPv6 /64. `{ source_net: { v4: 20, v6: 56 } }` sets other prefix lengths. `sni`: hash the server name of the TLS handshake, and without one the address. A client that waits for the server is then delayed by `hello.timeout`. On a [Unix socket](#unix-sockets), Ringway hashes the client's user id instead of the address",
+    ),
+    Key::section("ring", RING, "{ virtual_nodes: 160 }", "parameters of the consistent-hash ring"),
+    Key::required(
+        "provider",
+        PROVIDER,
+        "where the backends come from: exactly one of `static`, `process` and `docker`",
+    ),
+    Key::section("connect", CONNECT, "{ timeout: 2s }", "how Ringway connects to a backend"),
+    Key::usual(
+        "send_proxy",
+        Form::Any(&[Form::Off, Form::Choice(names::<Version>), Form::Section(SEND_PROXY, "{ version: v2 }")]),
+        "off",
+        "`v1`, `v2`: the version of the [PROXY header](#proxy-protocol) that tells backends the client's address. Or a section with the keys below",
+    ),
+    Key::section("timeouts", TIMEOUTS, "{ idle: 10m }", "how long a connection may be silent or open"),
+    Key::usual(
+        "max_connections_per_backend",
+        Form::Any(&[Form::Off, Form::Integer(1..=1_000_000)]),
+        "off",
+        "open connections of a backend. If a backend is full, Ringway tries the next one on the ring",
+    ),
+    Key::section("health_check", HEALTH_CHECK, "{ kind: http }", "how Ringway checks the backends"),
+    Key::optional(
+        "ejection",
+        Form::Any(&[Form::Off, Form::Section(EJECTION, "{ after: 5 }")]),
+        "(the keys below)",
+        "when Ringway stops using a backend to which connects fail. `off`: never",
+    ),
+    Key::integer(
+        "panic_threshold",
+        0..=100,
+        50,
+        "if less than this percentage of backends is healthy, Ringway tries all of them, whatever their checks say. 0: never",
+    ),
+    Key::choice(
+        "on_down",
+        names::<OnDown>,
+        "keep",
+        "what happens to the connections of a backend that goes down: `keep` or `reset`",
+    ),
+    Key::duration(
+        "slow_start",
+        Duration::ZERO..=hours(1),
+        Duration::ZERO,
+        "time over which a backend that recovers gets its keys back, step by step",
+    ),
+    Key::duration(
+        "drain",
+        Duration::ZERO..=days(1),
+        seconds(30),
+        "how long open connections may continue when Ringway stops or a backend is drained. Ringway resets the rest",
+    ),
+];
+
+/// Section `pools[].key`.
+const KEY: &[Key] = &[Key::required(
+    "source_net",
+    Form::Section(SOURCE_NET, "{ v4: 24, v6: 64 }"),
+    "a client network as the key, with its prefix lengths",
+)];
+
+/// Section `pools[].key.source_net`.
+const SOURCE_NET: &[Key] = &[
+    Key::integer("v4", 1..=32, 24, "prefix length of IPv4 networks, 1 to 32"),
+    Key::integer("v6", 1..=128, 64, "prefix length of IPv6 networks, 1 to 128"),
+];
+
+/// Section `pools[].ring`.
+const RING: &[Key] = &[
+    Key::integer("virtual_nodes", 1..=65_536, 160, "points of a backend on the ring, per unit of weight"),
+    Key::integer("probes", 1..=64, 3, "hashes per key. More make the shares more even and the lookup slower"),
+    Key::integer(
+        "seed",
+        0..=u64::MAX,
+        0,
+        "seed of the hash. Instances with the same `ring` settings, backend ids and weights pick the same backend for a key",
+    ),
+];
+
+/// Section `pools[].connect`.
+const CONNECT: &[Key] = &[
+    Key::duration("timeout", ms(1)..=minutes(5), seconds(2), "timeout of each try"),
+    Key::integer("attempts", 1..=100, 3, "backends that Ringway tries for one connection"),
+];
+
+/// Section `pools[].send_proxy`.
+const SEND_PROXY: &[Key] = &[
+    Key::required("version", Form::Choice(names::<Version>), "`v1` or `v2`"),
+    Key::optional(
+        "tlvs",
+        Form::List(&Form::Choice(names::<Tlv>)),
+        "(none)",
+        "with `v2`, fields that Ringway adds. `authority`: the server name of the client's TLS handshake. `alpn`: the protocol that the client prefers. `unique_id`: the connection's id, as in the access log. `crc32c`: a checksum. `authority` and `alpn` delay a client that waits for the server by `hello.timeout`",
+    ),
+    Key::optional(
+        "pass",
+        Form::List(&Form::Integer(1..=255)),
+        "(none)",
+        "with `v2`, types of fields that Ringway passes on from the header that it has received, like `[0xEA]`",
+    ),
+];
+
+/// Section `pools[].timeouts`.
+const TIMEOUTS: &[Key] = &[
+    Key::usual_time(
+        "idle",
+        Form::Any(&[Form::Off, Form::Duration(ms(100)..=days(30))]),
+        minutes(10),
+        "Ringway resets a connection on which nothing moves for this long. `off`: never",
+    ),
+    Key::duration("half_closed", ms(100)..=days(30), minutes(1), "idle timeout after one side has ended its stream"),
+    Key::usual(
+        "max_connection_age",
+        Form::Any(&[Form::Off, Form::Duration(seconds(1)..=days(30))]),
+        "off",
+        "maximum age of a connection. Ringway resets it at this age or up to a tenth sooner",
+    ),
+];
+
+/// Section `pools[].health_check`.
+const HEALTH_CHECK: &[Key] = &[
+    Key::choice(
+        "kind",
+        names::<CheckKind>,
+        "tcp",
+        "`tcp`: connect, and reset before the server accepts the connection (on a Unix socket: connect and close). `http`: a GET. `expect`: send bytes and expect bytes. `none`: no checks",
+    ),
+    Key::optional(
+        "port",
+        Form::Integer(1..=65_535),
+        "(the backend's)",
+        "another port to check. Not for pools with Unix sockets",
+    ),
+    Key::usual(
+        "send_proxy",
+        Form::Any(&[Form::Word("auto"), Form::Truth, Form::Word("local_as_proxy")]),
+        "auto",
+        "the PROXY header of the checks `http` and `expect`. `auto`: a header of the pool's version, but none if `port` is set. `true`: a header, even if `port` is set. `false`: no header. `local_as_proxy`: a header with the check's own addresses, for servers that do not understand a header without a client",
+    ),
+    Key::usual("path", Form::Text, "/", "for `http`"),
+    Key::optional(
+        "host",
+        Form::Text,
+        "(the address)",
+        "for `http`: the header `host`. On a Unix socket the default is `localhost`",
+    ),
+    Key::usual(
+        "status",
+        Form::Any(&[Form::Integer(100..=599), Form::Quoted(r"^\s*\d{3}\s*(-\s*\d{3}\s*)?$")]),
+        "200-399",
+        "for `http`: a status or a range",
+    ),
+    Key::optional("body", Form::Text, "(any)", "for `http`: text that the body must contain"),
+    Key::optional(
+        "send",
+        Form::Any(&[Form::Text, Form::Section(HEX, "{ hex: \"01 ff\" }")]),
+        "(nothing)",
+        "for `expect`: text like `\"PING\\r\\n\"`, or `{ hex: \"01 ff\" }`",
+    ),
+    Key::optional(
+        "expect",
+        Form::Any(&[Form::Text, Form::Section(HEX, "{ hex: \"01 ff\" }")]),
+        "(required)",
+        "for `expect`: the required answer, like `+PONG` or `SSH-2.0`",
+    ),
+    Key::choice(
+        "match",
+        names::<Match>,
+        "prefix",
+        "for `expect`: the answer begins with it (`prefix`), or contains it (`contains`)",
+    ),
+    Key::duration("interval", ms(10)..=hours(1), seconds(2), "time between checks of one backend"),
+    Key::optional(
+        "fast_interval",
+        Form::Duration(ms(10)..=hours(1)),
+        "(a quarter of it)",
+        "time between checks while results contradict the backend's state",
+    ),
+    Key::integer("jitter", 0..=100, 10, "largest random delay that Ringway adds to an interval, in percent of it"),
+    Key::duration("timeout", ms(1)..=hours(1), seconds(1), "timeout of one check"),
+    Key::integer(
+        "rise",
+        1..=100,
+        2,
+        "passed checks in a row that make an unhealthy backend healthy. A new backend needs one",
+    ),
+    Key::integer("fall", 1..=100, 3, "failed checks in a row that make a healthy backend unhealthy"),
+];
+
+/// Bytes as hexadecimal digits.
+const HEX: &[Key] = &[Key::required("hex", Form::Text, "pairs of hexadecimal digits, like `01 ff`")];
+
+/// Section `pools[].ejection`.
+const EJECTION: &[Key] = &[
+    Key::integer("after", 1..=1000, 5, "failed connects in a row after which Ringway ejects a backend"),
+    Key::duration(
+        "base",
+        ms(1)..=hours(1),
+        seconds(30),
+        "duration of the first ejection. The n-th consecutive ejection lasts n times as long",
+    ),
+    Key::duration("max", ms(1)..=days(1), minutes(5), "longest ejection"),
+    Key::integer(
+        "max_share",
+        1..=100,
+        50,
+        "largest share of a pool's backends that may be ejected at once, in percent. Ringway may always eject one backend, but never the last one that is left",
+    ),
+];
+
+fn key_kinds() -> Vec<&'static str> {
+    KeyKind::NAMES.to_vec()
+}

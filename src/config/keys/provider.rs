@@ -1,0 +1,177 @@
+//! The keys of the providers.
+
+use std::time::Duration;
+
+use super::{Form, Key, days, hours, minutes, ms, names, seconds};
+use crate::control::supervisor::docker::Pull;
+
+/// Minimum memory of a container in bytes. The Docker engine rejects less.
+const LEAST_MEMORY: u64 = 6 << 20;
+
+/// Upper bounds for memory in bytes and for CPUs, beyond any real machine.
+const MOST_MEMORY: u64 = 1 << 48;
+pub(in crate::config) const MOST_CPUS: f64 = 4096.0;
+
+/// The providers: a section with one of these keys.
+pub(super) const PROVIDER: Form = Form::Any(&[
+    Form::Section(STATIC, "{ static: [{ address: \"10.0.0.5:80\" }] }"),
+    Form::Section(PROCESS, ""),
+    Form::Section(CONTAINERS, ""),
+]);
+
+/// The provider `static`.
+const STATIC: &[Key] = &[Key::required("static", Form::List(&Form::Section(BACKEND, "")), "servers that already run")];
+
+/// The provider `process`.
+const PROCESS: &[Key] = &[Key::required(
+    "process",
+    Form::Section(REPLICAS, "{ replicas: 3, command: [server, \"{port}\"] }"),
+    "child processes that Ringway starts and keeps alive",
+)];
+
+/// The provider `docker`.
+const CONTAINERS: &[Key] = &[Key::required(
+    "docker",
+    Form::Any(&[Form::Section(CREATED, "{ replicas: 3, image: web, port: 80 }"), Form::Section(FOUND, "")]),
+    "containers",
+)];
+
+/// An entry of `pools[].provider.static`.
+const BACKEND: &[Key] = &[
+    Key::required(
+        "address",
+        Form::Quoted(""),
+        "host and port, or [`unix:/path`](#unix-sockets). Ringway resolves a name at start and at each reload",
+    ),
+    Key::optional("id", Form::Text, "(the address)", "identity on the ring"),
+    Key::integer("weight", 1..=1000, 1, "multiple of `virtual_nodes`, 1 to 1000"),
+];
+
+/// Section `pools[].provider.process`.
+const REPLICAS: &[Key] = &[
+    Key::required("replicas", Form::Integer(1..=1000), "number of child processes to keep alive"),
+    Key::required(
+        "command",
+        Form::List(&Form::Text),
+        "program and arguments. They or `env` must contain `{port}` or [`{socket}`](#unix-sockets), and may contain `{slot}`. The program `ringway` is the running Ringway binary itself",
+    ),
+    Key::usual("env", Form::Pairs("{ NAME: value }"), "{}", "added to the environment, with the same placeholders"),
+    Key::usual(
+        "ports",
+        Form::Quoted(r"^(auto|\s*\d+\s*-\s*\d+\s*)$"),
+        "auto",
+        "range like `9001-9010`, for this pool only. auto: the system picks the ports. The replica listens on 127.0.0.1 and must set `SO_REUSEADDR`, as servers do. Only for replicas with `{port}`",
+    ),
+    Key::section("restart", RESTART, "{ backoff: 1s }", "when Ringway replaces a replica"),
+    Key::duration(
+        "stop_grace",
+        Duration::ZERO..=hours(1),
+        seconds(5),
+        "time from SIGTERM to SIGKILL when Ringway replaces a replica or stops",
+    ),
+];
+
+/// Section `restart` of the providers `process` and `docker`.
+const RESTART: &[Key] = &[
+    Key::duration(
+        "backoff",
+        ms(1)..=hours(1),
+        ms(200),
+        "the first restart is immediate. Ringway waits this long before the second consecutive restart, and twice as long before each further one",
+    ),
+    Key::duration("max_backoff", ms(1)..=hours(1), seconds(30), "longest wait"),
+    Key::duration(
+        "stable_after",
+        ms(1)..=days(1),
+        minutes(1),
+        "if a replica ran for at least this long before it ended, Ringway resets the count of consecutive restarts",
+    ),
+    Key::integer("crash_loop_after", 1..=1000, 5, "consecutive restarts after which the state is `crash_loop`"),
+    Key::duration(
+        "start_grace",
+        Duration::ZERO..=days(1),
+        minutes(1),
+        "how long a new replica may fail its checks and still count as starting",
+    ),
+    Key::usual_time(
+        "replace_after",
+        Form::Any(&[Form::Off, Form::Duration(seconds(1)..=days(1))]),
+        seconds(30),
+        "Ringway replaces a replica that runs but has been unhealthy for this long, one at a time. `off`: never",
+    ),
+];
+
+/// Section `pools[].provider.docker` for containers that Ringway creates.
+const CREATED: &[Key] = &[
+    Key::required("replicas", Form::Integer(1..=1000), "number of containers to keep alive"),
+    Key::required("image", Form::Text, "image of the containers"),
+    Key::optional("command", Form::List(&Form::Text), "(the image's)", "arguments, with `{port}` and `{slot}`"),
+    Key::required(
+        "port",
+        Form::Integer(1..=65_535),
+        "port on which a replica listens in its container. It does not have to be published",
+    ),
+    Key::usual(
+        "network",
+        Form::Text,
+        "auto",
+        "network on which Ringway reaches the containers. auto: the network of Ringway's own container; outside of a container, `bridge`",
+    ),
+    Key::usual(
+        "env",
+        Form::Pairs("{ NAME: value }"),
+        "{}",
+        "environment of the containers, with the same placeholders",
+    ),
+    Key::usual("labels", Form::Pairs("{ name: value }"), "{}", "labels in addition to Ringway's own"),
+    Key::section("resources", RESOURCES, "{ memory: 64MiB }", "limits of each container"),
+    Key::choice(
+        "pull",
+        names::<Pull>,
+        "missing",
+        "when Ringway pulls the image: `never`, `missing` or `always` (before each container). It pulls without credentials",
+    ),
+    Key::section("restart", RESTART, "{ backoff: 1s }", "when Ringway replaces a replica"),
+    Key::duration(
+        "stop_grace",
+        Duration::ZERO..=hours(1),
+        seconds(5),
+        "time from SIGTERM to SIGKILL when Ringway replaces or removes a replica",
+    ),
+];
+
+/// Section `pools[].provider.docker` for containers that run already.
+const FOUND: &[Key] = &[
+    Key::required(
+        "discover",
+        Form::Section(DISCOVER, "{ label: app=web, port: 80 }"),
+        "running containers with a label, which Ringway neither starts nor stops",
+    ),
+    Key::usual(
+        "network",
+        Form::Text,
+        "auto",
+        "network on which Ringway reaches the containers. auto: the network of Ringway's own container; outside of a container, `bridge`",
+    ),
+];
+
+/// Section `pools[].provider.docker.discover`.
+const DISCOVER: &[Key] = &[
+    Key::required(
+        "label",
+        Form::Text,
+        "label, `name` or `name=value`. The running containers with this label are the backends. With `discover`, `network` is the only other `docker` key that the pool may have",
+    ),
+    Key::required("port", Form::Integer(1..=65_535), "port on which the containers listen"),
+];
+
+/// Section `pools[].provider.docker.resources`.
+const RESOURCES: &[Key] = &[
+    Key::optional(
+        "memory",
+        Form::Any(&[Form::Integer(LEAST_MEMORY..=MOST_MEMORY), Form::Quoted(r"^\d+\s*(B|[KMG]iB)\s*$")]),
+        "(no limit)",
+        "memory limit, like `64MiB`",
+    ),
+    Key::optional("cpus", Form::Decimal(0.01, MOST_CPUS), "(no limit)", "CPU limit, like 0.5"),
+];
