@@ -105,6 +105,48 @@ async fn a_listener_that_moves_leaves_the_socket_of_the_service_manager_usable()
     }
 }
 
+/// The sender and the lines of the next message to a service manager.
+fn next_message(manager: &std::os::unix::net::UnixDatagram) -> (i32, String) {
+    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+    let (mut control, mut text) = (RecvAncillaryBuffer::new(&mut space), [0; 1024]);
+    let received = recvmsg(manager, &mut [std::io::IoSliceMut::new(&mut text)], &mut control, RecvFlags::empty());
+    let length = received.expect("no message").bytes;
+    let sender = control.drain().find_map(|part| match part {
+        RecvAncillaryMessage::ScmCredentials(sender) => Some(sender.pid.as_raw_nonzero().get()),
+        _ => None,
+    });
+    (sender.unwrap(), String::from_utf8_lossy(&text[..length]).into_owned())
+}
+
+/// After an upgrade, the successor has to answer, although the variables name its predecessor.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_watchdog_hears_from_the_process_that_serves() {
+    let server = Server::echo("a").await;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notify");
+    let manager = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    rustix::net::sockopt::set_socket_passcred(&manager, true).unwrap();
+    manager.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
+    let environment = [("NOTIFY_SOCKET", path.to_str().unwrap()), ("WATCHDOG_USEC", "100000")];
+    let yaml = static_config(&[server.address], "health_check: { kind: none }");
+    let mut program = Program::start_with(&yaml, &environment).await.ready().await;
+    let signs = |count: usize| {
+        let signs = std::iter::repeat_with(|| next_message(&manager)).filter(|(_, text)| text == "WATCHDOG=1");
+        signs.map(|(sender, _)| sender).take(count).collect::<Vec<_>>()
+    };
+    let senders = tokio::task::block_in_place(|| signs(3));
+    assert!(senders.iter().all(|&sender| sender == senders[0]), "{senders:?}");
+    let new = program.upgrade().await.as_raw_nonzero().get();
+    tokio::task::block_in_place(|| {
+        while next_message(&manager).1 != format!("MAINPID={new}") {}
+        // One of the old process may be on its way.
+        let after = signs(6);
+        assert!(after[1..].iter().all(|&sender| sender == new), "{after:?}, and the new process is {new}");
+    });
+}
+
 /// As `ListenStream=8000` makes it.
 #[tokio::test]
 async fn a_dual_stack_socket_serves_a_listener_on_all_addresses() {

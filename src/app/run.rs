@@ -11,7 +11,8 @@ use tokio_util::sync::CancellationToken;
 use super::commands::Planned;
 use super::listeners::Listener;
 use super::reload::ReloadPlan;
-use super::service_manager::notify;
+use super::service_manager::{keep_alive, notify, watchdog};
+use super::tasks::until;
 use super::{App, RunError};
 use crate::api;
 use crate::control::command::{Caller, Command, CommandError, PendingCommand, Report};
@@ -37,6 +38,7 @@ impl App {
     /// When a part of Ringway ends unexpectedly.
     pub async fn run(mut self, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
         let mut shutdown = pin!(shutdown);
+        let watchdog = watchdog(self.inheritance.takes_over());
         if self.inheritance.takes_over() {
             tokio::select! {
                 () = &mut shutdown => return Ok(()),
@@ -53,6 +55,10 @@ impl App {
             tracing::info!("took over from the old process");
         }
         notify("READY=1");
+        let watched = CancellationToken::new();
+        if let Some(interval) = watchdog {
+            self.tasks.spawn(until(watched.clone(), self.keep_alive(interval)));
+        }
         let (Some((workers, panics)), Some(listener)) = (self.trouble.take(), self.side_port_socket()) else {
             return Err(RunError::SidePort);
         };
@@ -76,6 +82,8 @@ impl App {
         });
         let mut trouble = Trouble { workers, panics, side_port: side_port.ended.clone() };
         let outcome = self.serve(shutdown, &mut trouble, &side_port).await;
+        // The service manager watches the successor now, or nobody.
+        watched.cancel();
         self.becoming_ready = None;
         self.state.ready.store(false, Ordering::Relaxed);
         match outcome {
@@ -109,6 +117,18 @@ impl App {
             let _ = tokio::time::timeout(LAST_ANSWERS, side_port.ended.cancelled()).await;
         }
         outcome.map(drop)
+    }
+
+    /// Tells the service manager that Ringway works, as long as each of its threads does.
+    fn keep_alive(&self, interval: Duration) -> impl Future<Output = ()> + Send + use<> {
+        let (pulse, runtimes) = (self.proxy.pulse(), self.tasks.runtimes());
+        let all_answer = async move || {
+            pulse.beat().await;
+            for (_, runtime) in &runtimes {
+                let _ = runtime.spawn(async {}).await;
+            }
+        };
+        keep_alive(interval, all_answer, || notify("WATCHDOG=1"))
     }
 
     /// The socket of the side port; the original stays for a successor.

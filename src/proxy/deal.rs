@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::context::WorkerListener;
 use super::limit::ConnectionPermit;
@@ -65,6 +65,13 @@ impl Peer {
     pub(super) fn tell(&self, command: WorkerCommand) {
         // A worker that has ended is reported by `WorkersEnded`.
         let _ = self.commands.send(command);
+    }
+
+    /// The receiver hears of the worker's next turn, or closes if the worker has ended.
+    pub(super) fn ask(&self) -> oneshot::Receiver<()> {
+        let (answer, answered) = oneshot::channel();
+        self.tell(WorkerCommand::Answer(answer));
+        answered
     }
 }
 

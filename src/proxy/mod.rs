@@ -248,6 +248,11 @@ impl Proxy {
         Sessions::new(Arc::clone(&self.workers))
     }
 
+    /// Finds out whether all workers run.
+    pub fn pulse(&self) -> Pulse {
+        Pulse(Arc::clone(&self.workers))
+    }
+
     /// The counters of each worker.
     pub fn workers(&self) -> Vec<Arc<WorkerStats>> {
         self.workers.iter().map(|worker| Arc::clone(&worker.stats)).collect()
@@ -256,6 +261,20 @@ impl Proxy {
     /// Stops accepting. Open connections may finish until their pool's `drain` time has passed.
     pub fn stop(&self) {
         self.stop.cancel();
+    }
+}
+
+/// Finds out whether all workers run.
+#[derive(Debug)]
+pub struct Pulse(Arc<[Peer]>);
+
+impl Pulse {
+    /// Waits until every worker has answered, each in its next turn. A worker that has ended need not answer.
+    pub async fn beat(&self) {
+        let answers: Vec<_> = self.0.iter().map(Peer::ask).collect();
+        for answer in answers {
+            let _ = answer.await;
+        }
     }
 }
 

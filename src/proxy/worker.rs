@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, LocalOptions};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
@@ -58,6 +58,8 @@ pub(super) enum WorkerCommand {
     Serve(Dealt),
     /// Accept the queued connections, then close the listener.
     Close(ListenerId),
+    /// Show that this worker runs.
+    Answer(oneshot::Sender<()>),
 }
 
 /// The worker's thread: serves until the worker is told to stop and its connections have ended.
@@ -136,6 +138,11 @@ async fn serve(mut setup: Setup) {
             Some(WorkerCommand::Close(id)) => {
                 listeners.acceptors.retain(|(other, ..)| *other != id);
                 listeners.set_tick();
+                Ok(())
+            }
+            Some(WorkerCommand::Answer(answer)) => {
+                // The one who asked may have gone.
+                let _ = answer.send(());
                 Ok(())
             }
             None => break,

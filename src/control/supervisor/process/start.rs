@@ -90,6 +90,8 @@ impl Processes {
             // Variables that are meant for Ringway alone.
             .env_remove("RINGWAY_TOKEN")
             .env_remove("NOTIFY_SOCKET")
+            .env_remove("WATCHDOG_USEC")
+            .env_remove("WATCHDOG_PID")
             .env_remove("LISTEN_FDS")
             .env_remove("LISTEN_PID")
             // Ctrl-C signals a terminal's whole process group; replicas must keep running while Ringway drains.
