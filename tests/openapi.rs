@@ -118,6 +118,7 @@ async fn real_answers_are_as_the_description_says() {
         ("reload", "POST", "/api/reload?dry_run=true", "pools: 5", 400),
         ("log", "POST", "/api/log?dry_run=true", "{\"filter\": \"debug\"}", 200),
         ("log", "POST", "/api/log", "{\"filter\": \"loud\"}", 400),
+        ("reopen", "POST", "/api/log/reopen", "", 409),
         ("upgrade", "POST", "/api/upgrade?dry_run=true", "", 200),
         ("request", "POST", "/api/request?pool=none", "", 404),
         ("endSession", "DELETE", "/api/sessions/0000000000000001", "", 404),

@@ -298,3 +298,44 @@ async fn sighup_reloads_the_file_and_reopens_the_access_log() {
     soon("one more", once()).await;
     assert_eq!(lines(&log), 2, "the log is off: {:?}", std::fs::read_to_string(&log));
 }
+
+/// A rotation at night must not apply a config that somebody is still writing.
+#[tokio::test]
+async fn a_rotation_opens_the_access_log_again_and_leaves_the_config_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let (log, rotated) = (folder.path().join("access.log"), folder.path().join("access.log.1"));
+    let server = Server::echo("a").await;
+    let pool = static_config(&[server.address], "health_check: { kind: none }\ndrain: 7s");
+    let program = Program::start(&format!("access_log: {{ path: {} }}\n{pool}", log.display())).await.ready().await;
+    let lines = |path: &std::path::Path| std::fs::read_to_string(path).unwrap_or_default().lines().count();
+    let once = async || {
+        let mut stream = TcpStream::connect(program.web()).await.unwrap();
+        assert!(echoes(&mut stream).await);
+    };
+    // Valid, but not to be applied yet.
+    program.write_config(&pool.replace("drain: 7s", "drain: 8s"));
+    let by_signal = async || program.signal(Signal::USR1);
+    let by_call = async || assert_eq!(http(program.api(), "POST", "/api/log/reopen", b"").await.status(), 200);
+    for how in ["signal", "call"] {
+        once().await;
+        eventually("a line", || lines(&log) == 1).await;
+        std::fs::rename(&log, &rotated).unwrap();
+        match how {
+            "signal" => by_signal().await,
+            _ => by_call().await,
+        }
+        eventually("a new log", || log.exists()).await;
+        once().await;
+        eventually("a line in the new one", || lines(&log) == 1).await;
+        assert_eq!(lines(&rotated), 1);
+        std::fs::remove_file(&log).unwrap();
+        by_call().await;
+    }
+    assert_eq!(program.status().await["pools"][0]["drain_seconds"], 7.0);
+    // If the file cannot be opened, the old one goes on.
+    std::fs::remove_file(&log).unwrap();
+    std::fs::create_dir(&log).unwrap();
+    let answer = http(program.api(), "POST", "/api/log/reopen", b"").await;
+    let said = String::from_utf8_lossy(answer.body()).into_owned();
+    assert!(answer.status() == 409 && said.contains(&*log.to_string_lossy()), "{said}");
+}

@@ -139,6 +139,7 @@ impl HttpCall {
                 let for_seconds = lasts.map(|lasts| lasts.as_secs_f64());
                 post("/api/log".to_owned(), json(&LogBody { filter: filter.clone(), for_seconds }))
             }
+            Command::Reopen => post("/api/log/reopen".to_owned(), String::new()),
             Command::Upgrade => post("/api/upgrade".to_owned(), String::new()),
         }
     }
@@ -164,6 +165,7 @@ pub(super) fn routes(state: &Arc<State>) -> axum::Router<Arc<State>> {
         .route("/api/pools/{pool}/scale", post(scale))
         .route("/api/reload", post(reload))
         .route("/api/log", post(log))
+        .route("/api/log/reopen", post(reopen))
         .route("/api/upgrade", post(upgrade))
         .route_layer(from_fn_with_state(Arc::clone(state), changes))
 }
@@ -250,6 +252,10 @@ async fn log(Extract(state): Extract<Arc<State>>, caller: From, query: DryRunQue
     let LogBody { filter, for_seconds } = required(&body)?;
     let lasts = for_seconds.map(|seconds| duration("for_seconds", seconds)).transpose()?;
     run(&state, caller, query, Command::Log { filter, lasts }).await
+}
+
+async fn reopen(Extract(state): Extract<Arc<State>>, caller: From, query: DryRunQuery) -> Answer {
+    run(&state, caller, query, Command::Reopen).await
 }
 
 async fn upgrade(Extract(state): Extract<Arc<State>>, caller: From, query: DryRunQuery) -> Answer {
@@ -368,6 +374,7 @@ mod tests {
                 lasts: Some(Duration::from_secs(300)),
             },
             Command::Log { filter: None, lasts: None },
+            Command::Reopen,
             Command::Upgrade,
         ] {
             assert_eq!(received(&HttpCall::of(&command)).await, command);

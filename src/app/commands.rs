@@ -33,6 +33,8 @@ pub(super) enum Planned {
     Notify { pool: String, event: Event, changes: Changes, summary: String },
     /// Log something else; `None`: as at the start.
     Log { filter: Option<String>, lasts: Option<Duration>, summary: String },
+    /// Open the file of the access log again.
+    Reopen(Report),
     /// Only report: a dry run.
     Report(Report),
     /// Hand over to a successor.
@@ -115,6 +117,7 @@ impl App {
                 return self.plan_config(text, is_dry_run, is_reset).await;
             }
             Command::Log { filter, lasts } => return self.plan_log(filter, lasts),
+            Command::Reopen => return self.plan_reopen(),
             Command::Upgrade => return Ok(Planned::HandOver),
         }
         self.plan_reload(Arc::clone(&self.file), changes).await
@@ -124,7 +127,7 @@ impl App {
     pub(super) fn forecast(&self, planned: Planned) -> Report {
         match planned {
             Planned::Reload(plan) => plan.report,
-            Planned::Report(report) => report,
+            Planned::Report(report) | Planned::Reopen(report) => report,
             Planned::Notify { pool, event, summary, .. } => {
                 Report { changes: vec![summary], moved: self.keys_of(&pool, &event), ..Report::default() }
             }
@@ -257,6 +260,23 @@ impl App {
         Report { changes: vec![summary], ..Report::default() }
     }
 
+    fn plan_reopen(&self) -> Result<Planned, CommandError> {
+        let log = self.config.access_log.as_ref();
+        let log =
+            log.ok_or_else(|| CommandError::CannotPrepare("there is no access log: set access_log".to_owned()))?;
+        let changes = vec![format!("access log: {} is opened again", log.path.display())];
+        Ok(Planned::Reopen(Report { changes, ..Report::default() }))
+    }
+
+    /// Opens the file of the access log again. If that fails, Ringway goes on writing to the old one.
+    pub(super) fn reopen(&self, report: Report) -> Result<Report, CommandError> {
+        let (Some((open, _)), Some(log)) = (&self.access_log, &self.config.access_log) else { return Ok(report) };
+        let reopened = open.reopen(&log.path, log.format);
+        let failed = |error| StartError::AccessLog { path: log.path.clone(), error };
+        reopened.map_err(|error| CommandError::CannotPrepare(failed(error).to_string()))?;
+        Ok(report)
+    }
+
     /// The error with the line of the config file that it is about.
     async fn with_place(&self, error: StartError) -> CommandError {
         let (source, key_path) = (self.environment.source.clone(), error.key_path().map(str::to_owned));
@@ -292,7 +312,7 @@ impl App {
             | Command::Add { pool, .. }
             | Command::Remove { pool, .. }
             | Command::Scale { pool, .. } => *pool = self.pool_name(std::mem::take(pool)),
-            Command::Reload { .. } | Command::Log { .. } | Command::Upgrade => {}
+            Command::Reload { .. } | Command::Log { .. } | Command::Reopen | Command::Upgrade => {}
         }
         command
     }

@@ -86,7 +86,7 @@ pub(crate) enum RuntimeCommand {
     /// Change what a running Ringway logs
     Log {
         /// A level (error, warn, info, debug, trace) or a filter like `info,ringway::proxy=debug`
-        #[arg(required_unless_present = "reset")]
+        #[arg(required_unless_present_any = ["reset", "reopen"])]
         filter: Option<String>,
         /// How long; after this time, Ringway logs as at its start
         #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
@@ -94,6 +94,9 @@ pub(crate) enum RuntimeCommand {
         /// Log as at the start
         #[arg(long, conflicts_with_all = ["filter", "lasts"])]
         reset: bool,
+        /// Open the file of the access log again, after a rotation
+        #[arg(long, conflicts_with_all = ["filter", "lasts", "reset"])]
+        reopen: bool,
         #[command(flatten)]
         port: Port,
     },
@@ -157,7 +160,8 @@ pub(crate) fn run(common: &Common, command: RuntimeCommand) -> Result<(), Failur
             RuntimeCommand::Scale { pool, replicas, port } => {
                 send(common, &port, &Command::Scale { pool, replicas }).await
             }
-            RuntimeCommand::Log { filter, lasts, reset: _, port } => {
+            RuntimeCommand::Log { reopen: true, port, .. } => send(common, &port, &Command::Reopen).await,
+            RuntimeCommand::Log { filter, lasts, port, .. } => {
                 send(common, &port, &Command::Log { filter, lasts }).await
             }
             RuntimeCommand::Upgrade { port } => send(common, &port, &Command::Upgrade).await,

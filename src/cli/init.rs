@@ -51,6 +51,7 @@ async fn supervise() -> anyhow::Result<i32> {
     let mut terminate = listen(SignalKind::terminate())?;
     let mut interrupt = listen(SignalKind::interrupt())?;
     let mut hangup = listen(SignalKind::hangup())?;
+    let mut user1 = listen(SignalKind::user_defined1())?;
     let mut user2 = listen(SignalKind::user_defined2())?;
     let mut children = listen(SignalKind::child())?;
     let (messages, address) = message_socket().context("cannot listen for successors")?;
@@ -91,6 +92,7 @@ async fn supervise() -> anyhow::Result<i32> {
             _ = terminate.recv() => pass_on(Signal::TERM),
             _ = interrupt.recv() => pass_on(Signal::INT),
             _ = hangup.recv() => pass_on(Signal::HUP),
+            _ = user1.recv() => pass_on(Signal::USR1),
             _ = user2.recv() => pass_on(Signal::USR2),
             _ = children.recv() => {
                 bury_orphans(&[first, pid]);

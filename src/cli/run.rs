@@ -103,7 +103,7 @@ async fn forward(mut pending: mpsc::Receiver<Command>, app: CommandSender) {
     }
 }
 
-/// SIGHUP reloads, SIGUSR2 upgrades. The first SIGTERM or SIGINT stops Ringway in order; the second ends this future.
+/// SIGHUP reloads, SIGUSR1 opens the access log again, SIGUSR2 upgrades. The first SIGTERM or SIGINT stops Ringway in order; the second ends this future.
 async fn obey(mut signals: Signals, stop: CancellationToken, commands: mpsc::Sender<Command>) {
     let name = signals.next(Some(&commands)).await;
     tracing::info!(signal = name, "stopping: open connections may finish; a second signal ends Ringway at once");
@@ -122,6 +122,7 @@ struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    user1: Signal,
     user2: Signal,
 }
 
@@ -131,6 +132,7 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
+            user1: signal(SignalKind::user_defined1())?,
             user2: signal(SignalKind::user_defined2())?,
         })
     }
@@ -144,6 +146,7 @@ impl Signals {
                 _ = self.terminate.recv() => return "SIGTERM",
                 _ = self.interrupt.recv() => return "SIGINT",
                 _ = self.hangup.recv() => send(Command::Reload { text: None, is_dry_run: false, is_reset: false }),
+                _ = self.user1.recv() => send(Command::Reopen),
                 _ = self.user2.recv() => send(Command::Upgrade),
             }
         }

@@ -82,6 +82,8 @@ pub enum Command {
         /// How long, then as at the start; `None`: until Ringway ends.
         lasts: Option<Duration>,
     },
+    /// Open the file of the access log again, after a rotation has renamed it.
+    Reopen,
     /// Hand over to a new process, started from the binary that is on disk now.
     Upgrade,
 }
@@ -99,6 +101,7 @@ impl Command {
             Self::Reload { is_dry_run: true, .. } => "check",
             Self::Reload { .. } => "reload",
             Self::Log { .. } => "log",
+            Self::Reopen => "reopen",
             Self::Upgrade => "upgrade",
         }
     }
@@ -112,7 +115,7 @@ impl Command {
             | Self::Add { pool, .. }
             | Self::Remove { pool, .. }
             | Self::Scale { pool, .. } => Some(pool),
-            Self::Reload { .. } | Self::Log { .. } | Self::Upgrade => None,
+            Self::Reload { .. } | Self::Log { .. } | Self::Reopen | Self::Upgrade => None,
         }
     }
 
@@ -124,7 +127,7 @@ impl Command {
             | Self::Weight { backend, .. }
             | Self::Remove { backend, .. } => Some(backend),
             Self::Add { backend, .. } => Some(&backend.id),
-            Self::Scale { .. } | Self::Reload { .. } | Self::Log { .. } | Self::Upgrade => None,
+            Self::Scale { .. } | Self::Reload { .. } | Self::Log { .. } | Self::Reopen | Self::Upgrade => None,
         }
     }
 }
@@ -144,6 +147,7 @@ impl fmt::Display for Command {
             Self::Reload { .. } => f.write_str("reload"),
             Self::Log { filter: Some(filter), .. } => write!(f, "log {filter}"),
             Self::Log { filter: None, .. } => f.write_str("log --reset"),
+            Self::Reopen => f.write_str("log --reopen"),
             Self::Upgrade => f.write_str("upgrade"),
         }
     }
