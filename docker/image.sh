@@ -5,15 +5,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tag=${1:-ringway:latest}
-
-target=$(rustc -vV | sed -n 's/^host: //p')
-# A separate target folder: its flags differ from other builds, and cargo rebuilds everything when flags change.
-export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-target}/image
-RUSTFLAGS="-C target-feature=+crt-static -C strip=symbols" \
-  cargo build --release --locked --bin ringway --target "$target"
+binary=$(packaging/static.sh)
 
 context=$(mktemp -d)
 trap 'rm -rf "$context"' EXIT
-cp "$CARGO_TARGET_DIR/$target/release/ringway" "$context/ringway"
+cp "$binary" "$context/ringway"
 sed -e '1,/^# image.sh takes/d' -e 's/--from=build \/ringway/ringway/' docker/Dockerfile > "$context/Dockerfile"
-docker build --quiet --tag "$tag" "$context"
+docker build --quiet --tag "$tag" \
+  --build-arg VERSION="$(sed -n 's/^version = "\(.*\)"$/\1/p' Cargo.toml)" \
+  --build-arg REVISION="$(git rev-parse HEAD 2>/dev/null || true)" "$context"

@@ -5,6 +5,7 @@ mod compose;
 mod discover;
 mod engine_away;
 mod failures;
+mod packages;
 mod process_one;
 mod replacement;
 mod rivals;
