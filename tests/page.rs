@@ -36,6 +36,20 @@ async fn a_click_drains_a_backend_after_showing_what_moves() {
     browser.until("three backends", &format!("{ROWS} === 3")).await;
     let shares = browser.script("return [...document.querySelectorAll('table.backends tbody tr')].map((row) => parseFloat(row.cells[3].textContent)).reduce((a, b) => a + b).toFixed(1)").await;
     assert_eq!(shares, "100.0");
+    let chart = "return document.querySelector('.charts .spark').getAttribute('aria-label')";
+    browser.until("the last minutes", &format!("{chart}.includes('in the last 5 minutes')")).await;
+    let choose = |value: &str| {
+        format!(
+            "const list = document.getElementById('period'); list.value = '{value}'; list.dispatchEvent(new Event('change'))"
+        )
+    };
+    browser.script(&choose("300")).await;
+    browser.until("the last day", &format!("{chart}.includes('No averages yet')")).await;
+    browser.script(&choose("1")).await;
+    browser
+        .until("the history", "return document.querySelector('.charts .spark path').getAttribute('d').includes('L')")
+        .await;
+    browser.until("the last minutes", &format!("{chart}.includes('in the last 5 minutes')")).await;
     browser.click("button[aria-label='Drain echo-2']").await;
     browser.until("the forecast", "return /keys move/.test(document.getElementById('preview').textContent)").await;
     let forecast = browser.script("return document.getElementById('preview').textContent").await;

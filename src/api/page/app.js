@@ -16,6 +16,8 @@ let keeps = token !== "";
 const pools = new Map();
 let sections = 0;
 let process = null;
+// Seconds between two points of the charts of the pools.
+let step = 1;
 
 // An element with attributes and children. Text children stay text.
 function h(name, attributes = {}, ...children) {
@@ -152,7 +154,7 @@ function newPool(name) {
     h("div", { class: "head" }, h("div", {}, title, parts.meta, parts.scale), h("div", { class: "charts" }, ring, h("div", {}, chart.svg, parts.rate))),
     h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Backends of pool ${name}` }, table), parts.words);
   $("pools").append(section);
-  const pool = { name, section, ring, chart, ...parts, members: new Map(), rows: new Map(), order: [], rates: [] };
+  const pool = { name, section, ring, chart, ...parts, members: new Map(), rows: new Map(), order: [], rates: [], latest: 0 };
   parts.scale.addEventListener("click", () => ask({
     title: `Scale pool ${name}`, label: "Number of replicas", number: [...pool.members.values()].filter((one) => !one.drain?.leaves).length,
     path: () => `/api/pools/${encodeURIComponent(name)}/scale`, body: (number) => ({ replicas: number }),
@@ -164,9 +166,20 @@ function newPool(name) {
 // What happened before the page was open, or while it had no connection.
 async function readHistory(pool) {
   try {
-    const answer = await api(`/api/history?pool=${encodeURIComponent(pool.name)}`);
-    if (answer.ok) pool.rates = (await answer.json()).connections.slice(-POINTS);
+    const wanted = step;
+    const answer = await api(`/api/history?pool=${encodeURIComponent(pool.name)}&step=${wanted}`);
+    // The period may have changed meanwhile.
+    if (answer.ok && wanted === step) pool.rates = (await answer.json()).connections.slice(-POINTS);
   } catch { /* The chart begins now. */ }
+  drawRates(pool);
+}
+
+function drawRates(pool) {
+  const latest = `now ${pool.latest.toFixed(1)}`;
+  const what = step === 1 ? "in the last 5 minutes" : "in the last day, as averages of 5 minutes";
+  const isEmpty = step > 1 && pool.rates.length < 2;
+  text(pool.rate, `${pool.latest.toFixed(1)} connections per second${isEmpty ? "; the chart begins after 10 minutes" : ""}`);
+  pool.chart.draw(pool.rates, isEmpty ? `No averages yet; ${latest}` : `New connections per second ${what}; ${latest}`);
 }
 
 function newRow(pool, id) {
@@ -251,10 +264,9 @@ function showPool(pool, data, change, seconds) {
   pool.scale.hidden = data.provider.kind === "static";
   drawRing(pool.ring, members);
   if (seconds) {
-    const latest = members.reduce((sum, one) => sum + (one.rate || 0), 0);
-    pool.rates = [...pool.rates, latest].slice(-POINTS);
-    text(pool.rate, `${latest.toFixed(1)} connections per second`);
-    pool.chart.draw(pool.rates, `New connections per second in the last minutes; now ${latest.toFixed(1)}`);
+    pool.latest = members.reduce((sum, one) => sum + (one.rate || 0), 0);
+    if (step === 1) pool.rates = [...pool.rates, pool.latest].slice(-POINTS);
+    drawRates(pool);
   }
   showWords(pool, members);
 }
@@ -403,6 +415,14 @@ async function poll() {
   text($("link"), "Many pages are open, so this one asks every two seconds, and shows no events.");
   await pause(2000);
 }
+
+$("period").addEventListener("change", () => {
+  step = Number($("period").value);
+  for (const pool of pools.values()) { pool.rates = []; readHistory(pool); }
+});
+
+// A new average comes every five minutes.
+setInterval(() => { if (step > 1) for (const pool of pools.values()) readHistory(pool); }, 60_000);
 
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
