@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use rustix::io::Errno;
@@ -228,6 +228,8 @@ pub struct Live {
     pub from_client: Moved,
     /// Payload bytes moved from the backend to clients.
     pub to_client: Moved,
+    /// Whether the replica was started from other settings than the current ones.
+    pub outdated: AtomicBool,
     /// Health checks passed so far.
     pub checks_passed: AtomicU64,
     /// Health checks failed so far.

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
 
-use crate::harness::program::{Program, is_alive};
+use crate::harness::program::{Program, is_alive, run};
 use crate::harness::{Ringway, THREE_REPLICAS, config, eventually, eventually_async, get, http, soon};
 use ringway::backend::State;
 
@@ -59,6 +59,45 @@ async fn a_replica_that_hangs_is_replaced() {
     eventually("healthy again", || state() == State::Healthy).await;
     eventually("the end of the old one", || !is_alive(before[1])).await;
     assert_eq!([pids([0, 1, 2])[0], pids([0, 1, 2])[2]], [before[0], before[2]], "another replica was replaced");
+}
+
+/// A rollout that stops at its first replica must not look finished.
+#[tokio::test]
+async fn a_rollout_that_waits_for_a_replica_says_so_until_it_goes_on() {
+    let with = |word: &str| {
+        let provider = format!(
+            "process: {{ replicas: 3, restart: {{ backoff: 50ms, max_backoff: 50ms, crash_loop_after: 2 }}, \
+             command: [sh, -c, 'test $1 = good && exec $0 echo-server --listen 127.0.0.1:{{port}} --name {{slot}}; exit 3', ringway, {word}] }}"
+        );
+        let provider = provider.replace(", ringway,", &format!(", {:?},", env!("CARGO_BIN_EXE_ringway")));
+        config(&provider, "", "drain: 100ms")
+    };
+    let program = Program::start(&with("good")).await.ready().await;
+    let outdated = async || {
+        let status = program.status().await;
+        let backends = status["pools"][0]["backends"].as_array().unwrap();
+        backends.iter().filter(|backend| backend["outdated"] == true).count()
+    };
+    let words = || run(&["status", "--api", &program.api().to_string()]).1;
+    assert_eq!(outdated().await, 0);
+    program.write_config(&with("bad"));
+    program.signal(Signal::HUP);
+    eventually_async("a rollout that waits", async || outdated().await == 2).await;
+    eventually("what it waits for", || {
+        let words = words();
+        let waits = words.lines().find(|line| line.starts_with("pool echo: rollout: 2 of 3 replicas still have"));
+        waits.is_some_and(|line| line.contains(": Ringway waits until echo-") && line.ends_with(" is healthy"))
+    })
+    .await;
+    program.write_config(&with("good").replace("drain: 100ms", "drain: 200ms"));
+    program.signal(Signal::HUP);
+    eventually_async("no outdated replica", async || {
+        let status = program.status().await;
+        let mut backends = status["pools"][0]["backends"].as_array().unwrap().iter();
+        backends.all(|backend| backend["outdated"] == false && backend["state"] == "healthy")
+    })
+    .await;
+    assert!(!words().contains("rollout"), "{}", words());
 }
 
 #[tokio::test]

@@ -117,6 +117,8 @@ pub struct Member {
     #[serde(default)]
     pub now: f64,
     pub replica: Option<Replica>,
+    #[serde(default)]
+    pub outdated: bool,
     pub restarts: u64,
     pub last_exit: Option<Exit>,
     pub connections: BackendConnections,
@@ -312,6 +314,7 @@ impl Member {
             share: four_digits(share),
             now: four_digits(share_now),
             replica: backend.replica.as_ref().map(Replica::of),
+            outdated: live.outdated.load(Ordering::Relaxed),
             restarts: backend.restarts,
             last_exit: backend.last_exit.as_ref().map(|exit| Exit {
                 reason: exit.reason.clone(),

@@ -90,6 +90,7 @@ fn in_words(status: &Status, terminal: Terminal) -> String {
     }
     for pool in &status.pools {
         lines.extend(problems(pool).into_iter().map(|problem| terminal.coloured(&clean(&problem), Some(Colour::Bad))));
+        lines.extend(rollout(pool).map(|rollout| terminal.coloured(&clean(&rollout), Some(Colour::Warning))));
         let differs = pool.differs.iter().map(|differs| format!("changed at run time: {}", differs.in_words()));
         lines.extend(differs.map(|differs| clean(&format!("pool {}: {differs}", pool.name))));
     }
@@ -130,6 +131,23 @@ pub(super) fn problems(pool: &Pool) -> Vec<String> {
         problems.push(format!("pool {}: {what}", pool.name));
     }
     problems
+}
+
+/// How far a rollout is, and what it waits for; `None` if every replica has the current settings.
+pub(super) fn rollout(pool: &Pool) -> Option<String> {
+    let outdated = pool.backends.iter().filter(|backend| backend.outdated).count();
+    if outdated == 0 {
+        return None;
+    }
+    let waits_for = pool.backends.iter().find(|backend| !backend.outdated && backend.state != "healthy");
+    let waits_for = waits_for.map(|backend| format!(": Ringway waits until {} is healthy", backend.id));
+    let (of, noun) = (pool.backends.len(), if outdated == 1 { "has" } else { "have" });
+    Some(format!(
+        "pool {}: rollout: {outdated} of {} still {noun} the old settings{}",
+        pool.name,
+        counted(of as u64, "replica"),
+        waits_for.unwrap_or_default()
+    ))
 }
 
 /// The table of backends.

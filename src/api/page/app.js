@@ -293,6 +293,11 @@ function showBanners(status, members) {
     else if (all.length && !all.some((one) => one.state === "healthy")) lines.push(["bad", `Pool ${pool.name} has no healthy backend.`]);
     const sick = all.filter((one) => ["unhealthy", "ejected"].includes(one.state)).map((one) => one.id);
     if (sick.length && !pool.panic) lines.push(["warn", `Pool ${pool.name}: ${sick.length} of ${counted(all.length, "backend")} fail: ${sick.slice(0, 5).join(", ")}${sick.length > 5 ? " and others" : ""}.`]);
+    const old = all.filter((one) => one.outdated).length;
+    if (old) {
+      const next = all.find((one) => !one.outdated && one.state !== "healthy");
+      lines.push(["warn", `Pool ${pool.name}, rollout: ${old} of ${counted(all.length, "replica")} still ${old === 1 ? "has" : "have"} the old settings${next ? `. Ringway waits until ${next.id} is healthy` : ""}.`]);
+    }
     const looping = all.filter((one) => one.state === "crash_loop").map((one) => one.id);
     if (looping.length) lines.push(["bad", `Pool ${pool.name}: replicas keep exiting: ${looping.slice(0, 5).join(", ")}${looping.length > 5 ? " and others" : ""}.`]);
     const engine = pool.provider.engine;

@@ -10,7 +10,7 @@ use rustix::process::{Signal, getpid, kill_process};
 
 use super::Answer;
 use super::model::{Row, Sort, arrange, rows};
-use crate::cli::status::problems;
+use crate::cli::status::{problems, rollout};
 
 /// What a key asks for.
 #[derive(Debug, PartialEq, Eq)]
@@ -117,7 +117,8 @@ impl Screen {
     }
 
     pub(super) fn problems(&self) -> Vec<String> {
-        let of_pools = self.status.iter().flat_map(|status| &status.pools).flat_map(problems);
+        let of_pool = |pool| problems(pool).into_iter().chain(rollout(pool));
+        let of_pools = self.status.iter().flat_map(|status| &status.pools).flat_map(of_pool);
         self.trouble.iter().cloned().chain(of_pools).collect()
     }
 

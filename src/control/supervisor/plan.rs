@@ -272,6 +272,16 @@ impl Slot {
         matches!(self.phase, Phase::Running { .. } | Phase::Draining { .. } | Phase::Stopping { .. })
     }
 
+    /// Whether the slot still has a replica that was created from different settings than the current ones.
+    pub fn is_outdated(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::Running { is_outdated: true, .. }
+                | Phase::Draining { why: Why::Outdated, .. }
+                | Phase::Stopping { why: Why::Outdated, .. }
+        )
+    }
+
     /// Whether the replica's drain is over.
     pub fn is_drained(&self) -> bool {
         matches!(self.phase, Phase::Draining { is_over: true, .. })

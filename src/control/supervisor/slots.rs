@@ -46,12 +46,14 @@ pub(super) struct Slots {
     events: mpsc::Sender<Event>,
     /// False while a predecessor may have connections to adopted replicas, which are then neither outdated nor surplus.
     pub(super) is_settled: bool,
+    /// Whether the table shows an outdated replica.
+    shows_outdated: bool,
 }
 
 impl Slots {
     pub(super) fn new(settings: SlotSettings, table: TableCell, events: mpsc::Sender<Event>, is_settled: bool) -> Self {
         let ends = Ends::new(Arc::clone(&settings.pool), settings.policy);
-        Self { settings, list: Vec::new(), ends, table, events, is_settled }
+        Self { settings, list: Vec::new(), ends, table, events, is_settled, shows_outdated: false }
     }
 
     pub(super) fn pool(&self) -> &Arc<str> {
@@ -113,8 +115,24 @@ impl Slots {
         }
     }
 
-    pub(super) fn plan(&self, now: Instant) -> Plan {
+    pub(super) fn plan(&mut self, now: Instant) -> Plan {
+        self.show_outdated();
         plan(self.wanted(), &self.list, &self.settings.policy, now)
+    }
+
+    /// Shows which replicas a rollout has not reached yet.
+    fn show_outdated(&mut self) {
+        let any = self.list.iter().any(Slot::is_outdated);
+        if !any && !self.shows_outdated {
+            return;
+        }
+        self.shows_outdated = any;
+        let table = self.table.load();
+        for slot in &self.list {
+            if let Some(backend) = table.backends().find(&slot.name) {
+                backend.live.outdated.store(slot.is_outdated(), Ordering::Relaxed);
+            }
+        }
     }
 
     /// Begins to drain the replica of a slot.
