@@ -234,7 +234,10 @@ async fn the_log_shows_something_else_until_it_is_reset_or_the_time_is_over() {
     assert!(code == Some(1) && stderr.contains("\"debgu\" is not a level: use one of error, warn"), "{stderr}");
     let (code, stdout, stderr) = cli(&program, &["log", "warn,ringway::app=debug", "--for", "1h"]).await;
     assert_eq!((code, stdout.as_str()), (Some(0), "log: warn,ringway::app=debug for 1h, then info\n"), "{stderr}");
+    let shown = async || cli(&program, &["log"]).await.1;
+    assert_eq!(shown().await, "warn,ringway::app=debug for 1 h more\n");
     assert_eq!(cli(&program, &["log", "off"]).await.0, Some(0));
+    assert_eq!(shown().await, "off\n");
     assert_eq!(cli(&program, &["weight", "echo/b0", "2"]).await.0, Some(0));
     let (code, stdout, _) = cli(&program, &["log", "--reset"]).await;
     assert_eq!((code, stdout.as_str()), (Some(0), "log: info, as at the start\n"));
@@ -244,4 +247,5 @@ async fn the_log_shows_something_else_until_it_is_reset_or_the_time_is_over() {
     let (code, _, _) = cli(&program, &["log", "off", "--for", "1ms"]).await;
     assert_eq!(code, Some(0));
     eventually("the usual log", || program.log().contains("the log is as at the start again")).await;
+    assert_eq!(shown().await, "info\n");
 }

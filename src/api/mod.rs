@@ -200,6 +200,17 @@ pub struct View {
     pub access_log_lost: Option<LostLines>,
     /// Counts lines that the log dropped.
     pub log_lost: Option<LostLines>,
+    /// What the log shows; `None`: nobody can change it.
+    pub log: Option<LogView>,
+}
+
+/// What the log shows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogView {
+    /// The filter at the start.
+    pub first: String,
+    /// Another filter, and when the first one applies again; `None`: never.
+    pub changed: Option<(String, Option<Instant>)>,
 }
 
 impl Default for View {
@@ -214,6 +225,7 @@ impl Default for View {
             config: None,
             access_log_lost: None,
             log_lost: None,
+            log: None,
         }
     }
 }

@@ -11,7 +11,7 @@ use axum::Json;
 use axum::extract::State as Extract;
 use serde::{Deserialize, Serialize};
 
-use super::{ListenerView, ProviderView, State};
+use super::{ListenerView, LogView, ProviderView, State};
 use crate::backend::{self, Backend};
 use crate::control::command::Differs;
 use crate::control::provider::Location;
@@ -33,8 +33,18 @@ pub struct Status {
     /// `None`: the built-in config, or hidden.
     #[serde(default)]
     pub config: Option<String>,
+    /// `None`: nobody can change the log, or hidden.
+    #[serde(default)]
+    pub log: Option<Log>,
     pub listeners: Vec<Listener>,
     pub pools: Vec<Pool>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
+pub struct Log {
+    pub filter: String,
+    pub ends_in_seconds: Option<f64>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -224,8 +234,21 @@ impl Status {
             uptime_seconds: state.started.elapsed().as_secs_f64(),
             ready: state.ready.load(Ordering::Relaxed),
             config: view.config.as_ref().map(|path| path.display().to_string()),
+            log: view.log.as_ref().map(|log| Log::of(log, Instant::now())),
             listeners: view.listeners.iter().map(Listener::of).collect(),
             pools: pools.map(|(pool, (provider, differs))| Pool::of(pool, provider, differs)).collect(),
+        }
+    }
+}
+
+impl Log {
+    fn of(log: &LogView, now: Instant) -> Self {
+        match &log.changed {
+            Some((filter, None)) => Self { filter: filter.clone(), ends_in_seconds: None },
+            Some((filter, Some(ends))) if *ends > now => {
+                Self { filter: filter.clone(), ends_in_seconds: Some((*ends - now).as_secs_f64()) }
+            }
+            _ => Self { filter: log.first.clone(), ends_in_seconds: None },
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -249,6 +249,10 @@ impl App {
     pub(super) fn apply_log(&mut self, filter: Option<&str>, lasts: Option<Duration>, summary: String) -> Report {
         if let Some(log) = self.environment.log_filter.clone() {
             log.set(filter);
+            // Not all times can be added to a clock.
+            let ends = lasts.and_then(|lasts| Instant::now().checked_add(lasts));
+            self.log_changed = filter.map(|filter| (filter.to_owned(), ends));
+            self.show();
             self.log_ends = lasts.filter(|_| filter.is_some()).map(|lasts| {
                 AbortOnDropHandle::new(tokio::spawn(async move {
                     tokio::time::sleep(lasts).await;

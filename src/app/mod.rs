@@ -42,7 +42,7 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::try_join_all;
 use tokio::sync::{mpsc, watch};
@@ -59,7 +59,7 @@ pub use self::offline::Offline;
 use self::pools::Pool;
 pub use self::probe::{Finding, probe};
 use self::tasks::Tasks;
-use crate::api::{self, State, View};
+use crate::api::{self, LogView, State, View};
 use crate::config::{self, Config};
 use crate::control::command::{CommandSender, PendingCommand};
 use crate::control::docker::engine::Engine;
@@ -150,6 +150,8 @@ pub struct App {
     commands: mpsc::Receiver<PendingCommand>,
     /// Ends a change of the log's filter.
     log_ends: Option<AbortOnDropHandle<()>>,
+    /// A filter of the log that a command has set, and when it ends.
+    log_changed: Option<(String, Option<Instant>)>,
     /// Hear of workers that end, and of tasks that panic.
     trouble: Option<(WorkersEnded, mpsc::UnboundedReceiver<()>)>,
     /// Ends before `ready` becomes false, or it could set `ready` again.
@@ -258,6 +260,7 @@ impl App {
             inheritance,
             commands,
             log_ends: None,
+            log_changed: None,
             trouble: Some((workers_ended, panics)),
             tasks,
             retiring: Vec::new(),
@@ -320,6 +323,11 @@ impl App {
             config: self.environment.source.path(),
             access_log_lost: self.access_log.as_ref().map(|(log, _)| log.lost()),
             log_lost: self.environment.log_lost.clone(),
+            log: self
+                .environment
+                .log_filter
+                .as_ref()
+                .map(|log| LogView { first: log.first().to_owned(), changed: self.log_changed.clone() }),
         });
     }
 }

@@ -8,6 +8,7 @@ use ringway::control::command::{Command, Report};
 use ringway::control::provider::Listed;
 
 use super::side_port::{self, Port};
+use super::status::time;
 use super::{Common, Failure, counted, print, runtime};
 
 /// Time between two reads of the status while `--wait` waits.
@@ -83,13 +84,12 @@ pub(crate) enum RuntimeCommand {
         #[command(flatten)]
         port: Port,
     },
-    /// Change what a running Ringway logs
+    /// Show or change what a running Ringway logs
     Log {
         /// A level (error, warn, info, debug, trace) or a filter like `info,ringway::proxy=debug`
-        #[arg(required_unless_present_any = ["reset", "reopen"])]
         filter: Option<String>,
         /// How long; after this time, Ringway logs as at its start
-        #[arg(long = "for", value_name = "DURATION", value_parser = humantime::parse_duration)]
+        #[arg(long = "for", requires = "filter", value_name = "DURATION", value_parser = humantime::parse_duration)]
         lasts: Option<Duration>,
         /// Log as at the start
         #[arg(long, conflicts_with_all = ["filter", "lasts"])]
@@ -161,6 +161,7 @@ pub(crate) fn run(common: &Common, command: RuntimeCommand) -> Result<(), Failur
                 send(common, &port, &Command::Scale { pool, replicas }).await
             }
             RuntimeCommand::Log { reopen: true, port, .. } => send(common, &port, &Command::Reopen).await,
+            RuntimeCommand::Log { filter: None, reset: false, port, .. } => show_log(common, &port).await,
             RuntimeCommand::Log { filter, lasts, port, .. } => {
                 send(common, &port, &Command::Log { filter, lasts }).await
             }
@@ -171,6 +172,14 @@ pub(crate) fn run(common: &Common, command: RuntimeCommand) -> Result<(), Failur
             }
         }
     })
+}
+
+/// Prints what the log shows.
+async fn show_log(common: &Common, port: &Port) -> Result<(), Failure> {
+    let log = side_port::status(common, port).await?.log;
+    let log = log.ok_or_else(|| anyhow::anyhow!("this Ringway does not say what it logs"))?;
+    let ends = log.ends_in_seconds.map(|seconds| format!(" for {} more", time(seconds)));
+    print(&format!("{}{}\n", log.filter, ends.unwrap_or_default()))
 }
 
 /// Fails if the user names another file than the one that a reload reads.
