@@ -1,4 +1,10 @@
-//! Text from others, made fit for logs, tables and terminals.
+//! Text from others, made fit for logs, tables and terminals; and durations as people write them.
+
+use std::time::Duration;
+
+/// Longest duration, in characters, and the digits of a number in it. In seconds, 9 digits are 31 years.
+const LONGEST_DURATION: usize = 100;
+const LONGEST_NUMBER: usize = 9;
 
 /// The text without colours, and with its control characters escaped: it cannot end a line or move a cursor.
 pub fn printable(text: &str) -> String {
@@ -19,6 +25,16 @@ pub fn printable(text: &str) -> String {
     shown
 }
 
+/// Parses a duration like `10s` or `1m 30s`.
+pub fn duration(text: &str) -> Option<Duration> {
+    // The library panics if the sum of many or large numbers overflows.
+    let mut numbers = text.split(|c: char| !c.is_ascii_digit() && !c.is_whitespace());
+    if text.len() > LONGEST_DURATION || numbers.any(|number| number.len() > LONGEST_NUMBER) {
+        return None;
+    }
+    humantime::parse_duration(text).ok()
+}
+
 /// The length of the sequence at the start of `text` that changes the colour or style (ECMA-48, SGR), if there is one.
 fn colour(text: &str) -> Option<usize> {
     let parameters = text.strip_prefix("\x1b[")?;
@@ -29,6 +45,17 @@ fn colour(text: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_duration_with_large_numbers_is_refused_and_does_not_panic() {
+        assert_eq!(duration("1m 30s"), Some(Duration::from_secs(90)));
+        assert_eq!(duration("999999999s"), Some(Duration::from_secs(999_999_999)));
+        let many = "999999999y ".repeat(600);
+        let large = "584542046090y 19767615s 1000ms";
+        for text in ["18446744073709551615s 1000ms", "18446744073709551615y", large, &many, "", "s", "-1s"] {
+            assert_eq!(duration(text), None, "{text}");
+        }
+    }
 
     #[test]
     fn control_characters_are_escaped_and_colours_removed() {

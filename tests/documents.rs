@@ -312,7 +312,8 @@ pub(crate) fn expressions() -> Vec<String> {
     let dashboard: serde_json::Value = serde_json::from_str(&observability("grafana/dashboards/ringway.json")).unwrap();
     let panels = dashboard["panels"].as_array().unwrap().iter().flat_map(|panel| panel["targets"].as_array().unwrap());
     let all = rules.chain(panels.map(|target| target["expr"].as_str().unwrap()));
-    all.map(|expression| expression.replace("$instance", ".*").replace("$pool", ".*")).collect()
+    all.map(|expression| expression.replace("$instance", ".*").replace("$pool", ".*").replace("$__rate_interval", "1m"))
+        .collect()
 }
 
 #[test]

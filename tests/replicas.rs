@@ -66,8 +66,8 @@ async fn a_replica_that_hangs_is_replaced() {
 async fn a_rollout_that_waits_for_a_replica_says_so_until_it_goes_on() {
     let with = |word: &str| {
         let provider = format!(
-            "process: {{ replicas: 3, restart: {{ backoff: 50ms, max_backoff: 50ms, crash_loop_after: 2 }}, \
-             command: [sh, -c, 'test $1 = good && exec $0 echo-server --listen 127.0.0.1:{{port}} --name {{slot}}; exit 3', ringway, {word}] }}"
+            "process: {{ replicas: 3, restart: {{ backoff: 10m, max_backoff: 10m, start_grace: 10m, crash_loop_after: 2 }}, \
+             command: [sh, -c, 'case $1 in good) exec $0 echo-server --listen 127.0.0.1:{{port}} --name {{slot}};; hangs) exec sleep 600;; esac; exit 3', ringway, {word}] }}"
         );
         let provider = provider.replace(", ringway,", &format!(", {:?},", env!("CARGO_BIN_EXE_ringway")));
         config(&provider, "", "drain: 100ms")
@@ -80,23 +80,26 @@ async fn a_rollout_that_waits_for_a_replica_says_so_until_it_goes_on() {
     };
     let words = || run(&["status", "--api", &program.api().to_string()]).1;
     assert_eq!(outdated().await, 0);
-    program.write_config(&with("bad"));
-    program.signal(Signal::HUP);
-    eventually_async("a rollout that waits", async || outdated().await == 2).await;
-    eventually("what it waits for", || {
-        let words = words();
-        let waits = words.lines().find(|line| line.starts_with("pool echo: rollout: 2 of 3 replicas still have"));
-        waits.is_some_and(|line| line.contains(": Ringway waits until echo-") && line.ends_with(" is healthy"))
-    })
-    .await;
-    program.write_config(&with("good").replace("drain: 100ms", "drain: 200ms"));
-    program.signal(Signal::HUP);
-    eventually_async("no outdated replica", async || {
-        let status = program.status().await;
-        let mut backends = status["pools"][0]["backends"].as_array().unwrap().iter();
-        backends.all(|backend| backend["outdated"] == false && backend["state"] == "healthy")
-    })
-    .await;
+    // The correction is rolled out at once, although the back-off and the grace of a new replica are long.
+    for (wrong, drain) in [("exits", "200ms"), ("hangs", "300ms")] {
+        program.write_config(&with(wrong));
+        program.signal(Signal::HUP);
+        eventually_async("a rollout that waits", async || outdated().await == 2).await;
+        eventually("what it waits for", || {
+            let words = words();
+            let waits = words.lines().find(|line| line.starts_with("pool echo: rollout: 2 of 3 replicas still have"));
+            waits.is_some_and(|line| line.contains(": Ringway waits until echo-") && line.ends_with(" is healthy"))
+        })
+        .await;
+        program.write_config(&with("good").replace("drain: 100ms", &format!("drain: {drain}")));
+        program.signal(Signal::HUP);
+        eventually_async("no outdated replica", async || {
+            let status = program.status().await;
+            let mut backends = status["pools"][0]["backends"].as_array().unwrap().iter();
+            backends.all(|backend| backend["outdated"] == false && backend["state"] == "healthy")
+        })
+        .await;
+    }
     assert!(!words().contains("rollout"), "{}", words());
 }
 

@@ -130,7 +130,7 @@ async fn the_watchdog_hears_from_the_process_that_serves() {
     rustix::net::sockopt::set_socket_passcred(&manager, true).unwrap();
     manager.set_read_timeout(Some(std::time::Duration::from_secs(10))).unwrap();
     let environment = [("NOTIFY_SOCKET", path.to_str().unwrap()), ("WATCHDOG_USEC", "100000")];
-    let yaml = static_config(&[server.address], "health_check: { kind: none }");
+    let yaml = static_config(&[server.address], "health_check: { kind: none }\ndrain: 1m");
     let mut program = Program::start_with(&yaml, &environment).await.ready().await;
     let signs = |count: usize| {
         let signs = std::iter::repeat_with(|| next_message(&manager)).filter(|(_, text)| text == "WATCHDOG=1");
@@ -145,6 +145,15 @@ async fn the_watchdog_hears_from_the_process_that_serves() {
         let after = signs(6);
         assert!(after[1..].iter().all(|&sender| sender == new), "{after:?}, and the new process is {new}");
     });
+    // A message during a stop starts the watchdog of systemd again, so the messages go on until the end.
+    let mut open = TcpStream::connect(program.web()).await.unwrap();
+    assert!(soon("an echo", echoes(&mut open)).await);
+    kill_process(Pid::from_raw(new).unwrap(), Signal::TERM).unwrap();
+    tokio::task::block_in_place(|| {
+        while next_message(&manager).1 != "STOPPING=1" {}
+        assert_eq!(signs(3), [new; 3]);
+    });
+    drop(open);
 }
 
 /// As `ListenStream=8000` makes it.

@@ -20,6 +20,7 @@ use crate::labels::Label as _;
 use crate::networks::{Network, Networks};
 use crate::proxy::ConnectionId;
 use crate::proxy::sessions::{Cursor, Filter, Session, SessionState};
+use crate::text;
 
 /// Sessions in an answer, unless the call asks for another number.
 const USUAL_LIMIT: usize = 100;
@@ -186,8 +187,8 @@ impl Parameters {
     fn filter(&self) -> Result<Filter, String> {
         let duration = |name: &str, text: &Option<String>| -> Result<Option<Duration>, String> {
             let parse = |text: &String| {
-                humantime::parse_duration(text)
-                    .map_err(|_| format!("{name}: {text:?} is not a duration: write it like 30s or 1h"))
+                text::duration(text)
+                    .ok_or_else(|| format!("{name}: {text:?} is not a duration: write it like 30s or 1h"))
             };
             text.as_ref().map(parse).transpose()
         };

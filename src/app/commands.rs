@@ -195,11 +195,11 @@ impl App {
         let mut changes = self.changes.clone();
         changes.of(&pool).drained.insert(backend.to_owned());
         let event = Event::DrainRequested { id: backend.into(), within: Some(within) };
-        let last = ". No other backend of the pool is healthy";
+        let last = "No other backend of the pool is healthy, so Ringway resets new connections. ";
         let summary = format!(
-            "{pool}/{backend}: no new connections; Ringway resets connections that are still open in {}{}",
-            humantime::format_duration(within),
-            if self.is_last_healthy(&pool, backend) { last } else { "" }
+            "{}{pool}/{backend}: no new connections; after {}, Ringway resets those that are still open",
+            if self.is_last_healthy(&pool, backend) { last } else { "" },
+            humantime::format_duration(within)
         );
         Ok(Planned::Notify { pool, event, changes, summary })
     }
@@ -268,17 +268,30 @@ impl App {
         let log = self.config.access_log.as_ref();
         let log =
             log.ok_or_else(|| CommandError::CannotPrepare("there is no access log: set access_log".to_owned()))?;
+        if !log.is_file() {
+            let problem = format!("the access log is {}, which needs no rotation", log.path.display());
+            return Err(CommandError::CannotPrepare(problem));
+        }
         let changes = vec![format!("access log: {} is opened again", log.path.display())];
         Ok(Planned::Reopen(Report { changes, ..Report::default() }))
     }
 
     /// Opens the file of the access log again. If that fails, Ringway goes on writing to the old one.
     pub(super) fn reopen(&self, report: Report) -> Result<Report, CommandError> {
-        let (Some((open, _)), Some(log)) = (&self.access_log, &self.config.access_log) else { return Ok(report) };
+        let log = self.config.access_log.as_ref().filter(|log| log.is_file());
+        let (Some((open, _)), Some(log)) = (&self.access_log, log) else { return Ok(report) };
         let reopened = open.reopen(&log.path, log.format);
         let failed = |error| StartError::AccessLog { path: log.path.clone(), error };
         reopened.map_err(|error| CommandError::CannotPrepare(failed(error).to_string()))?;
         Ok(report)
+    }
+
+    /// Opens the file of the access log again, because a rotation may have renamed it since this process opened it, and may have told
+    /// only the predecessor.
+    pub(super) fn catch_up_with_rotation(&self) {
+        if let Err(error) = self.reopen(Report::default()) {
+            tracing::warn!(%error, "the access log was not opened again");
+        }
     }
 
     /// The error with the line of the config file that it is about.

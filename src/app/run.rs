@@ -46,6 +46,7 @@ impl App {
             }
             self.open();
             self.show();
+            self.catch_up_with_rotation();
             if let Some(settled) = self.settled.take() {
                 self.inheritance.tell_ready(settled);
             }
@@ -82,8 +83,10 @@ impl App {
         });
         let mut trouble = Trouble { workers, panics, side_port: side_port.ended.clone() };
         let outcome = self.serve(shutdown, &mut trouble, &side_port).await;
-        // The service manager watches the successor now, or nobody.
-        watched.cancel();
+        if matches!(outcome, Ok(RunOutcome::Succeeded)) {
+            // The service manager watches the successor now. A process that stops or fails shows that it lives while connections drain.
+            watched.cancel();
+        }
         self.becoming_ready = None;
         self.state.ready.store(false, Ordering::Relaxed);
         match outcome {

@@ -25,7 +25,7 @@ pub(super) fn notify(message: &str) {
 }
 
 /// How long the service manager waits for a sign of life before it restarts Ringway (`sd_watchdog_enabled(3)`); `None`: it does
-/// not watch this process. A successor is watched in place of its predecessor, whose process id the variables have.
+/// not watch this process. It watches a successor in place of its predecessor, although the variables have the id of the latter.
 pub(super) fn watchdog(is_successor: bool) -> Option<Duration> {
     let variable = |name| std::env::var(name).ok();
     watchdog_of(variable("WATCHDOG_USEC").as_deref(), variable("WATCHDOG_PID").as_deref(), is_successor)

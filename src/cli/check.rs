@@ -93,8 +93,13 @@ fn warn(warning: &impl std::fmt::Display) {
 
 /// What a reload would change.
 fn diff(common: &Common, options: &Options, file: Option<PathBuf>) -> Result<(), Failure> {
+    let mut common = common.clone();
     let text = match file {
         Some(file) => {
+            // The file also says where its Ringway is. A pipe can be read only once.
+            if file.is_file() {
+                common.config = Some(file.clone());
+            }
             let source = Source::File(file);
             // Reports faults with their lines.
             source.load()?;
@@ -107,8 +112,18 @@ fn diff(common: &Common, options: &Options, file: Option<PathBuf>) -> Result<(),
         }
         None => None,
     };
+    let file = common.config.clone().filter(|_| text.is_some());
     let command = Command::Reload { text, is_dry_run: true, is_reset: false };
-    let report = runtime()?.block_on(side_port::run(common, &options.port, &command));
-    let report = report.map_err(|error| error.context("cannot compare with a running Ringway"))?;
+    let compared = runtime()?.block_on(async {
+        let report = side_port::run(&common, &options.port, &command).await?;
+        let running = if file.is_some() { side_port::status(&common, &options.port).await?.config } else { None };
+        anyhow::Ok((report, running))
+    });
+    let (report, running) = compared.map_err(|error| error.context("cannot compare with a running Ringway"))?;
+    if let (Some(file), Some(running)) = (file, running)
+        && std::path::absolute(&file).is_ok_and(|file| file != *running)
+    {
+        warn(&format!("compared with a Ringway that was started with another file, {running}"));
+    }
     print(&in_words(&report, "no difference\n"))
 }

@@ -9,7 +9,7 @@ use ringway::control::provider::Listed;
 
 use super::side_port::{self, Port};
 use super::status::time;
-use super::{Common, Failure, counted, print, runtime};
+use super::{Common, Failure, counted, duration, print, runtime};
 
 /// Time between two reads of the status while `--wait` waits.
 const LOOK: Duration = Duration::from_millis(250);
@@ -23,7 +23,7 @@ pub(crate) enum RuntimeCommand {
         #[arg(value_parser = backend)]
         backend: Backend,
         /// Time until open connections are reset [default: the pool's `drain`]
-        #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
+        #[arg(long, value_name = "DURATION", value_parser = duration)]
         within: Option<Duration>,
         /// Wait until the last connection has ended, and show how many are left
         #[arg(long)]
@@ -89,7 +89,7 @@ pub(crate) enum RuntimeCommand {
         /// A level (error, warn, info, debug, trace) or a filter like `info,ringway::proxy=debug`
         filter: Option<String>,
         /// How long; after this time, Ringway logs as at its start
-        #[arg(long = "for", requires = "filter", value_name = "DURATION", value_parser = humantime::parse_duration)]
+        #[arg(long = "for", requires = "filter", value_name = "DURATION", value_parser = duration)]
         lasts: Option<Duration>,
         /// Log as at the start
         #[arg(long, conflicts_with_all = ["filter", "lasts"])]

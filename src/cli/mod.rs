@@ -34,6 +34,7 @@ mod terminal;
 use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use ringway::app::StartError;
@@ -52,7 +53,7 @@ pub(crate) struct Arguments {
 }
 
 /// Arguments of every command.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Global options")]
 pub(crate) struct Common {
     /// Config file [default: the first of ./config.yaml and /etc/ringway/config.yaml that exists, else the built-in config]
@@ -166,6 +167,11 @@ impl Common {
         let source = self.source();
         Ok((source.load()?, source))
     }
+}
+
+/// Parses a duration of the command line.
+fn duration(text: &str) -> Result<Duration, &'static str> {
+    ringway::text::duration(text).ok_or("write it with a unit, like 500ms, 10s or 5m")
 }
 
 /// A number with its noun: `1 connection`, `2 connections`.

@@ -91,7 +91,11 @@ pub(super) async fn delete<T: DeserializeOwned>(common: &Common, port: &Port, pa
 fn refusal(answer: &Response<Bytes>) -> String {
     let error: serde_json::Value = serde_json::from_slice(answer.body()).unwrap_or_default();
     let message = error["error"]["message"].as_str().unwrap_or_default();
-    format!("refused ({}): {message}", answer.status().as_u16())
+    if message.is_empty() {
+        format!("refused with the status {}", answer.status())
+    } else {
+        format!("refused: {message}")
+    }
 }
 
 /// Sends a command and waits for its report.

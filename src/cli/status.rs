@@ -9,7 +9,7 @@ use ringway::api::status::{Connections, Listener, Member, Pool, Replica, Status}
 
 use super::table::{Cell, Narrow, clean, table};
 use super::terminal::{Colour, Terminal};
-use super::{Common, Failure, counted, print, runtime, side_port};
+use super::{Common, Failure, counted, duration, print, runtime, side_port};
 
 /// Shortest time between two tables of `--watch`.
 const SHORTEST: Duration = Duration::from_millis(100);
@@ -25,7 +25,7 @@ pub(crate) struct Options {
     #[arg(long)]
     json: bool,
     /// Print the status again and again, at this interval [default interval: 2s]
-    #[arg(long, value_name = "INTERVAL", num_args = 0..=1, default_missing_value = "2s", value_parser = humantime::parse_duration, conflicts_with = "json")]
+    #[arg(long, value_name = "INTERVAL", num_args = 0..=1, default_missing_value = "2s", value_parser = duration, conflicts_with = "json")]
     watch: Option<Duration>,
     #[command(flatten)]
     port: side_port::Port,
@@ -84,7 +84,8 @@ async fn read(common: &Common, options: &Options) -> Result<Status, Failure> {
 fn in_words(status: &Status, terminal: Terminal) -> String {
     let ready = if status.ready { ("ready", Colour::Good) } else { ("not ready", Colour::Bad) };
     let ready = terminal.coloured(ready.0, Some(ready.1));
-    let mut lines = vec![format!("Ringway {}, up {}, {ready}", status.version, time(status.uptime_seconds))];
+    let config = status.config.as_ref().map(|config| clean(&format!(", {config}"))).unwrap_or_default();
+    let mut lines = vec![format!("Ringway {}, up {}, {ready}{config}", status.version, time(status.uptime_seconds))];
     for listener in &status.listeners {
         lines.extend(listener_in_words(listener, status));
     }
@@ -129,6 +130,8 @@ pub(super) fn problems(pool: &Pool) -> Vec<String> {
     if pool.panic {
         let what = "panic: too few backends are healthy, so Ringway tries all of them";
         problems.push(format!("pool {}: {what}", pool.name));
+    } else if !pool.backends.iter().any(|backend| backend.state == "healthy") {
+        problems.push(format!("pool {}: no healthy backend, so Ringway resets new connections", pool.name));
     }
     problems
 }
@@ -184,8 +187,19 @@ fn row(pool: &str, backend: &Member, (share, now): (String, String)) -> [Cell; 1
         backend.connections.failed.to_string().into(),
         share.into(),
         now.into(),
-        or_dash(backend.health.last.as_ref()).into(),
+        check(backend).into(),
     ]
+}
+
+/// The last check, or what counts more: how a drain goes, or how the last replica ended.
+fn check(backend: &Member) -> String {
+    let left = backend.connections.active;
+    match (&backend.drain, &backend.last_exit, &backend.health.last) {
+        (Some(_), ..) if left == 0 => "drained".to_owned(),
+        (Some(_), ..) => format!("{} left", counted(left, "connection")),
+        (None, Some(exit), _) if backend.replica.is_none() => exit.reason.clone(),
+        (None, _, last) => last.as_deref().unwrap_or("-").to_owned(),
+    }
 }
 
 /// The colour of a backend's state.

@@ -26,7 +26,7 @@ use self::model::{rate, rows, speed};
 use self::screen::{Screen, Tab, Wish};
 use super::table::{Narrow, table};
 use super::terminal::Terminal;
-use super::{Common, Failure, print, runtime, side_port};
+use super::{Common, Failure, duration, print, runtime, side_port};
 
 /// How long Ringway may take to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -37,7 +37,7 @@ const SESSIONS: usize = 200;
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Time between two samples
-    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = duration)]
     interval: Duration,
     /// Show only this pool
     #[arg(long, value_name = "POOL")]

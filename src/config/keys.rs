@@ -65,8 +65,8 @@ pub(super) enum Form {
     List(&'static Form),
     /// A section with these keys, and an example of one for faults, or nothing.
     Section(&'static [Key], &'static str),
-    /// `name: value` lines whose names the user chooses, and an example.
-    Pairs(&'static str),
+    /// `name: value` lines whose names the user chooses.
+    Pairs,
     Any(&'static [Form]),
 }
 
@@ -178,7 +178,7 @@ impl Form {
     /// An example of the section that a value may be.
     pub(super) fn example(&'static self) -> Option<&'static str> {
         let examples = self.alternatives().iter().filter_map(|form| match form {
-            Self::Section(_, example) | Self::Pairs(example) => Some(*example),
+            Self::Section(_, example) => Some(*example),
             _ => None,
         });
         examples.into_iter().find(|example| !example.is_empty())

@@ -295,6 +295,13 @@ pub struct Timeouts {
     pub max_connection_age: Option<Duration>,
 }
 
+impl AccessLog {
+    /// Whether the log is a file, and not an output of this process.
+    pub fn is_file(&self) -> bool {
+        !matches!(self.path.to_str(), Some("stdout" | "stderr"))
+    }
+}
+
 impl Pool {
     /// Whether the check sends or expects the characters `\\r` or `\\n`, which single quotes do not turn into line ends.
     fn has_literal_escapes(&self) -> bool {
@@ -357,7 +364,18 @@ impl Config {
             let what = "has a backslash before a letter, which YAML takes literally: write the text in double quotes, like \"PING\\r\\n\"";
             warning(format!("pools[{}].health_check", pool.name), what)
         });
-        unused.chain(refuses).chain(escapes).collect()
+        let twice = self.pools.iter().filter_map(|pool| {
+            let backends = pool.provider.static_backends()?;
+            let again = backends.iter().enumerate().find_map(|(n, backend)| {
+                let first = backends[..n].iter().find(|first| first.location == backend.location)?;
+                Some((&first.id, &backend.id))
+            });
+            let (first, second) = again?;
+            let what =
+                format!("has the address of {first}: two backends with one address are one server with a larger share");
+            Some(warning(format!("pools[{}].provider.static[{second}]", pool.name), &what))
+        });
+        unused.chain(refuses).chain(escapes).chain(twice).collect()
     }
 
     /// Writes the whole config as YAML, with every default filled in. Loading that YAML gives the same config.

@@ -163,6 +163,11 @@ impl<'a> Places<'a> {
         Some(self.below(self.value, root, path).unwrap_or_else(|| root.place(root.line)))
     }
 
+    /// The place of a key path, or of the closest section around it that is not the whole config.
+    pub(super) fn closest(&self, path: &str) -> Option<Place> {
+        self.below(self.value, self.root.as_ref()?, path)
+    }
+
     /// The place of what the rest of a path leads to, as far as it leads; `None`: nowhere.
     fn below(&self, value: &Value, node: &Node, rest: &str) -> Option<Place> {
         match value {

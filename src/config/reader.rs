@@ -13,6 +13,7 @@ use super::Fault;
 use super::keys::{Default as Usual, Form, Key, ROOT};
 use super::remedy::{duration_fault, hint, not_a_list, not_a_number, not_a_section, not_text};
 use crate::labels::Label;
+use crate::text;
 
 /// Begins keys of the whole config that Ringway does not read. They hold sections for anchors, as in Compose files.
 pub(super) const EXTENSION: &str = "x-";
@@ -141,7 +142,7 @@ impl<'a> Item<'a> {
     pub(super) fn duration(&self) -> Option<Duration> {
         let range =
             self.form.durations().unwrap_or_else(|| not_in_table(&self.path, &(Duration::ZERO..=Duration::MAX)));
-        let duration = self.value.as_str().and_then(|text| humantime::parse_duration(text).ok());
+        let duration = self.value.as_str().and_then(text::duration);
         let Some(duration) = duration else {
             self.fault(duration_fault(self.value, self.form.word()));
             return None;

@@ -1,7 +1,7 @@
 //! The table of keys as a JSON Schema, with which editors complete and check a config.
 //!
-//! The schema accepts every valid config. It does not know the rules between keys, or what stands in other files, so it accepts
-//! some invalid ones too: `ringway check` has the last word.
+//! The schema accepts every valid config in its usual spelling. It does not know the rules between keys, or what stands in other files, so it accepts
+//! some invalid ones too: `ringway check` finds the rest.
 
 use serde_json::{Map, Value, json};
 
@@ -72,9 +72,8 @@ fn value(of: &'static Form) -> Value {
     let forms = of.alternatives();
     let mut alternatives: Vec<_> = forms.iter().map(form).collect();
     // Lists and sections cannot come from a variable, and text has no rule that a variable breaks.
-    let is_checked = |form: &Form| {
-        !matches!(form, Form::List(_) | Form::Section(..) | Form::Pairs(_) | Form::Text | Form::Quoted(""))
-    };
+    let is_checked =
+        |form: &Form| !matches!(form, Form::List(_) | Form::Section(..) | Form::Pairs | Form::Text | Form::Quoted(""));
     if forms.iter().any(is_checked) {
         alternatives.push(json!({ "$ref": "#/$defs/variable" }));
     }
@@ -102,7 +101,7 @@ fn form(form: &'static Form) -> Value {
         Form::List(entry) => json!({ "type": "array", "items": value(entry) }),
         Form::Any(_) => value(form),
         Form::Section(keys, _) => section(keys),
-        Form::Pairs(_) => {
+        Form::Pairs => {
             json!({ "type": "object", "additionalProperties": { "type": ["string", "number", "boolean"] } })
         }
     }

@@ -59,7 +59,8 @@ impl Source {
         self.document()?.rendered()
     }
 
-    /// Where the config has this key path, or the closest section around it; `None` if the source cannot be read.
+    /// Where the config has this key path, or the closest section around it; `None` if it has neither, or if the source cannot be
+    /// read.
     pub fn place(&self, key_path: &str) -> Option<Place> {
         self.places(&[key_path]).pop().flatten()
     }
@@ -72,7 +73,7 @@ impl Source {
             return vec![None; key_paths.len()];
         };
         let places = document.places();
-        key_paths.iter().map(|key_path| places.find(key_path)).collect()
+        key_paths.iter().map(|key_path| places.closest(key_path)).collect()
     }
 
     /// The path of the file, absolute; `None` for the built-in config.

@@ -86,7 +86,10 @@ function why(member) {
     const then = deadline == null ? "" : `, reset in ${time(deadline)}`;
     return `${member.drain.leaves ? "leaves the pool" : "drained"}: ${counted(member.connections.active, "connection")} left${member.connections.active ? then : ""}`;
   }
-  if (member.state === "crash_loop" || !member.replica && exit) return exit ? exit.reason : "replicas keep exiting";
+  if (member.state === "crash_loop" || !member.replica && exit) {
+    const last = exit?.output.at(-1);
+    return exit ? `${exit.reason}${last ? `: ${last.slice(0, 120)}` : ""}` : "replicas keep exiting";
+  }
   if (member.state === "ejected") return "connects keep failing";
   const since = member.health.since_seconds + (Date.now() - member.at) / 1000;
   return member.health.last ? `${member.health.last}, for ${time(since)}` : "no check has ended yet, or the pool has no checks";
@@ -322,7 +325,8 @@ function showEvents(events) {
   for (const event of events) {
     const at = new Date(event.at * 1000).toLocaleTimeString();
     const kind = { error: "bad", warn: "warn" }[event.level] || "good";
-    const fields = Object.entries(event.fields).map(([key, value]) => `${key}=${value}`).join(" ");
+    const short = (value) => typeof value === "number" ? Number(value.toPrecision(3)) : value;
+    const fields = Object.entries(event.fields).map(([key, value]) => `${key}=${short(value)}`).join(" ");
     list.prepend(h("li", {}, h("span", { class: "quiet" }, `${at} `), h("span", { class: `state ${kind}` }, event.level), ` ${event.text} `, h("span", { class: "quiet" }, fields)));
   }
   while (list.children.length > 200) list.lastChild.remove();
@@ -562,7 +566,7 @@ $("explain").addEventListener("submit", async (event) => {
   for (const route of found.routes) lines.push(`Route ${route.name}: ${route.matches ? "matches" : "does not match"}. ${route.why}`);
   if (found.pool) {
     lines.push(`Key ${found.pool.key.kind} ${found.pool.key.bytes} in pool ${found.pool.name}`);
-    for (const step of found.pool.walk.slice(0, 8)) lines.push(`${step.attempt == null ? "–" : `${step.attempt}.`} ${step.backend} (${step.state}): ${step.why}`);
+    for (const step of found.pool.walk.slice(0, 8)) lines.push(`${step.attempt == null ? "" : `try ${step.attempt}: `}${step.backend} (${step.state}): ${step.why}`);
   } else lines.push("Ringway resets the connection.");
   $("explanation").replaceChildren(h("ol", {}, ...lines.map((line) => h("li", {}, line))));
 });

@@ -14,7 +14,7 @@ pub(super) const LISTENER: &[Key] = &[
     ),
     Key::usual(
         "mode",
-        Form::Any(&[Form::Quoted("^[0-7]{3,4}$"), Form::Integer(100..=777)]),
+        Form::Any(&[Form::Quoted("^0?[0-7]{3}$"), Form::Integer(100..=777)]),
         "0600",
         "permissions of the file of a Unix socket, in quotes: `\"0660\"`. A user with write permission on the file may connect",
     ),
@@ -56,10 +56,10 @@ pub(super) const LISTENER: &[Key] = &[
         "open connections of this listener. More connections wait in the backlog. auto: the limit of the process",
     ),
     Key::section("per_source", PER_SOURCE, "{ max_connections: 100 }", "limits for each source address"),
-    Key::optional(
+    Key::usual(
         "proxy_protocol",
         Form::Any(&[Form::Off, Form::Section(PROXY_PROTOCOL, "{ from: [10.0.0.0/8] }")]),
-        "(off)",
+        "off",
         "PROXY headers that Ringway receives from a balancer before it",
     ),
 ];

@@ -55,7 +55,7 @@ const REPLICAS: &[Key] = &[
         Form::List(&Form::Text),
         "program and arguments. They or `env` must contain `{port}` or [`{socket}`](#unix-sockets), and may contain `{slot}`. The program `ringway` is the running Ringway binary itself",
     ),
-    Key::usual("env", Form::Pairs("{ NAME: value }"), "{}", "added to the environment, with the same placeholders"),
+    Key::usual("env", Form::Pairs, "{}", "added to the environment, with the same placeholders"),
     Key::usual(
         "ports",
         Form::Quoted(r"^(auto|\s*\d+\s*-\s*\d+\s*)$"),
@@ -117,13 +117,8 @@ const CREATED: &[Key] = &[
         "auto",
         "network on which Ringway reaches the containers. auto: the network of Ringway's own container; outside of a container, `bridge`",
     ),
-    Key::usual(
-        "env",
-        Form::Pairs("{ NAME: value }"),
-        "{}",
-        "environment of the containers, with the same placeholders",
-    ),
-    Key::usual("labels", Form::Pairs("{ name: value }"), "{}", "labels in addition to Ringway's own"),
+    Key::usual("env", Form::Pairs, "{}", "environment of the containers, with the same placeholders"),
+    Key::usual("labels", Form::Pairs, "{}", "labels in addition to Ringway's own"),
     Key::section("resources", RESOURCES, "{ memory: 64MiB }", "limits of each container"),
     Key::choice(
         "pull",

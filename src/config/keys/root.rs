@@ -66,7 +66,7 @@ const RELAY: &[Key] = &[
 const TCP: &[Key] = &[
     Key::optional(
         "keepalive",
-        Form::Any(&[Form::Off, Form::Section(KEEPALIVE, "{ idle: 2m }")]),
+        Form::Any(&[Form::Off, Form::Section(KEEPALIVE, "{ idle: 2m, interval: 30s, probes: 4 }")]),
         "(the keys below)",
         "packets that find out whether a silent peer is still there. `off`: none. With the defaults, Ringway detects a vanished peer after 4 minutes",
     ),
@@ -102,7 +102,12 @@ const ACCESS_LOG: &[Key] = &[
 
 /// Section `api`.
 const API: &[Key] = &[
-    Key::usual("listen", Form::Quoted(r"^\[?[0-9a-fA-F.:]+\]?:\d+$"), "127.0.0.1:8001", "address of the side port"),
+    Key::usual(
+        "listen",
+        Form::Quoted(r"^\[?[0-9a-fA-F.:]+(%\d+)?\]?:\d+$"),
+        "127.0.0.1:8001",
+        "address of the side port",
+    ),
     Key::optional(
         "token_file",
         Form::Text,

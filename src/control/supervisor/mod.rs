@@ -147,6 +147,8 @@ impl<A: Adapter> Supervisor<A> {
                 Ok(()) = self.table_changes.changed() => self.slots.judge(self.adapter.running()),
                 Ok(()) = settings.changed() => {
                     let changed = settings.borrow_and_update().clone();
+                    // They may be the remedy.
+                    self.slots.forgive(Instant::now());
                     self.configure(changed).await;
                 }
                 // The predecessor is gone, and its connections with it: adopted replicas may be outdated or surplus.

@@ -137,6 +137,11 @@ pub fn plan(wanted: usize, slots: &[Slot], policy: &Policy, now: Instant) -> Pla
             Phase::Draining { .. } | Phase::Empty { .. } | Phase::Starting | Phase::Stopping { .. } => {}
         }
     }
+    // The settings have changed again before the successor had a verdict: waiting for it would only delay the remedy.
+    let given_up = kept.iter().position(|slot| slot.in_replacement && slot.is_unjudged_and_outdated());
+    if let Some(index) = given_up {
+        plan.actions.push(Action::Stop(index, Why::Outdated));
+    }
     // While the predecessor drains, no successor is due yet: a drain may take long, and other replicas may hang
     // meanwhile.
     if kept.iter().any(|slot| slot.in_replacement && slot.drains_for().is_none()) {
@@ -180,6 +185,14 @@ impl Slot {
     /// Records that a start has begun.
     pub fn starting(&mut self) {
         self.phase = Phase::Starting;
+    }
+
+    /// Forgets how the last replicas ended, because their settings have changed. An empty slot starts at once.
+    pub fn forgive(&mut self, now: Instant) {
+        self.strikes = 0;
+        if let Phase::Empty { start_at } = &mut self.phase {
+            *start_at = now;
+        }
     }
 
     /// Records that the start could not be tried, which does not count as a strike. Retries no earlier than `start_at`.
@@ -320,6 +333,10 @@ impl Slot {
 
     fn is_healthy(&self) -> bool {
         matches!(self.phase, Phase::Running { worth: Worth::Healthy, .. })
+    }
+
+    fn is_unjudged_and_outdated(&self) -> bool {
+        matches!(self.phase, Phase::Running { worth: Worth::Unknown, is_outdated: true, .. })
     }
 
     /// When an outdated replica may be replaced; `None` if it is still needed, or not outdated.

@@ -100,6 +100,11 @@ impl Slots {
         self.settings = settings;
     }
 
+    /// Forgets how the last replicas ended: empty slots start at once.
+    pub(super) fn forgive(&mut self, now: Instant) {
+        self.list.iter_mut().for_each(|slot| slot.forgive(now));
+    }
+
     /// Reports the pool's slots to the publisher, each with its weight.
     pub(super) async fn announce(&self) {
         for id in slots(&self.settings.pool, self.settings.replicas) {

@@ -196,6 +196,43 @@ fn outdated_replicas_are_replaced_one_at_a_time_while_all_others_are_healthy() {
     assert_eq!(actions(3, &slots, now), []);
 }
 
+/// Who has put a wrong change right must not wait for the verdict on it.
+#[test]
+fn a_successor_without_a_verdict_is_replaced_immediately_if_the_settings_change_again() {
+    let now = Instant::now();
+    let mut slots = slots(2, now);
+    for slot in &mut slots {
+        slot.running(true, now);
+        slot.judged(Some(true), now);
+    }
+    slots[0].draining(Why::Outdated);
+    slots[0].drained();
+    slots[0].stopping(Why::Outdated);
+    slots[0].ended(&POLICY, now);
+    slots[0].running(false, now);
+    assert_eq!(actions(2, &slots, now), [], "the successor has no verdict yet");
+    slots[0].outdated(true);
+    assert_eq!(actions(2, &slots, now), [Action::Stop(0, Why::Outdated)]);
+    slots[0].stopping(Why::Outdated);
+    assert_eq!(slots[0].ended(&POLICY, now), Duration::ZERO);
+    slots[0].running(false, now);
+    assert_eq!(actions(2, &slots, now), [], "one at a time");
+}
+
+#[test]
+fn changed_settings_start_a_slot_in_a_crash_loop_at_once() {
+    let now = Instant::now();
+    let mut slots = slots(1, now);
+    for _ in 0..POLICY.crash_loop_after {
+        slots[0].running(false, now);
+        slots[0].ended(&POLICY, now);
+    }
+    assert!(slots[0].is_crash_loop(&POLICY) && actions(1, &slots, now).is_empty());
+    slots[0].forgive(now);
+    assert_eq!(actions(1, &slots, now), [Action::Start(0)]);
+    assert!(!slots[0].is_crash_loop(&POLICY) && slots[0].is_first_try());
+}
+
 /// Otherwise a change of the network or the port, which makes all replicas unhealthy, would never be rolled out.
 #[test]
 fn unhealthy_outdated_replicas_are_replaced_immediately_and_one_at_a_time() {
