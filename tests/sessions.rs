@@ -230,6 +230,8 @@ async fn the_commands_list_and_end_sessions_and_need_the_token() {
     assert!(code == Some(1) && error.contains("ended 1 session; ") && error.contains("no open connection"), "{error}");
     let (code, _, error) = with_token(&["kill"]);
     assert!(code == Some(1) && error.contains("give ids, or conditions"), "{error}");
+    let (_, said, _) = with_token(&["kill", "--source", "127.0.0.0/8", "--dry-run"]);
+    assert!(said.starts_with("ID  ") && said.ends_with("\nwould end 1 session\n"), "{said}");
     let (_, said, _) = with_token(&["kill", "--source", "127.0.0.0/8", "--older", "0s"]);
     assert_eq!(said, "ended 1 session\n");
     for stream in &mut open {

@@ -62,6 +62,9 @@ pub(crate) struct Kill {
     /// End every open connection
     #[arg(long)]
     all: bool,
+    /// Show the connections that match, and end none
+    #[arg(long, conflicts_with = "ids")]
+    dry_run: bool,
     #[command(flatten)]
     port: side_port::Port,
 }
@@ -85,21 +88,26 @@ impl Filter {
     }
 }
 
-pub(crate) fn list(common: &Common, list: &List) -> Result<(), Failure> {
-    let sessions = runtime()?.block_on(async {
+/// The sessions that match, up to `limit`.
+fn list_all(common: &Common, port: &side_port::Port, filter: &Filter, limit: usize) -> anyhow::Result<Vec<Shown>> {
+    runtime()?.block_on(async {
         let (mut sessions, mut cursor) = (Vec::new(), None);
-        while sessions.len() < list.limit {
-            let limit = Some((list.limit - sessions.len()).min(MOST));
-            let parameters = Parameters { limit, cursor, ..list.filter.parameters() };
-            let page: Page = side_port::read(common, &list.port, &parameters.path()).await?;
+        while sessions.len() < limit {
+            let limit = Some((limit - sessions.len()).min(MOST));
+            let parameters = Parameters { limit, cursor, ..filter.parameters() };
+            let page: Page = side_port::read(common, port, &parameters.path()).await?;
             sessions.extend(page.sessions);
             cursor = page.next;
             if cursor.is_none() {
                 break;
             }
         }
-        anyhow::Ok(sessions)
-    })?;
+        Ok(sessions)
+    })
+}
+
+pub(crate) fn list(common: &Common, list: &List) -> Result<(), Failure> {
+    let sessions = list_all(common, &list.port, &list.filter, list.limit)?;
     if list.json {
         // Text and numbers always serialize.
         return print(&(serde_json::to_string_pretty(&sessions).unwrap_or_default() + "\n"));
@@ -112,6 +120,10 @@ pub(crate) fn kill(common: &Common, kill: &Kill) -> Result<(), Failure> {
     let by_filter = filter != Parameters::default();
     if kill.ids.is_empty() != by_filter {
         return Err(anyhow::anyhow!("give ids, or conditions like --source, or --all").into());
+    }
+    if kill.dry_run {
+        let matching = list_all(common, &kill.port, &kill.filter, usize::MAX)?;
+        return print(&format!("{}would end {}\n", list_of(&matching), sessions(matching.len())));
     }
     let ended = runtime()?.block_on(async {
         if by_filter {

@@ -198,6 +198,9 @@ fn check(backend: &Member) -> String {
         (Some(_), ..) if left == 0 => "drained".to_owned(),
         (Some(_), ..) => format!("{} left", counted(left, "connection")),
         (None, Some(exit), _) if backend.replica.is_none() => exit.reason.clone(),
+        (None, _, Some(last)) if ["unhealthy", "starting"].contains(&backend.state.as_str()) => {
+            format!("{last}, for {}", time(backend.health.since_seconds))
+        }
         (None, _, last) => last.as_deref().unwrap_or("-").to_owned(),
     }
 }

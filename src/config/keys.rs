@@ -63,7 +63,7 @@ pub(super) enum Form {
     /// Text that YAML must take for text. The regular expression is empty, or every accepted value matches it.
     Quoted(&'static str),
     List(&'static Form),
-    /// A section with these keys, and an example of one for faults, or nothing.
+    /// A section with these keys, and an example of one for faults; empty if the parser has a message of its own.
     Section(&'static [Key], &'static str),
     /// `name: value` lines whose names the user chooses.
     Pairs,

@@ -193,7 +193,8 @@ function newRow(pool, id) {
   const chart = spark(60, 18);
   const rate = h("span");
   const address = h("span", { class: "quiet address" });
-  const row = { tr: h("tr", {}, ...cells), cells, drain, chart, rate, address, rates: [], state: h("span", { class: "state" }) };
+  const replica = h("span", { class: "quiet address" });
+  const row = { tr: h("tr", {}, ...cells), cells, drain, chart, rate, address, replica, rates: [], state: h("span", { class: "state" }) };
   cells[6].append(chart.svg, rate);
   drain.addEventListener("click", () => {
     const drained = Boolean(pool.members.get(id)?.drain);
@@ -203,7 +204,7 @@ function newRow(pool, id) {
     title: `Weight of ${pool.name}/${id}`, label: "Weight", number: pool.members.get(id)?.weight || 1,
     path: () => `${base}/weight`, body: (number) => ({ weight: number }),
   }));
-  cells[0].append(id, address);
+  cells[0].append(id, address, replica);
   row.tr.dataset.id = id;
   cells[1].append(row.state);
   cells[9].className = "actions";
@@ -218,6 +219,8 @@ function showRow(pool, id, shares) {
   row.state.className = `state ${kind}`;
   text(row.state, `${sign} ${member.state}`);
   text(row.address, member.address && member.address !== id ? member.address : "");
+  const replica = member.replica ? (member.replica.name || `pid ${member.replica.pid}`) : "";
+  text(row.replica, [replica, member.restarts ? counted(member.restarts, "restart") : ""].filter(Boolean).join(", "));
   text(row.cells[2], why(member));
   text(row.cells[3], shares[0]);
   text(row.cells[4], shares[1]);

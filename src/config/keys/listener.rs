@@ -65,8 +65,7 @@ pub(super) const LISTENER: &[Key] = &[
 ];
 
 /// Networks in the config, or in a file.
-const ACCESS_LIST: Form =
-    Form::Any(&[Form::Off, Form::List(&Form::Text), Form::Section(ACCESS_FILE, "{ file: /path }")]);
+const ACCESS_LIST: Form = Form::Any(&[Form::Off, Form::List(&Form::Text), Form::Section(ACCESS_FILE, "")]);
 
 /// An access list in a file.
 const ACCESS_FILE: &[Key] = &[Key::required("file", Form::Text, "a file with one network or address on each line")];

@@ -14,7 +14,7 @@ pub(super) const POOL: &[Key] = &[
     Key::required("name", NAME, "unique name"),
     Key::usual(
         "key",
-        Form::Any(&[Form::Choice(key_kinds), Form::Section(KEY, "{ source_net: { v4: 24, v6: 64 } }")]),
+        Form::Any(&[Form::Choice(key_kinds), Form::Section(KEY, "")]),
         "source",
         "`source`: hash the client's address and port, so each connection may go to a different backend. `source_ip`: hash only the address, so a client keeps its backend. `source_net`: hash only the client's network, an IPv4 /24 or an IPv6 /64. `{ source_net: { v4: 20, v6: 56 } }` sets other prefix lengths. `sni`: hash the server name of the TLS handshake, and without one the address. A client that waits for the server is then delayed by `hello.timeout`. On a [Unix socket](#unix-sockets), Ringway hashes the client's user id instead of the address",
     ),
@@ -27,7 +27,7 @@ pub(super) const POOL: &[Key] = &[
     Key::section("connect", CONNECT, "{ timeout: 2s }", "how Ringway connects to a backend"),
     Key::usual(
         "send_proxy",
-        Form::Any(&[Form::Off, Form::Choice(names::<Version>), Form::Section(SEND_PROXY, "{ version: v2 }")]),
+        Form::Any(&[Form::Off, Form::Choice(names::<Version>), Form::Section(SEND_PROXY, "")]),
         "off",
         "`v1`, `v2`: the version of the [PROXY header](#proxy-protocol) that tells backends the client's address. Or a section with the keys below",
     ),
@@ -172,13 +172,13 @@ const HEALTH_CHECK: &[Key] = &[
     Key::optional("body", Form::Text, "(any)", "for `http`: text that the body must contain"),
     Key::optional(
         "send",
-        Form::Any(&[Form::Text, Form::Section(HEX, "{ hex: \"01 ff\" }")]),
+        Form::Any(&[Form::Text, Form::Section(HEX, "")]),
         "(nothing)",
         "for `expect`: text like `\"PING\\r\\n\"`, or `{ hex: \"01 ff\" }`",
     ),
     Key::optional(
         "expect",
-        Form::Any(&[Form::Text, Form::Section(HEX, "{ hex: \"01 ff\" }")]),
+        Form::Any(&[Form::Text, Form::Section(HEX, "")]),
         "(required)",
         "for `expect`: the required answer, like `+PONG` or `SSH-2.0`",
     ),
