@@ -182,8 +182,13 @@ fn defaults() -> BTreeMap<String, String> {
         "docker: { discover: { label: l, port: 1 } }",
     ];
     for provider in providers {
-        let checks = ["{ kind: tcp, port: 1 }", "{ kind: http, host: h, body: b }", "{ kind: expect, expect: x }"];
-        for (check, listen) in std::iter::zip(checks, ["0.0.0.0:1", "0.0.0.0:1", "unix:/s"]) {
+        let checks = [
+            ("{ kind: tcp, port: 1 }", "0.0.0.0:1"),
+            ("{ kind: http, host: h, body: b }", "0.0.0.0:1"),
+            ("{ kind: tls, sni: a.example, alpn: [h2] }", "0.0.0.0:1"),
+            ("{ kind: expect, expect: x }", "unix:/s"),
+        ];
+        for (check, listen) in checks {
             let send = if listen == "unix:/s" { "off" } else { "{ version: v2, tlvs: [alpn], pass: [1] }" };
             let yaml = format!(
                 "access_log: {{ path: stdout }}\napi: {{ token_file: t }}\n\

@@ -47,6 +47,24 @@ async fn a_check_can_send_and_expect_bytes() {
 }
 
 #[tokio::test]
+async fn a_tls_check_says_what_a_server_without_tls_answers() {
+    let redis = talker(b"", b"-ERR unknown command\r\n").await;
+    let ssh = talker(b"SSH-2.0-Test_1\r\n", b"").await;
+    let closes = Server::start(|stream| async move { drop(stream) }).await;
+    for (server, result) in [
+        (&redis, "no TLS answer: \"-ERR unknown command\\r\\n\""),
+        (&ssh, "no TLS answer: \"SSH-2.0-Test_1\\r\\n\""),
+        (&closes, "no TLS answer: "),
+    ] {
+        let check = "health_check: { kind: tls, interval: 50ms, timeout: 300ms, fall: 1 }";
+        let ringway = Ringway::start(&static_config(&[server.address], check)).await;
+        let last = || ringway.backend(0).health.last.as_deref().map(str::to_owned).unwrap_or_default();
+        eventually(result, || last().starts_with(result)).await;
+        eventually(result, || ringway.states() == [State::Unhealthy]).await;
+    }
+}
+
+#[tokio::test]
 async fn an_http_check_uses_status_body_host_and_port() {
     let server = Server::start(|mut stream| async move {
         let mut request = vec![0; 4096];

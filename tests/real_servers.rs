@@ -143,3 +143,63 @@ async fn mariadb_works_beside_tls_routes() {
     assert_eq!(soon("a login", answer).await.unwrap().unwrap(), "1\n");
     assert_eq!(ringway.state().listeners[0].stats.hellos(HelloResult::Silent), 1);
 }
+
+/// OpenSSL's server with these options, and a certificate. It ends when it is dropped.
+async fn openssl(folder: &Path, options: &[&str]) -> (Killed, SocketAddr) {
+    let [port] = free_ports();
+    let address = SocketAddr::from(([127, 0, 0, 1], port));
+    let server = Command::new("openssl")
+        .args(["s_server", "-quiet", "-key", "key.pem", "-cert", "cert.pem", "-accept", &address.to_string()])
+        .args(options)
+        .current_dir(folder)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    let server = Killed(server.unwrap());
+    eventually("openssl listens", || std::net::TcpStream::connect(address).is_ok()).await;
+    (server, address)
+}
+
+#[tokio::test]
+async fn a_tls_check_passes_where_a_tls_server_would_go_on() {
+    if !require_tool("openssl") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let made = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
+        .args(["-subj", "/CN=example.com", "-keyout", "key.pem", "-out", "cert.pem"])
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    for (options, check, result) in [
+        (&["-tls1_3"][..], "", "ok"),
+        (&["-tls1_2"], "", "ok"),
+        // The server asks for another key: a HelloRetryRequest.
+        (&["-tls1_3", "-groups", "P-521"], "", "ok"),
+        (
+            &["-servername", "a.example", "-servername_fatal", "-cert2", "cert.pem", "-key2", "key.pem"],
+            ", sni: a.example",
+            "ok",
+        ),
+        (
+            &["-servername", "a.example", "-servername_fatal", "-cert2", "cert.pem", "-key2", "key.pem"],
+            ", sni: b.example",
+            "TLS alert unrecognized_name",
+        ),
+        (&["-alpn", "h2"], ", alpn: [http/1.1, h2]", "ok"),
+        (&["-alpn", "h2"], ", alpn: [http/1.1]", "TLS alert no_application_protocol"),
+        (&["-tls1_3", "-groups", "X448"], "", "TLS alert handshake_failure"),
+    ] {
+        let (_server, address) = openssl(folder.path(), options).await;
+        let check = format!("health_check: {{ kind: tls{check}, interval: 50ms, timeout: 1s, fall: 1 }}");
+        let ringway = Ringway::start(&static_config(&[address], &check)).await;
+        let wanted = format!("{options:?}: {result}");
+        let last = || ringway.backend(0).health.last.as_deref().map(str::to_owned);
+        eventually(&wanted, || last().as_deref() == Some(result)).await;
+        let state = if result == "ok" { State::Healthy } else { State::Unhealthy };
+        eventually(&wanted, || ringway.states() == [state]).await;
+    }
+}

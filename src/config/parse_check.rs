@@ -6,14 +6,16 @@ use std::time::Duration;
 use hyper::header::HeaderValue;
 use serde_yaml::Value;
 
+use super::parse_routes::protocols;
 use super::reader::{Item, Section, narrow, show};
-use crate::control::health::{self, Check, Expect, Http, Kind};
+use crate::client_hello::host_name;
+use crate::control::health::{self, Check, Expect, Http, Kind, Tls};
 use crate::label_enum;
 use crate::labels::Label as _;
 use crate::proxy_header::{OwnHeader, Version};
 
 label_enum! {
-    pub(super) enum CheckKind { Tcp => "tcp", Http => "http", Expect => "expect", None => "none", }
+    pub(super) enum CheckKind { Tcp => "tcp", Http => "http", Expect => "expect", Tls => "tls", None => "none", }
 }
 
 label_enum! {
@@ -21,7 +23,7 @@ label_enum! {
 }
 
 /// The keys that apply to only one kind of check.
-const OF_KINDS: [(&str, CheckKind); 7] = [
+const OF_KINDS: [(&str, CheckKind); 9] = [
     ("path", CheckKind::Http),
     ("host", CheckKind::Http),
     ("status", CheckKind::Http),
@@ -29,6 +31,8 @@ const OF_KINDS: [(&str, CheckKind); 7] = [
     ("send", CheckKind::Expect),
     ("expect", CheckKind::Expect),
     ("match", CheckKind::Expect),
+    ("sni", CheckKind::Tls),
+    ("alpn", CheckKind::Tls),
 ];
 
 /// `grace`: how long a new backend may fail its checks and still count as starting.
@@ -49,6 +53,7 @@ pub(super) fn health_check(
         CheckKind::Tcp | CheckKind::None => Kind::Tcp,
         CheckKind::Http => Kind::Http(http(&mut section)),
         CheckKind::Expect => Kind::Expect(expect(&mut section)),
+        CheckKind::Tls => Kind::Tls(tls(&mut section)),
     };
     let port = section.item("port");
     if let Some(item) = port.as_ref().filter(|_| on_unix) {
@@ -85,7 +90,7 @@ fn send_proxy(section: &mut Section<'_>, kind: CheckKind, version: Option<Versio
         CheckKind::Tcp if item.value.is_bool() => {
             item.fault("a tcp check sends no bytes: set another kind, or remove this key");
         }
-        CheckKind::Tcp | CheckKind::Http | CheckKind::Expect => {}
+        CheckKind::Tcp | CheckKind::Http | CheckKind::Expect | CheckKind::Tls => {}
     }
     let is_local = item.value.as_bool() == Some(true);
     let is_addresses = item.value.as_str() == Some("local_as_proxy");
@@ -149,6 +154,18 @@ fn expect(section: &mut Section<'_>) -> Expect {
     });
     let is_prefix = section.choice::<Match>("match") == Match::Prefix;
     Expect { send, expect: expect.unwrap_or_default(), is_prefix }
+}
+
+fn tls(section: &mut Section<'_>) -> Tls {
+    let sni = section.item("sni").and_then(|item| {
+        let name = item.text()?;
+        let parsed = host_name(&name);
+        if parsed.is_none() {
+            item.fault(format_args!("{name:?} is not a server name: write it like www.example.com"));
+        }
+        parsed
+    });
+    Tls { sni, alpn: protocols(section) }
 }
 
 /// Parses bytes: plain text, or `{ hex: "01 ff" }` for bytes that are not valid text.

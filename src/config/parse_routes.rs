@@ -149,8 +149,7 @@ fn route(mut section: Section<'_>, pools: &[&str]) -> Route {
     let sni = section
         .item("sni")
         .map_or(Vec::new(), |item| some(&item, "server name").iter().filter_map(server_name).collect());
-    let alpn =
-        section.item("alpn").map_or(Vec::new(), |item| some(&item, "protocol").iter().filter_map(protocol).collect());
+    let alpn = protocols(&mut section);
     let from = section.item("from").map(|item| {
         let networks = networks(&item);
         if item.value.as_sequence().is_some_and(Vec::is_empty) {
@@ -195,6 +194,11 @@ fn some<'a>(item: &Item<'a>, what: &str) -> Vec<Item<'a>> {
 
 fn server_name(item: &Item<'_>) -> Option<NamePattern> {
     item.text()?.parse().map_err(|problem: String| item.fault(problem)).ok()
+}
+
+/// The key `alpn`: application protocols.
+pub(super) fn protocols(section: &mut Section<'_>) -> Vec<String> {
+    section.item("alpn").map_or(Vec::new(), |item| some(&item, "protocol").iter().filter_map(protocol).collect())
 }
 
 fn protocol(item: &Item<'_>) -> Option<String> {

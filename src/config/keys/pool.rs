@@ -142,7 +142,7 @@ const HEALTH_CHECK: &[Key] = &[
         "kind",
         names::<CheckKind>,
         "tcp",
-        "`tcp`: connect, and reset before the server accepts the connection (on a Unix socket: connect and close). `http`: a GET. `expect`: send bytes and expect bytes. `none`: no checks",
+        "`tcp`: connect, and reset before the server accepts the connection (on a Unix socket: connect and close). `http`: a GET. `expect`: send bytes and expect bytes. `tls`: begin a TLS handshake, and pass at the server's first answer; the check does not look at certificates. `none`: no checks",
     ),
     Key::optional(
         "port",
@@ -154,7 +154,7 @@ const HEALTH_CHECK: &[Key] = &[
         "send_proxy",
         Form::Any(&[Form::Word("auto"), Form::Truth, Form::Word("local_as_proxy")]),
         "auto",
-        "the PROXY header of the checks `http` and `expect`. `auto`: a header of the pool's version, but none if `port` is set. `true`: a header, even if `port` is set. `false`: no header. `local_as_proxy`: a header with the check's own addresses, for servers that do not understand a header without a client",
+        "the PROXY header of the checks `http`, `expect` and `tls`. `auto`: a header of the pool's version, but none if `port` is set. `true`: a header, even if `port` is set. `false`: no header. `local_as_proxy`: a header with the check's own addresses, for servers that do not understand a header without a client",
     ),
     Key::usual("path", Form::Text, "/", "for `http`"),
     Key::optional(
@@ -187,6 +187,18 @@ const HEALTH_CHECK: &[Key] = &[
         names::<Match>,
         "prefix",
         "for `expect`: the answer begins with it (`prefix`), or contains it (`contains`)",
+    ),
+    Key::optional(
+        "sni",
+        Form::Text,
+        "(none)",
+        "for `tls`: the server name for which the check asks. Servers with several certificates need it",
+    ),
+    Key::optional(
+        "alpn",
+        Form::List(&Form::Text),
+        "(none)",
+        "for `tls`: application protocols, like `[h2]`. The check fails if the server refuses all of them",
     ),
     Key::duration("interval", ms(10)..=hours(1), seconds(2), "time between checks of one backend"),
     Key::optional(

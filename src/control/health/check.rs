@@ -12,7 +12,7 @@ use rustix::net::sockopt::set_tcp_quickack;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket;
 
-use super::http;
+use super::{http, tls};
 use crate::address::Address;
 use crate::backend::ConnectFailure;
 use crate::labels::Label as _;
@@ -50,6 +50,8 @@ pub enum Kind {
     Http(Http),
     /// Sends bytes and expects bytes.
     Expect(Expect),
+    /// Begins a TLS handshake.
+    Tls(Tls),
 }
 
 /// An HTTP `GET` and the expected answer.
@@ -74,6 +76,15 @@ pub struct Expect {
     pub expect: Vec<u8>,
     /// True: the answer must begin with `expect`. False: the answer must contain it.
     pub is_prefix: bool,
+}
+
+/// The beginning of a TLS handshake.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tls {
+    /// The server name for which the check asks; `None`: none.
+    pub sni: Option<Box<str>>,
+    /// The protocols that the check offers, of 1 to 255 bytes each; empty: none.
+    pub alpn: Vec<String>,
 }
 
 /// Why a check failed, in a few words.
@@ -127,6 +138,7 @@ impl Check {
             }
             Kind::Http(http) => http::speak(http, stream, address).await,
             Kind::Expect(expect) => expect.speak(stream).await,
+            Kind::Tls(tls) => tls::speak(tls, stream).await,
         };
         match result {
             Ok(()) => Outcome::Passed,

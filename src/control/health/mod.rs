@@ -5,7 +5,7 @@
 //! - this file: starts checks and reports their results
 //! - [`schedule`]: when to check which replica; pure
 //! - [`rise_fall`]: turns a series of results into a verdict; pure
-//! - [`mod@check`]: one check; [`mod@http`]: the HTTP check
+//! - [`mod@check`]: one check; [`mod@http`], [`mod@tls`]: the HTTP check and the TLS check
 //! - [`not_done`]: logs checks that Ringway could not make
 
 mod check;
@@ -13,6 +13,7 @@ mod http;
 mod not_done;
 mod rise_fall;
 mod schedule;
+mod tls;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use self::check::Outcome;
-pub use self::check::{Check, Expect, Http, Kind};
+pub use self::check::{Check, Expect, Http, Kind, Tls};
 pub use self::not_done::NotDone;
 use self::schedule::{Schedule, Ticket};
 use super::Event;
