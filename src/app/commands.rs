@@ -286,8 +286,8 @@ impl App {
         Ok(report)
     }
 
-    /// Opens the file of the access log again, because a rotation may have renamed it since this process opened it, and may have told
-    /// only the predecessor.
+    /// Opens the file of the access log again: a rotation may have renamed it since this process opened it, and may have told only
+    /// the predecessor.
     pub(super) fn catch_up_with_rotation(&self) {
         if let Err(error) = self.reopen(Report::default()) {
             tracing::warn!(%error, "the access log was not opened again");

@@ -103,7 +103,8 @@ async fn forward(mut pending: mpsc::Receiver<Command>, app: CommandSender) {
     }
 }
 
-/// SIGHUP reloads, SIGUSR1 opens the access log again, SIGUSR2 upgrades. The first SIGTERM or SIGINT stops Ringway in order; the second ends this future.
+/// SIGHUP reloads, SIGUSR1 opens the access log again, SIGUSR2 upgrades. The first SIGTERM or SIGINT stops Ringway in order; the
+/// second ends this future.
 async fn obey(mut signals: Signals, stop: CancellationToken, commands: mpsc::Sender<Command>) {
     let name = signals.next(Some(&commands)).await;
     tracing::info!(signal = name, "stopping: open connections may finish; a second signal ends Ringway at once");

@@ -1,7 +1,7 @@
 //! The table of keys as a JSON Schema, with which editors complete and check a config.
 //!
-//! The schema accepts every valid config in its usual spelling. It does not know the rules between keys, or what stands in other files, so it accepts
-//! some invalid ones too: `ringway check` finds the rest.
+//! The schema accepts every valid config in its usual spelling. It does not know the rules between keys, or what stands in other
+//! files, so it accepts some invalid ones too: `ringway check` finds the rest.
 
 use serde_json::{Map, Value, json};
 
