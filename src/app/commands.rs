@@ -195,7 +195,7 @@ impl App {
         let mut changes = self.changes.clone();
         changes.of(&pool).drained.insert(backend.to_owned());
         let event = Event::DrainRequested { id: backend.into(), within: Some(within) };
-        let last = "No other backend of the pool is healthy, so Ringway resets new connections. ";
+        let last = "No other backend of the pool is healthy. ";
         let summary = format!(
             "{}{pool}/{backend}: no new connections; after {}, Ringway resets those that are still open",
             if self.is_last_healthy(&pool, backend) { last } else { "" },
