@@ -160,3 +160,18 @@ fn byte_order_marks_and_line_ends_of_windows_change_nothing() {
     let file = written(format!("\u{feff}{}", text.replace('\n', "\r\n")).as_bytes());
     assert_eq!(Config::load(file.path()).unwrap(), Config::load("config.yaml".as_ref()).unwrap());
 }
+
+#[test]
+fn two_backends_with_one_address_are_a_warning() {
+    let with = |second: &str| {
+        let backends = format!("[{{ address: \"10.0.0.1:80\", id: a }}, {{ address: \"{second}\", id: b }}]");
+        let yaml = format!(
+            "listeners: [{{ name: web, listen: \"127.0.0.1:0\", pool: p }}]\npools: [{{ name: p, provider: {{ static: {backends} }} }}]"
+        );
+        Config::parse(&yaml, "test").unwrap().warnings()
+    };
+    assert_eq!(with("10.0.0.2:80"), []);
+    let [warning] = &with("10.0.0.1:80")[..] else { panic!() };
+    assert_eq!(warning.path, "pools[p].provider.static[b]");
+    assert!(warning.problem.starts_with("has the address of a: "), "{warning}");
+}

@@ -314,7 +314,6 @@ fn health_check(check: Option<&health::Settings>, send: Option<&SendProxy>) -> V
     let Some(check) = check else { return map([("kind", "none".into())]) };
     let mut entries = match &check.check.kind {
         Kind::Tcp => vec![("kind", "tcp".into())],
-        Kind::Tls(_) => vec![("kind", "tls".into())],
         Kind::Http(http) => {
             let (first, last) = (http.status.start(), http.status.end());
             let mut entries = vec![
@@ -332,12 +331,15 @@ fn health_check(check: Option<&health::Settings>, send: Option<&SendProxy>) -> V
             ("expect", bytes_value(&expect.expect)),
             ("match", if expect.is_prefix { Match::Prefix } else { Match::Contains }.as_str().into()),
         ],
+        Kind::Tls(tls) => {
+            let mut entries = vec![("kind", "tls".into())];
+            entries.extend(tls.sni.as_deref().map(|name| ("sni", name.into())));
+            if !tls.alpn.is_empty() {
+                entries.push(("alpn", list(tls.alpn.iter().map(|name| name.as_str().into()))));
+            }
+            entries
+        }
     };
-    if let Kind::Tls(tls) = &check.check.kind {
-        entries.extend(tls.sni.as_deref().map(|name| ("sni", name.into())));
-        let alpn = (!tls.alpn.is_empty()).then(|| list(tls.alpn.iter().map(|name| name.as_str().into())));
-        entries.extend(alpn.map(|alpn| ("alpn", alpn)));
-    }
     entries.extend(check.check.port.map(|port| ("port", port.into())));
     let usual = usual_header(send.map(|send| send.version), check.check.port);
     let header: Value = match check.check.send_proxy {

@@ -34,6 +34,7 @@ mod schema;
 mod source;
 mod variables;
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -366,9 +367,10 @@ impl Config {
         });
         let twice = self.pools.iter().filter_map(|pool| {
             let backends = pool.provider.static_backends()?;
-            let again = backends.iter().enumerate().find_map(|(n, backend)| {
-                let first = backends[..n].iter().find(|first| first.location == backend.location)?;
-                Some((&first.id, &backend.id))
+            let mut seen = HashMap::new();
+            let again = backends.iter().find_map(|backend| {
+                let first = seen.insert(backend.location.to_string(), &backend.id)?;
+                Some((first, &backend.id))
             });
             let (first, second) = again?;
             let what =

@@ -101,6 +101,14 @@ const RESTART: &[Key] = &[
     ),
 ];
 
+/// The key of both kinds of `docker`.
+const NETWORK: Key = Key::usual(
+    "network",
+    Form::Text,
+    "auto",
+    "network on which Ringway reaches the containers. auto: the network of Ringway's own container; outside of a container, `bridge`",
+);
+
 /// Section `pools[].provider.docker` for containers that Ringway creates.
 const CREATED: &[Key] = &[
     Key::required("replicas", Form::Integer(1..=1000), "number of containers to keep alive"),
@@ -111,12 +119,7 @@ const CREATED: &[Key] = &[
         Form::Integer(1..=65_535),
         "port on which a replica listens in its container. It does not have to be published",
     ),
-    Key::usual(
-        "network",
-        Form::Text,
-        "auto",
-        "network on which Ringway reaches the containers. auto: the network of Ringway's own container; outside of a container, `bridge`",
-    ),
+    NETWORK,
     Key::usual("env", Form::Pairs, "{}", "environment of the containers, with the same placeholders"),
     Key::usual("labels", Form::Pairs, "{}", "labels in addition to Ringway's own"),
     Key::section("resources", RESOURCES, "{ memory: 64MiB }", "limits of each container"),
@@ -142,12 +145,7 @@ const FOUND: &[Key] = &[
         Form::Section(DISCOVER, "{ label: app=web, port: 80 }"),
         "running containers with a label, which Ringway neither starts nor stops",
     ),
-    Key::usual(
-        "network",
-        Form::Text,
-        "auto",
-        "network on which Ringway reaches the containers. auto: the network of Ringway's own container; outside of a container, `bridge`",
-    ),
+    NETWORK,
 ];
 
 /// Section `pools[].provider.docker.discover`.
