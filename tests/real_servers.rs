@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use ringway::backend::State;
 use ringway::proxy::stats::HelloResult;
 
-use crate::harness::backends::free_ports;
+use crate::harness::backends::{certificate, free_ports};
 use crate::harness::program::{Killed, file};
 use crate::harness::{Ringway, eventually, require_tool, soon, static_config};
 
@@ -166,14 +166,7 @@ async fn a_tls_check_passes_where_a_tls_server_would_go_on() {
     if !require_tool("openssl") {
         return;
     }
-    let folder = tempfile::tempdir().unwrap();
-    let made = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
-        .args(["-subj", "/CN=example.com", "-keyout", "key.pem", "-out", "cert.pem"])
-        .current_dir(folder.path())
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let folder = certificate();
     for (options, check, result) in [
         (&["-tls1_3"][..], "", "ok"),
         (&["-tls1_2"], "", "ok"),

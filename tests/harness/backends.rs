@@ -1,7 +1,9 @@
 //! Simple servers that act as backends.
 
 use std::net::SocketAddr;
+use std::process::Command;
 
+use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
@@ -107,4 +109,17 @@ impl Silent {
         }
         Self { address, _socket: socket, _queued: queued }
     }
+}
+
+/// A key and a certificate for all names, in a folder of its own.
+pub(crate) fn certificate() -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let made = Command::new("openssl")
+        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
+        .args(["-subj", "/CN=example.com", "-keyout", "key.pem", "-out", "cert.pem"])
+        .current_dir(folder.path())
+        .output()
+        .unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    folder
 }

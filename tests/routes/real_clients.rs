@@ -7,7 +7,7 @@ use ringway::client_hello::{Parsed, parse};
 use tempfile::TempDir;
 
 use super::*;
-use crate::harness::backends::free_ports;
+use crate::harness::backends::{certificate, free_ports};
 use crate::harness::program::{Killed, file};
 use crate::harness::{has_tool, require_tool};
 
@@ -44,19 +44,6 @@ fn the_first_messages_of_real_clients_are_understood() {
         .unwrap()
         .filter(|entry| entry.as_ref().unwrap().path().extension().is_some_and(|extension| extension == "bin"));
     assert_eq!(recorded.count(), count, "a recorded message is not tested");
-}
-
-/// A key and a certificate for all names, in a folder of its own.
-fn certificate() -> TempDir {
-    let folder = tempfile::tempdir().unwrap();
-    let made = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
-        .args(["-subj", "/CN=example.com", "-keyout", "key.pem", "-out", "cert.pem"])
-        .current_dir(folder.path())
-        .output()
-        .unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    folder
 }
 
 /// nginx with one HTTPS site on each port. A site answers with its letter.
