@@ -51,7 +51,12 @@ impl<L: Label> Default for Tally<L> {
 impl<L: Label> Tally<L> {
     /// Adds one to the counter of `label`.
     pub fn count(&self, label: L) {
-        self.counts[label.index()].fetch_add(1, Ordering::Relaxed);
+        self.add(label, 1);
+    }
+
+    /// Adds to the counter of `label`.
+    pub fn add(&self, label: L, number: u64) {
+        self.counts[label.index()].fetch_add(number, Ordering::Relaxed);
     }
 
     /// The count of `label` so far.

@@ -49,9 +49,10 @@ async fn every_registered_metric_is_exported_once_there_was_a_connection() {
     let yaml = crate::harness::static_config(&[server.address, refusing.address], extra)
         .replace("    pool: echo", "    proxy_protocol: { from: [127.0.0.0/8], required: false }\n    pool: echo")
         .replace("    pool: echo", "    routes: [{ tls: true, pool: echo, name: tls }]\n    pool: echo");
-    // Whether there is an engine or not.
+    // Whether there is an engine or a name server or not.
     let yaml = format!(
-        "{yaml}\n  - {{ name: found, provider: {{ docker: {{ discover: {{ label: no.such.label, port: 1 }} }} }} }}"
+        "{yaml}\n  - {{ name: found, provider: {{ docker: {{ discover: {{ label: no.such.label, port: 1 }} }} }} }}\n  \
+         - {{ name: named, provider: {{ dns: {{ name: no.such.invalid., port: 1, servers: [127.0.0.1] }} }} }}"
     );
     let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
     crate::harness::eventually_async("all metrics", async || {
@@ -121,9 +122,11 @@ async fn open_metrics_are_answered_where_they_are_accepted() {
     }
     let all = ringway::metrics::ALL.iter().map(|metric| metric.name.strip_suffix("_total").unwrap_or(metric.name));
     let missing: Vec<_> = all.filter(|name| !families.contains(name)).collect();
-    // Nothing has failed, no listener accepts PROXY headers or has routes, and there is no engine.
+    // Nothing has failed, no listener accepts PROXY headers or has routes, and there is no engine and no name server.
     assert!(
         missing.iter().all(|name| name.contains("_engine_")
+            || name.contains("_dns_")
+            || name.ends_with("provider_changes")
             || name.ends_with("connect_failures")
             || name.ends_with("proxy_headers")
             || name.ends_with("routes")
@@ -180,6 +183,8 @@ fn defaults() -> BTreeMap<String, String> {
         "process: { replicas: 1, command: [x, \"{port}\"] }",
         "docker: { replicas: 1, image: i, command: [x], port: 1, resources: { memory: 64MiB, cpus: 1 } }",
         "docker: { discover: { label: l, port: 1 } }",
+        "dns: { name: n, port: 1 }",
+        "dns: { srv: n }",
     ];
     for provider in providers {
         let checks = [

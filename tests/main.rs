@@ -13,6 +13,7 @@ mod closing;
 mod command_line;
 mod configs;
 mod costs;
+mod dns;
 mod docker;
 mod documents;
 mod engine;

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use super::{ListenerView, State};
 use crate::backend::{Backend, Moved, State as BackendState};
 use crate::control::docker::watch::EngineStatus;
+use crate::control::provider::dns::status::DnsStatus;
 use crate::labels::Label;
 use crate::limits;
 use crate::lossy_writer::LostLines;
@@ -23,7 +24,9 @@ pub(super) fn text(state: &State, format: Format) -> Vec<Bytes> {
     let pools: Vec<_> = view.pools.iter().map(OfPool::new).collect();
     listeners(&mut text, &view.listeners);
     for_pools(&mut text, &pools, &view.differs);
-    engines(&mut text, std::iter::zip(&pools, &view.providers).map(|(pool, view)| (pool, view.engine_status.as_ref())));
+    let of_pools = std::iter::zip(&pools, &view.providers);
+    engines(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.status.engine()?))));
+    names(&mut text, of_pools.filter_map(|(pool, view)| Some((&pool.labels, view.status.dns()?))));
     backends(&mut text, &pools, view.per_backend);
     workers(&mut text, state);
     process(&mut text, state);
@@ -99,14 +102,24 @@ fn for_pools<T>(text: &mut Text, pools: &[OfPool<'_>], differs: &[Vec<T>]) {
     std::iter::zip(pools, differs).for_each(|(pool, differs)| changed.add(&pool.labels, differs.len()));
 }
 
-fn engines<'a>(text: &mut Text, pools: impl Iterator<Item = (&'a OfPool<'a>, Option<&'a Arc<EngineStatus>>)> + Clone) {
-    let pools = pools.filter_map(|(pool, engine)| Some((&pool.labels, engine?)));
+fn engines<'a>(text: &mut Text, pools: impl Iterator<Item = (&'a Labels, &'a EngineStatus)> + Clone) {
     let mut up = text.metric(&metrics::ENGINE_UP);
     pools.clone().for_each(|(labels, engine)| up.add(labels, u8::from(engine.is_fresh())));
     let mut stale = text.metric(&metrics::ENGINE_STALE);
     pools.clone().for_each(|(labels, engine)| stale.add(labels, engine.age().as_secs_f64()));
     let mut failures = text.metric(&metrics::ENGINE_FAILURES);
     pools.for_each(|(labels, engine)| failures.add(labels, engine.failures()));
+}
+
+fn names<'a>(text: &mut Text, pools: impl Iterator<Item = (&'a Labels, &'a DnsStatus)> + Clone) {
+    let mut lookups = text.metric(&metrics::DNS_LOOKUPS);
+    pools.clone().for_each(|(labels, dns)| counted(&mut lookups, labels, |outcome| dns.lookups.of(outcome)));
+    let mut stale = text.metric(&metrics::DNS_STALE);
+    pools.clone().for_each(|(labels, dns)| stale.add(labels, dns.age().as_secs_f64()));
+    let mut backends = text.metric(&metrics::DNS_BACKENDS);
+    pools.clone().for_each(|(labels, dns)| backends.add(labels, dns.last().backends));
+    let mut changes = text.metric(&metrics::PROVIDER_CHANGES);
+    pools.for_each(|(labels, dns)| tally(&mut changes, labels, |kind| dns.changes.of(kind)));
 }
 
 fn backends(text: &mut Text, pools: &[OfPool<'_>], per_backend: PerBackend) {

@@ -53,7 +53,7 @@ use self::history::History;
 pub use self::server::{Limits, serve};
 use crate::address::Address;
 use crate::control::command::{CommandSender, Differs};
-use crate::control::docker::watch::EngineStatus;
+use crate::control::provider::ProviderStatus;
 use crate::events::Events;
 use crate::label_enum;
 use crate::labels::Tally;
@@ -233,10 +233,10 @@ impl Default for View {
 /// A pool's provider as the side port shows it.
 #[derive(Debug, Clone)]
 pub struct ProviderView {
-    /// `static`, `process` or `docker`.
+    /// `static`, `process`, `docker` or `dns`.
     pub kind: &'static str,
-    /// Status of the Docker engine, for pools that use one.
-    pub engine_status: Option<Arc<EngineStatus>>,
+    /// The state of what the provider depends on.
+    pub status: ProviderStatus,
 }
 
 /// A listener as the side port shows it.

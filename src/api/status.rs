@@ -15,6 +15,7 @@ use super::{ListenerView, LogView, ProviderView, State};
 use crate::backend::{self, Backend};
 use crate::control::command::Differs;
 use crate::control::provider::Location;
+use crate::control::provider::dns::status::Last;
 use crate::labels::Label as _;
 use crate::proxy::{Limit, Route};
 use crate::table::Table;
@@ -95,6 +96,20 @@ pub struct Pool {
 pub struct Provider {
     pub kind: String,
     pub engine: Option<Engine>,
+    #[serde(default)]
+    pub dns: Option<Dns>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
+pub struct Dns {
+    pub question: String,
+    pub backends: usize,
+    /// `None`: there has been no complete answer yet.
+    pub answered_seconds_ago: Option<f64>,
+    pub ttl_seconds: Option<f64>,
+    pub next_in_seconds: f64,
+    pub error: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -211,7 +226,7 @@ impl Status {
             listener.address = None;
         }
         for pool in &mut self.pools {
-            pool.provider.engine = None;
+            (pool.provider.engine, pool.provider.dns) = (None, None);
             pool.differs.clear();
             for (n, member) in pool.backends.iter_mut().enumerate() {
                 (member.address, member.replica, member.last_exit, member.health.last) = (None, None, None, None);
@@ -309,13 +324,28 @@ impl Pool {
 
 impl Provider {
     fn of(provider: &ProviderView) -> Self {
-        let engine = provider.engine_status.as_ref().map(|engine_status| Engine {
-            host: engine_status.host().to_owned(),
-            reachable: engine_status.is_fresh(),
-            synced_seconds_ago: engine_status.age().as_secs_f64(),
-            error: engine_status.error().map(|error| error.to_string()),
+        let engine = provider.status.engine().map(|engine| Engine {
+            host: engine.host().to_owned(),
+            reachable: engine.is_fresh(),
+            synced_seconds_ago: engine.age().as_secs_f64(),
+            error: engine.error().map(|error| error.to_string()),
         });
-        Self { kind: provider.kind.to_owned(), engine }
+        let dns = provider.status.dns().map(|dns| Dns::of(&dns.last(), Instant::now()));
+        Self { kind: provider.kind.to_owned(), engine, dns }
+    }
+}
+
+impl Dns {
+    fn of(last: &Last, now: Instant) -> Self {
+        let answered = last.answered.map(|at| now.saturating_duration_since(at).as_secs_f64());
+        Self {
+            question: last.question.to_string(),
+            backends: last.backends,
+            answered_seconds_ago: answered,
+            ttl_seconds: last.ttl.map(|ttl| ttl.as_secs_f64()),
+            next_in_seconds: last.next.saturating_duration_since(now).as_secs_f64(),
+            error: last.error.as_deref().map(str::to_owned),
+        }
     }
 }
 

@@ -155,6 +155,7 @@ impl OfPool {
 mod tests {
     use super::*;
     use crate::control::provider::Location;
+    use crate::control::provider::names::Resolve;
 
     fn config(provider: &str) -> Config {
         let yaml = format!(
@@ -182,7 +183,12 @@ mod tests {
     }
 
     fn added(id: &str) -> StaticBackend {
-        StaticBackend { id: id.to_owned(), location: Location::parse("127.0.0.1:9").unwrap(), weight: 1 }
+        StaticBackend {
+            id: id.to_owned(),
+            location: Location::parse("127.0.0.1:9").unwrap(),
+            weight: 1,
+            resolve: Resolve::Refresh,
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::Environment;
+use super::inheritance::Named;
 use crate::config::Config;
 use crate::control::docker::engine::Engine;
 use crate::metrics::Exporter;
@@ -14,10 +15,19 @@ pub(super) struct PoolContext<'a> {
     pub(super) engine: Option<&'a Engine>,
     pub(super) environment: &'a Environment,
     pub(super) exporter: &'a Exporter,
+    /// Backends of an old process whose addresses came from a name server.
+    pub(super) named: &'a [Named],
     /// Ringway starts; otherwise a reload adds the pool.
     pub(super) is_start: bool,
     /// Cancelled when all replicas must stop.
     pub(super) stop_replicas: &'a CancellationToken,
     /// True if there is no old Ringway process, or once it has exited.
     pub(super) settled: watch::Receiver<bool>,
+}
+
+impl PoolContext<'_> {
+    /// The backends of this pool whose addresses an old process had from a name server.
+    pub(super) fn known(&self, pool: &str) -> impl Iterator<Item = &Named> {
+        self.named.iter().filter(move |named| named.pool == pool)
+    }
 }

@@ -67,9 +67,27 @@ pub(super) enum Message {
     Replica { pool: String, slot: String, pid: u32, address: Address, command: Vec<String>, env: Vec<(String, String)> },
     /// A part of the config of the old process, as YAML.
     File { part: String },
-    /// The last message: the run-time changes, the pools that have healthy backends, whether every pool has had one,
-    /// and the open-file limit of replicas.
-    Rest { changes: Changes, healthy: Vec<String>, is_ready: bool, open_files: Option<u64> },
+    /// The last message: the run-time changes, the pools that have healthy backends, whether every pool has had one, the
+    /// open-file limit of replicas, and the backends whose addresses came from a name server.
+    Rest {
+        changes: Changes,
+        healthy: Vec<String>,
+        is_ready: bool,
+        open_files: Option<u64>,
+        #[serde(default)]
+        named: Vec<Named>,
+    },
+}
+
+/// A backend whose address came from a name server. The successor keeps it even if no name server answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Named {
+    pub(super) pool: String,
+    pub(super) id: Arc<str>,
+    /// What was looked up.
+    pub(super) name: String,
+    pub(super) address: SocketAddr,
+    pub(super) weight: u32,
 }
 
 /// What a process inherits at its start, from an old Ringway process or from systemd.
@@ -86,6 +104,8 @@ pub struct Inheritance {
     pub(super) is_ready: bool,
     /// The open-file limit that the old process gave to replicas.
     pub(super) open_files: Option<u64>,
+    /// Backends of the old process whose addresses came from a name server.
+    pub(super) named: Vec<Named>,
     predecessor: Option<Channel>,
 }
 
@@ -182,8 +202,8 @@ impl Inheritance {
                     });
                 }
                 Message::File { part } => inheritance.file.push_str(&part),
-                Message::Rest { changes, healthy, is_ready, open_files } => {
-                    (inheritance.changes, inheritance.healthy) = (changes, healthy);
+                Message::Rest { changes, healthy, is_ready, open_files, named } => {
+                    (inheritance.changes, inheritance.healthy, inheritance.named) = (changes, healthy, named);
                     (inheritance.is_ready, inheritance.open_files) = (is_ready, open_files);
                     break;
                 }

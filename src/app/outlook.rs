@@ -107,14 +107,14 @@ impl Running {
         let changed = config.pools.iter().filter_map(|pool| {
             let table = self.tables.get(&pool.name)?;
             let members = members(pool, changes, table);
-            let is_same = table.ring().parameters() == pool.ring && are_members(&members, table);
+            let is_same = table.ring().parameters() == pool.parameters() && are_members(&members, table);
             (!is_same).then_some((pool, table, members))
         });
         let changed: Vec<_> = changed.collect();
         let keys = (ALL_KEYS / changed.len().max(1)).clamp(LEAST_KEYS, MOST_KEYS) as u32;
         let moved = changed.into_iter().filter_map(|(pool, table, members)| {
             let views: Vec<_> = members.iter().map(|(id, weight)| Member { id, weight: *weight }).collect();
-            let new = Ring::build(pool.ring, &views);
+            let new = Ring::build(pool.parameters(), &views);
             if new.digest() == table.ring().digest() {
                 return None;
             }
@@ -142,7 +142,7 @@ fn members(pool: &config::Pool, changes: &Changes, table: &Table) -> Vec<(String
         let slots = provider::slots(&pool.name, replicas);
         return slots.iter().map(|slot| (slot.to_string(), weights.get(&**slot).copied().unwrap_or(1))).collect();
     }
-    // Nobody but the engine knows the discovered containers: they stay.
+    // Nobody but the engine or the name server knows the discovered backends: they stay.
     table.backends().iter().map(|backend| (backend.id.to_string(), backend.weight)).collect()
 }
 

@@ -12,7 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::changes::OfPool;
 use super::context::PoolContext;
-use super::provider::{self, Addresses, Source, Start, change};
+use super::inheritance::Named;
+use super::provider::{self, Addresses, Names, Source, Start, change};
 use super::settings::{base_route, publishing, route};
 use super::tasks::{Tasks, until};
 use super::{Environment, StartError};
@@ -72,7 +73,7 @@ pub(super) async fn prepare(
     taken_over: Vec<Handed>,
     context: &PoolContext<'_>,
 ) -> Result<Prepared, StartError> {
-    let provider::Prepared { source, mut known, engine_status, start } =
+    let provider::Prepared { source, mut known, status, start } =
         provider::prepare(key_path, pool, changes, taken_over, context).await?;
     known.extend(changes.drained.iter().map(|id| Event::DrainRequested { id: id.as_str().into(), within: None }));
     let publisher = Publisher::new(pool.name.as_str().into(), publishing(pool), known, Instant::now());
@@ -81,7 +82,7 @@ pub(super) async fn prepare(
     let (events, queue) = Publisher::queue();
     let pool = Pool {
         route: route(&base, pool, &reports),
-        provider: ProviderView { kind: pool.provider.kind(), engine_status },
+        provider: ProviderView { kind: pool.provider.kind(), status },
         config: pool.clone(),
         events,
         queue: Some(queue),
@@ -178,6 +179,22 @@ impl Pool {
     /// the replicas to the successor; otherwise it resumes.
     pub(super) async fn hand_over(&self, decision: oneshot::Receiver<bool>) -> io::Result<Vec<Handed>> {
         provider::hand_over(&*self.source, decision).await
+    }
+
+    /// The backends whose addresses came from a name server.
+    pub(super) fn named(&self) -> Vec<Named> {
+        let (table, names) = (self.route.table.load(), Names::of(&self.config.provider));
+        let stays = table.backends().iter().filter(|backend| !backend.drain.is_some_and(|drain| drain.leaves));
+        let named = stays.filter_map(|backend| {
+            Some(Named {
+                pool: self.config.name.clone(),
+                id: Arc::clone(&backend.id),
+                name: names.get(&backend.id)?,
+                address: backend.address.as_ref()?.ip()?,
+                weight: backend.weight,
+            })
+        });
+        named.collect()
     }
 
     /// Returns the token that stops the supervisor. The supervisor then leaves its containers untouched.

@@ -59,6 +59,7 @@ impl App {
             engine: engine.as_ref(),
             environment: &self.environment,
             exporter: &self.state.exporter,
+            named: &[],
             is_start: false,
             stop_replicas: &self.tasks.stop_replicas,
             settled: self.is_settled.clone(),

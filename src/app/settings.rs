@@ -90,7 +90,7 @@ pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Fa
 /// Returns the settings of the publisher, which builds the pool's table.
 pub(super) fn publishing(pool: &config::Pool) -> publisher::Settings {
     publisher::Settings {
-        parameters: pool.ring,
+        parameters: pool.parameters(),
         is_checked: pool.health_check.is_some(),
         panic_below: pool.panic_threshold,
         on_down: pool.on_down,

@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 use super::App;
 use super::inheritance::{FAILED, MESSAGE_TIMEOUT, Message, READY, SIDE_PORT};
+use super::pools::Pool;
 use super::service_manager::notify;
 use crate::address::Address;
 use crate::control::command::CommandError;
@@ -149,6 +150,7 @@ impl App {
             healthy: healthy.map(|pool| pool.route.pool.to_string()).collect(),
             is_ready: self.state.ready.load(Ordering::Relaxed),
             open_files: self.environment.replica_open_files,
+            named: self.pools.iter().flat_map(Pool::named).collect(),
         };
         messages.push((text(&rest)?, Vec::new()));
         Ok(messages)

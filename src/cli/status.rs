@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Args;
-use ringway::api::status::{Connections, Listener, Member, Pool, Replica, Status};
+use ringway::api::status::{Connections, Dns, Listener, Member, Pool, Replica, Status};
 
 use super::table::{Cell, Narrow, clean, table};
 use super::terminal::{Colour, Terminal};
@@ -92,6 +92,8 @@ fn in_words(status: &Status, terminal: Terminal) -> String {
     for pool in &status.pools {
         lines.extend(problems(pool).into_iter().map(|problem| terminal.coloured(&clean(&problem), Some(Colour::Bad))));
         lines.extend(rollout(pool).map(|rollout| terminal.coloured(&clean(&rollout), Some(Colour::Warning))));
+        lines
+            .extend(pool.provider.dns.as_ref().map(|dns| clean(&format!("pool {}: {}", pool.name, dns_in_words(dns)))));
         let differs = pool.differs.iter().map(|differs| format!("changed at run time: {}", differs.in_words()));
         lines.extend(differs.map(|differs| clean(&format!("pool {}: {differs}", pool.name))));
     }
@@ -105,6 +107,17 @@ fn in_words(status: &Status, terminal: Terminal) -> String {
         lines.extend(exit.output.iter().map(|line| format!("  {}", clean(line))));
     }
     lines.join("\n") + "\n"
+}
+
+/// What the last look-up led to, and when the next one is due.
+fn dns_in_words(dns: &Dns) -> String {
+    let answered = match (dns.answered_seconds_ago, dns.ttl_seconds) {
+        (None, _) => "no answer yet".to_owned(),
+        (Some(ago), None) => format!("answered {} ago", time(ago)),
+        (Some(ago), Some(ttl)) => format!("answered {} ago with a TTL of {}", time(ago), time(ttl)),
+    };
+    let (backends, next) = (counted(dns.backends as u64, "backend"), time(dns.next_in_seconds));
+    format!("{backends} from {}, {answered}, next look-up in {next}", dns.question)
 }
 
 fn listener_in_words(listener: &Listener, status: &Status) -> Vec<String> {
@@ -126,6 +139,12 @@ pub(super) fn problems(pool: &Pool) -> Vec<String> {
     let mut problems = Vec::new();
     if let Some(error) = pool.provider.engine.as_ref().and_then(|engine| engine.error.as_ref()) {
         problems.push(format!("pool {}: {error}", pool.name));
+    }
+    if let Some(dns) = &pool.provider.dns
+        && let Some(error) = &dns.error
+    {
+        problems
+            .push(format!("pool {}: look-up of {} failed: {error}; the known backends stay", pool.name, dns.question));
     }
     if pool.panic {
         let what = "panic: too few backends are healthy, so Ringway tries all of them";

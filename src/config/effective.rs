@@ -12,6 +12,7 @@ use super::{
     variables,
 };
 use crate::control::health::{self, Kind};
+use crate::control::provider::dns::{self, Question, Servers};
 use crate::labels::Label as _;
 use crate::networks::Networks;
 use crate::proxy::key::KeyKind;
@@ -210,6 +211,7 @@ fn provider(provider: &Provider) -> Value {
                     ("address", backend.location.to_string().into()),
                     ("id", backend.id.as_str().into()),
                     ("weight", backend.weight.into()),
+                    ("resolve", backend.resolve.as_str().into()),
                 ])
             });
             map([("static", list(backends))])
@@ -221,7 +223,27 @@ fn provider(provider: &Provider) -> Value {
             let network = auto_text(settings.network.as_deref());
             map([("docker", map([("discover", discover), ("network", network)]))])
         }
+        Provider::Dns(settings) => map([("dns", dns(settings))]),
     }
+}
+
+fn dns(dns: &dns::Settings) -> Value {
+    let mut entries = match &dns.question {
+        Question::Addresses { name, port } => vec![("name", name.as_str().into()), ("port", (*port).into())],
+        Question::Services { name } => vec![("srv", name.as_str().into())],
+    };
+    let servers = match &dns.servers {
+        Servers::System => "system".into(),
+        Servers::Listed(servers) => list(servers.iter().map(|server| server.to_string().into())),
+    };
+    entries.extend([
+        ("family", dns.family.as_str().into()),
+        ("servers", servers),
+        ("refresh", map([("min", duration(*dns.refresh.start())), ("max", duration(*dns.refresh.end()))])),
+        ("timeout", duration(dns.timeout)),
+        ("gone_after", duration(dns.gone_after)),
+    ]);
+    map(entries)
 }
 
 fn process(process: &Process) -> Value {

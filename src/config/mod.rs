@@ -304,6 +304,11 @@ impl AccessLog {
 }
 
 impl Pool {
+    /// The parameters of the pool's ring. A backend has its weight times as many points as the virtual nodes here.
+    pub fn parameters(&self) -> Parameters {
+        Parameters { virtual_nodes: self.ring.virtual_nodes.div_ceil(self.provider.usual_weight()), ..self.ring }
+    }
+
     /// Whether the check sends or expects the characters `\\r` or `\\n`, which single quotes do not turn into line ends.
     fn has_literal_escapes(&self) -> bool {
         let Some(health::Kind::Expect(expect)) = self.health_check.as_ref().map(|health| &health.check.kind) else {

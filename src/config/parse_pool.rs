@@ -192,7 +192,9 @@ fn ring(mut section: Section<'_>) -> Parameters {
 fn points(provider: &Provider, ring: Parameters) -> u64 {
     let weight: u64 = match provider {
         Provider::Static(backends) => backends.iter().map(|backend| u64::from(backend.weight)).sum(),
-        Provider::Process(_) | Provider::Containers(_) | Provider::Discover(_) => provider.backends() as u64,
+        Provider::Process(_) | Provider::Containers(_) | Provider::Discover(_) | Provider::Dns(_) => {
+            provider.backends() as u64
+        }
     };
     weight * u64::from(ring.virtual_nodes)
 }

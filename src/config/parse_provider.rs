@@ -1,34 +1,44 @@
 //! Parses the keys of a pool's provider.
 
 use std::collections::HashMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use super::keys::MOST_CPUS;
 use super::reader::{Item, Section, narrow, show};
 use super::{Containers, Discover, Process, Provider, Restart, StaticBackend};
 use crate::control::docker::label;
+use crate::control::provider::dns::{self, Question, Servers};
 use crate::control::provider::{Listed, Location};
 use crate::control::supervisor::docker::Spec;
 use crate::control::supervisor::handover;
 use crate::control::supervisor::plan::Policy;
 
 /// The possible providers, for fault messages.
-pub(super) const KINDS: &str = "one of static, process, docker";
+pub(super) const KINDS: &str = "one of static, process, docker, dns";
+
+/// The port of a name server without one.
+const DNS_PORT: u16 = 53;
+
+/// The keys of the providers.
+const NAMES: [&str; 4] = ["static", "process", "docker", "dns"];
 
 pub(super) fn provider(mut section: Section<'_>) -> Provider {
-    let (fixed, process, docker) = (section.item("static"), section.item("process"), section.item("docker"));
-    let provider = match (fixed, process, docker) {
-        (Some(item), None, None) => Provider::Static(static_backends(&item).into()),
-        (None, Some(item), None) => Provider::Process(process_of(item.section())),
-        (None, None, Some(item)) => docker_of(item.section()),
-        _ if !section.is_mapping() => Provider::Static(Arc::default()),
-        (fixed, process, docker) => {
-            let given =
-                [fixed.is_some(), process.is_some(), docker.is_some()].into_iter().filter(|&given| given).count();
-            let what = if given == 0 { "needs one" } else { "has more than one" };
-            section.fault(format_args!(
-                "{what} of static (a list of addresses), process (child processes) and docker (containers): give exactly one"
-            ));
+    let given: Vec<_> = NAMES.iter().filter_map(|&name| Some((name, section.item(name)?))).collect();
+    let provider = match <[_; 1]>::try_from(given) {
+        Ok([(name, item)]) => match name {
+            "static" => Provider::Static(static_backends(&item).into()),
+            "process" => Provider::Process(process_of(item.section())),
+            "docker" => docker_of(item.section()),
+            _ => Provider::Dns(dns_of(item.section()).into()),
+        },
+        Err(given) => {
+            if section.is_mapping() {
+                let what = if given.is_empty() { "needs one" } else { "has more than one" };
+                section.fault(format_args!(
+                    "{what} of static (a list of addresses), process (child processes), docker (containers) and dns (the addresses of a name): give exactly one"
+                ));
+            }
             Provider::Static(Arc::default())
         }
     };
@@ -59,6 +69,7 @@ fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
         let address = section.required("address", "host:port or unix:/path").and_then(|item| location(&item));
         let id = section.item("id").and_then(|item| item.text());
         let weight = narrow(section.integer("weight"));
+        let resolve = section.choice("resolve");
         section.finish();
         let Some(location) = address else { continue };
         let id = id.unwrap_or_else(|| location.to_string());
@@ -68,7 +79,7 @@ fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
         if let Some(first) = seen.insert(id.clone(), path) {
             item.fault(format_args!("id {id:?} is already the id of {first}: give each backend its own id"));
         }
-        backends.push(StaticBackend { id, location, weight });
+        backends.push(StaticBackend { id, location, weight, resolve });
     }
     backends
 }
@@ -165,6 +176,59 @@ fn discover_of(mut section: Section<'_>, network: Option<String>) -> Discover {
     Discover { label: label.unwrap_or_default(), port, network }
 }
 
+fn dns_of(mut section: Section<'_>) -> dns::Settings {
+    let name = |item: &Item<'_>| {
+        let name = item.text()?;
+        if let Some(problem) = dns::name_fault(&name) {
+            item.fault(problem);
+        }
+        Some(name)
+    };
+    let question = if let Some(item) = section.item("srv") {
+        if let Some(item) = section.item("name").or_else(|| section.item("port")) {
+            item.fault("does not apply with srv, whose records have names and ports: remove this key or srv");
+        }
+        Question::Services { name: name(&item).unwrap_or_default() }
+    } else {
+        let item = section.required("name", "a name with A or AAAA records, or srv with a name with SRV records");
+        let port = port(&mut section);
+        Question::Addresses { name: item.and_then(|item| name(&item)).unwrap_or_default(), port }
+    };
+    let family = section.choice("family");
+    let servers = section.item("servers").map_or(Servers::System, |item| servers(&item));
+    let mut refresh = section.section("refresh");
+    let (min, max) = (refresh.duration("min"), refresh.duration("max"));
+    if max < min {
+        refresh.fault("max is shorter than min: set max to min or longer");
+    }
+    refresh.finish();
+    let (timeout, gone_after) = (section.duration("timeout"), section.duration("gone_after"));
+    section.finish();
+    dns::Settings { question, family, servers, refresh: min..=max, timeout, gone_after }
+}
+
+fn servers(item: &Item<'_>) -> Servers {
+    if item.value.as_str() == Some("system") {
+        return Servers::System;
+    }
+    let items = item.list();
+    if items.is_empty() && item.value.is_sequence() {
+        item.fault("is empty: list name servers like 10.0.0.2, or write system");
+    }
+    let server = |item: &Item<'_>| {
+        let text = item.text()?;
+        let ip = text.parse().map(|ip| SocketAddr::new(ip, DNS_PORT));
+        let server = ip.or_else(|_| text.parse::<SocketAddr>()).ok().filter(|server| server.port() > 0);
+        if server.is_none() {
+            item.fault(format_args!(
+                "{text:?} is not the address of a name server: write it like 10.0.0.2 or 10.0.0.2:53"
+            ));
+        }
+        server
+    };
+    Servers::Listed(items.iter().filter_map(server).collect())
+}
+
 fn replicas(section: &mut Section<'_>) -> u32 {
     let replicas =
         section.required("replicas", "the number of replicas, from 1 to 1000").and_then(|item| item.integer());
@@ -172,7 +236,7 @@ fn replicas(section: &mut Section<'_>) -> u32 {
 }
 
 fn port(section: &mut Section<'_>) -> u16 {
-    let port = section.required("port", "the port on which the containers listen");
+    let port = section.required("port", "the port on which the backends listen");
     narrow(port.and_then(|item| item.integer()).unwrap_or(1))
 }
 

@@ -6,6 +6,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::control::provider::Location;
+use crate::control::provider::dns::{self, Question};
+use crate::control::provider::names::Resolve;
 use crate::control::supervisor::docker::Spec;
 use crate::control::supervisor::handover;
 use crate::control::supervisor::plan::Policy;
@@ -21,6 +23,8 @@ pub enum Provider {
     Containers(Containers),
     /// Containers that something else runs and Ringway discovers by label.
     Discover(Discover),
+    /// The addresses of a name.
+    Dns(Arc<dns::Settings>),
 }
 
 /// A backend listed in the config.
@@ -28,11 +32,14 @@ pub enum Provider {
 pub struct StaticBackend {
     /// Id, unique within the pool.
     pub id: String,
-    /// Where it listens. Ringway resolves a host name at start.
+    /// Where it listens.
     #[serde(flatten)]
     pub location: Location,
     /// Multiplier for the number of the backend's virtual nodes on the ring.
     pub weight: u32,
+    /// How often Ringway looks a host name up.
+    #[serde(default)]
+    pub resolve: Resolve,
 }
 
 /// Settings of a pool of child processes.
@@ -85,11 +92,11 @@ pub struct Restart {
     pub start_grace: Duration,
 }
 
-/// Backends that Ringway reserves file descriptors for in a pool of discovered containers. Nobody knows the real number
-/// in advance.
+/// Backends that Ringway reserves file descriptors for in a pool of discovered containers or of a name. Nobody knows the
+/// real number in advance.
 const DISCOVERED: usize = 32;
 
-/// How long a discovered container may fail its checks and still count as starting.
+/// How long a discovered backend may fail its checks and still count as starting.
 const DISCOVERED_GRACE: Duration = Duration::from_secs(10);
 
 impl Provider {
@@ -99,6 +106,7 @@ impl Provider {
             Self::Static(_) => "static",
             Self::Process(_) => "process",
             Self::Containers(_) | Self::Discover(_) => "docker",
+            Self::Dns(_) => "dns",
         }
     }
 
@@ -112,7 +120,7 @@ impl Provider {
         match self {
             Self::Process(process) => Some(process.replicas),
             Self::Containers(containers) => Some(containers.replicas),
-            Self::Static(_) | Self::Discover(_) => None,
+            Self::Static(_) | Self::Discover(_) | Self::Dns(_) => None,
         }
     }
 
@@ -121,7 +129,7 @@ impl Provider {
         match self {
             Self::Process(process) => process.replicas = replicas,
             Self::Containers(containers) => containers.replicas = replicas,
-            Self::Static(_) | Self::Discover(_) => {}
+            Self::Static(_) | Self::Discover(_) | Self::Dns(_) => {}
         }
     }
 
@@ -135,13 +143,13 @@ impl Provider {
         if let Self::Static(backends) = self { Some(Arc::make_mut(backends)) } else { None }
     }
 
-    /// The expected number of backends. For discovered containers this is an estimate.
+    /// The expected number of backends. For discovered ones this is an estimate.
     pub fn backends(&self) -> usize {
         match self {
             Self::Static(backends) => backends.len(),
             Self::Process(process) => process.replicas as usize,
             Self::Containers(containers) => containers.replicas as usize,
-            Self::Discover(_) => DISCOVERED,
+            Self::Discover(_) | Self::Dns(_) => DISCOVERED,
         }
     }
 
@@ -151,9 +159,18 @@ impl Provider {
         if matches!(self, Self::Process(_)) { 12 } else { 1 }
     }
 
-    /// Whether backends may have different weights.
+    /// Whether a command may change the weights of backends.
     pub fn has_weights(&self) -> bool {
-        !matches!(self, Self::Discover(_))
+        !matches!(self, Self::Discover(_) | Self::Dns(_))
+    }
+
+    /// The weight of a backend with as many points as `ring.virtual_nodes`. SRV records have proportions: one step has to be
+    /// a fraction of the usual points, or a pool would need many times as many.
+    pub fn usual_weight(&self) -> u32 {
+        match self {
+            Self::Dns(dns) if matches!(dns.question, Question::Services { .. }) => dns::WEIGHTS,
+            _ => 1,
+        }
     }
 
     /// Whether the pool needs a Docker engine.
@@ -166,7 +183,7 @@ impl Provider {
         match self {
             Self::Static(backends) => backends.iter().any(|one| matches!(one.location, Location::Unix { .. })),
             Self::Process(process) => process.spec.uses_sockets(),
-            Self::Containers(_) | Self::Discover(_) => false,
+            Self::Containers(_) | Self::Discover(_) | Self::Dns(_) => false,
         }
     }
 
@@ -185,7 +202,7 @@ impl Provider {
             Self::Static(_) => Duration::ZERO,
             Self::Process(process) => process.restart.start_grace,
             Self::Containers(containers) => containers.restart.start_grace,
-            Self::Discover(_) => DISCOVERED_GRACE,
+            Self::Discover(_) | Self::Dns(_) => DISCOVERED_GRACE,
         }
     }
 

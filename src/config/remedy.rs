@@ -8,7 +8,7 @@ use super::keys::Form;
 use super::reader::show;
 
 /// Keys of other balancers, and Ringway's.
-const SYNONYMS: [(&str, &str); 22] = [
+const SYNONYMS: [(&str, &str); 27] = [
     ("address", "listen"),
     ("backend", "pool"),
     ("backends", "pools"),
@@ -22,13 +22,18 @@ const SYNONYMS: [(&str, &str); 22] = [
     ("frontends", "listeners"),
     ("healthcheck", "health_check"),
     ("host", "address"),
+    ("host", "name"),
     ("maxconn", "max_connections"),
     ("maxconn", "max_connections_per_backend"),
+    ("nameservers", "servers"),
     ("pool_name", "pool"),
     ("port", "listen"),
+    ("resolvers", "servers"),
     ("server", "idle"),
     ("servers", "static"),
+    ("strict_dns", "dns"),
     ("timeout", "timeouts"),
+    ("ttl", "refresh"),
     ("type", "kind"),
     ("upstreams", "pools"),
 ];

@@ -3,6 +3,7 @@
 pub(crate) mod backends;
 pub(crate) mod browser;
 pub(crate) mod engine;
+pub(crate) mod name_server;
 pub(crate) mod program;
 pub(crate) mod watchdog;
 

@@ -308,6 +308,8 @@ function showBanners(status, members) {
     if (looping.length) lines.push(["bad", `Pool ${pool.name}: replicas keep exiting: ${looping.slice(0, 5).join(", ")}${looping.length > 5 ? " and others" : ""}.`]);
     const engine = pool.provider.engine;
     if (engine && !engine.reachable) lines.push(["bad", `Pool ${pool.name}: the Docker engine does not answer. ${engine.error || ""}`]);
+    const dns = pool.provider.dns;
+    if (dns && dns.error) lines.push(["warn", `Pool ${pool.name}: the look-up of ${dns.question} failed, and the known backends stay. ${dns.error}`]);
     if (pool.differs.length) lines.push(["warn", `Pool ${pool.name} differs from its config: ${pool.differs.slice(0, 8).map(differs).join("; ")}.`]);
   }
   showLines($("alerts"), "bad", lines.filter(([kind]) => kind === "bad").map(([, line]) => `✖ ${line}`));

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::source::{Prepared, Source, Update, scope, watched};
+use super::source::{Prepared, ProviderStatus, Source, Update, scope, watched};
 use crate::app::StartError;
 use crate::app::context::PoolContext;
 use crate::app::tasks::until;
@@ -31,7 +31,7 @@ pub(super) fn prepare(
     Ok(Prepared {
         source: Box::new(Discovered),
         known: Vec::new(),
-        engine_status: Some(engine_status),
+        status: ProviderStatus::Engine(engine_status),
         start: Box::new(move |start| {
             let following = follow(settings, engine, start.events, status);
             start.tasks.spawn(until(start.over, following));

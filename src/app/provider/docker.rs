@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
-use super::source::{Prepared, Source, Update, change, resting, scope, slot_settings, slots_joined, watched};
+use super::source::{
+    Prepared, ProviderStatus, Source, Update, change, resting, scope, slot_settings, slots_joined, watched,
+};
 use crate::app::StartError;
 use crate::app::changes::OfPool;
 use crate::app::context::PoolContext;
@@ -34,7 +36,7 @@ pub(super) fn prepare(
     Ok(Prepared {
         source: Box::new(Containers { settings: sender, handovers }),
         known: slots_joined(pool, containers.replicas, changes),
-        engine_status: Some(engine_status),
+        status: ProviderStatus::Engine(engine_status),
         start: Box::new(move |start| {
             let supervisor = supervise(settings, engine, start.table, start.events, status, resting, start.stop);
             start.tasks.supervise(supervisor);

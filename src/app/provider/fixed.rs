@@ -1,13 +1,13 @@
 //! The provider `static`: backends that the config lists.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
-use super::source::{Boxed, Prepared, Source, Update};
+use super::source::{Boxed, Prepared, ProviderStatus, Source, Update};
 use crate::address::Address;
 use crate::app::StartError;
 use crate::app::context::PoolContext;
@@ -16,7 +16,7 @@ use crate::config::{self, StaticBackend};
 use crate::control::Event;
 use crate::control::provider::Listed;
 use crate::control::provider::Location;
-use crate::control::provider::names::{Addresses, Name, SharedAddresses, follow, resolve_all};
+use crate::control::provider::names::{Addresses, Name, REFRESH, Resolve, SharedAddresses, follow, resolve_all};
 
 /// The addresses of the backends, and where the task that repeats look-ups finds their names.
 #[derive(Debug)]
@@ -32,8 +32,12 @@ pub(super) async fn prepare(
     context: &PoolContext<'_>,
 ) -> Result<Prepared, StartError> {
     // A machine may start before its name server. A reload has a person who can mend the name.
-    let may_miss = |found: usize| context.is_start && found > 0;
-    let addresses = resolve(key_path, backends, may_miss, |_| None).await?;
+    let known: HashMap<_, _> = context.known(&pool.name).map(|named| (&*named.id, named)).collect();
+    let kept = |backend: &StaticBackend| {
+        let known = known.get(backend.id.as_str()).filter(|known| known.name == backend.location.to_string());
+        known.map(|known| Some(Address::Ip(known.address)))
+    };
+    let addresses = resolve(key_path, backends, context.is_start, kept).await?;
     let mut known = Vec::new();
     for backend in backends {
         let id: Arc<str> = backend.id.as_str().into();
@@ -46,9 +50,9 @@ pub(super) async fn prepare(
     Ok(Prepared {
         source: Box::new(Fixed { addresses, names: sender }),
         known,
-        engine_status: None,
+        status: ProviderStatus::Independent,
         start: Box::new(move |start| {
-            let following = follow(pool, names, shared, start.table, start.events);
+            let following = follow(pool, REFRESH, names, shared, start.table, start.events);
             start.tasks.spawn(until(start.over, following));
         }),
     })
@@ -70,7 +74,7 @@ impl Source for Fixed {
                 let addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
                 old.iter().find(same).map(|old| addresses.get(&*old.id).cloned())
             };
-            resolve(key_path, new, |_| false, kept).await
+            resolve(key_path, new, false, kept).await
         })
     }
 
@@ -107,23 +111,22 @@ fn changed_backends(
 }
 
 fn name(backend: &StaticBackend) -> Name {
-    Name { id: backend.id.as_str().into(), location: backend.location.clone() }
+    Name { id: backend.id.as_str().into(), location: backend.location.clone(), resolve: backend.resolve }
 }
 
 fn names(backends: &[StaticBackend]) -> Vec<Name> {
     backends.iter().map(name).collect()
 }
 
-/// The addresses of the backends. A name without one is an error, unless `kept` knows the backend or, by the number of
-/// names that have one, `may_miss` allows it. Ringway looks such a name up again later.
+/// The addresses of the backends. A name without one is an error, unless `kept` knows the backend or `may_miss` allows it.
+/// Ringway looks such a name up again later.
 async fn resolve(
     key_path: &str,
     backends: &[StaticBackend],
-    may_miss: impl Fn(usize) -> bool,
+    may_miss: bool,
     kept: impl Fn(&StaticBackend) -> Option<Option<Address>>,
 ) -> Result<Addresses, StartError> {
-    let results = resolve_all(&names(backends)).await;
-    let resolved = results.iter().filter(|result| result.is_ok()).count();
+    let results = resolve_all(&names(backends), |_| None).await;
     let mut found = Addresses::new();
     for (backend, result) in std::iter::zip(backends, results) {
         let known = result.is_err().then(|| kept(backend)).flatten();
@@ -132,7 +135,7 @@ async fn resolve(
             (Err(_), Some(kept)) => kept,
             (Err(error), None) => {
                 let error = unresolved(key_path, backend, error);
-                if !may_miss(resolved) {
+                if !may_miss {
                     return Err(error);
                 }
                 tracing::warn!("{error}; the backend is starting until Ringway can resolve its name");
@@ -146,7 +149,7 @@ async fn resolve(
 
 /// The backends whose names cannot be resolved now, each as the error that names its key path.
 pub(super) async fn unknown_names(key_path: &str, backends: &[StaticBackend]) -> Vec<StartError> {
-    let results = std::iter::zip(backends, resolve_all(&names(backends)).await);
+    let results = std::iter::zip(backends, resolve_all(&names(backends), |_| None).await);
     results.filter_map(|(backend, result)| Some(unresolved(key_path, backend, result.err()?))).collect()
 }
 
@@ -159,5 +162,6 @@ fn unresolved(key_path: &str, backend: &StaticBackend, error: io::Error) -> Star
 
 /// Converts a backend that a command adds into the form of the config.
 pub(in crate::app) fn listed(backend: Listed) -> StaticBackend {
-    StaticBackend { id: backend.id.to_string(), location: backend.location, weight: backend.weight }
+    let (id, location, weight) = (backend.id.to_string(), backend.location, backend.weight);
+    StaticBackend { id, location, weight, resolve: Resolve::Refresh }
 }

@@ -4,11 +4,13 @@
 //! To add a kind, add its settings in `config/provider.rs`, a file here with a [`Source`], and one line in [`prepare`].
 
 mod discover;
+mod dns;
 mod docker;
 mod fixed;
 mod process;
 mod source;
 
+use std::collections::HashMap;
 use std::io;
 
 use tokio::sync::oneshot;
@@ -20,6 +22,7 @@ use super::changes::OfPool;
 use super::context::PoolContext;
 use crate::config::{self, Provider};
 use crate::control::docker::engine::Engine;
+use crate::control::provider::Location;
 pub(super) use crate::control::provider::names::Addresses;
 use crate::control::supervisor::handover::{Handed, Handover};
 
@@ -36,6 +39,7 @@ pub(super) async fn prepare(
         Provider::Process(process) => process::prepare(key_path, pool, process, changes, taken_over, context),
         Provider::Containers(containers) => docker::prepare(pool, containers, changes, context),
         Provider::Discover(settings) => discover::prepare(pool, settings, context),
+        Provider::Dns(settings) => Ok(dns::prepare(pool, settings, context).await),
     }
 }
 
@@ -43,9 +47,7 @@ pub(super) async fn prepare(
 pub(super) async fn probe(key_path: &str, pool: &config::Pool, engine: Option<&Engine>) -> Vec<(bool, StartError)> {
     match &pool.provider {
         Provider::Static(backends) => {
-            let unknown = fixed::unknown_names(key_path, backends).await;
-            let is_fatal = unknown.len() == backends.len();
-            unknown.into_iter().map(|error| (is_fatal, error)).collect()
+            fixed::unknown_names(key_path, backends).await.into_iter().map(|error| (false, error)).collect()
         }
         Provider::Process(process) => {
             let missing = process::check_program(&format!("{key_path}.provider.process"), process).err();
@@ -56,6 +58,38 @@ pub(super) async fn probe(key_path: &str, pool: &config::Pool, engine: Option<&E
             docker::missing_image(key_path, containers, engine).await.map(|error| (false, error)).into_iter().collect()
         }
         Provider::Discover(_) => Vec::new(),
+        Provider::Dns(settings) => {
+            dns::fault(key_path, settings).await.map(|error| (false, error)).into_iter().collect()
+        }
+    }
+}
+
+/// The names that Ringway looks up to get the addresses of backends.
+pub(super) enum Names<'a> {
+    /// One name has led to all of them.
+    Common(String),
+    /// By the ids of backends. The others have an address that needs no look-up.
+    Own(HashMap<&'a str, &'a Location>),
+}
+
+impl<'a> Names<'a> {
+    pub(super) fn of(provider: &'a Provider) -> Self {
+        match provider {
+            Provider::Dns(settings) => Self::Common(settings.question.to_string()),
+            Provider::Static(backends) => {
+                let named = backends.iter().filter(|backend| backend.location.is_name());
+                Self::Own(named.map(|backend| (backend.id.as_str(), &backend.location)).collect())
+            }
+            Provider::Process(_) | Provider::Containers(_) | Provider::Discover(_) => Self::Own(HashMap::new()),
+        }
+    }
+
+    /// What Ringway looks up for this backend; `None`: nothing.
+    pub(super) fn get(&self, id: &str) -> Option<String> {
+        match self {
+            Self::Common(name) => Some(name.clone()),
+            Self::Own(names) => names.get(id).map(ToString::to_string),
+        }
     }
 }
 
@@ -68,6 +102,9 @@ pub(super) fn takes_over(provider: &Provider) -> bool {
 pub(super) fn can_become(running: &Provider, new: &Provider) -> bool {
     match (running, new) {
         (Provider::Discover(running), Provider::Discover(new)) => running == new,
+        (Provider::Dns(running), Provider::Dns(new)) => {
+            running.question == new.question && running.family == new.family
+        }
         (running, new) => running.is_same_kind(new),
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
 
-use super::source::{Boxed, Prepared, Source, Update, change, resting, slot_settings, slots_joined};
+use super::source::{Boxed, Prepared, ProviderStatus, Source, Update, change, resting, slot_settings, slots_joined};
 use crate::app::changes::OfPool;
 use crate::app::context::PoolContext;
 use crate::app::{Environment, StartError};
@@ -39,7 +39,7 @@ pub(super) fn prepare(
     Ok(Prepared {
         source: Box::new(Processes { settings: sender, handovers }),
         known: slots_joined(pool, process.replicas, changes),
-        engine_status: None,
+        status: ProviderStatus::Independent,
         start: Box::new(move |start| {
             let supervisor = supervise(settings, ports, taken_over, resting, start.table, start.events, start.stop);
             start.tasks.supervise(supervisor);

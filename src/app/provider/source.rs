@@ -16,6 +16,7 @@ use crate::config::{self, Config};
 use crate::control::docker::engine::Engine;
 use crate::control::docker::scope::ScopeSettings;
 use crate::control::docker::watch::EngineStatus;
+pub(super) use crate::control::provider::ProviderStatus;
 use crate::control::provider::names::Addresses;
 use crate::control::supervisor::SlotSettings;
 use crate::control::supervisor::handover::{Handover, Resting};
@@ -69,8 +70,8 @@ pub(in crate::app) struct Prepared {
     pub(in crate::app) source: Box<dyn Source>,
     /// What the publisher knows from the start.
     pub(in crate::app) known: Vec<Event>,
-    /// The state of the Docker engine, for kinds that use one.
-    pub(in crate::app) engine_status: Option<Arc<EngineStatus>>,
+    /// The state of what the provider depends on.
+    pub(in crate::app) status: ProviderStatus,
     /// Starts the tasks of the provider.
     pub(in crate::app) start: Box<dyn FnOnce(Start<'_>) + Send>,
 }

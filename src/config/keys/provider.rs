@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use super::{Form, Key, days, hours, minutes, ms, names, seconds};
+use crate::control::provider::dns::Family;
+use crate::control::provider::names::Resolve;
 use crate::control::supervisor::docker::Pull;
 
 /// Minimum memory of a container in bytes. The Docker engine rejects less.
@@ -17,6 +19,7 @@ pub(super) const PROVIDER: Form = Form::Any(&[
     Form::Section(STATIC, "{ static: [{ address: \"10.0.0.5:80\" }] }"),
     Form::Section(PROCESS, ""),
     Form::Section(CONTAINERS, ""),
+    Form::Section(NAMES, ""),
 ]);
 
 /// The provider `static`.
@@ -36,15 +39,28 @@ const CONTAINERS: &[Key] = &[Key::required(
     "containers",
 )];
 
+/// The provider `dns`.
+const NAMES: &[Key] = &[Key::required(
+    "dns",
+    Form::Any(&[Form::Section(ADDRESSES, "{ name: web.example.com., port: 80 }"), Form::Section(SERVICES, "")]),
+    "the addresses of a name",
+)];
+
 /// An entry of `pools[].provider.static`.
 const BACKEND: &[Key] = &[
     Key::required(
         "address",
         Form::Quoted(""),
-        "host and port, or [`unix:/path`](#unix-sockets). Ringway resolves a name at start and at each reload",
+        "host and port, or [`unix:/path`](#unix-sockets). For a name, see `resolve`",
     ),
     Key::optional("id", Form::Text, "(the address)", "identity on the ring"),
     Key::integer("weight", 1..=1000, 1, "multiple of `virtual_nodes`, 1 to 1000"),
+    Key::choice(
+        "resolve",
+        names::<Resolve>,
+        "refresh",
+        "for a name: `refresh` looks it up at start, at each reload and about every 30 s. `once`: only at start and at each reload. Both look it up sooner while the backend fails, and keep the address if a look-up fails",
+    ),
 ];
 
 /// Section `pools[].provider.process`.
@@ -168,3 +184,71 @@ const RESOURCES: &[Key] = &[
     ),
     Key::optional("cpus", Form::Decimal(0.01, MOST_CPUS), "(no limit)", "CPU limit, like 0.5"),
 ];
+
+/// Section `pools[].provider.dns` for A and AAAA records.
+const ADDRESSES: &[Key] = &[
+    Key::required(
+        "name",
+        Form::Text,
+        "name whose A and AAAA records are the backends. End it with a dot: without one, Ringway first tries the domains of the system's search list. Use either `name` or `srv`",
+    ),
+    Key::required("port", Form::Integer(1..=65_535), "port on which the backends listen. Only with `name`"),
+    FAMILY,
+    SERVERS,
+    REFRESH,
+    TIMEOUT,
+    GONE_AFTER,
+];
+
+/// Section `pools[].provider.dns` for SRV records.
+const SERVICES: &[Key] = &[
+    Key::required(
+        "srv",
+        Form::Text,
+        "name whose SRV records are the backends, like `_redis._tcp.example.com.`. Their ports and weights apply. Of several priorities, Ringway uses only the best",
+    ),
+    FAMILY,
+    SERVERS,
+    REFRESH,
+    TIMEOUT,
+    GONE_AFTER,
+];
+
+const FAMILY: Key = Key::choice(
+    "family",
+    names::<Family>,
+    "any",
+    "addresses to use: `any`, `ipv4` (A records) or `ipv6` (AAAA records)",
+);
+
+const SERVERS: Key = Key::usual(
+    "servers",
+    Form::Any(&[Form::Word("system"), Form::List(&Form::Quoted(""))]),
+    "system",
+    "name servers to ask, in this order, like `[10.0.0.2, \"10.0.0.3:8600\"]`. `system`: those in `/etc/resolv.conf`, which Ringway reads at start, at a reload and after failures",
+);
+
+const REFRESH: Key = Key::section(
+    "refresh",
+    &[
+        Key::duration("min", ms(100)..=hours(1), seconds(1), "shortest time from one look-up to the next"),
+        Key::duration(
+            "max",
+            seconds(1)..=days(1),
+            seconds(30),
+            "longest time from one look-up to the next. Between both, the TTL of the answer decides. While a backend fails, Ringway asks earlier",
+        ),
+    ],
+    "{ max: 10s }",
+    "how often Ringway looks the name up",
+);
+
+const TIMEOUT: Key =
+    Key::duration("timeout", ms(100)..=minutes(1), seconds(2), "longest wait for the answer of one name server");
+
+const GONE_AFTER: Key = Key::duration(
+    "gone_after",
+    Duration::ZERO..=days(1),
+    seconds(30),
+    "how long complete answers must miss a backend before Ringway drains and removes it. Failed look-ups remove nothing",
+);

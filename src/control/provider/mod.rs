@@ -6,16 +6,44 @@
 //! - this file: backends and slots that follow from the config or a command
 //! - [`names`]: looks up the host names of listed backends
 //! - [`discover`]: containers that Ringway does not run itself
+//! - [`dns`]: the addresses of a name
 
 pub mod discover;
+pub mod dns;
 pub mod names;
 
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use self::dns::status::DnsStatus;
 use crate::address::{Address, host_and_port};
+use crate::control::docker::watch::EngineStatus;
+
+/// What a provider depends on, as it last saw it; for status and metrics.
+#[derive(Debug, Clone)]
+pub enum ProviderStatus {
+    /// It depends on nothing outside of Ringway.
+    Independent,
+    /// A Docker engine.
+    Engine(Arc<EngineStatus>),
+    /// Name servers.
+    Dns(Arc<DnsStatus>),
+}
+
+impl ProviderStatus {
+    /// The state of the Docker engine, for providers that use one.
+    pub fn engine(&self) -> Option<&EngineStatus> {
+        if let Self::Engine(status) = self { Some(status) } else { None }
+    }
+
+    /// The look-ups, for the provider `dns`.
+    pub fn dns(&self) -> Option<&DnsStatus> {
+        if let Self::Dns(status) = self { Some(status) } else { None }
+    }
+}
 
 /// A backend that is listed in the config or by a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,6 +117,11 @@ impl Location {
             Err(problem) => problem,
         };
         Err(format!("{text:?} {problem}"))
+    }
+
+    /// Whether the host is a name, which needs a look-up.
+    pub fn is_name(&self) -> bool {
+        matches!(self, Self::Host { host, .. } if host.parse::<IpAddr>().is_err())
     }
 }
 

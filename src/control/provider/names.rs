@@ -1,14 +1,20 @@
 //! The provider `static`: looks up the host names of listed backends.
 //!
-//! Ringway looks a name up when it starts and when it reloads. While a backend has no address, or fails its checks,
-//! Ringway repeats the look-up: the name may have another address now, or another of its addresses may answer.
+//! Ringway looks a name up when it starts, when it reloads, and about every 30 seconds. While a backend has no address, or fails
+//! its checks, Ringway repeats the look-up sooner: the name may have another address now, or another of its addresses may
+//! answer. A failed look-up changes nothing.
+//!
+//! These look-ups ask the system (getaddrinfo(3)), because names may come from more than DNS: `/etc/hosts`, mDNS, LDAP.
 
-use std::collections::BTreeMap;
+use std::collections::hash_map::RandomState;
+use std::collections::{BTreeMap, HashSet};
+use std::hash::BuildHasher as _;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -16,10 +22,11 @@ use crate::address::Address;
 use crate::backend::State;
 use crate::control::provider::Location;
 use crate::control::{Event, health};
+use crate::label_enum;
 use crate::table::{Table, TableCell};
 
 /// Longest time for all look-ups of a start or a reload, which run side by side.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Look-ups that run at the same time. Each takes a thread of the resolver.
 const AT_ONCE: usize = 32;
@@ -32,6 +39,23 @@ const FIRST: Duration = Duration::from_secs(1);
 
 /// Longest wait between two look-ups.
 const LONGEST: Duration = Duration::from_secs(30);
+
+/// Time from one look-up of a healthy backend's name to the next. Up to a tenth shorter, so that instances do not all ask at the
+/// same moment.
+pub const REFRESH: Duration = Duration::from_secs(30);
+
+label_enum! {
+    /// How often Ringway looks a name up.
+    #[derive(Default, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    pub enum Resolve {
+        /// Again and again.
+        #[default]
+        Refresh => "refresh",
+        /// At a start, at a reload, and while the backend fails.
+        Once => "once",
+    }
+}
 
 /// The address of each listed backend that has one.
 pub type Addresses = BTreeMap<Arc<str>, Address>;
@@ -46,6 +70,8 @@ pub struct Name {
     pub id: Arc<str>,
     /// Where it listens.
     pub location: Location,
+    /// How often Ringway looks it up.
+    pub resolve: Resolve,
 }
 
 impl Name {
@@ -61,18 +87,19 @@ impl Name {
     }
 }
 
-/// Looks up all names side by side. The results are in the order of the names.
-pub async fn resolve_all(names: &[Name]) -> Vec<io::Result<Address>> {
+/// Looks up all names side by side. The results are in the order of the names. An address that is `current` stays as long as the
+/// name has it.
+pub async fn resolve_all(names: &[Name], current: impl Fn(&Name) -> Option<SocketAddr>) -> Vec<io::Result<Address>> {
     let at_once = Arc::new(Semaphore::new(AT_ONCE));
     let mut lookups = JoinSet::new();
     let mut found: Vec<io::Result<Address>> = Vec::with_capacity(names.len());
     for (n, name) in names.iter().enumerate() {
         let address = name.address();
         if let Err((host, port)) = address {
-            let (at_once, host) = (Arc::clone(&at_once), host.to_owned());
+            let (at_once, host, current) = (Arc::clone(&at_once), host.to_owned(), current(name));
             lookups.spawn(async move {
                 let _permit = at_once.acquire().await;
-                (n, resolve(&host, port).await.map(Address::Ip))
+                (n, resolve(&host, port, current).await.map(Address::Ip))
             });
         }
         found.push(address.map_err(|_| {
@@ -88,10 +115,13 @@ pub async fn resolve_all(names: &[Name]) -> Vec<io::Result<Address>> {
     found
 }
 
-/// The first address of a name that accepts a connection; if none does, the first. IPv4 comes before IPv6, so that
-/// instances on one network agree.
-async fn resolve(host: &str, port: u16) -> io::Result<SocketAddr> {
+/// The current address, if the name still has it; else the first that accepts a connection; if none does, the first. IPv4
+/// comes before IPv6, so that instances on one network agree.
+async fn resolve(host: &str, port: u16, current: Option<SocketAddr>) -> io::Result<SocketAddr> {
     let mut addresses: Vec<SocketAddr> = tokio::net::lookup_host((host, port)).await?.collect();
+    if let Some(current) = current.filter(|current| addresses.contains(current)) {
+        return Ok(current);
+    }
     addresses.sort_by_key(SocketAddr::is_ipv6);
     addresses.dedup();
     let first = *addresses.first().ok_or(io::ErrorKind::NotFound)?;
@@ -110,49 +140,75 @@ async fn resolve(host: &str, port: u16) -> io::Result<SocketAddr> {
     Ok(first)
 }
 
-/// Repeats the look-ups of backends that need one, until the pool ends.
+/// Repeats the look-ups of backends that need one, until the pool ends. `every` is the time from one look-up of a healthy
+/// backend's name to the next.
 pub async fn follow(
     pool: Arc<str>,
+    every: Duration,
     mut names: watch::Receiver<Vec<Name>>,
     addresses: SharedAddresses,
     table: TableCell,
     events: mpsc::Sender<Event>,
 ) {
-    let mut changes = table.watch();
-    let mut wait = FIRST;
+    let (mut changes, random) = (table.watch(), RandomState::new());
+    let refreshed = || {
+        let chance = random.hash_one(Instant::now()) as f64 / u64::MAX as f64;
+        Instant::now() + every.mul_f64(1.0 - chance / 10.0)
+    };
+    let (mut wait, mut refresh) = (FIRST, refreshed());
+    // Healthy backends whose current address was not in the last answer.
+    let mut missing = HashSet::new();
     // Only these can change their addresses. There can be thousands of others.
     let hosts = |names: &mut watch::Receiver<Vec<Name>>| -> Vec<Name> {
         names.borrow_and_update().iter().filter(|name| name.address().is_err()).cloned().collect()
     };
     let mut of_hosts = hosts(&mut names);
     loop {
-        if names.has_changed().unwrap_or(false) {
-            of_hosts = hosts(&mut names);
+        let down = down(&of_hosts, &table.load());
+        let refreshes = of_hosts.iter().any(|name| name.resolve == Resolve::Refresh);
+        let next = [refreshes.then_some(refresh), (!down.is_empty()).then(|| Instant::now() + wait)];
+        let next = next.into_iter().flatten().min();
+        tokio::select! {
+            () = tokio::time::sleep_until(next.unwrap_or(refresh).into()), if next.is_some() => {}
+            changed = names.changed() => match changed {
+                Ok(()) => {
+                    of_hosts = hosts(&mut names);
+                    continue;
+                }
+                Err(_) => return,
+            },
+            changed = changes.changed(), if down.is_empty() => match changed {
+                Ok(()) => continue,
+                Err(_) => return,
+            },
         }
-        let due = due(&of_hosts, &table.load());
-        if due.is_empty() {
-            wait = FIRST;
-            tokio::select! {
-                changed = changes.changed() => if changed.is_err() { return },
-                changed = names.changed() => match changed {
-                    Ok(()) => of_hosts = hosts(&mut names),
-                    Err(_) => return,
-                },
-            }
-            continue;
+        wait = if down.is_empty() { FIRST } else { (wait * 2).min(LONGEST) };
+        let is_down = |name: &Name| down.iter().any(|down| down.id == name.id);
+        let mut asked = down.clone();
+        if Instant::now() >= refresh {
+            refresh = refreshed();
+            let others = of_hosts.iter().filter(|name| name.resolve == Resolve::Refresh && !is_down(name));
+            asked.extend(others.cloned());
         }
-        tokio::time::sleep(wait).await;
-        wait = (wait * 2).min(LONGEST);
-        for (name, found) in std::iter::zip(&due, resolve_all(&due).await) {
+        let known = addresses.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let current = |name: &Name| known.get(&name.id).filter(|_| !is_down(name))?.ip();
+        let found = resolve_all(&asked, current).await;
+        for (name, found) in std::iter::zip(&asked, found) {
             let Ok(address) = found else { continue };
-            // A reload may have given the backend another name meanwhile.
-            let is_current = names.borrow().contains(name);
-            let set = || {
-                addresses.lock().unwrap_or_else(PoisonError::into_inner).insert(Arc::clone(&name.id), address.clone())
-            };
-            if !is_current || set().as_ref() == Some(&address) {
+            let is_current = known.get(&name.id) == Some(&address);
+            // An answer can lack an address for a moment. A backend that works moves at the second one.
+            if is_current || (!is_down(name) && missing.insert(Arc::clone(&name.id))) {
+                if is_current {
+                    missing.remove(&name.id);
+                }
                 continue;
             }
+            missing.remove(&name.id);
+            // A reload may have given the backend another name meanwhile.
+            if !names.borrow().contains(name) {
+                continue;
+            }
+            addresses.lock().unwrap_or_else(PoisonError::into_inner).insert(Arc::clone(&name.id), address.clone());
             tracing::info!(%pool, backend = %name.id, name = %name.location, %address, "the backend has a new address");
             let event = Event::Started { id: Arc::clone(&name.id), address, replica: None };
             if events.send(event).await.is_err() {
@@ -163,12 +219,60 @@ pub async fn follow(
 }
 
 /// Those names whose backend has no address or fails its checks.
-fn due(names: &[Name], table: &Table) -> Vec<Name> {
-    let down = |name: &&Name| {
+fn down(names: &[Name], table: &Table) -> Vec<Name> {
+    let is_down = |name: &&Name| {
         table
             .backends()
             .find(&name.id)
             .is_some_and(|backend| matches!(backend.state, State::Starting | State::Unhealthy))
     };
-    names.iter().filter(down).cloned().collect()
+    names.iter().filter(is_down).cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::publisher::{OnDown, Publisher, Settings};
+    use crate::ring::Parameters;
+
+    const EVERY: Duration = Duration::from_millis(20);
+
+    /// The first event of a pool with a healthy backend at an address that its name, `localhost`, does not have.
+    async fn first_event(resolve: Resolve, patience: Duration) -> Option<Event> {
+        let settings = Settings {
+            parameters: Parameters { virtual_nodes: 10, probes: 3, seed: 0 },
+            is_checked: false,
+            panic_below: 50,
+            on_down: OnDown::Keep,
+            slow_start: Duration::ZERO,
+        };
+        let id: Arc<str> = "a".into();
+        let old = Address::Ip(([127, 0, 0, 99], 80).into());
+        let started = Event::Started { id: Arc::clone(&id), address: old.clone(), replica: None };
+        let known = [Event::Joined { id: Arc::clone(&id), weight: 1 }, started];
+        let publisher = Publisher::new("p".into(), settings, known, Instant::now());
+        let location = Location::parse("localhost:80").unwrap();
+        let (_names, receiver) = watch::channel(vec![Name { id: Arc::clone(&id), location, resolve }]);
+        let addresses: SharedAddresses = Arc::new(Mutex::new([(id, old)].into()));
+        let (sender, mut events) = mpsc::channel(8);
+        let following = follow("p".into(), EVERY, receiver, addresses, publisher.table(), sender);
+        tokio::select! {
+            () = following => None,
+            event = events.recv() => event,
+            () = tokio::time::sleep(patience) => None,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_healthy_backend_follows_its_name() {
+        let event = first_event(Resolve::Refresh, Duration::from_secs(60)).await;
+        let Some(Event::Started { address, .. }) = event else { panic!("{event:?}") };
+        assert!(address.ip().unwrap().ip().is_loopback() && address.ip().unwrap() != ([127, 0, 0, 99], 80).into());
+    }
+
+    #[tokio::test]
+    async fn a_name_that_is_looked_up_once_changes_nothing_while_the_backend_is_healthy() {
+        let event = first_event(Resolve::Once, 20 * EVERY).await;
+        assert!(event.is_none(), "{event:?}");
+    }
 }

@@ -1,0 +1,119 @@
+//! What the last look-ups of a pool's name led to, for status and metrics.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use arc_swap::ArcSwap;
+
+use super::lookup::{Answer, Outcome};
+use super::members::Changes;
+use crate::label_enum;
+use crate::labels::Tally;
+
+label_enum! {
+    /// How answers change the backends of a pool.
+    pub enum ChangeKind {
+        /// A backend joined.
+        Joined => "joined",
+        /// A backend has another address or weight.
+        Changed => "changed",
+        /// A backend leaves.
+        Left => "left",
+    }
+}
+
+/// The look-ups of a pool. One task writes; others read at any time.
+#[derive(Debug)]
+pub struct DnsStatus {
+    /// Look-ups, by how they ended.
+    pub lookups: Tally<Outcome>,
+    /// Changes of backends, by kind.
+    pub changes: Tally<ChangeKind>,
+    last: ArcSwap<Last>,
+    began: Instant,
+}
+
+/// The last look-ups.
+#[derive(Debug, Clone)]
+pub struct Last {
+    /// The name that Ringway looks up, with `srv` or the port.
+    pub question: Arc<str>,
+    /// When the last complete answer came; `None`: there was none.
+    pub answered: Option<Instant>,
+    /// How the last look-up ended; `None`: there was none.
+    pub outcome: Option<Outcome>,
+    /// How long the last complete answer said that it is valid.
+    pub ttl: Option<Duration>,
+    /// Backends that the name has led to.
+    pub backends: usize,
+    /// Why the last look-up failed; `None`: it did not.
+    pub error: Option<Arc<str>>,
+    /// When the next look-up is due.
+    pub next: Instant,
+}
+
+impl DnsStatus {
+    /// The status before the first look-up.
+    pub fn new(question: &str, now: Instant) -> Self {
+        let last = Last {
+            question: question.into(),
+            answered: None,
+            outcome: None,
+            ttl: None,
+            backends: 0,
+            error: None,
+            next: now,
+        };
+        Self { lookups: Tally::default(), changes: Tally::default(), last: ArcSwap::from_pointee(last), began: now }
+    }
+
+    /// The last look-ups.
+    pub fn last(&self) -> Arc<Last> {
+        self.last.load_full()
+    }
+
+    /// Age of the last complete answer; before the first one, the time since the pool began.
+    pub fn age(&self) -> Duration {
+        self.last.load().answered.unwrap_or(self.began).elapsed()
+    }
+
+    /// Counts a look-up and logs a failure, unless the one before it failed in the same way.
+    pub(super) fn note(&self, pool: &str, answer: &Answer, changes: &Changes, backends: usize, now: Instant) {
+        self.lookups.count(answer.outcome());
+        for (kind, count) in [
+            (ChangeKind::Joined, changes.joined),
+            (ChangeKind::Changed, changes.changed),
+            (ChangeKind::Left, changes.left),
+        ] {
+            self.changes.add(kind, count);
+        }
+        let before = self.last();
+        let mut last = Last::clone(&before);
+        last.backends = backends;
+        let name = Arc::clone(&last.question);
+        if let Some(fault) = &answer.fault {
+            if before.error.as_deref() != Some(&*fault.text) {
+                tracing::warn!(%pool, %name, backends, "look-up failed: {fault}; the known backends stay, and Ringway asks again");
+            }
+            last.error = Some(fault.text.as_str().into());
+        } else {
+            if before.error.is_some() {
+                tracing::info!(%pool, %name, backends, "look-ups succeed again");
+            }
+            if answer.found.is_empty() && before.outcome != Some(Outcome::Empty) {
+                tracing::warn!(%pool, %name, backends, "the name has no address");
+            }
+            (last.answered, last.ttl, last.error) = (Some(now), answer.ttl, None);
+        }
+        last.outcome = Some(answer.outcome());
+        if changes.too_many > 0 {
+            tracing::warn!(%pool, %name, ignored = changes.too_many, "the name has more addresses than a pool may have backends");
+        }
+        self.last.store(Arc::new(last));
+    }
+
+    /// Notes when the next look-up is due.
+    pub(super) fn plan(&self, next: Instant) {
+        self.last.rcu(|last| Last { next, ..Last::clone(last) });
+    }
+}

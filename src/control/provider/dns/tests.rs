@@ -1,0 +1,273 @@
+use std::collections::BTreeSet;
+
+use super::lookup::{Fault, Found, Outcome};
+use super::members::Changes;
+use super::*;
+
+const GONE_AFTER: Duration = Duration::from_secs(30);
+const DRAIN: Duration = Duration::from_secs(5);
+const REFRESH: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(30);
+
+fn seconds(count: u64) -> Duration {
+    Duration::from_secs(count)
+}
+
+fn backend(n: u8) -> Found {
+    let address = SocketAddr::from(([10, 0, 0, n], 80));
+    Found { id: address.to_string().into(), addresses: vec![address], is_partial: false, weight: 1 }
+}
+
+fn target(name: &str, addresses: &[u8], weight: u32) -> Found {
+    let addresses: Vec<_> = addresses.iter().map(|&n| SocketAddr::from(([10, 0, 0, n], 80))).collect();
+    Found { id: format!("{name}:80").into(), is_partial: addresses.is_empty(), addresses, weight }
+}
+
+fn answer(found: impl IntoIterator<Item = Found>) -> Answer {
+    let found = found.into_iter().map(|found| (Arc::clone(&found.id), found)).collect();
+    Answer { found, ttl: Some(seconds(10)), fault: None }
+}
+
+fn failed(outcome: Outcome) -> Answer {
+    Answer { fault: Some(Fault { outcome, text: "no".to_owned() }), ..Answer::default() }
+}
+
+/// Members and a clock that a test moves.
+struct Bench {
+    members: Members,
+    now: Instant,
+}
+
+impl Bench {
+    fn new() -> Self {
+        Self { members: Members::default(), now: Instant::now() }
+    }
+
+    fn learn(&mut self, answer: &Answer) -> Changes {
+        self.members.learn(answer, GONE_AFTER, DRAIN, self.now)
+    }
+
+    /// The events of an answer, in words.
+    fn words(&mut self, answer: &Answer) -> Vec<String> {
+        let events = self.learn(answer).events;
+        let words = events.into_iter().map(|event| match event {
+            Event::Joined { id, weight } => format!("{id} joined with {weight}"),
+            Event::Started { id, address, .. } => format!("{id} is at {address}"),
+            Event::Leaving { id, within } => format!("{id} leaves within {within:?}"),
+            other => format!("{other:?}"),
+        });
+        words.collect()
+    }
+}
+
+#[test]
+fn the_order_and_the_repeats_of_an_answer_change_nothing() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.learn(&answer([3, 1, 2].map(backend))).joined, 3);
+    for _ in 0..100 {
+        bench.now += seconds(10);
+        assert!(bench.learn(&answer([2, 3, 1, 1].map(backend))).events.is_empty());
+    }
+}
+
+#[test]
+fn failed_look_ups_remove_nothing_however_long_they_fail() {
+    let mut bench = Bench::new();
+    bench.learn(&answer([1, 2].map(backend)));
+    let kinds = [Outcome::Timeout, Outcome::ServerFailure, Outcome::Refused, Outcome::Truncated, Outcome::Failed];
+    for n in 0..10_000 {
+        bench.now += seconds(10);
+        assert!(bench.learn(&failed(kinds[n % kinds.len()])).events.is_empty());
+    }
+    assert_eq!(bench.members.count(), 2);
+}
+
+#[test]
+fn a_part_of_an_answer_adds_and_does_not_remove() {
+    let mut bench = Bench::new();
+    bench.learn(&answer([1, 2].map(backend)));
+    let part = Answer { fault: failed(Outcome::Timeout).fault, ..answer([2, 3].map(backend)) };
+    for _ in 0..10 {
+        bench.now += GONE_AFTER;
+        bench.learn(&part);
+    }
+    assert_eq!(bench.members.count(), 3);
+}
+
+#[test]
+fn a_backend_leaves_when_complete_answers_have_missed_it_for_long_enough() {
+    let mut bench = Bench::new();
+    bench.learn(&answer([1, 2].map(backend)));
+    bench.now += seconds(10);
+    assert!(bench.words(&answer([1].map(backend))).is_empty());
+    // It was back for a moment: the time starts again.
+    bench.now += seconds(20);
+    assert!(bench.words(&answer([1, 2].map(backend))).is_empty());
+    bench.now += seconds(1);
+    assert!(bench.words(&answer([1].map(backend))).is_empty());
+    bench.now += seconds(29);
+    assert!(bench.words(&answer([1].map(backend))).is_empty());
+    // A failure is no evidence, but does not bring the backend back either.
+    bench.now += seconds(1);
+    assert!(bench.words(&failed(Outcome::Timeout)).is_empty());
+    assert_eq!(bench.words(&answer([1].map(backend))), ["10.0.0.2:80 leaves within 5s"]);
+    // It can come back, and needs its address again.
+    assert_eq!(
+        bench.words(&answer([1, 2].map(backend))),
+        ["10.0.0.2:80 joined with 1", "10.0.0.2:80 is at 10.0.0.2:80"]
+    );
+}
+
+#[test]
+fn a_name_that_does_not_exist_for_a_moment_loses_nothing() {
+    let mut bench = Bench::new();
+    bench.learn(&answer([1, 2].map(backend)));
+    for _ in 0..20 {
+        bench.now += seconds(1);
+        assert!(bench.words(&answer([])).is_empty());
+    }
+    assert!(bench.words(&answer([1, 2].map(backend))).is_empty());
+    bench.words(&answer([]));
+    bench.now += GONE_AFTER;
+    assert_eq!(bench.learn(&answer([])).left, 2);
+}
+
+#[test]
+fn answers_that_rotate_a_part_of_the_addresses_lead_to_all_of_them() {
+    let mut bench = Bench::new();
+    let mut leaves = 0;
+    for round in 0..300_u32 {
+        bench.now += seconds(1);
+        let part = (0..8).map(|n| backend(((round * 8 + n) % 20) as u8));
+        leaves += bench.learn(&answer(part)).left;
+    }
+    assert_eq!((bench.members.count(), leaves), (20, 0));
+}
+
+#[test]
+fn a_target_keeps_its_identity_when_its_address_changes() {
+    let mut bench = Bench::new();
+    assert_eq!(bench.words(&answer([target("a", &[1], 2)])), ["a:80 joined with 2", "a:80 is at 10.0.0.1:80"]);
+    assert_eq!(bench.words(&answer([target("a", &[2], 2)])), ["a:80 is at 10.0.0.2:80"]);
+    // One of several addresses stays as long as it is there.
+    assert!(bench.words(&answer([target("a", &[1, 2, 3], 2)])).is_empty());
+    assert_eq!(bench.words(&answer([target("a", &[1, 3], 2)])), ["a:80 is at 10.0.0.1:80"]);
+    assert_eq!(bench.words(&answer([target("a", &[1, 3], 5)])), ["a:80 joined with 5"]);
+    // A target whose own look-up fails is there, and keeps its address.
+    let part = Answer { fault: failed(Outcome::Timeout).fault, ..answer([target("a", &[], 5), target("b", &[], 1)]) };
+    assert_eq!(bench.words(&part), ["b:80 joined with 1"]);
+    assert_eq!(bench.words(&answer([target("a", &[1], 5), target("b", &[4], 1)])), ["b:80 is at 10.0.0.4:80"]);
+}
+
+#[test]
+fn a_pool_has_a_limit_and_the_same_backends_in_every_instance() {
+    let many = |first: u16| {
+        let found = (first..first + 1500).map(|n| {
+            let address = SocketAddr::from(([10, 0, (n >> 8) as u8, n as u8], 80));
+            Found { id: address.to_string().into(), addresses: vec![address], is_partial: false, weight: 1 }
+        });
+        answer(found)
+    };
+    let ids = |bench: &Bench| -> BTreeSet<_> { many(0).found.into_keys().filter(|id| bench.members.has(id)).collect() };
+    let (mut one, mut other) = (Bench::new(), Bench::new());
+    assert_eq!(one.learn(&many(0)).too_many, 500);
+    other.learn(&many(0));
+    assert_eq!(ids(&one).len(), 1000);
+    assert_eq!(ids(&one), ids(&other));
+}
+
+#[test]
+fn what_an_earlier_process_knew_stays_until_an_answer_misses_it() {
+    let address = |n: u8| SocketAddr::from(([10, 0, 0, n], 80));
+    let known = [1, 2].map(|n| (address(n).to_string().into(), address(n), 1));
+    let (members, events) = Members::inherited(known);
+    assert_eq!(events.len(), 4);
+    let mut bench = Bench { members, now: Instant::now() };
+    assert!(bench.words(&failed(Outcome::ServerFailure)).is_empty());
+    assert!(bench.words(&answer([1].map(backend))).is_empty());
+    bench.now += GONE_AFTER;
+    assert_eq!(bench.words(&answer([1].map(backend))), ["10.0.0.2:80 leaves within 5s"]);
+}
+
+/// The wait after an answer.
+fn wait(schedule: &mut Schedule, members: &Members, answer: &Answer, chance: f64, now: Instant) -> Duration {
+    schedule.answered(answer, members, &REFRESH, GONE_AFTER, chance, now);
+    schedule.next - now
+}
+
+#[test]
+fn the_ttl_decides_between_the_bounds() {
+    let now = Instant::now();
+    let (mut schedule, members) = (Schedule::new(now), Members::default());
+    for (ttl, expected) in [(Some(0), 1), (Some(1), 1), (Some(10), 10), (Some(86_400), 30), (None, 1)] {
+        let answer = Answer { ttl: ttl.map(seconds), ..answer([backend(1)]) };
+        assert_eq!(wait(&mut schedule, &members, &answer, 0.0, now), seconds(expected), "{ttl:?}");
+    }
+    let answer = answer([backend(1)]);
+    assert_eq!(wait(&mut schedule, &members, &answer, 1.0, now), seconds(9), "instances ask at different times");
+}
+
+#[test]
+fn failures_are_repeated_ever_more_slowly() {
+    let now = Instant::now();
+    let (mut schedule, members) = (Schedule::new(now), Members::default());
+    let waits: Vec<_> =
+        (0..8).map(|_| wait(&mut schedule, &members, &failed(Outcome::Timeout), 0.5, now).as_secs()).collect();
+    assert_eq!(waits, [1, 2, 4, 8, 16, 30, 30, 30]);
+    assert_eq!(wait(&mut schedule, &members, &answer([backend(1)]), 0.0, now), seconds(10));
+    assert_eq!(wait(&mut schedule, &members, &failed(Outcome::Timeout), 0.0, now), seconds(1));
+}
+
+#[test]
+fn a_missing_backend_is_asked_for_when_it_is_due_to_leave() {
+    let mut bench = Bench::new();
+    let long = |found: &[u8]| Answer { ttl: Some(seconds(25)), ..answer(found.iter().copied().map(backend)) };
+    bench.learn(&long(&[1, 2]));
+    bench.learn(&long(&[1]));
+    let mut schedule = Schedule::new(bench.now);
+    bench.now += seconds(25);
+    bench.learn(&long(&[1]));
+    assert_eq!(wait(&mut schedule, &bench.members, &long(&[1]), 0.0, bench.now), seconds(5));
+}
+
+#[test]
+fn a_failing_backend_hurries_the_next_question_and_less_each_time() {
+    let now = Instant::now();
+    let (mut schedule, members) = (Schedule::new(now), Members::default());
+    let long = Answer { ttl: Some(seconds(600)), ..answer([backend(1)]) };
+    let mut waits = Vec::new();
+    for _ in 0..7 {
+        schedule.answered(&long, &members, &REFRESH, GONE_AFTER, 0.0, now);
+        schedule.hurry(true, &REFRESH, now);
+        // News of other backends do not postpone it.
+        schedule.hurry(true, &REFRESH, now + seconds(60));
+        waits.push((schedule.next - now).as_secs());
+        schedule.asks(true);
+    }
+    assert_eq!(waits, [1, 2, 4, 8, 16, 30, 30]);
+    schedule.hurry(false, &REFRESH, now);
+    schedule.hurry(true, &REFRESH, now);
+    assert_eq!(schedule.next - now, seconds(1));
+}
+
+#[test]
+fn a_wrong_name_has_a_remedy() {
+    for (name, part) in [
+        ("", "is empty"),
+        (".", "is empty"),
+        ("10.0.0.5", "use the provider static"),
+        ("::1", "use the provider static"),
+        ("web.example.com:80", "write \"web.example.com\" here"),
+        ("http://web", "has a port"),
+        ("web..example", "is not a DNS name"),
+        ("web example", "is not a DNS name"),
+        ("m\u{fc}nchen.example", "xn--"),
+        (&"a".repeat(64), "is not a DNS name"),
+        (&["a"; 130].join("."), "longer than 253"),
+    ] {
+        let problem = name_fault(name).unwrap_or_else(|| panic!("{name} is valid"));
+        assert!(problem.contains(part), "{name}: {problem}");
+    }
+    for name in ["web", "web.example.com", "web.example.com.", "_redis._tcp.example.com.", "tasks.web.", "1.example"] {
+        assert_eq!(name_fault(name), None, "{name}");
+    }
+}
