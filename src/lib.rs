@@ -18,7 +18,7 @@
 //! - [`config`]: the YAML file and its validation
 //!
 //! Several of these modules use [`address`], [`stream`], [`networks`], [`proxy_header`], [`client_hello`], [`http_client`],
-//! [`handover`], [`labels`], [`limits`], [`lossy_writer`] and [`text`].
+//! [`handover`], [`file_watch`], [`labels`], [`limits`], [`lossy_writer`] and [`text`].
 
 pub mod address;
 pub mod api;
@@ -28,6 +28,7 @@ pub mod client_hello;
 pub mod config;
 pub mod control;
 pub mod events;
+pub mod file_watch;
 pub mod handover;
 pub mod http_client;
 pub mod labels;

@@ -86,7 +86,8 @@ metrics! {
     DNS_LOOKUPS: Counter "dns_lookups_total" ["pool", "result"] "Look-ups of the pool's name, by result";
     DNS_STALE: Gauge "dns_staleness_seconds" ["pool"] "Age of the last complete answer to a look-up of the pool's name";
     DNS_BACKENDS: Gauge "dns_addresses" ["pool"] "Addresses, or targets of SRV records, that the pool's name has led to and that have not left";
-    PROVIDER_CHANGES: Counter "provider_changes_total" ["pool", "kind"] "Changes of the backends by the pool's name, by kind (joined, changed, left)";
+    PROVIDER_CHANGES: Counter "provider_changes_total" ["pool", "kind"] "Changes of the backends by the pool's name or file, by kind (joined, changed, left)";
+    PROVIDER_FILE_FAULTY: Gauge "provider_file_faulty" ["pool"] "1 while the pool's file of backends cannot be applied and the last list stays, else 0";
     HEALTH_CHECKS: Counter "health_checks_total" ["pool", "backend", "result"] "Completed health checks, by result (ok, failed)";
     RING_POINTS: Gauge "ring_points" ["pool"] "Points on the ring";
     RING_DIGEST: Gauge "ring_digest" ["pool"] "Upper 52 bits of the ring digest; instances with equal digests pick the same backend for a key";

@@ -36,12 +36,6 @@ fn an_error_of_the_system_is_one_line_and_exit_code_1() {
     fails(&not_ours, 1, &["listeners[web].listen", "does not have that address"]);
     let no_program = config("process: { replicas: 1, command: [no-such-program, \"{port}\"] }", "", "");
     fails(&no_program, 1, &[":9: pools[echo].provider.process.command", "\"no-such-program\"", "install it"]);
-    let no_host = config("static: [{ address: \"no-such-host.invalid:80\" }]", "", "");
-    fails(
-        &no_host,
-        1,
-        &["pools[echo].provider.static[no-such-host.invalid:80].address", "no-such-host.invalid", "check the name"],
-    );
     let no_log = format!("access_log: {{ path: /no/such/folder/log }}\n{usual}");
     fails(&no_log, 1, &[":1: access_log.path: cannot write /no/such/folder/log"]);
 }
@@ -53,7 +47,7 @@ fn check(yaml: &str, options: &[&str]) -> (Option<i32>, String, String) {
 }
 
 #[test]
-fn check_warns_of_a_name_that_nobody_knows_and_fails_without_any_address() {
+fn check_warns_of_backends_that_nobody_can_find() {
     let yaml = config("static: [{ address: \"127.0.0.1:80\" }, { address: \"no-such-host.invalid:80\" }]", "", "");
     let (code, stdout, stderr) = check(&yaml, &[]);
     assert_eq!(code, Some(0), "{stderr}");
@@ -64,7 +58,14 @@ fn check_warns_of_a_name_that_nobody_knows_and_fails_without_any_address() {
     assert_eq!((code, stderr.as_str()), (Some(0), ""));
     let alone = config("static: [{ address: \"no-such-host.invalid:80\" }]", "", "");
     let (code, _, stderr) = check(&alone, &[]);
-    assert!(code == Some(1) && !stderr.contains("warning") && stderr.contains(warning), "{stderr}");
+    assert!(code == Some(0) && stderr.contains(warning), "{stderr}");
+    for (provider, warning) in [
+        ("dns: { name: no.such.invalid., port: 80, servers: [\"127.0.0.1:9\"] }", "provider.dns: the look-up failed"),
+        ("file: { path: /no/such/list }", "provider.file.path: /no/such/list: the file does not exist"),
+    ] {
+        let (code, _, stderr) = check(&config(provider, "", ""), &[]);
+        assert!(code == Some(0) && stderr.starts_with("ringway: warning: ") && stderr.contains(warning), "{stderr}");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::{RData, RecordType};
+use ringway::control::command::Command;
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
@@ -109,6 +110,7 @@ async fn no_outage_of_the_name_server_removes_a_backend() {
         (Reply::Code(ResponseCode::Refused), "refused"),
         (Reply::CutOff, "truncated"),
         (Reply::Garbage, "timeout"),
+        (Reply::Referral, "failed"),
         (Reply::WrongId, "timeout"),
         (Reply::Silent, "timeout"),
     ];
@@ -198,19 +200,52 @@ async fn answers_with_a_part_of_the_addresses_lead_to_all_of_them() {
 #[tokio::test]
 async fn names_lead_to_other_names() {
     let (port, _servers) = echo_at(&["127.0.0.2"]).await;
-    let dns = NameServer::start(|name, kind| match name {
-        "web.test." => Reply::Records(0, vec![cname("real.test.")]),
+    // In one answer, and in several.
+    let chain = |name: &str, kind| match name {
+        "web.test." => Reply::Records(0, vec![cname("WEB.other.test."), cname("real.test.")]),
         "real.test." => only(RecordType::A, kind, 0, vec![a("127.0.0.2")]),
-        // A circle has no end.
-        _ => Reply::Records(0, vec![cname(if name == "one.test." { "two.test." } else { "one.test." })]),
-    });
+        _ => Reply::Records(0, Vec::new()),
+    };
+    let dns = NameServer::start(chain);
     let ringway = Ringway::start(&addresses(&dns, port)).await.all_healthy().await;
     assert_eq!(ids(&ringway), at(&["127.0.0.2"], port));
-    drop(ringway);
-    let ringway = Ringway::start(&addresses(&dns, port).replace("web.test.", "one.test.")).await;
-    eventually_async("a look-up", async || ringway.metric("ringway_dns_lookups_total", &[]).await > 0.0).await;
-    assert!(ids(&ringway).is_empty());
-    assert!(dns.asked("one.test.", RecordType::A) < 100, "the circle is cut");
+    // A circle has no end, and is no answer.
+    let circles = [vec![cname("web.test.")], vec![cname("two.test.")], vec![cname("two.test."), cname("web.test.")]];
+    for circle in circles {
+        let back = vec![cname("web.test.")];
+        dns.now(move |name, _| Reply::Records(0, if name == "web.test." { circle.clone() } else { back.clone() }));
+        three_more(&ringway, "failed").await;
+    }
+    // So is a chain without an address, but that is an answer.
+    assert_eq!(ids(&ringway).len(), 1);
+    dns.now(|name, _| Reply::Records(0, if name == "web.test." { vec![cname("real.test.")] } else { Vec::new() }));
+    become_ids(&ringway, &[]).await;
+    dns.now(chain);
+    become_ids(&ringway, &at(&["127.0.0.2"], port)).await;
+}
+
+#[tokio::test]
+async fn srv_records_may_have_another_name() {
+    let server = Server::echo_at("127.0.0.2:0").await;
+    let port = server.address.port();
+    let dns = NameServer::start(move |name, kind| match (name, kind) {
+        ("_echo._tcp.test.", RecordType::SRV) => {
+            Reply::Records(0, vec![cname("_echo._tcp.real.test."), srv(0, 0, port, "one.test.")])
+        }
+        ("one.test.", _) => only(RecordType::A, kind, 0, vec![a("127.0.0.2")]),
+        _ => Reply::Records(0, Vec::new()),
+    });
+    let yaml = with(&format!("dns: {{ srv: _echo._tcp.test., {} }}", quick(&dns)));
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    assert_eq!(ids(&ringway), [format!("one.test:{port}")]);
+}
+
+#[tokio::test]
+async fn a_firewall_may_stop_udp() {
+    let (port, _servers) = echo_at(&["127.0.0.2"]).await;
+    let dns = NameServer::start(|_, kind| Reply::OnlyTcp(Box::new(only(RecordType::A, kind, 0, vec![a("127.0.0.2")]))));
+    let ringway = Ringway::start(&addresses(&dns, port)).await;
+    assert_eq!(ids(&ringway), at(&["127.0.0.2"], port));
 }
 
 #[tokio::test]
@@ -237,6 +272,7 @@ async fn srv_records_have_ports_weights_and_priorities() {
             ),
             ("one.test.", _) => only(RecordType::A, kind, 0, vec![a(address)]),
             ("two.test.", _) => only(RecordType::A, kind, 0, vec![a("127.0.0.3")]),
+            ("spare.test.", _) => only(RecordType::A, kind, 0, vec![a("127.0.0.9")]),
             other => panic!("asked for {other:?}"),
         }
     };
@@ -284,7 +320,7 @@ async fn a_target_whose_look_up_fails_keeps_its_address() {
     let yaml = with(&format!("dns: {{ srv: _echo._tcp.test., {} }}", quick(&dns)));
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     dns.now(script(Reply::Code(ResponseCode::ServFail)));
-    three_more(&ringway, "server_failure").await;
+    three_more(&ringway, "partial").await;
     assert_eq!(ids(&ringway), [format!("one.test:{port}")]);
     // A target without an address is not there.
     dns.now(script(Reply::Code(ResponseCode::NXDomain)));
@@ -383,6 +419,11 @@ async fn a_reload_asks_at_once_and_another_name_drains_the_backends_of_the_old_o
     eventually("another look-up", || dns.asked("web.test.", RecordType::A) > before).await;
     let mut open = TcpStream::connect(ringway.web()).await.unwrap();
     assert!(soon("an echo", echoes(&mut open)).await);
+    // A name that nobody answers for is refused, and nothing changes.
+    let away = yaml.replace("web.test.", "other.test.").replace(&dns.address.to_string(), "127.0.0.1:9");
+    let error = ringway.reload(&away).await.unwrap_err().to_string();
+    assert!(error.contains("pools[echo].provider.dns: the look-up failed: other.test. A: 127.0.0.1:9"), "{error}");
+    assert_eq!(ids(&ringway), at(&["127.0.0.2"], port));
     let other = yaml.replace("web.test.", "other.test.").replace("drain: 100ms", "drain: 1h");
     ringway.reload(&other).await.unwrap();
     become_ids(&ringway, &at(&["127.0.0.3"], port)).await;
@@ -409,6 +450,32 @@ async fn an_upgrade_keeps_the_backends_while_the_name_server_is_away() {
         program.status().await["pools"][0]["backends"].as_array().unwrap().len() == 1
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_drain_lasts_while_a_backend_leaves_and_comes_back() {
+    let (port, _servers) = echo_at(&["127.0.0.2", "127.0.0.3"]).await;
+    let dns = NameServer::start(hosts(0, &["127.0.0.2", "127.0.0.3"]));
+    let yaml = addresses(&dns, port).replace("drain: 100ms", "drain: 1h");
+    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    let backend = format!("127.0.0.2:{port}");
+    // A connection to it, with which it stays while it leaves.
+    let mut open = Vec::new();
+    eventually_async("a connection to it", async || {
+        let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
+        assert!(soon("an echo", echoes(&mut stream)).await);
+        open.push(stream);
+        ringway.backend(0).live.active.load(Ordering::Relaxed) > 0
+    })
+    .await;
+    let drain = Command::Drain { pool: "echo".into(), backend: backend.clone(), within: None };
+    ringway.send(drain).await.unwrap();
+    dns.now(hosts(0, &["127.0.0.3"]));
+    become_ids(&ringway, &at(&["127.0.0.3"], port)).await;
+    assert!(ringway.backend(0).drain.unwrap().leaves);
+    dns.now(hosts(0, &["127.0.0.2", "127.0.0.3"]));
+    become_ids(&ringway, &at(&["127.0.0.2", "127.0.0.3"], port)).await;
+    assert!(ringway.backend(0).drain.is_some_and(|drain| !drain.leaves), "the drain is lost");
 }
 
 #[tokio::test]

@@ -52,7 +52,8 @@ async fn every_registered_metric_is_exported_once_there_was_a_connection() {
     // Whether there is an engine or a name server or not.
     let yaml = format!(
         "{yaml}\n  - {{ name: found, provider: {{ docker: {{ discover: {{ label: no.such.label, port: 1 }} }} }} }}\n  \
-         - {{ name: named, provider: {{ dns: {{ name: no.such.invalid., port: 1, servers: [127.0.0.1] }} }} }}"
+         - {{ name: named, provider: {{ dns: {{ name: no.such.invalid., port: 1, servers: [127.0.0.1] }} }} }}\n  \
+         - {{ name: listed, provider: {{ file: {{ path: /no/such/list }} }} }}"
     );
     let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
     crate::harness::eventually_async("all metrics", async || {
@@ -126,7 +127,7 @@ async fn open_metrics_are_answered_where_they_are_accepted() {
     assert!(
         missing.iter().all(|name| name.contains("_engine_")
             || name.contains("_dns_")
-            || name.ends_with("provider_changes")
+            || name.contains("_provider_")
             || name.ends_with("connect_failures")
             || name.ends_with("proxy_headers")
             || name.ends_with("routes")
@@ -185,6 +186,7 @@ fn defaults() -> BTreeMap<String, String> {
         "docker: { discover: { label: l, port: 1 } }",
         "dns: { name: n, port: 1 }",
         "dns: { srv: n }",
+        "file: { path: f }",
     ];
     for provider in providers {
         let checks = [

@@ -7,6 +7,7 @@
 mod harness;
 mod health;
 
+mod backends_file;
 mod bytes;
 mod changes;
 mod closing;

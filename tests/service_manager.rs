@@ -111,7 +111,14 @@ fn next_message(manager: &std::os::unix::net::UnixDatagram) -> (i32, String) {
 
     let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
     let (mut control, mut text) = (RecvAncillaryBuffer::new(&mut space), [0; 1024]);
-    let received = recvmsg(manager, &mut [std::io::IoSliceMut::new(&mut text)], &mut control, RecvFlags::empty());
+    // A signal, like that of a child's end, may interrupt it.
+    let mut receive = || recvmsg(manager, &mut [std::io::IoSliceMut::new(&mut text)], &mut control, RecvFlags::empty());
+    let received = loop {
+        match receive() {
+            Err(rustix::io::Errno::INTR) => {}
+            received => break received,
+        }
+    };
     let length = received.expect("no message").bytes;
     let sender = control.drain().find_map(|part| match part {
         RecvAncillaryMessage::ScmCredentials(sender) => Some(sender.pid.as_raw_nonzero().get()),

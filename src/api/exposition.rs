@@ -8,8 +8,10 @@ use bytes::Bytes;
 use super::{ListenerView, State};
 use crate::backend::{Backend, Moved, State as BackendState};
 use crate::control::docker::watch::EngineStatus;
+use crate::control::provider::ChangeKind;
 use crate::control::provider::dns::status::DnsStatus;
-use crate::labels::Label;
+use crate::control::provider::file::FileStatus;
+use crate::labels::{Label, Tally};
 use crate::limits;
 use crate::lossy_writer::LostLines;
 use crate::metrics::text::{Format, Labels, Samples, Text};
@@ -26,7 +28,9 @@ pub(super) fn text(state: &State, format: Format) -> Vec<Bytes> {
     for_pools(&mut text, &pools, &view.differs);
     let of_pools = std::iter::zip(&pools, &view.providers);
     engines(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.status.engine()?))));
-    names(&mut text, of_pools.filter_map(|(pool, view)| Some((&pool.labels, view.status.dns()?))));
+    names(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.status.dns()?))));
+    files(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.status.file()?))));
+    changes(&mut text, of_pools.filter_map(|(pool, view)| Some((&pool.labels, view.status.changes()?))));
     backends(&mut text, &pools, view.per_backend);
     workers(&mut text, state);
     process(&mut text, state);
@@ -117,9 +121,17 @@ fn names<'a>(text: &mut Text, pools: impl Iterator<Item = (&'a Labels, &'a DnsSt
     let mut stale = text.metric(&metrics::DNS_STALE);
     pools.clone().for_each(|(labels, dns)| stale.add(labels, dns.age().as_secs_f64()));
     let mut backends = text.metric(&metrics::DNS_BACKENDS);
-    pools.clone().for_each(|(labels, dns)| backends.add(labels, dns.last().backends));
+    pools.for_each(|(labels, dns)| backends.add(labels, dns.last().backends));
+}
+
+fn files<'a>(text: &mut Text, pools: impl Iterator<Item = (&'a Labels, &'a FileStatus)>) {
+    let mut faulty = text.metric(&metrics::PROVIDER_FILE_FAULTY);
+    pools.for_each(|(labels, file)| faulty.add(labels, u8::from(file.last().error.is_some())));
+}
+
+fn changes<'a>(text: &mut Text, pools: impl Iterator<Item = (&'a Labels, &'a Tally<ChangeKind>)>) {
     let mut changes = text.metric(&metrics::PROVIDER_CHANGES);
-    pools.for_each(|(labels, dns)| tally(&mut changes, labels, |kind| dns.changes.of(kind)));
+    pools.for_each(|(labels, of_pool)| tally(&mut changes, labels, |kind| of_pool.of(kind)));
 }
 
 fn backends(text: &mut Text, pools: &[OfPool<'_>], per_backend: PerBackend) {

@@ -233,7 +233,7 @@ impl Default for View {
 /// A pool's provider as the side port shows it.
 #[derive(Debug, Clone)]
 pub struct ProviderView {
-    /// `static`, `process`, `docker` or `dns`.
+    /// `static`, `process`, `docker`, `dns` or `file`.
     pub kind: &'static str,
     /// The state of what the provider depends on.
     pub status: ProviderStatus,

@@ -14,8 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::{ListenerView, LogView, ProviderView, State};
 use crate::backend::{self, Backend};
 use crate::control::command::Differs;
-use crate::control::provider::Location;
-use crate::control::provider::dns::status::Last;
+use crate::control::provider::{Location, dns, file};
 use crate::labels::Label as _;
 use crate::proxy::{Limit, Route};
 use crate::table::Table;
@@ -98,6 +97,18 @@ pub struct Provider {
     pub engine: Option<Engine>,
     #[serde(default)]
     pub dns: Option<Dns>,
+    #[serde(default)]
+    pub file: Option<File>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
+pub struct File {
+    pub path: String,
+    pub backends: usize,
+    /// `None`: Ringway could not apply the file so far.
+    pub applied_seconds_ago: Option<f64>,
+    pub error: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -226,7 +237,7 @@ impl Status {
             listener.address = None;
         }
         for pool in &mut self.pools {
-            (pool.provider.engine, pool.provider.dns) = (None, None);
+            (pool.provider.engine, pool.provider.dns, pool.provider.file) = (None, None, None);
             pool.differs.clear();
             for (n, member) in pool.backends.iter_mut().enumerate() {
                 (member.address, member.replica, member.last_exit, member.health.last) = (None, None, None, None);
@@ -331,12 +342,24 @@ impl Provider {
             error: engine.error().map(|error| error.to_string()),
         });
         let dns = provider.status.dns().map(|dns| Dns::of(&dns.last(), Instant::now()));
-        Self { kind: provider.kind.to_owned(), engine, dns }
+        let file = provider.status.file().map(|file| File::of(&file.last(), Instant::now()));
+        Self { kind: provider.kind.to_owned(), engine, dns, file }
+    }
+}
+
+impl File {
+    fn of(last: &file::Last, now: Instant) -> Self {
+        Self {
+            path: last.path.to_string(),
+            backends: last.backends,
+            applied_seconds_ago: last.applied.map(|at| now.saturating_duration_since(at).as_secs_f64()),
+            error: last.error.as_deref().map(str::to_owned),
+        }
     }
 }
 
 impl Dns {
-    fn of(last: &Last, now: Instant) -> Self {
+    fn of(last: &dns::status::Last, now: Instant) -> Self {
         let answered = last.answered.map(|at| now.saturating_duration_since(at).as_secs_f64());
         Self {
             question: last.question.to_string(),

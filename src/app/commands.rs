@@ -15,9 +15,7 @@ use crate::backend::{Backend, State};
 use crate::config::{Config, Pool, StaticBackend};
 use crate::control::Event;
 use crate::control::command::{Command, CommandError, Moved, Report};
-
-/// Allowed weights of a backend.
-const WEIGHTS: RangeInclusive<u32> = 1..=1000;
+use crate::control::provider::WEIGHTS;
 
 /// Allowed numbers of replicas of a pool.
 const REPLICAS: RangeInclusive<u32> = 1..=1000;

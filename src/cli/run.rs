@@ -207,6 +207,6 @@ fn is_demo(config: &Config) -> bool {
         Provider::Containers(containers) => {
             containers.spec.command.iter().flatten().next().is_some_and(|word| word == "echo-server")
         }
-        Provider::Static(_) | Provider::Discover(_) | Provider::Dns(_) => false,
+        Provider::Static(_) | Provider::Discover(_) | Provider::Dns(_) | Provider::File(_) => false,
     })
 }

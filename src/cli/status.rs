@@ -146,6 +146,9 @@ pub(super) fn problems(pool: &Pool) -> Vec<String> {
         problems
             .push(format!("pool {}: look-up of {} failed: {error}; the known backends stay", pool.name, dns.question));
     }
+    if let Some(error) = pool.provider.file.as_ref().and_then(|file| file.error.as_ref()) {
+        problems.push(format!("pool {}: {error}; the backends of the last list stay", pool.name));
+    }
     if pool.panic {
         let what = "panic: too few backends are healthy, so Ringway tries all of them";
         problems.push(format!("pool {}: {what}", pool.name));

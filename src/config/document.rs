@@ -275,7 +275,7 @@ fn files(folder: &Path, pattern: &str) -> Result<Vec<PathBuf>, String> {
 }
 
 /// Parses YAML, and replaces merge keys (`<<`) by what they bring.
-fn yaml(text: &str, origin: &str) -> Result<Value, Error> {
+pub(super) fn yaml(text: &str, origin: &str) -> Result<Value, Error> {
     let fault = |line: Option<usize>, problem: String| Error::NotYaml { origin: origin.to_owned(), line, problem };
     let of_line = |is_it: &dyn Fn(&str) -> bool| {
         text.lines().enumerate().filter(|(_, line)| is_it(line)).last().map(|(at, _)| at + 1)

@@ -224,6 +224,10 @@ fn provider(provider: &Provider) -> Value {
             map([("docker", map([("discover", discover), ("network", network)]))])
         }
         Provider::Dns(settings) => map([("dns", dns(settings))]),
+        Provider::File(file) => {
+            let path = file.path.display().to_string();
+            map([("file", map([("path", path.into()), ("format", file.format.as_str().into())]))])
+        }
     }
 }
 

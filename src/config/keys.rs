@@ -17,7 +17,7 @@ use std::fmt::Write as _;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-pub(super) use self::provider::MOST_CPUS;
+pub(super) use self::provider::{GROUPS, LISTED, MOST_CPUS};
 pub(super) use self::root::ROOT;
 use crate::labels::Label;
 

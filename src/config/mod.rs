@@ -15,6 +15,7 @@
 
 pub mod diff;
 
+mod backends_file;
 mod conflicts;
 mod document;
 mod effective;
@@ -48,13 +49,17 @@ use crate::proxy::access_log::Format;
 use crate::proxy::key::KeyKind;
 use crate::proxy::socket::TcpOptions;
 use crate::proxy_header::{OwnHeader, SendProxy};
-use crate::ring::Parameters;
+use crate::ring::{MOST_POINTS, Parameters};
 
+pub use self::backends_file::FileFormat;
 pub use self::keys::markdown;
 pub use self::listener::{AccessList, Listener, PerSource, Route};
-pub use self::provider::{Containers, Discover, Process, Provider, Restart, StaticBackend};
+pub use self::provider::{BackendsFile, Containers, Discover, Process, Provider, Restart, StaticBackend};
 pub use self::schema::schema;
 pub use self::source::{BUILT_IN, Source, USUAL_FILES};
+
+/// The most backends that a provider may find, as many as a pool may have replicas.
+const MOST_FOUND: u64 = 1000;
 
 /// A config could not be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -307,6 +312,20 @@ impl Pool {
     /// The parameters of the pool's ring. A backend has its weight times as many points as the virtual nodes here.
     pub fn parameters(&self) -> Parameters {
         Parameters { virtual_nodes: self.ring.virtual_nodes.div_ceil(self.provider.usual_weight()), ..self.ring }
+    }
+
+    /// The most backends that a provider may find: beyond it, the ring would have too many points.
+    pub fn most_backends(&self) -> usize {
+        (MOST_POINTS / u64::from(self.ring.virtual_nodes.max(1))).min(MOST_FOUND) as usize
+    }
+
+    /// Whether the pool can have these backends.
+    ///
+    /// # Errors
+    /// Why it cannot, and the remedy.
+    pub fn fits(&self, backends: &[StaticBackend]) -> Result<(), String> {
+        let weights = backends.iter().map(|backend| u64::from(backend.weight)).sum();
+        parse_pool::points_fault(weights, self.ring).map_or(Ok(()), Err)
     }
 
     /// Whether the check sends or expects the characters `\\r` or `\\n`, which single quotes do not turn into line ends.

@@ -74,13 +74,18 @@ impl Pool {
 
     /// Returns a fault text if the pool's ring would have too many points.
     pub fn too_many_points(&self) -> Option<String> {
-        let points = points(&self.provider, self.ring);
-        (points > MOST_POINTS).then(|| {
-            format!(
-                "the ring would have {points} points, but the maximum is {MOST_POINTS}: lower virtual_nodes, weights or the number of backends"
-            )
-        })
+        points_fault(weights(&self.provider), self.ring)
     }
+}
+
+/// A fault text if a ring of backends with this sum of weights would have too many points.
+pub(super) fn points_fault(weights: u64, ring: Parameters) -> Option<String> {
+    let points = weights.saturating_mul(u64::from(ring.virtual_nodes));
+    (points > MOST_POINTS).then(|| {
+        format!(
+            "the ring would have {points} points, but the maximum is {MOST_POINTS}: lower virtual_nodes, weights or the number of backends"
+        )
+    })
 }
 
 /// The part of a connection that is hashed: a name, or a section for a kind that has settings.
@@ -189,12 +194,10 @@ fn ring(mut section: Section<'_>) -> Parameters {
     parameters
 }
 
-fn points(provider: &Provider, ring: Parameters) -> u64 {
-    let weight: u64 = match provider {
+/// The expected sum of the weights of all backends.
+fn weights(provider: &Provider) -> u64 {
+    match provider {
         Provider::Static(backends) => backends.iter().map(|backend| u64::from(backend.weight)).sum(),
-        Provider::Process(_) | Provider::Containers(_) | Provider::Discover(_) | Provider::Dns(_) => {
-            provider.backends() as u64
-        }
-    };
-    weight * u64::from(ring.virtual_nodes)
+        provider => provider.backends() as u64,
+    }
 }

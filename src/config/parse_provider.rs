@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::keys::MOST_CPUS;
 use super::reader::{Item, Section, narrow, show};
-use super::{Containers, Discover, Process, Provider, Restart, StaticBackend};
+use super::{BackendsFile, Containers, Discover, Process, Provider, Restart, StaticBackend};
 use crate::control::docker::label;
 use crate::control::provider::dns::{self, Question, Servers};
 use crate::control::provider::{Listed, Location};
@@ -15,28 +16,29 @@ use crate::control::supervisor::handover;
 use crate::control::supervisor::plan::Policy;
 
 /// The possible providers, for fault messages.
-pub(super) const KINDS: &str = "one of static, process, docker, dns";
+pub(super) const KINDS: &str = "one of static, process, docker, dns, file";
 
 /// The port of a name server without one.
 const DNS_PORT: u16 = 53;
 
 /// The keys of the providers.
-const NAMES: [&str; 4] = ["static", "process", "docker", "dns"];
+const PROVIDERS: [&str; 5] = ["static", "process", "docker", "dns", "file"];
 
 pub(super) fn provider(mut section: Section<'_>) -> Provider {
-    let given: Vec<_> = NAMES.iter().filter_map(|&name| Some((name, section.item(name)?))).collect();
+    let given: Vec<_> = PROVIDERS.iter().filter_map(|&name| Some((name, section.item(name)?))).collect();
     let provider = match <[_; 1]>::try_from(given) {
         Ok([(name, item)]) => match name {
-            "static" => Provider::Static(static_backends(&item).into()),
+            "static" => Provider::Static(static_backends(&item, Lists::HaveEntries).into()),
             "process" => Provider::Process(process_of(item.section())),
             "docker" => docker_of(item.section()),
-            _ => Provider::Dns(dns_of(item.section()).into()),
+            "dns" => Provider::Dns(dns_of(item.section()).into()),
+            _ => Provider::File(file_of(item.section())),
         },
         Err(given) => {
             if section.is_mapping() {
                 let what = if given.is_empty() { "needs one" } else { "has more than one" };
                 section.fault(format_args!(
-                    "{what} of static (a list of addresses), process (child processes), docker (containers) and dns (the addresses of a name): give exactly one"
+                    "{what} of static (a list of addresses), process (child processes), docker (containers), dns (the addresses of a name) and file (a file that lists addresses): give exactly one"
                 ));
             }
             Provider::Static(Arc::default())
@@ -46,7 +48,21 @@ pub(super) fn provider(mut section: Section<'_>) -> Provider {
     provider
 }
 
-fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
+/// Whether a list of backends may have no entry.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lists {
+    HaveEntries,
+    MayBeEmpty,
+}
+
+/// Adds a fault if another backend has this id.
+pub(super) fn unique(seen: &mut HashMap<String, String>, id: &str, item: &Item<'_>) {
+    if let Some(first) = seen.insert(id.to_owned(), item.path.clone()) {
+        item.fault(format_args!("id {id:?} is already the id of {first}: give each backend its own id"));
+    }
+}
+
+pub(super) fn static_backends(list: &Item<'_>, lists: Lists) -> Vec<StaticBackend> {
     if let Some(text) = list.value.as_str() {
         let addresses = text.split([',', ' ']).filter(|address| !address.is_empty());
         let entries: Vec<_> = addresses.map(|address| format!("{{ address: {address:?} }}")).collect();
@@ -54,13 +70,12 @@ fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
         return Vec::new();
     }
     let items = list.list();
-    if items.is_empty() && list.value.is_sequence() {
+    if items.is_empty() && list.value.is_sequence() && lists == Lists::HaveEntries {
         list.fault("is empty: give at least one {address: \"host:port\"}");
     }
     let mut seen = HashMap::new();
     let mut backends = Vec::new();
     for item in items {
-        let path = item.path.clone();
         if let Some(text) = item.value.as_str() {
             item.fault(format_args!("{text:?} is not a section: write {{ address: {text:?} }}"));
             continue;
@@ -76,9 +91,7 @@ fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
         if let Some(problem) = Listed::id_fault(&id) {
             item.fault(format_args!("id {problem}"));
         }
-        if let Some(first) = seen.insert(id.clone(), path) {
-            item.fault(format_args!("id {id:?} is already the id of {first}: give each backend its own id"));
-        }
+        unique(&mut seen, &id, &item);
         backends.push(StaticBackend { id, location, weight, resolve });
     }
     backends
@@ -207,6 +220,19 @@ fn dns_of(mut section: Section<'_>) -> dns::Settings {
     dns::Settings { question, family, servers, refresh: min..=max, timeout, gone_after }
 }
 
+fn file_of(mut section: Section<'_>) -> BackendsFile {
+    let path = section.required("path", "the path of a file that lists backends").and_then(|item| {
+        let path = item.text()?;
+        if path.is_empty() {
+            item.fault("is empty: write the path of a file");
+        }
+        Some(path)
+    });
+    let format = section.choice("format");
+    section.finish();
+    BackendsFile { path: Path::new(&path.unwrap_or_default()).into(), format }
+}
+
 fn servers(item: &Item<'_>) -> Servers {
     if item.value.as_str() == Some("system") {
         return Servers::System;
@@ -293,7 +319,7 @@ fn env(section: &mut Section<'_>) -> Vec<(String, String)> {
 }
 
 /// Reads a section of `name: value` lines and checks each name. `check` returns a fault text for an invalid name.
-fn pairs(
+pub(super) fn pairs(
     section: &mut Section<'_>,
     key: &'static str,
     check: impl Fn(&str) -> Result<(), &'static str>,

@@ -1,10 +1,12 @@
 //! The kinds of providers: their settings, and what each kind implies for the rest of the config.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::backends_file::FileFormat;
 use crate::control::provider::Location;
 use crate::control::provider::dns::{self, Question};
 use crate::control::provider::names::Resolve;
@@ -25,6 +27,8 @@ pub enum Provider {
     Discover(Discover),
     /// The addresses of a name.
     Dns(Arc<dns::Settings>),
+    /// A file that lists backends.
+    File(BackendsFile),
 }
 
 /// A backend listed in the config.
@@ -40,6 +44,15 @@ pub struct StaticBackend {
     /// How often Ringway looks a host name up.
     #[serde(default)]
     pub resolve: Resolve,
+}
+
+/// A file that lists backends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackendsFile {
+    /// The path.
+    pub path: Arc<Path>,
+    /// The form of the list.
+    pub format: FileFormat,
 }
 
 /// Settings of a pool of child processes.
@@ -92,7 +105,7 @@ pub struct Restart {
     pub start_grace: Duration,
 }
 
-/// Backends that Ringway reserves file descriptors for in a pool of discovered containers or of a name. Nobody knows the
+/// Backends that Ringway reserves file descriptors for in a pool of discovered containers, of a name or of a file. Nobody knows the
 /// real number in advance.
 const DISCOVERED: usize = 32;
 
@@ -107,6 +120,7 @@ impl Provider {
             Self::Process(_) => "process",
             Self::Containers(_) | Self::Discover(_) => "docker",
             Self::Dns(_) => "dns",
+            Self::File(_) => "file",
         }
     }
 
@@ -120,7 +134,7 @@ impl Provider {
         match self {
             Self::Process(process) => Some(process.replicas),
             Self::Containers(containers) => Some(containers.replicas),
-            Self::Static(_) | Self::Discover(_) | Self::Dns(_) => None,
+            Self::Static(_) | Self::Discover(_) | Self::Dns(_) | Self::File(_) => None,
         }
     }
 
@@ -129,7 +143,7 @@ impl Provider {
         match self {
             Self::Process(process) => process.replicas = replicas,
             Self::Containers(containers) => containers.replicas = replicas,
-            Self::Static(_) | Self::Discover(_) | Self::Dns(_) => {}
+            Self::Static(_) | Self::Discover(_) | Self::Dns(_) | Self::File(_) => {}
         }
     }
 
@@ -149,7 +163,7 @@ impl Provider {
             Self::Static(backends) => backends.len(),
             Self::Process(process) => process.replicas as usize,
             Self::Containers(containers) => containers.replicas as usize,
-            Self::Discover(_) | Self::Dns(_) => DISCOVERED,
+            Self::Discover(_) | Self::Dns(_) | Self::File(_) => DISCOVERED,
         }
     }
 
@@ -161,7 +175,7 @@ impl Provider {
 
     /// Whether a command may change the weights of backends.
     pub fn has_weights(&self) -> bool {
-        !matches!(self, Self::Discover(_) | Self::Dns(_))
+        !matches!(self, Self::Discover(_) | Self::Dns(_) | Self::File(_))
     }
 
     /// The weight of a backend with as many points as `ring.virtual_nodes`. SRV records have proportions: one step has to be
@@ -183,7 +197,7 @@ impl Provider {
         match self {
             Self::Static(backends) => backends.iter().any(|one| matches!(one.location, Location::Unix { .. })),
             Self::Process(process) => process.spec.uses_sockets(),
-            Self::Containers(_) | Self::Discover(_) | Self::Dns(_) => false,
+            Self::Containers(_) | Self::Discover(_) | Self::Dns(_) | Self::File(_) => false,
         }
     }
 
@@ -199,7 +213,7 @@ impl Provider {
     /// started, and nothing of listed backends.
     pub fn start_grace(&self) -> Duration {
         match self {
-            Self::Static(_) => Duration::ZERO,
+            Self::Static(_) | Self::File(_) => Duration::ZERO,
             Self::Process(process) => process.restart.start_grace,
             Self::Containers(containers) => containers.restart.start_grace,
             Self::Discover(_) | Self::Dns(_) => DISCOVERED_GRACE,

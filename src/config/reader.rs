@@ -54,6 +54,11 @@ impl<'a> Item<'a> {
         Self { value, path: String::new(), faults: faults.clone(), form: &WHOLE }
     }
 
+    /// A value outside of the config, with a form of its own.
+    pub(super) fn of(value: &'a Value, faults: &Faults, form: &'static Form) -> Self {
+        Self { value, path: String::new(), faults: faults.clone(), form }
+    }
+
     pub(super) fn fault(&self, problem: impl Display) {
         self.faults.add(&self.path, problem);
     }

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use hickory_resolver::proto::op::{Message, MessageType, OpCode, Query, ResponseCode};
-use hickory_resolver::proto::rr::rdata::{A, AAAA, CNAME, SRV};
+use hickory_resolver::proto::rr::rdata::{A, AAAA, CNAME, NS, SRV};
 use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
 
 /// How the server answers a question.
@@ -25,6 +25,10 @@ pub(crate) enum Reply {
     CutOff,
     /// With another id than that of the question.
     WrongId,
+    /// With a referral to other servers.
+    Referral,
+    /// Over UDP not at all, over TCP with this reply.
+    OnlyTcp(Box<Reply>),
     /// With bytes that are no answer.
     Garbage,
     /// Not at all.
@@ -162,7 +166,7 @@ fn encode(question: &Message, query: &Query, reply: &Reply, is_tcp: bool) -> Opt
     message.add_query(query.clone());
     match reply {
         Reply::Records(ttl, records) => {
-            // The records of a chain of CNAMEs belong to its last name.
+            // The records after an alias belong to the name that it leads to.
             let mut name = query.name().clone();
             for data in records {
                 message.add_answer(Record::from_rdata(name.clone(), *ttl, data.clone()));
@@ -172,11 +176,15 @@ fn encode(question: &Message, query: &Query, reply: &Reply, is_tcp: bool) -> Opt
             }
         }
         Reply::Code(code) => message.metadata.response_code = *code,
-        Reply::LongerThanUdp(reply) if is_tcp => return encode(question, query, reply, is_tcp),
+        Reply::LongerThanUdp(reply) | Reply::OnlyTcp(reply) if is_tcp => return encode(question, query, reply, is_tcp),
+        Reply::Referral => {
+            let server = RData::NS(NS(Name::from_ascii("ns.test.").unwrap()));
+            message.add_authority(Record::from_rdata(Name::from_ascii("test.").unwrap(), 60, server));
+        }
         Reply::LongerThanUdp(_) | Reply::CutOff => message.metadata.truncation = true,
         Reply::WrongId => message.metadata.id = question.id.wrapping_add(1),
-        Reply::Garbage => return Some(b"\xff\xfe no answer".to_vec()),
-        Reply::Silent => return None,
+        Reply::Garbage => return Some([&question.id.to_be_bytes()[..], b"no answer"].concat()),
+        Reply::OnlyTcp(_) | Reply::Silent => return None,
     }
     Some(message.to_vec().unwrap())
 }

@@ -310,6 +310,8 @@ function showBanners(status, members) {
     if (engine && !engine.reachable) lines.push(["bad", `Pool ${pool.name}: the Docker engine does not answer. ${engine.error || ""}`]);
     const dns = pool.provider.dns;
     if (dns && dns.error) lines.push(["warn", `Pool ${pool.name}: the look-up of ${dns.question} failed, and the known backends stay. ${dns.error}`]);
+    const file = pool.provider.file;
+    if (file && file.error) lines.push(["warn", `Pool ${pool.name}: ${file.error}; the backends of the last list stay.`]);
     if (pool.differs.length) lines.push(["warn", `Pool ${pool.name} differs from its config: ${pool.differs.slice(0, 8).map(differs).join("; ")}.`]);
   }
   showLines($("alerts"), "bad", lines.filter(([kind]) => kind === "bad").map(([, line]) => `✖ ${line}`));

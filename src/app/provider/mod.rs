@@ -6,7 +6,9 @@
 mod discover;
 mod dns;
 mod docker;
+mod file;
 mod fixed;
+mod list;
 mod process;
 mod source;
 
@@ -39,7 +41,8 @@ pub(super) async fn prepare(
         Provider::Process(process) => process::prepare(key_path, pool, process, changes, taken_over, context),
         Provider::Containers(containers) => docker::prepare(pool, containers, changes, context),
         Provider::Discover(settings) => discover::prepare(pool, settings, context),
-        Provider::Dns(settings) => Ok(dns::prepare(pool, settings, context).await),
+        Provider::Dns(settings) => dns::prepare(key_path, pool, settings, context).await,
+        Provider::File(file) => file::prepare(key_path, pool, file, context).await,
     }
 }
 
@@ -47,7 +50,8 @@ pub(super) async fn prepare(
 pub(super) async fn probe(key_path: &str, pool: &config::Pool, engine: Option<&Engine>) -> Vec<(bool, StartError)> {
     match &pool.provider {
         Provider::Static(backends) => {
-            fixed::unknown_names(key_path, backends).await.into_iter().map(|error| (false, error)).collect()
+            let key_path = format!("{key_path}.provider.static");
+            list::unknown_names(&key_path, backends).await.into_iter().map(|error| (false, error)).collect()
         }
         Provider::Process(process) => {
             let missing = process::check_program(&format!("{key_path}.provider.process"), process).err();
@@ -58,6 +62,9 @@ pub(super) async fn probe(key_path: &str, pool: &config::Pool, engine: Option<&E
             docker::missing_image(key_path, containers, engine).await.map(|error| (false, error)).into_iter().collect()
         }
         Provider::Discover(_) => Vec::new(),
+        Provider::File(file) => {
+            file::faults(key_path, pool, file).await.into_iter().map(|error| (false, error)).collect()
+        }
         Provider::Dns(settings) => {
             dns::fault(key_path, settings).await.map(|error| (false, error)).into_iter().collect()
         }
@@ -80,7 +87,10 @@ impl<'a> Names<'a> {
                 let named = backends.iter().filter(|backend| backend.location.is_name());
                 Self::Own(named.map(|backend| (backend.id.as_str(), &backend.location)).collect())
             }
-            Provider::Process(_) | Provider::Containers(_) | Provider::Discover(_) => Self::Own(HashMap::new()),
+            // The names in a file are looked up again at a start.
+            Provider::Process(_) | Provider::Containers(_) | Provider::Discover(_) | Provider::File(_) => {
+                Self::Own(HashMap::new())
+            }
         }
     }
 
@@ -102,9 +112,8 @@ pub(super) fn takes_over(provider: &Provider) -> bool {
 pub(super) fn can_become(running: &Provider, new: &Provider) -> bool {
     match (running, new) {
         (Provider::Discover(running), Provider::Discover(new)) => running == new,
-        (Provider::Dns(running), Provider::Dns(new)) => {
-            running.question == new.question && running.family == new.family
-        }
+        (Provider::File(running), Provider::File(new)) => running == new,
+        (Provider::Dns(running), Provider::Dns(new)) => running.question == new.question,
         (running, new) => running.is_same_kind(new),
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::super::backends_file::FileFormat;
 use super::{Form, Key, days, hours, minutes, ms, names, seconds};
 use crate::control::provider::dns::Family;
 use crate::control::provider::names::Resolve;
@@ -19,8 +20,21 @@ pub(super) const PROVIDER: Form = Form::Any(&[
     Form::Section(STATIC, "{ static: [{ address: \"10.0.0.5:80\" }] }"),
     Form::Section(PROCESS, ""),
     Form::Section(CONTAINERS, ""),
-    Form::Section(NAMES, ""),
+    Form::Section(DNS, ""),
+    Form::Section(FILES, ""),
 ]);
+
+/// A file that lists backends as `static` does.
+pub(in crate::config) static LISTED: Form = Form::List(&Form::Section(BACKEND, ""));
+
+/// A file that lists backends as Prometheus' `file_sd_configs` does.
+pub(in crate::config) static GROUPS: Form = Form::List(&Form::Section(GROUP, ""));
+
+/// An entry of such a file.
+const GROUP: &[Key] = &[
+    Key::required("targets", Form::List(&Form::Text), "addresses"),
+    Key::usual("labels", Form::Pairs, "{}", "labels of the targets"),
+];
 
 /// The provider `static`.
 const STATIC: &[Key] = &[Key::required("static", Form::List(&Form::Section(BACKEND, "")), "servers that already run")];
@@ -40,11 +54,26 @@ const CONTAINERS: &[Key] = &[Key::required(
 )];
 
 /// The provider `dns`.
-const NAMES: &[Key] = &[Key::required(
+const DNS: &[Key] = &[Key::required(
     "dns",
     Form::Any(&[Form::Section(ADDRESSES, "{ name: web.example.com., port: 80 }"), Form::Section(SERVICES, "")]),
     "the addresses of a name",
 )];
+
+/// The provider `file`.
+const FILES: &[Key] =
+    &[Key::required("file", Form::Section(FILE, "{ path: /etc/ringway/web.yaml }"), "a file that lists backends")];
+
+/// Section `pools[].provider.file`.
+const FILE: &[Key] = &[
+    Key::required("path", Form::Text, "path of a YAML or JSON file. Ringway applies its changes"),
+    Key::choice(
+        "format",
+        names::<FileFormat>,
+        "auto",
+        "`list`: a list as in `static`. `prometheus`: groups of targets as in Prometheus' `file_sd_configs`, where the label `weight` is the weight. `auto`: as the file shows",
+    ),
+];
 
 /// An entry of `pools[].provider.static`.
 const BACKEND: &[Key] = &[
@@ -190,7 +219,7 @@ const ADDRESSES: &[Key] = &[
     Key::required(
         "name",
         Form::Text,
-        "name whose A and AAAA records are the backends. End it with a dot: without one, Ringway first tries the domains of the system's search list. Use either `name` or `srv`",
+        "name whose A and AAAA records are the backends. End it with a dot: without one, Ringway also tries the domains of the system's search list. Use either `name` or `srv`",
     ),
     Key::required("port", Form::Integer(1..=65_535), "port on which the backends listen. Only with `name`"),
     FAMILY,
@@ -205,7 +234,7 @@ const SERVICES: &[Key] = &[
     Key::required(
         "srv",
         Form::Text,
-        "name whose SRV records are the backends, like `_redis._tcp.example.com.`. Their ports and weights apply. Of several priorities, Ringway uses only the best",
+        "name whose SRV records are the backends, like `_redis._tcp.example.com.`. Their ports, weights and priorities apply",
     ),
     FAMILY,
     SERVERS,

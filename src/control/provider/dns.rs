@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 
 use self::lookup::{Answer, Resolver};
-use self::members::{Members, Schedule};
+use self::members::{Members, Rules, Schedule};
 use self::status::DnsStatus;
 use crate::backend::State;
 use crate::control::Event;
@@ -35,12 +35,15 @@ use crate::table::{Table, TableCell};
 /// Longest time that a start waits for the first answer.
 pub const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Weights of SRV records become numbers from 1 to this one. The ring of such a pool has as many points for this weight as that of
-/// another pool has for weight 1.
+/// Weights of SRV records become numbers from 1 to this one. The ring of such a pool has about as many points for this weight as that
+/// of another pool has for weight 1.
 pub const WEIGHTS: u32 = 16;
 
 /// Failures in a row after which Ringway reads `/etc/resolv.conf` again.
 const FORGET: u32 = 3;
+
+/// The states of a backend that does not work.
+const FAILING: [State; 2] = [State::Unhealthy, State::Ejected];
 
 /// Settings of the provider.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,8 +109,14 @@ pub enum Servers {
     Listed(Vec<SocketAddr>),
 }
 
-/// The settings, and the time that connections have when their backend leaves.
-pub type Current = (Settings, Duration);
+/// What applies at the moment: the settings and the rules of the pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Current {
+    /// The settings of the provider.
+    pub settings: Settings,
+    /// What applies to the backends.
+    pub rules: Rules,
+}
 
 /// Asks again and again.
 #[derive(Debug)]
@@ -128,25 +137,23 @@ impl Follower {
         Self { pool, current, members, schedule, resolver: None, status, random: RandomState::new() }
     }
 
-    /// The first look-up. Repeats it for up to [`PATIENCE`] while it fails and no backend is known.
-    pub async fn begin(&mut self) -> Vec<Event> {
+    /// The first look-up. Repeats it for up to [`PATIENCE`] while it fails and no backend is known. Returns the events for the
+    /// publisher, and why there was no answer.
+    pub async fn begin(&mut self) -> (Vec<Event>, Option<Arc<str>>) {
         let mut events = Vec::new();
         let repeated = async {
             loop {
                 tokio::time::sleep_until(self.schedule.next.into()).await;
-                events.extend(self.ask().await);
+                let answer = self.ask().await;
+                events.extend(self.take(&answer, |_| false));
                 if self.schedule.failures() == 0 || self.members.count() > 0 {
                     return;
                 }
             }
         };
-        if tokio::time::timeout(PATIENCE, repeated).await.is_err() {
-            let last = self.status.last();
-            let (pool, name, error) =
-                (&self.pool, &last.question, last.error.as_deref().unwrap_or("no answer in time"));
-            tracing::warn!(%pool, %name, error, "the pool starts without backends; Ringway goes on asking");
-        }
-        events
+        let is_answered = tokio::time::timeout(PATIENCE, repeated).await.is_ok() || self.members.count() > 0;
+        let why = || self.status.last().error.clone().unwrap_or_else(|| "no answer in time".into());
+        (events, (!is_answered).then(why))
     }
 
     /// Asks until the pool ends: when the last answer has expired, when a backend fails, and when the settings change or are
@@ -154,14 +161,13 @@ impl Follower {
     pub async fn run(mut self, table: TableCell, events: mpsc::Sender<Event>) {
         let mut tables = table.watch();
         loop {
-            let refresh = self.current.borrow().0.refresh.clone();
+            let refresh = self.current.borrow().settings.refresh.clone();
             self.schedule.hurry(any_fails(&table.load()), &refresh, Instant::now());
             self.status.plan(self.schedule.next);
             tokio::select! {
                 () = tokio::time::sleep_until(self.schedule.next.into()) => {}
-                changed = self.current.changed() => match changed {
-                    Ok(()) => self.resolver = None,
-                    Err(_) => return,
+                changed = self.current.changed() => if changed.is_err() {
+                    return;
                 },
                 changed = tables.changed() => match changed {
                     Ok(()) => continue,
@@ -169,7 +175,18 @@ impl Follower {
                 },
             }
             self.schedule.asks(any_fails(&table.load()));
-            for event in self.ask().await {
+            let answer = loop {
+                let mut current = self.current.clone();
+                tokio::select! {
+                    answer = self.ask() => break answer,
+                    // A look-up can take long: one that is out of date has no value.
+                    changed = current.changed() => if changed.is_err() {
+                        return;
+                    },
+                }
+            };
+            let table = table.load();
+            for event in self.take(&answer, |id| fails(&table, id)) {
                 if events.send(event).await.is_err() {
                     return;
                 }
@@ -177,29 +194,40 @@ impl Follower {
         }
     }
 
-    /// Asks once.
-    async fn ask(&mut self) -> Vec<Event> {
-        let (settings, drain) = self.current.borrow_and_update().clone();
-        if self.schedule.failures() % FORGET == FORGET - 1 {
+    /// Asks once. Changed settings need another resolver; after failures, the file with the servers may have changed.
+    async fn ask(&mut self) -> Answer {
+        let failures = self.schedule.failures();
+        if self.current.has_changed().unwrap_or_default() || failures > 0 && failures.is_multiple_of(FORGET) {
             self.resolver = None;
         }
+        let settings = self.current.borrow_and_update().settings.clone();
         let resolver = self.resolver.take().map_or_else(|| Resolver::new(&settings), Ok);
-        let answer = match resolver {
+        match resolver {
             Ok(resolver) => self.resolver.insert(resolver).ask(&settings.question, settings.family).await,
             Err(fault) => Answer::failed(fault),
-        };
+        }
+    }
+
+    /// Takes in an answer. Returns what the publisher must hear of it.
+    fn take(&mut self, answer: &Answer, fails: impl Fn(&str) -> bool) -> Vec<Event> {
+        let Current { settings, rules } = self.current.borrow().clone();
         let now = Instant::now();
-        let changes = self.members.learn(&answer, settings.gone_after, drain, now);
-        self.status.note(&self.pool, &answer, &changes, self.members.count(), now);
+        let changes = self.members.learn(answer, &rules, fails, now);
+        self.status.note(&self.pool, answer, &changes, self.members.count(), now);
         let chance = self.random.hash_one(now) as f64 / u64::MAX as f64;
-        self.schedule.answered(&answer, &self.members, &settings.refresh, settings.gone_after, chance, now);
+        self.schedule.answered(answer, &self.members, &settings.refresh, rules.gone_after, chance, now);
         changes.events
     }
 }
 
+/// Whether a backend fails its checks or connects.
+fn fails(table: &Table, id: &str) -> bool {
+    table.backends().find(id).is_some_and(|backend| FAILING.contains(&backend.state))
+}
+
 /// Whether a backend fails its checks or connects. Its name may have another address by now.
 fn any_fails(table: &Table) -> bool {
-    [State::Unhealthy, State::Ejected].into_iter().any(|state| table.backends().count(state) > 0)
+    FAILING.into_iter().any(|state| table.backends().count(state) > 0)
 }
 
 /// Asks once, for `ringway check`.

@@ -7,20 +7,26 @@
 //! - [`names`]: looks up the host names of listed backends
 //! - [`discover`]: containers that Ringway does not run itself
 //! - [`dns`]: the addresses of a name
+//! - [`file`]: the state of a file that lists backends
 
 pub mod discover;
 pub mod dns;
+pub mod file;
 pub mod names;
 
 use std::fmt;
 use std::net::IpAddr;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use self::dns::status::DnsStatus;
+use self::file::FileStatus;
 use crate::address::{Address, host_and_port};
 use crate::control::docker::watch::EngineStatus;
+use crate::label_enum;
+use crate::labels::Tally;
 
 /// What a provider depends on, as it last saw it; for status and metrics.
 #[derive(Debug, Clone)]
@@ -31,6 +37,20 @@ pub enum ProviderStatus {
     Engine(Arc<EngineStatus>),
     /// Name servers.
     Dns(Arc<DnsStatus>),
+    /// A file.
+    File(Arc<FileStatus>),
+}
+
+label_enum! {
+    /// How the backends of a pool change, by what its provider says.
+    pub enum ChangeKind {
+        /// A backend joined.
+        Joined => "joined",
+        /// A backend has another address or weight.
+        Changed => "changed",
+        /// A backend leaves.
+        Left => "left",
+    }
 }
 
 impl ProviderStatus {
@@ -39,11 +59,28 @@ impl ProviderStatus {
         if let Self::Engine(status) = self { Some(status) } else { None }
     }
 
+    /// Changes of backends, by kind, for the providers `dns` and `file`.
+    pub fn changes(&self) -> Option<&Tally<ChangeKind>> {
+        match self {
+            Self::Dns(status) => Some(&status.changes),
+            Self::File(status) => Some(&status.changes),
+            Self::Independent | Self::Engine(_) => None,
+        }
+    }
+
+    /// The file, for the provider `file`.
+    pub fn file(&self) -> Option<&FileStatus> {
+        if let Self::File(status) = self { Some(status) } else { None }
+    }
+
     /// The look-ups, for the provider `dns`.
     pub fn dns(&self) -> Option<&DnsStatus> {
         if let Self::Dns(status) = self { Some(status) } else { None }
     }
 }
+
+/// Weights of a backend.
+pub const WEIGHTS: RangeInclusive<u32> = 1..=1000;
 
 /// A backend that is listed in the config or by a command.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -182,6 +182,8 @@ pub async fn follow(
                 Err(_) => return,
             },
         }
+        // A backend may have recovered meanwhile.
+        let down = self::down(&of_hosts, &table.load());
         wait = if down.is_empty() { FIRST } else { (wait * 2).min(LONGEST) };
         let is_down = |name: &Name| down.iter().any(|down| down.id == name.id);
         let mut asked = down.clone();
@@ -197,10 +199,13 @@ pub async fn follow(
             let Ok(address) = found else { continue };
             let is_current = known.get(&name.id) == Some(&address);
             // An answer can lack an address for a moment. A backend that works moves at the second one.
+            if is_current {
+                missing.remove(&name.id);
+            }
             if is_current || (!is_down(name) && missing.insert(Arc::clone(&name.id))) {
-                if is_current {
-                    missing.remove(&name.id);
-                }
+                continue;
+            }
+            if !is_down(name) && !health::accepts(&address, ACCEPTS).await {
                 continue;
             }
             missing.remove(&name.id);
@@ -251,7 +256,10 @@ mod tests {
         let started = Event::Started { id: Arc::clone(&id), address: old.clone(), replica: None };
         let known = [Event::Joined { id: Arc::clone(&id), weight: 1 }, started];
         let publisher = Publisher::new("p".into(), settings, known, Instant::now());
-        let location = Location::parse("localhost:80").unwrap();
+        // A healthy backend moves only to an address that accepts connections.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let location = Location::parse(&format!("localhost:{port}")).unwrap();
         let (_names, receiver) = watch::channel(vec![Name { id: Arc::clone(&id), location, resolve }]);
         let addresses: SharedAddresses = Arc::new(Mutex::new([(id, old)].into()));
         let (sender, mut events) = mpsc::channel(8);

@@ -111,10 +111,6 @@ impl BackendState {
     pub(super) fn joined(&mut self, weight: u32) -> Change {
         let is_new = self.backend.weight != weight;
         let stays = self.drains.leaving.take().is_some();
-        if stays {
-            // The same result as leaving and joining again.
-            self.drains.ordered = None;
-        }
         self.show_drain();
         self.backend.weight = weight;
         if is_new || stays { Change::Ring } else { Change::Nothing }

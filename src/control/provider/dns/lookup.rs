@@ -1,29 +1,38 @@
 //! Asks name servers. The only file that knows the DNS library.
 //!
-//! An [`Answer`] is complete, or it has a fault: a server that does not answer in time, says that it failed, or has cut the
-//! answer off even over TCP. Only a complete answer says that an address is gone. IPv4 and IPv6 addresses, and the addresses
-//! of all targets of SRV records, are one answer.
+//! Only a complete [`Answer`] says that a backend is gone. A server that does not answer in time, says that it failed, has cut the
+//! answer off even over TCP, or sends something that is no answer, is a [`Fault`]. The IPv4 and IPv6 addresses of a name are one
+//! answer. The targets of SRV records are complete without their addresses: a target whose own look-up fails is there.
+//!
+//! Aliases (CNAME) are followed here: the library's own way to follow them takes an alias of SRV records, and a circle of aliases,
+//! for an empty answer.
 
 use std::collections::BTreeMap;
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::stream;
-use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts};
+use hickory_resolver::config::{ConnectionConfig, NameServerConfig, ResolverOpts};
 use hickory_resolver::net::runtime::TokioRuntimeProvider;
+use hickory_resolver::net::xfer::{DnsHandle as _, FirstAnswer as _};
 use hickory_resolver::net::{DnsError, NetError};
-use hickory_resolver::proto::op::ResponseCode;
-use hickory_resolver::proto::rr::{Name, RData, RecordType};
-use hickory_resolver::{TokioResolver, system_conf};
+use hickory_resolver::proto::op::{DnsRequestOptions, DnsResponse, Query, ResponseCode};
+use hickory_resolver::proto::rr::{Name, RData, Record, RecordType};
+use hickory_resolver::{NameServerPool, PoolContext, TlsConfig, system_conf};
 
-use super::{Family, Question, Servers, Settings, WEIGHTS};
+use super::{Family, Question, Servers, Settings};
 use crate::label_enum;
 
 /// Targets of SRV records that are looked up at the same time.
 const AT_ONCE: usize = 16;
+
+/// Most aliases from a name to its records.
+const MOST_ALIASES: usize = 8;
 
 label_enum! {
     /// How a look-up ended.
@@ -32,6 +41,8 @@ label_enum! {
         Found => "found",
         /// With a complete answer without any backend. The name may not exist.
         Empty => "empty",
+        /// With all targets of SRV records, but without the address of some.
+        Partial => "partial",
         /// No server answered in time.
         Timeout => "timeout",
         /// A server answered that it failed (SERVFAIL).
@@ -50,9 +61,11 @@ label_enum! {
 pub struct Answer {
     /// The backends by id.
     pub found: BTreeMap<Arc<str>, Found>,
+    /// Whether a backend that was not found is not there.
+    pub is_complete: bool,
     /// How long the answer is valid, if it says so.
     pub ttl: Option<Duration>,
-    /// Why the answer is not complete.
+    /// What failed.
     pub fault: Option<Fault>,
 }
 
@@ -65,11 +78,11 @@ pub struct Found {
     pub addresses: Vec<SocketAddr>,
     /// The look-up of its addresses failed, as a whole or for one family.
     pub is_partial: bool,
-    /// Multiple of the ring's virtual nodes.
-    pub weight: u32,
+    /// Priority and weight, as the SRV record has them. The lowest priority is the best.
+    pub rank: (u16, u16),
 }
 
-/// Why an answer is not complete.
+/// Why a look-up failed, as a whole or in part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Fault {
     /// The kind of the failure.
@@ -93,6 +106,7 @@ impl Answer {
     /// How the look-up ended.
     pub fn outcome(&self) -> Outcome {
         match &self.fault {
+            Some(_) if self.is_complete => Outcome::Partial,
             Some(fault) => fault.outcome,
             None if self.found.is_empty() => Outcome::Empty,
             None => Outcome::Found,
@@ -101,8 +115,11 @@ impl Answer {
 }
 
 /// Name servers, and the names that a short name stands for.
+#[derive(Debug)]
 pub struct Resolver {
-    servers: Vec<(SocketAddr, TokioResolver)>,
+    servers: Vec<Server>,
+    /// The server that answered last: the first one to ask.
+    first: AtomicUsize,
     /// Domains to append to a name that does not end with a dot.
     search: Vec<Name>,
     /// A name with at least this number of dots is asked for as it is before a domain is appended.
@@ -110,13 +127,8 @@ pub struct Resolver {
     timeout: Duration,
 }
 
-impl fmt::Debug for Resolver {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Resolver").field("search", &self.search).finish_non_exhaustive()
-    }
-}
-
 /// The records of one name and type.
+#[derive(Debug, Default)]
 struct Records {
     data: Vec<RData>,
     ttl: Option<Duration>,
@@ -128,22 +140,20 @@ impl Resolver {
     /// # Errors
     /// When the file cannot be read or names no server.
     pub fn new(settings: &Settings) -> Result<Self, Fault> {
-        let failed = |error: NetError| Fault { outcome: Outcome::Failed, text: error.to_string() };
+        let failed = |text: String| Fault { outcome: Outcome::Failed, text };
         let (addresses, search, ndots) = match &settings.servers {
             Servers::Listed(addresses) => (addresses.clone(), Vec::new(), 0),
             Servers::System => {
-                let (config, options) = system_conf::read_system_conf().map_err(|error| Fault {
-                    outcome: Outcome::Failed,
-                    text: format!("cannot use /etc/resolv.conf: {error}; name the servers in `servers`"),
+                let (config, options) = system_conf::read_system_conf().map_err(|error| {
+                    failed(format!("cannot use /etc/resolv.conf: {error}; name the servers in `servers`"))
                 })?;
                 let addresses = config.name_servers().iter().map(|server| SocketAddr::new(server.ip, 53));
                 (addresses.collect(), config.search().to_vec(), options.ndots)
             }
         };
-        // One resolver for each server: together, the library would stop at the first one that says SERVFAIL.
-        let servers = addresses.into_iter().map(|address| Ok((address, resolver(address, settings.timeout)?)));
-        let servers = servers.collect::<Result<_, _>>().map_err(failed)?;
-        Ok(Self { servers, search, ndots, timeout: settings.timeout })
+        let servers = addresses.into_iter().map(|address| Server::new(address, settings.timeout));
+        let servers = servers.collect::<Result<_, _>>().map_err(|error| failed(error.to_string()))?;
+        Ok(Self { servers, first: AtomicUsize::new(0), search, ndots, timeout: settings.timeout })
     }
 
     /// Looks up all backends that answer the question.
@@ -159,24 +169,23 @@ impl Resolver {
         let mut answer = Answer::default();
         for name in self.candidates(name) {
             let (addresses, ttl, fault) = self.addresses(&name, family).await;
-            let is_last = fault.is_some() || !addresses.is_empty();
-            answer = Answer { ttl, fault, ..Answer::default() };
+            answer = Answer { is_complete: fault.is_none(), ttl, fault, ..Answer::default() };
             for address in addresses.into_iter().map(|ip| SocketAddr::new(ip, port)) {
                 let id: Arc<str> = address.to_string().into();
-                let found = Found { id: Arc::clone(&id), addresses: vec![address], is_partial: false, weight: 1 };
+                let found = Found { id: Arc::clone(&id), addresses: vec![address], is_partial: false, rank: (0, 0) };
                 answer.found.insert(id, found);
             }
             // If one name fails, the next one may be the name of something else.
-            if is_last {
+            if answer.fault.is_some() || !answer.found.is_empty() {
                 break;
             }
         }
         answer
     }
 
-    /// A backend for each target of SRV records with the best priority.
+    /// A backend for each target of SRV records.
     async fn services_of(&self, name: &str, family: Family) -> Answer {
-        let mut records = Records { data: Vec::new(), ttl: None };
+        let mut records = Records::default();
         for name in self.candidates(name) {
             match self.records(&name, RecordType::SRV).await {
                 Ok(found) => records = found,
@@ -186,23 +195,23 @@ impl Resolver {
                 break;
             }
         }
-        let targets = targets(&records.data);
-        let lookups = targets.into_iter().map(|((target, port), weight)| async move {
+        let lookups = targets(&records.data).into_iter().map(|((target, port), rank)| async move {
             let name = Name::from_ascii(&target).unwrap_or_default();
             let (addresses, ttl, fault) = self.addresses(&name, family).await;
             let addresses: Vec<_> = addresses.into_iter().map(|ip| SocketAddr::new(ip, port)).collect();
             let id: Arc<str> = format!("{}:{port}", target.trim_end_matches('.')).into();
-            (Found { id, addresses, is_partial: fault.is_some(), weight }, ttl, fault)
+            (Found { id, addresses, is_partial: fault.is_some(), rank }, ttl, fault)
         });
-        let mut answer = Answer { ttl: records.ttl, ..Answer::default() };
-        let mut lookups = stream::iter(lookups).buffer_unordered(AT_ONCE);
+        let mut answer = Answer { is_complete: true, ttl: records.ttl, ..Answer::default() };
+        // In the order of the targets, so that the same one tells its fault each time.
+        let mut lookups = stream::iter(lookups).buffered(AT_ONCE);
         while let Some((found, ttl, fault)) = lookups.next().await {
             answer.ttl = shorter(answer.ttl, ttl);
+            answer.fault = answer.fault.or(fault);
             // A target whose name has no address is not there. One whose look-up failed keeps the address that it had.
             if found.is_partial || !found.addresses.is_empty() {
                 answer.found.insert(Arc::clone(&found.id), found);
             }
-            answer.fault = answer.fault.or(fault);
         }
         answer
     }
@@ -225,7 +234,7 @@ impl Resolver {
     /// The addresses of a full name, sorted, with the shortest TTL. With a fault, some may be missing.
     async fn addresses(&self, name: &Name, family: Family) -> (Vec<IpAddr>, Option<Duration>, Option<Fault>) {
         let of = async |kind, is_wanted: bool| {
-            if is_wanted { self.records(name, kind).await } else { Ok(Records { data: Vec::new(), ttl: None }) }
+            if is_wanted { self.records(name, kind).await } else { Ok(Records::default()) }
         };
         let (v4, v6) =
             tokio::join!(of(RecordType::A, family != Family::Ipv6), of(RecordType::AAAA, family != Family::Ipv4));
@@ -243,59 +252,146 @@ impl Resolver {
         }
         addresses.sort();
         addresses.dedup();
+        if let Some(fault) = fault.as_mut().filter(|_| !addresses.is_empty() && family == Family::Any) {
+            // Some servers never answer for addresses of the family that they do not use.
+            let found = if addresses.iter().all(IpAddr::is_ipv4) { "ipv4" } else { "ipv6" };
+            let remedy = "if the name has only addresses like those found, set family:";
+            fault.text = format!("{}; {remedy} {found}", fault.text);
+        }
         (addresses, ttl, fault)
     }
 
-    /// The records of a full name. Asks the servers in order, until one answers.
+    /// The records of a full name, behind its aliases.
     async fn records(&self, name: &Name, kind: RecordType) -> Result<Records, Fault> {
+        let (mut current, mut ttl) = (name.clone(), None);
+        for _ in 0..MOST_ALIASES {
+            let (answers, valid) = self.answer(&current, kind).await?;
+            ttl = shorter(ttl, valid);
+            let of = |owner: &Name, kind| {
+                let is_of = move |record: &&Record| record.name == *owner && record.record_type() == kind;
+                answers.iter().filter(is_of).map(|record| &record.data).collect::<Vec<_>>()
+            };
+            let mut last = current.clone();
+            // An answer has the aliases too. In a circle, they end here and are asked for again.
+            for _ in 0..MOST_ALIASES {
+                match of(&last, RecordType::CNAME).first() {
+                    Some(RData::CNAME(next)) => last = next.0.clone(),
+                    _ => break,
+                }
+            }
+            let data: Vec<_> = of(&last, kind).into_iter().cloned().collect();
+            if !data.is_empty() || answers.is_empty() {
+                return Ok(Records { data, ttl });
+            }
+            if last == current {
+                break;
+            }
+            current = last;
+        }
+        let text = format!("{name} {kind}: the answer leads to aliases (CNAME) without an end, or to other names");
+        Err(Fault { outcome: Outcome::Failed, text })
+    }
+
+    /// The records of an answer and how long they are valid. Asks the servers, beginning with the one that answered last, until one
+    /// answers.
+    async fn answer(&self, name: &Name, kind: RecordType) -> Result<(Vec<Record>, Option<Duration>), Fault> {
+        let seconds = |seconds: u32| Duration::from_secs(seconds.into());
+        let (first, count) = (self.first.load(Ordering::Relaxed), self.servers.len());
         let mut fault = None;
-        for (server, resolver) in &self.servers {
-            let lookup = tokio::time::timeout(self.timeout, resolver.lookup(name.clone(), kind));
-            let failed = match lookup.await.unwrap_or(Err(NetError::Timeout)) {
-                Ok(found) => {
-                    let ttl = found.answers().iter().map(|record| record.ttl).min();
-                    let of_kind = found.answers().iter().filter(|record| record.record_type() == kind);
-                    let data = of_kind.map(|record| record.data.clone()).collect();
-                    return Ok(Records { data, ttl: ttl.map(|ttl| Duration::from_secs(ttl.into())) });
+        for n in (0..count).map(|n| (first + n) % count) {
+            let server = &self.servers[n];
+            let exchanged = tokio::time::timeout(self.timeout, server.exchange(name, kind));
+            let answer = match exchanged.await.unwrap_or(Err(NetError::Timeout)) {
+                Ok(response) => {
+                    let ttl = response.answers.iter().map(|record| record.ttl).min();
+                    Ok((response.into_message().answers, ttl.map(seconds)))
                 }
                 Err(NetError::Dns(DnsError::NoRecordsFound(none)))
-                    if matches!(none.response_code, ResponseCode::NoError | ResponseCode::NXDomain) =>
+                    if matches!(none.response_code, ResponseCode::NoError | ResponseCode::NXDomain)
+                        && (none.ns.is_none() || none.soa.is_some()) =>
                 {
-                    let ttl = none.negative_ttl.map(|ttl| Duration::from_secs(ttl.into()));
-                    return Ok(Records { data: Vec::new(), ttl });
+                    Ok((Vec::new(), none.negative_ttl.map(seconds)))
                 }
-                Err(error) => error,
+                Err(error) => Err(classify(&error)),
             };
-            let (outcome, what) = classify(&failed);
-            // The fault of the first server says the most: the others are spares.
-            let text = || format!("{name} {kind}: {server} {what}");
-            fault.get_or_insert_with(|| Fault { outcome, text: text() });
+            match answer {
+                Ok(answer) => {
+                    self.first.store(n, Ordering::Relaxed);
+                    return Ok(answer);
+                }
+                // The fault of the first server says the most: the others are spares.
+                Err((outcome, what)) => {
+                    let text = format!("{name} {kind}: {} {what}", server.address);
+                    fault.get_or_insert(Fault { outcome, text });
+                }
+            }
         }
         let no_server = || Fault { outcome: Outcome::Failed, text: "no name server is known".to_owned() };
         Err(fault.unwrap_or_else(no_server))
     }
 }
 
-/// A resolver for one server, over UDP, and over TCP if the answer is too long or UDP fails.
-fn resolver(address: SocketAddr, timeout: Duration) -> Result<TokioResolver, NetError> {
-    let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].map(|mut connection| {
-        connection.port = address.port();
-        connection
-    });
-    let server = NameServerConfig::new(address.ip(), true, connections.into());
-    let mut options = ResolverOpts::default();
-    options.timeout = timeout;
-    options.attempts = 0;
-    // The schedule decides when to ask again.
-    options.cache_size = 0;
-    options.use_hosts_file = ResolveHosts::Never;
-    options.try_tcp_on_error = true;
-    options.num_concurrent_reqs = 1;
-    // The longest answer over UDP that fits most networks (dnsflagday.net/2020).
-    options.edns_payload_len = 1232;
-    options.max_active_requests = 4 * AT_ONCE;
-    let config = ResolverConfig::from_name_servers(vec![server]);
-    TokioResolver::builder_with_config(config, TokioRuntimeProvider::default()).with_options(options).build()
+type Connections = NameServerPool<TokioRuntimeProvider>;
+
+/// A name server.
+struct Server {
+    address: SocketAddr,
+    /// Over UDP, and over TCP if the answer is too long.
+    usual: Connections,
+    tcp: Connections,
+    timeout: Duration,
+}
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.address.fmt(f)
+    }
+}
+
+impl Server {
+    fn new(address: SocketAddr, timeout: Duration) -> Result<Self, NetError> {
+        let mut options = ResolverOpts::default();
+        options.timeout = timeout;
+        options.num_concurrent_reqs = 1;
+        options.max_active_requests = 4 * AT_ONCE;
+        let context = Arc::new(PoolContext::new(options, TlsConfig::new()?));
+        let connections = |kinds: Vec<ConnectionConfig>| {
+            let kinds = kinds.into_iter().map(|mut kind| {
+                kind.port = address.port();
+                kind
+            });
+            let server = NameServerConfig::new(address.ip(), true, kinds.collect());
+            NameServerPool::from_config([server], Arc::clone(&context), TokioRuntimeProvider::default())
+        };
+        let usual = connections(vec![ConnectionConfig::udp(), ConnectionConfig::tcp()]);
+        Ok(Self { address, usual, tcp: connections(vec![ConnectionConfig::tcp()]), timeout })
+    }
+
+    /// Asks over UDP. If nothing comes back in half of the time, or nothing that is an answer, asks over TCP too: a firewall may
+    /// stop UDP.
+    async fn exchange(&self, name: &Name, kind: RecordType) -> Result<DnsResponse, NetError> {
+        let mut options = DnsRequestOptions::default();
+        // The longest answer over UDP that fits most networks (dnsflagday.net/2020).
+        options.edns_payload_len = 1232;
+        let ask = |to: &Connections| to.lookup(Query::query(name.clone(), kind), options).first_answer();
+        let mut usual = pin!(ask(&self.usual));
+        match tokio::time::timeout(self.timeout / 2, &mut usual).await {
+            Ok(result) if is_answer(&result) => result,
+            Ok(_) => ask(&self.tcp).await,
+            Err(_elapsed) => {
+                let mut tcp = pin!(ask(&self.tcp));
+                tokio::select! {
+                    result = &mut usual => if is_answer(&result) { result } else { tcp.await },
+                    result = &mut tcp => if is_answer(&result) { result } else { usual.await },
+                }
+            }
+        }
+    }
+}
+
+/// Whether the server has answered, in whatever way.
+fn is_answer(result: &Result<DnsResponse, NetError>) -> bool {
+    matches!(result, Ok(_) | Err(NetError::Dns(_) | NetError::Truncated))
 }
 
 /// The kind of a failure, and what the server did.
@@ -305,6 +401,9 @@ fn classify(error: &NetError) -> (Outcome, String) {
         NetError::Truncated => (Outcome::Truncated, "cut the answer off, even over TCP"),
         NetError::Dns(DnsError::ResponseCode(ResponseCode::ServFail)) => (Outcome::ServerFailure, "failed (SERVFAIL)"),
         NetError::Dns(DnsError::ResponseCode(ResponseCode::Refused)) => (Outcome::Refused, "refused (REFUSED)"),
+        NetError::Dns(DnsError::NoRecordsFound(_)) => {
+            (Outcome::Failed, "referred to other servers: it does not resolve names for clients")
+        }
         other => return (Outcome::Failed, format!("gave no answer: {other}")),
     };
     (outcome, what.to_owned())
@@ -322,30 +421,24 @@ fn address(record: &RData) -> Option<IpAddr> {
     (!ip.is_unspecified() && !ip.is_multicast() && !is_broadcast).then_some(ip)
 }
 
-/// The targets and ports of SRV records with the lowest, that is best, priority, and their weights for the ring.
-fn targets(records: &[RData]) -> BTreeMap<(String, u16), u32> {
-    let records = records.iter().filter_map(|data| match data {
-        // A target of `.` says that there is no such service (RFC 2782).
-        RData::SRV(srv) if !srv.target.is_root() && srv.port > 0 => Some(srv),
-        _ => None,
-    });
-    let best = records.clone().map(|srv| srv.priority).min();
+/// The targets and ports of SRV records, with priority and weight.
+fn targets(records: &[RData]) -> BTreeMap<(String, u16), (u16, u16)> {
     let mut targets = BTreeMap::new();
-    for srv in records.filter(|srv| Some(srv.priority) == best) {
-        let weight = targets.entry((srv.target.to_ascii().to_lowercase(), srv.port)).or_insert(0);
-        *weight = srv.weight.max(*weight);
+    for data in records {
+        // A target of `.` says that there is no such service (RFC 2782).
+        let RData::SRV(srv) = data else { continue };
+        if srv.target.is_root() || srv.port == 0 {
+            continue;
+        }
+        let rank = targets.entry((srv.target.to_ascii().to_lowercase(), srv.port)).or_insert((u16::MAX, 0));
+        // Of records with the same target, the best priority and the highest weight count.
+        *rank = match srv.priority.cmp(&rank.0) {
+            std::cmp::Ordering::Less => (srv.priority, srv.weight),
+            std::cmp::Ordering::Equal => (rank.0, rank.1.max(srv.weight)),
+            std::cmp::Ordering::Greater => *rank,
+        };
     }
-    let most = targets.values().copied().max().unwrap_or_default();
-    targets.into_iter().map(|(target, weight)| (target, scaled(weight, most))).collect()
-}
-
-/// A weight from 1 to 16, in proportion to the highest. All have 16 if all are 0.
-fn scaled(weight: u16, most: u16) -> u32 {
-    if most == 0 {
-        return WEIGHTS;
-    }
-    let (weight, most) = (u32::from(weight), u32::from(most));
-    ((weight * WEIGHTS + most / 2) / most).max(1)
+    targets
 }
 
 fn shorter(one: Option<Duration>, other: Option<Duration>) -> Option<Duration> {

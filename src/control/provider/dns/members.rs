@@ -2,7 +2,8 @@
 //!
 //! The order of an answer has no meaning. A failed look-up removes nothing, for as long as it fails. A complete answer removes
 //! a backend that has been missing from complete answers for `gone_after`: some servers rotate a part of their addresses
-//! through the answers, and others answer with nothing for a moment.
+//! through the answers, and others answer with nothing for a moment. Priorities and weights of SRV records are compared with those of
+//! all backends that are there, also with those that the last answer misses.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -10,28 +11,46 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::WEIGHTS;
 use super::lookup::{Answer, Found};
 use crate::address::Address;
 use crate::control::Event;
 
-/// The most backends of a pool. An answer over TCP has room for 4,000 addresses.
-const MOST: usize = 1000;
-
 /// Wait after the first failure; doubles with each further one.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
+
+/// What applies to the backends of a pool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rules {
+    /// How long a backend must be missing from complete answers before it leaves.
+    pub gone_after: Duration,
+    /// The time that connections have when their backend leaves.
+    pub drain: Duration,
+    /// The most backends.
+    pub most: usize,
+    /// Weights are steps from 1 to [`WEIGHTS`], in proportion to the highest. Otherwise all are 1.
+    pub has_weights: bool,
+}
 
 /// The backends of a pool.
 #[derive(Debug, Default)]
 pub struct Members {
     known: BTreeMap<Arc<str>, Member>,
+    /// When the last answer came, complete or not.
+    last: Option<Instant>,
 }
 
 #[derive(Debug)]
 struct Member {
     /// Unknown for a target of SRV records whose own look-up has failed so far.
     address: Option<SocketAddr>,
-    weight: u32,
-    /// The time of the first of the complete answers in a row that did not have it.
+    /// The last answer did not have the address, but others of the same target.
+    misses_address: bool,
+    /// Priority and weight as in the record. Unknown for a backend of an earlier process that no answer has had yet.
+    rank: Option<(u16, u16)>,
+    /// The weight with which the backend has joined; `None`: another one has a better priority.
+    weight: Option<u32>,
+    /// The time of the first of the complete answers in a row that did not have it. Time in which look-ups failed does not count.
     missing_since: Option<Instant>,
 }
 
@@ -57,64 +76,95 @@ impl Members {
         let mut events = Vec::new();
         for (id, address, weight) in known {
             events.extend(joined(&id, Some(address), weight));
-            members.known.insert(id, Member { address: Some(address), weight, missing_since: None });
+            let (address, weight) = (Some(address), Some(weight));
+            members
+                .known
+                .insert(id, Member { address, misses_address: false, rank: None, weight, missing_since: None });
         }
         (members, events)
     }
 
     /// Number of backends, with those that are missing from the last answers.
     pub fn count(&self) -> usize {
-        self.known.len()
+        self.known.values().filter(|member| member.weight.is_some()).count()
     }
 
-    /// Whether one of the backends has this id.
-    pub fn has(&self, id: &str) -> bool {
-        self.known.contains_key(id)
-    }
-
-    /// Takes in an answer. `drain` is the time that connections have when their backend leaves.
-    pub fn learn(&mut self, answer: &Answer, gone_after: Duration, drain: Duration, now: Instant) -> Changes {
+    /// Takes in an answer. `fails` tells whether a backend fails its checks or connects.
+    pub fn learn(&mut self, answer: &Answer, rules: &Rules, fails: impl Fn(&str) -> bool, now: Instant) -> Changes {
         let mut changes = Changes::default();
+        self.miss(answer, rules, &mut changes, now);
         for found in answer.found.values() {
             if let Some(member) = self.known.get_mut(&found.id) {
-                member.missing_since = None;
-                let address = choose(member.address, found);
-                if member.weight != found.weight {
-                    member.weight = found.weight;
-                    changes.changed += 1;
-                    changes.events.push(Event::Joined { id: Arc::clone(&found.id), weight: found.weight });
+                member.rank = Some(found.rank);
+                let before = member.address;
+                member.find_address(found, fails(&found.id));
+                if member.weight.is_some()
+                    && let Some(address) = member.address.filter(|_| member.address != before)
+                {
+                    changes.changed += u64::from(before.is_some());
+                    changes.events.push(started(&found.id, address));
                 }
-                if let Some(new) = address.filter(|_| address != member.address) {
-                    changes.changed += u64::from(member.address.is_some());
-                    member.address = Some(new);
-                    changes.events.push(started(&found.id, new));
-                }
-            } else if self.known.len() < MOST {
-                let address = choose(None, found);
-                changes.joined += 1;
-                changes.events.extend(joined(&found.id, address, found.weight));
-                let member = Member { address, weight: found.weight, missing_since: None };
+            } else if self.known.len() < rules.most {
+                let (address, rank) = (found.addresses.first().copied(), Some(found.rank));
+                let member = Member { address, misses_address: false, rank, weight: None, missing_since: None };
                 self.known.insert(Arc::clone(&found.id), member);
             } else {
                 changes.too_many += 1;
             }
         }
-        // A part of an answer shows who is there, and not who is gone.
-        if answer.fault.is_none() {
-            self.known.retain(|id, member| {
-                if answer.found.contains_key(id) {
-                    return true;
-                }
-                let since = *member.missing_since.get_or_insert(now);
-                let stays = now.saturating_duration_since(since) < gone_after;
-                if !stays {
-                    changes.left += 1;
-                    changes.events.push(Event::Leaving { id: Arc::clone(id), within: drain });
-                }
-                stays
-            });
-        }
+        self.show(rules, &mut changes);
+        self.last = Some(now);
         changes
+    }
+
+    /// Removes what complete answers have missed for too long.
+    fn miss(&mut self, answer: &Answer, rules: &Rules, changes: &mut Changes, now: Instant) {
+        let passed = self.last.map_or(Duration::ZERO, |last| now.saturating_duration_since(last));
+        self.known.retain(|id, member| {
+            if answer.found.contains_key(id) {
+                member.missing_since = None;
+                return true;
+            }
+            if !answer.is_complete {
+                // A part of an answer shows who is there, and not who is gone.
+                member.missing_since = member.missing_since.map(|since| since + passed);
+                return true;
+            }
+            let since = *member.missing_since.get_or_insert(now);
+            let stays = now.saturating_duration_since(since) < rules.gone_after;
+            if !stays && member.weight.is_some() {
+                changes.leave(id, rules);
+            }
+            stays
+        });
+    }
+
+    /// Lets the backends with the best priority join, each with its weight, and the others leave.
+    fn show(&mut self, rules: &Rules, changes: &mut Changes) {
+        let ranks = || self.known.values().filter_map(|member| member.rank);
+        let best = ranks().map(|(priority, _)| priority).min();
+        let most = ranks().filter(|(priority, _)| Some(*priority) == best).map(|(_, weight)| weight).max();
+        for (id, member) in &mut self.known {
+            let wanted = match member.rank {
+                // Nobody knows better.
+                None => member.weight,
+                Some((priority, _)) if Some(priority) != best => None,
+                Some((_, weight)) if rules.has_weights => Some(scaled(weight, most.unwrap_or_default())),
+                Some(_) => Some(1),
+            };
+            match (std::mem::replace(&mut member.weight, wanted), wanted) {
+                (None, Some(weight)) => {
+                    changes.joined += 1;
+                    changes.events.extend(joined(id, member.address, weight));
+                }
+                (Some(before), Some(weight)) if before != weight => {
+                    changes.changed += 1;
+                    changes.events.push(Event::Joined { id: Arc::clone(id), weight });
+                }
+                (Some(_), None) => changes.leave(id, rules),
+                _ => {}
+            }
+        }
     }
 
     /// When the next backend is due to leave, if the answers go on missing it.
@@ -124,10 +174,40 @@ impl Members {
     }
 }
 
-/// The address to use: the current one unless a complete answer does not have it, else the first one.
-fn choose(current: Option<SocketAddr>, found: &Found) -> Option<SocketAddr> {
-    let stays = current.filter(|address| found.is_partial || found.addresses.contains(address));
-    stays.or_else(|| found.addresses.first().copied())
+impl Changes {
+    fn leave(&mut self, id: &Arc<str>, rules: &Rules) {
+        self.left += 1;
+        self.events.push(Event::Leaving { id: Arc::clone(id), within: rules.drain });
+    }
+}
+
+impl Member {
+    /// Chooses the address to use. A backend that works keeps its address until two answers in a row miss it. One that fails tries the
+    /// next address of its name.
+    fn find_address(&mut self, found: &Found, fails: bool) {
+        let position = self.address.and_then(|address| found.addresses.iter().position(|one| *one == address));
+        let next = match (self.address, position) {
+            (Some(_), Some(position)) if fails => (position + 1) % found.addresses.len(),
+            (Some(_), Some(_)) => {
+                self.misses_address = false;
+                return;
+            }
+            (Some(_), None) if found.is_partial => return,
+            (Some(_), None) if !fails && !std::mem::replace(&mut self.misses_address, true) => return,
+            _ => 0,
+        };
+        self.misses_address = false;
+        self.address = found.addresses.get(next).copied().or(self.address);
+    }
+}
+
+/// A weight from 1 to [`WEIGHTS`], in proportion to the highest. All have the highest if all are 0.
+fn scaled(weight: u16, most: u16) -> u32 {
+    if most == 0 {
+        return WEIGHTS;
+    }
+    let (weight, most) = (u32::from(weight), u32::from(most));
+    ((weight * WEIGHTS + most / 2) / most).max(1)
 }
 
 fn joined(id: &Arc<str>, address: Option<SocketAddr>, weight: u32) -> impl Iterator<Item = Event> {
@@ -173,17 +253,21 @@ impl Schedule {
         chance: f64,
         now: Instant,
     ) {
-        if answer.fault.is_some() {
+        let retry = if answer.fault.is_some() {
             let wait = doubled(self.failures, refresh);
             self.failures = self.failures.saturating_add(1);
-            self.next = now + wait;
-            return;
-        }
-        self.failures = 0;
-        let ttl = answer.ttl.unwrap_or(*refresh.start()).clamp(*refresh.start(), *refresh.end());
-        let wait = ttl.mul_f64(1.0 - chance / 10.0).max(*refresh.start());
+            Some(now + wait)
+        } else {
+            self.failures = 0;
+            None
+        };
+        let expiry = answer.is_complete.then(|| {
+            let ttl = answer.ttl.unwrap_or(*refresh.start()).clamp(*refresh.start(), *refresh.end());
+            now + ttl.mul_f64(1.0 - chance / 10.0).max(*refresh.start())
+        });
         let gone = members.next_gone(gone_after).map(|at| at.max(now + *refresh.start()));
-        self.next = [Some(now + wait), gone].into_iter().flatten().min().unwrap_or(now + wait);
+        let next = [retry, expiry, gone.filter(|_| answer.is_complete)].into_iter().flatten().min();
+        self.next = next.unwrap_or(now + *refresh.end());
     }
 
     /// A backend fails its checks or connects: the name may have other addresses by now. Asks earlier, and less and less

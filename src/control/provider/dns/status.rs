@@ -7,20 +7,8 @@ use arc_swap::ArcSwap;
 
 use super::lookup::{Answer, Outcome};
 use super::members::Changes;
-use crate::label_enum;
+use crate::control::provider::ChangeKind;
 use crate::labels::Tally;
-
-label_enum! {
-    /// How answers change the backends of a pool.
-    pub enum ChangeKind {
-        /// A backend joined.
-        Joined => "joined",
-        /// A backend has another address or weight.
-        Changed => "changed",
-        /// A backend leaves.
-        Left => "left",
-    }
-}
 
 /// The look-ups of a pool. One task writes; others read at any time.
 #[derive(Debug)]
@@ -46,6 +34,8 @@ pub struct Last {
     pub ttl: Option<Duration>,
     /// Backends that the name has led to.
     pub backends: usize,
+    /// Backends of the last answer that found no room.
+    pub ignored: usize,
     /// Why the last look-up failed; `None`: it did not.
     pub error: Option<Arc<str>>,
     /// When the next look-up is due.
@@ -54,13 +44,14 @@ pub struct Last {
 
 impl DnsStatus {
     /// The status before the first look-up.
-    pub fn new(question: &str, now: Instant) -> Self {
+    pub fn new(question: &str, backends: usize, now: Instant) -> Self {
         let last = Last {
             question: question.into(),
             answered: None,
             outcome: None,
             ttl: None,
-            backends: 0,
+            backends,
+            ignored: 0,
             error: None,
             next: now,
         };
@@ -88,26 +79,26 @@ impl DnsStatus {
             self.changes.add(kind, count);
         }
         let before = self.last();
-        let mut last = Last::clone(&before);
-        last.backends = backends;
-        let name = Arc::clone(&last.question);
-        if let Some(fault) = &answer.fault {
-            if before.error.as_deref() != Some(&*fault.text) {
-                tracing::warn!(%pool, %name, backends, "look-up failed: {fault}; the known backends stay, and Ringway asks again");
-            }
-            last.error = Some(fault.text.as_str().into());
-        } else {
-            if before.error.is_some() {
-                tracing::info!(%pool, %name, backends, "look-ups succeed again");
-            }
-            if answer.found.is_empty() && before.outcome != Some(Outcome::Empty) {
-                tracing::warn!(%pool, %name, backends, "the name has no address");
-            }
-            (last.answered, last.ttl, last.error) = (Some(now), answer.ttl, None);
+        let mut last = Last { backends, outcome: Some(answer.outcome()), ..Last::clone(&before) };
+        let name = &before.question;
+        if answer.is_complete {
+            (last.answered, last.ttl) = (Some(now), answer.ttl);
         }
-        last.outcome = Some(answer.outcome());
-        if changes.too_many > 0 {
-            tracing::warn!(%pool, %name, ignored = changes.too_many, "the name has more addresses than a pool may have backends");
+        last.error = answer.fault.as_ref().map(|fault| fault.text.as_str().into());
+        // Servers that fail in turn have texts in turn: the first one is enough.
+        match (&before.error, &last.error) {
+            (None, Some(error)) => {
+                tracing::warn!(%pool, %name, backends, %error, "the look-up failed; the known backends stay, and Ringway asks again");
+            }
+            (Some(_), None) => tracing::info!(%pool, %name, backends, "the look-up succeeded again"),
+            _ => {}
+        }
+        if last.outcome == Some(Outcome::Empty) && before.outcome != last.outcome {
+            tracing::warn!(%pool, %name, backends, "the look-up found no address");
+        }
+        last.ignored = changes.too_many;
+        if last.ignored > before.ignored {
+            tracing::warn!(%pool, %name, backends, ignored = last.ignored, "the look-up found more addresses than the pool may have backends");
         }
         self.last.store(Arc::new(last));
     }

@@ -1,11 +1,9 @@
-use std::collections::BTreeSet;
-
 use super::lookup::{Fault, Found, Outcome};
-use super::members::Changes;
+use super::members::{Changes, Rules};
 use super::*;
 
 const GONE_AFTER: Duration = Duration::from_secs(30);
-const DRAIN: Duration = Duration::from_secs(5);
+const RULES: Rules = Rules { gone_after: GONE_AFTER, drain: Duration::from_secs(5), most: 1000, has_weights: false };
 const REFRESH: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(30);
 
 fn seconds(count: u64) -> Duration {
@@ -14,36 +12,54 @@ fn seconds(count: u64) -> Duration {
 
 fn backend(n: u8) -> Found {
     let address = SocketAddr::from(([10, 0, 0, n], 80));
-    Found { id: address.to_string().into(), addresses: vec![address], is_partial: false, weight: 1 }
+    Found { id: address.to_string().into(), addresses: vec![address], is_partial: false, rank: (0, 0) }
 }
 
-fn target(name: &str, addresses: &[u8], weight: u32) -> Found {
+/// A target of SRV records. Without an address, its own look-up has failed.
+fn target(name: &str, addresses: &[u8], priority: u16, weight: u16) -> Found {
     let addresses: Vec<_> = addresses.iter().map(|&n| SocketAddr::from(([10, 0, 0, n], 80))).collect();
-    Found { id: format!("{name}:80").into(), is_partial: addresses.is_empty(), addresses, weight }
+    Found { id: name.into(), is_partial: addresses.is_empty(), addresses, rank: (priority, weight) }
 }
 
 fn answer(found: impl IntoIterator<Item = Found>) -> Answer {
     let found = found.into_iter().map(|found| (Arc::clone(&found.id), found)).collect();
-    Answer { found, ttl: Some(seconds(10)), fault: None }
+    Answer { found, is_complete: true, ttl: Some(seconds(10)), fault: None }
 }
 
 fn failed(outcome: Outcome) -> Answer {
-    Answer { fault: Some(Fault { outcome, text: "no".to_owned() }), ..Answer::default() }
+    Answer::failed(Fault { outcome, text: "no".to_owned() })
+}
+
+/// An answer that does not say who is gone.
+fn part(answer: Answer) -> Answer {
+    Answer { is_complete: false, fault: failed(Outcome::Timeout).fault, ..answer }
 }
 
 /// Members and a clock that a test moves.
 struct Bench {
     members: Members,
+    rules: Rules,
     now: Instant,
+    /// The backend that fails.
+    failing: &'static str,
 }
 
 impl Bench {
     fn new() -> Self {
-        Self { members: Members::default(), now: Instant::now() }
+        Self::with(Members::default())
+    }
+
+    fn with(members: Members) -> Self {
+        Self { members, rules: RULES, now: Instant::now(), failing: "" }
+    }
+
+    /// A bench for SRV records.
+    fn of_services() -> Self {
+        Self { rules: Rules { has_weights: true, ..RULES }, ..Self::new() }
     }
 
     fn learn(&mut self, answer: &Answer) -> Changes {
-        self.members.learn(answer, GONE_AFTER, DRAIN, self.now)
+        self.members.learn(answer, &self.rules, |id| id == self.failing, self.now)
     }
 
     /// The events of an answer, in words.
@@ -85,10 +101,9 @@ fn failed_look_ups_remove_nothing_however_long_they_fail() {
 fn a_part_of_an_answer_adds_and_does_not_remove() {
     let mut bench = Bench::new();
     bench.learn(&answer([1, 2].map(backend)));
-    let part = Answer { fault: failed(Outcome::Timeout).fault, ..answer([2, 3].map(backend)) };
     for _ in 0..10 {
         bench.now += GONE_AFTER;
-        bench.learn(&part);
+        bench.learn(&part(answer([2, 3].map(backend))));
     }
     assert_eq!(bench.members.count(), 3);
 }
@@ -106,15 +121,31 @@ fn a_backend_leaves_when_complete_answers_have_missed_it_for_long_enough() {
     assert!(bench.words(&answer([1].map(backend))).is_empty());
     bench.now += seconds(29);
     assert!(bench.words(&answer([1].map(backend))).is_empty());
-    // A failure is no evidence, but does not bring the backend back either.
     bench.now += seconds(1);
-    assert!(bench.words(&failed(Outcome::Timeout)).is_empty());
     assert_eq!(bench.words(&answer([1].map(backend))), ["10.0.0.2:80 leaves within 5s"]);
     // It can come back, and needs its address again.
     assert_eq!(
         bench.words(&answer([1, 2].map(backend))),
         ["10.0.0.2:80 joined with 1", "10.0.0.2:80 is at 10.0.0.2:80"]
     );
+}
+
+/// A name server that goes down and comes back may answer with nothing at both moments.
+#[test]
+fn the_time_of_an_outage_does_not_count() {
+    let mut bench = Bench::new();
+    bench.learn(&answer([1, 2].map(backend)));
+    bench.learn(&answer([]));
+    bench.now += seconds(20);
+    bench.learn(&answer([]));
+    for _ in 0..100 {
+        bench.now += seconds(10);
+        assert!(bench.words(&failed(Outcome::ServerFailure)).is_empty());
+    }
+    bench.now += seconds(5);
+    assert!(bench.words(&answer([])).is_empty());
+    bench.now += seconds(5);
+    assert_eq!(bench.learn(&answer([])).left, 2);
 }
 
 #[test]
@@ -145,17 +176,73 @@ fn answers_that_rotate_a_part_of_the_addresses_lead_to_all_of_them() {
 
 #[test]
 fn a_target_keeps_its_identity_when_its_address_changes() {
-    let mut bench = Bench::new();
-    assert_eq!(bench.words(&answer([target("a", &[1], 2)])), ["a:80 joined with 2", "a:80 is at 10.0.0.1:80"]);
-    assert_eq!(bench.words(&answer([target("a", &[2], 2)])), ["a:80 is at 10.0.0.2:80"]);
-    // One of several addresses stays as long as it is there.
-    assert!(bench.words(&answer([target("a", &[1, 2, 3], 2)])).is_empty());
-    assert_eq!(bench.words(&answer([target("a", &[1, 3], 2)])), ["a:80 is at 10.0.0.1:80"]);
-    assert_eq!(bench.words(&answer([target("a", &[1, 3], 5)])), ["a:80 joined with 5"]);
-    // A target whose own look-up fails is there, and keeps its address.
-    let part = Answer { fault: failed(Outcome::Timeout).fault, ..answer([target("a", &[], 5), target("b", &[], 1)]) };
-    assert_eq!(bench.words(&part), ["b:80 joined with 1"]);
-    assert_eq!(bench.words(&answer([target("a", &[1], 5), target("b", &[4], 1)])), ["b:80 is at 10.0.0.4:80"]);
+    let mut bench = Bench::of_services();
+    let one = |addresses: &[u8]| answer([target("a", addresses, 0, 0)]);
+    assert_eq!(bench.words(&one(&[1])), ["a joined with 16", "a is at 10.0.0.1:80"]);
+    // While the backend works, one answer without its address is not enough.
+    assert!(bench.words(&one(&[2])).is_empty());
+    assert!(bench.words(&one(&[1, 2])).is_empty());
+    assert!(bench.words(&one(&[2])).is_empty());
+    assert_eq!(bench.words(&one(&[2])), ["a is at 10.0.0.2:80"]);
+    // One that fails moves at once, and tries all of its addresses in turn.
+    bench.failing = "a";
+    assert_eq!(bench.words(&one(&[3])), ["a is at 10.0.0.3:80"]);
+    for n in [4, 5, 3, 4] {
+        assert_eq!(bench.words(&one(&[3, 4, 5])), [format!("a is at 10.0.0.{n}:80")]);
+    }
+    bench.failing = "";
+    assert!(bench.words(&one(&[3, 4, 5])).is_empty());
+}
+
+#[test]
+fn a_target_whose_own_look_up_fails_is_there() {
+    let mut bench = Bench::of_services();
+    bench.learn(&answer([target("a", &[1], 0, 0), target("old", &[2], 0, 0)]));
+    let found = [target("a", &[], 0, 0), target("b", &[], 0, 0)];
+    let lame = Answer { fault: failed(Outcome::ServerFailure).fault, ..answer(found) };
+    assert_eq!(bench.words(&lame), ["b joined with 16"]);
+    // It does not keep others from leaving.
+    bench.now += GONE_AFTER;
+    assert_eq!(bench.words(&lame), ["old leaves within 5s"]);
+    assert_eq!(bench.words(&answer([target("a", &[1], 0, 0), target("b", &[4], 0, 0)])), ["b is at 10.0.0.4:80"]);
+}
+
+#[test]
+fn weights_are_compared_with_those_of_all_backends_that_are_there() {
+    let mut bench = Bench::of_services();
+    let found = |weights: &[(&str, u16)]| answer(weights.iter().map(|(name, weight)| target(name, &[1], 0, *weight)));
+    bench.learn(&found(&[("a", 100), ("b", 50), ("c", 0)]));
+    let weights = |bench: &mut Bench, answer: &Answer| {
+        let mut words = bench.words(answer);
+        words.retain(|word| word.contains("joined"));
+        words
+    };
+    // The heaviest is missing for a moment.
+    assert!(bench.words(&found(&[("b", 50), ("c", 0)])).is_empty());
+    assert!(bench.words(&found(&[("a", 100), ("b", 50), ("c", 0)])).is_empty());
+    assert_eq!(weights(&mut bench, &found(&[("a", 100), ("b", 25), ("c", 1)])), ["b joined with 4"]);
+    assert_eq!(weights(&mut bench, &found(&[("a", 0), ("b", 0), ("c", 0)])), ["b joined with 16", "c joined with 16"]);
+    // Equal weights are equal, whatever they are: CoreDNS shares 100 among the pods.
+    assert!(bench.words(&found(&[("a", 33), ("b", 33), ("c", 33)])).is_empty());
+}
+
+#[test]
+fn only_the_best_priority_of_all_that_are_there_counts() {
+    let mut bench = Bench::of_services();
+    let (main, spare) = (target("main", &[1], 1, 0), target("spare", &[2], 2, 0));
+    assert_eq!(bench.words(&answer([main.clone(), spare.clone()])), ["main joined with 16", "main is at 10.0.0.1:80"]);
+    assert_eq!(bench.members.count(), 1);
+    // An answer that misses the main one lets no spare in.
+    assert!(bench.words(&answer([spare.clone()])).is_empty());
+    bench.now += GONE_AFTER;
+    assert_eq!(
+        bench.words(&answer([spare.clone()])),
+        ["main leaves within 5s", "spare joined with 16", "spare is at 10.0.0.2:80"]
+    );
+    assert_eq!(
+        bench.words(&answer([main, spare])),
+        ["main joined with 16", "main is at 10.0.0.1:80", "spare leaves within 5s"]
+    );
 }
 
 #[test]
@@ -163,16 +250,21 @@ fn a_pool_has_a_limit_and_the_same_backends_in_every_instance() {
     let many = |first: u16| {
         let found = (first..first + 1500).map(|n| {
             let address = SocketAddr::from(([10, 0, (n >> 8) as u8, n as u8], 80));
-            Found { id: address.to_string().into(), addresses: vec![address], is_partial: false, weight: 1 }
+            Found { id: address.to_string().into(), addresses: vec![address], is_partial: false, rank: (0, 0) }
         });
         answer(found)
     };
-    let ids = |bench: &Bench| -> BTreeSet<_> { many(0).found.into_keys().filter(|id| bench.members.has(id)).collect() };
     let (mut one, mut other) = (Bench::new(), Bench::new());
     assert_eq!(one.learn(&many(0)).too_many, 500);
-    other.learn(&many(0));
-    assert_eq!(ids(&one).len(), 1000);
-    assert_eq!(ids(&one), ids(&other));
+    other.learn(&answer(many(0).found.into_values().rev()));
+    assert_eq!(one.members.count(), 1000);
+    // What one of them knows, the other one knows.
+    assert!(one.learn(&answer(many(0).found.into_values().take(1000))).events.is_empty());
+    assert!(other.learn(&answer(many(0).found.into_values().take(1000))).events.is_empty());
+    // Others take the places of those that leave, in the same answer.
+    one.rules.gone_after = Duration::ZERO;
+    let changes = one.learn(&many(5000));
+    assert_eq!((changes.left, changes.joined, changes.too_many), (1000, 1000, 500));
 }
 
 #[test]
@@ -181,7 +273,8 @@ fn what_an_earlier_process_knew_stays_until_an_answer_misses_it() {
     let known = [1, 2].map(|n| (address(n).to_string().into(), address(n), 1));
     let (members, events) = Members::inherited(known);
     assert_eq!(events.len(), 4);
-    let mut bench = Bench { members, now: Instant::now() };
+    let mut bench = Bench::with(members);
+    assert_eq!(bench.members.count(), 2);
     assert!(bench.words(&failed(Outcome::ServerFailure)).is_empty());
     assert!(bench.words(&answer([1].map(backend))).is_empty());
     bench.now += GONE_AFTER;
