@@ -198,7 +198,7 @@ fn defaults() -> BTreeMap<String, String> {
         for (check, listen) in checks {
             let send = if listen == "unix:/s" { "off" } else { "{ version: v2, tlvs: [alpn], pass: [1] }" };
             let yaml = format!(
-                "access_log: {{ path: stdout }}\napi: {{ token_file: t }}\n\
+                "access_log: {{ path: stdout }}\nconfig_watch: {{}}\napi: {{ token_file: t }}\n\
                  listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }}, proxy_protocol: {{ from: [10.0.0.0/8] }}, \
                  routes: [{{ sni: [a.b], alpn: [h2], from: [10.0.0.0/8], tls: true, pool: p }}] }}]\n\
                  pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check}, send_proxy: {send} }}]"
@@ -218,8 +218,9 @@ fn the_config_table_is_what_ringway_schema_prints() {
 }
 
 /// Keys that the effective config of these tests does not have: they lead to others, or stand for a value in another form.
-const OTHER_FORMS: [&str; 9] = [
+const OTHER_FORMS: [&str; 10] = [
     "include",
+    "config_watch",
     "tcp.keepalive",
     "listeners[].allow.file",
     "listeners[].deny.file",

@@ -12,6 +12,7 @@ mod bytes;
 mod changes;
 mod closing;
 mod command_line;
+mod config_watch;
 mod configs;
 mod costs;
 mod dns;

@@ -131,7 +131,7 @@ async fn keys_move_as_a_dry_run_predicts() {
     for next in [&three, &four, &seeded] {
         let before = ringway.mapping();
         let digest = ringway.state().pools[0].table.load().ring().digest();
-        let dry = Command::Reload { text: Some(next.clone()), is_dry_run: true, is_reset: false };
+        let dry = Command::Reload { text: Some(next.clone()), is_dry_run: true, is_reset: false, max_keys_moved: None };
         let predicted = ringway.send(dry).await.unwrap();
         assert_eq!(ringway.mapping(), before, "a dry run changed something");
         let report = ringway.reload(next).await.unwrap();

@@ -129,7 +129,7 @@ impl HttpCall {
             Command::Scale { pool, replicas } => {
                 post(format!("/api/pools/{}/scale", encoded(pool)), json(&ScaleBody { replicas: *replicas }))
             }
-            Command::Reload { text, is_dry_run, is_reset } => {
+            Command::Reload { text, is_dry_run, is_reset, .. } => {
                 let given = [(*is_dry_run, "dry_run=true"), (*is_reset, "reset=true")];
                 let given: Vec<_> = given.iter().filter(|(is_given, _)| *is_given).map(|(_, text)| *text).collect();
                 let mark = if given.is_empty() { "" } else { "?" };
@@ -245,7 +245,8 @@ async fn reload(
         let message = "a reload reads the file that Ringway was started with; a body is only for ?dry_run=true";
         return Err(invalid(message.to_owned()));
     }
-    send(&state, caller, false, Command::Reload { text, is_dry_run: dry_run, is_reset: reset }).await
+    send(&state, caller, false, Command::Reload { text, is_dry_run: dry_run, is_reset: reset, max_keys_moved: None })
+        .await
 }
 
 async fn log(Extract(state): Extract<Arc<State>>, caller: From, query: DryRunQuery, body: Bytes) -> Answer {
@@ -366,9 +367,14 @@ mod tests {
             Command::Add { pool: pool.clone(), backend: listed("unix:/run/db.sock") },
             Command::Remove { pool: pool.clone(), backend },
             Command::Scale { pool, replicas: 5 },
-            Command::Reload { text: None, is_dry_run: false, is_reset: false },
-            Command::Reload { text: None, is_dry_run: true, is_reset: true },
-            Command::Reload { text: Some("listeners: []".to_owned()), is_dry_run: true, is_reset: false },
+            Command::Reload { text: None, is_dry_run: false, is_reset: false, max_keys_moved: None },
+            Command::Reload { text: None, is_dry_run: true, is_reset: true, max_keys_moved: None },
+            Command::Reload {
+                text: Some("listeners: []".to_owned()),
+                is_dry_run: true,
+                is_reset: false,
+                max_keys_moved: None,
+            },
             Command::Log {
                 filter: Some("info,ringway::proxy=debug".to_owned()),
                 lasts: Some(Duration::from_secs(300)),

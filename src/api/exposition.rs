@@ -219,6 +219,8 @@ fn process(text: &mut Text, state: &State) {
     one(&metrics::MAX_CONNECTIONS, state.limit.size() as u64);
     one(&metrics::READY, state.ready.load(Ordering::Relaxed).into());
     tally(&mut text.metric(&metrics::RELOADS), &none, |outcome| state.reloads.of(outcome));
+    let differs = state.config_error.load().is_some();
+    text.metric(&metrics::CONFIG_DIFFERS).add(&none, u8::from(differs));
     tally(&mut text.metric(&metrics::UPGRADES), &none, |outcome| state.upgrades.of(outcome));
     tally(&mut text.metric(&metrics::API_REJECTED), &none, |rejection| state.guard.rejections().of(rejection));
     text.metric(&metrics::UPTIME).add(&none, state.started.elapsed().as_secs_f64());

@@ -42,7 +42,7 @@ use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -104,6 +104,8 @@ pub struct State {
     explaining: Arc<Semaphore>,
     /// Reloads so far.
     pub reloads: Tally<Outcome>,
+    /// Why the config file was refused at its last reload; `None`: it was not.
+    pub config_error: ArcSwapOption<String>,
     /// Upgrades so far, failed ones included.
     pub upgrades: Tally<Outcome>,
     /// The runtimes of the control plane, with their names.
@@ -149,6 +151,7 @@ impl State {
             frames: stream::Frames::default(),
             explaining: Arc::new(Semaphore::new(1)),
             reloads: Tally::default(),
+            config_error: ArcSwapOption::empty(),
             upgrades: Tally::default(),
             runtimes,
             scrape: scrape::Shared::default(),

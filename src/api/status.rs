@@ -33,6 +33,8 @@ pub struct Status {
     /// `None`: the built-in config, or hidden.
     #[serde(default)]
     pub config: Option<String>,
+    #[serde(default)]
+    pub config_error: Option<String>,
     /// `None`: nobody can change the log, or hidden.
     #[serde(default)]
     pub log: Option<Log>,
@@ -232,7 +234,7 @@ impl Status {
     /// Keeps what clients of a listener may see: names, states, counts and shares. Removes addresses, process ids,
     /// containers, run-time changes, and texts of servers, replicas and the engine.
     pub(super) fn for_strangers(mut self) -> Self {
-        (self.pid, self.config) = (None, None);
+        (self.pid, self.config, self.config_error) = (None, None, None);
         for listener in &mut self.listeners {
             listener.address = None;
         }
@@ -260,6 +262,7 @@ impl Status {
             uptime_seconds: state.started.elapsed().as_secs_f64(),
             ready: state.ready.load(Ordering::Relaxed),
             config: view.config.as_ref().map(|path| path.display().to_string()),
+            config_error: state.config_error.load().as_ref().map(ToString::to_string),
             log: view.log.as_ref().map(|log| Log::of(log, Instant::now())),
             listeners: view.listeners.iter().map(Listener::of).collect(),
             pools: pools.map(|(pool, (provider, differs))| Pool::of(pool, provider, differs)).collect(),

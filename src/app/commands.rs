@@ -111,8 +111,8 @@ impl App {
                 }
                 changes.of(&pool).replicas = Some(replicas);
             }
-            Command::Reload { text, is_dry_run, is_reset } => {
-                return self.plan_config(text, is_dry_run, is_reset).await;
+            Command::Reload { text, is_dry_run, is_reset, max_keys_moved } => {
+                return self.plan_config(text, is_dry_run, is_reset, max_keys_moved).await;
             }
             Command::Log { filter, lasts } => return self.plan_log(filter, lasts),
             Command::Reopen => return self.plan_reopen(),
@@ -208,6 +208,7 @@ impl App {
         text: Option<String>,
         is_dry_run: bool,
         is_reset: bool,
+        max_keys_moved: Option<u8>,
     ) -> Result<Planned, CommandError> {
         let is_from_file = text.is_none();
         let file = Arc::new(self.read(text).await?);
@@ -219,6 +220,11 @@ impl App {
         }
         match self.prepare(file, changes).await {
             Ok(mut plan) => {
+                let most = max_keys_moved.unwrap_or(100);
+                if let Some(moved) = plan.report.moved.iter().find(|moved| percent(moved.share) > most) {
+                    let (pool, moved) = (moved.pool.clone(), percent(moved.share));
+                    return Err(CommandError::TooManyKeys { pool, moved, most });
+                }
                 plan.report.kept = kept;
                 Ok(Planned::Reload(Box::new(plan)))
             }
@@ -373,6 +379,12 @@ impl App {
         let pool = self.file.pools.iter().find(|known| known.name == pool)?;
         pool.provider.static_backends()?.iter().find(|backend| backend.id == id).cloned()
     }
+}
+
+/// A share in percent, rounded up.
+#[expect(clippy::cast_sign_loss, reason = "a share is from 0 to 1")]
+fn percent(share: f64) -> u8 {
+    (share * 100.0).ceil() as u8
 }
 
 fn check_range(range: &RangeInclusive<u32>, number: u32, what: &'static str) -> Result<(), CommandError> {

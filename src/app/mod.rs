@@ -19,6 +19,7 @@ mod access;
 mod capacity;
 mod changes;
 mod commands;
+mod config_watch;
 mod context;
 mod error;
 mod inheritance;
@@ -156,6 +157,8 @@ pub struct App {
     trouble: Option<(WorkersEnded, mpsc::UnboundedReceiver<()>)>,
     /// Ends before `ready` becomes false, or it could set `ready` again.
     becoming_ready: Option<AbortOnDropHandle<()>>,
+    /// Watches the config, with these settings.
+    watching: Option<(config::ConfigWatch, AbortOnDropHandle<()>)>,
     tasks: Tasks,
     /// Stops the supervisors when the app is dropped.
     _stop_replicas: DropGuard,
@@ -250,6 +253,7 @@ impl App {
             config: Arc::new(config),
             engine,
             becoming_ready: None,
+            watching: None,
             state,
             proxy,
             pools,

@@ -188,6 +188,7 @@ impl App {
         // Whoever asks for the status after the answer must see the result.
         join_all(self.pools.iter().map(pools::Pool::settle)).await;
         (self.file, self.changes, self.config) = (file, changes, config);
+        self.watch_config();
         self.show();
         report
     }

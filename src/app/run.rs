@@ -81,9 +81,11 @@ impl App {
             }
             drop(ended);
         });
+        self.watch_config();
         let mut trouble = Trouble { workers, panics, side_port: side_port.ended.clone() };
         let outcome = self.serve(shutdown, &mut trouble, &side_port).await;
         if matches!(outcome, Ok(RunOutcome::Succeeded)) {
+            self.watching = None;
             // The service manager watches the successor now. A process that stops or fails shows that it lives while connections drain.
             watched.cancel();
         }
@@ -240,7 +242,13 @@ impl App {
         }
         let label = if result.is_ok() { api::Outcome::Ok } else { api::Outcome::Failed };
         match command {
-            Command::Reload { is_dry_run: false, .. } => self.state.reloads.count(label),
+            Command::Reload { is_dry_run: false, text, .. } => {
+                self.state.reloads.count(label);
+                if text.is_none() {
+                    let error = result.as_ref().err().map(|error| Arc::new(error.to_string()));
+                    self.state.config_error.store(error);
+                }
+            }
             Command::Upgrade => self.state.upgrades.count(label),
             _ => {}
         }

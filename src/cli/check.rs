@@ -113,7 +113,7 @@ fn diff(common: &Common, options: &Options, file: Option<PathBuf>) -> Result<(),
         None => None,
     };
     let file = common.config.clone().filter(|_| text.is_some());
-    let command = Command::Reload { text, is_dry_run: true, is_reset: false };
+    let command = Command::Reload { text, is_dry_run: true, is_reset: false, max_keys_moved: None };
     let compared = runtime()?.block_on(async {
         let report = side_port::run(&common, &options.port, &command).await?;
         let running = if file.is_some() { side_port::status(&common, &options.port).await?.config } else { None };

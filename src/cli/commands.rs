@@ -168,7 +168,12 @@ pub(crate) fn run(common: &Common, command: RuntimeCommand) -> Result<(), Failur
             RuntimeCommand::Upgrade { port } => send(common, &port, &Command::Upgrade).await,
             RuntimeCommand::Reload { reset, port } => {
                 check_file(common, &port).await?;
-                send(common, &port, &Command::Reload { text: None, is_dry_run: false, is_reset: reset }).await
+                send(
+                    common,
+                    &port,
+                    &Command::Reload { text: None, is_dry_run: false, is_reset: reset, max_keys_moved: None },
+                )
+                .await
             }
         }
     })

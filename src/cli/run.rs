@@ -146,7 +146,7 @@ impl Signals {
             tokio::select! {
                 _ = self.terminate.recv() => return "SIGTERM",
                 _ = self.interrupt.recv() => return "SIGINT",
-                _ = self.hangup.recv() => send(Command::Reload { text: None, is_dry_run: false, is_reset: false }),
+                _ = self.hangup.recv() => send(Command::Reload { text: None, is_dry_run: false, is_reset: false, max_keys_moved: None }),
                 _ = self.user1.recv() => send(Command::Reopen),
                 _ = self.user2.recv() => send(Command::Upgrade),
             }

@@ -86,6 +86,11 @@ fn in_words(status: &Status, terminal: Terminal) -> String {
     let ready = terminal.coloured(ready.0, Some(ready.1));
     let config = status.config.as_ref().map(|config| clean(&format!(", {config}"))).unwrap_or_default();
     let mut lines = vec![format!("Ringway {}, up {}, {ready}{config}", status.version, time(status.uptime_seconds))];
+    let refused = status
+        .config_error
+        .as_ref()
+        .map(|error| format!("the config file was refused, and an earlier config runs: {error}"));
+    lines.extend(refused.map(|refused| terminal.coloured(&clean(&refused), Some(Colour::Bad))));
     for listener in &status.listeners {
         lines.extend(listener_in_words(listener, status));
     }

@@ -30,6 +30,8 @@ pub(super) struct Document {
     origin: String,
     main: String,
     included: Vec<Text>,
+    /// The files that it includes, and the folders in which it looks for them.
+    parts: Vec<PathBuf>,
     /// Faults of variables and of included files.
     faults: Vec<Fault>,
 }
@@ -55,7 +57,7 @@ impl Document {
         let mut value = yaml(&main, &origin)?;
         let faults = Faults::default();
         variables::replace(&mut value, "", Some(&lookup), &faults);
-        Ok(Self { value, origin, main, included: Vec::new(), faults: faults.into_vec() })
+        Ok(Self { value, origin, main, included: Vec::new(), parts: Vec::new(), faults: faults.into_vec() })
     }
 
     /// Reads a text, which can neither include files nor use variables.
@@ -70,6 +72,7 @@ impl Document {
             origin: origin.to_owned(),
             main: text,
             included: Vec::new(),
+            parts: Vec::new(),
             faults: Vec::new(),
         };
         let faults = Faults::default();
@@ -102,12 +105,16 @@ impl Document {
                 faults.add(INCLUDE, problem);
                 continue;
             };
+            if pattern.contains('*') {
+                self.parts.extend(folder.join(pattern).parent().map(Path::to_owned));
+            }
             match files(folder, pattern) {
                 Ok(files) if self.included.len() + files.len() > MOST_FILES => {
                     faults.add(INCLUDE, format_args!("includes more than {MOST_FILES} files: use fewer"));
                 }
                 Ok(files) => {
                     for file in files {
+                        self.parts.push(file.clone());
                         let path = std::fs::canonicalize(&file).unwrap_or_else(|_| file.clone());
                         if Some(&path) == main.as_ref() {
                             faults.add(INCLUDE, "the config includes itself: choose another pattern");
@@ -162,6 +169,16 @@ impl Document {
             _ => fault("", "is not a config: write listeners or pools".to_owned()),
         }
         self.included.push(Text { origin, text });
+    }
+
+    /// The files and folders beside the main file on which the config depends.
+    pub(super) fn parts(&self) -> Vec<PathBuf> {
+        let listeners = self.value.get("listeners").and_then(Value::as_sequence);
+        let lists = listeners.into_iter().flatten().flat_map(|listener| {
+            let file = |key: &str| listener.get(key)?.get("file")?.as_str().map(PathBuf::from);
+            [file("allow"), file("deny")].into_iter().flatten()
+        });
+        self.parts.iter().cloned().chain(lists).collect()
     }
 
     /// The places of all values.

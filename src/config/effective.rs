@@ -59,6 +59,14 @@ pub(super) fn value(config: &Config, lists: Lists) -> Value {
             ("timeout", duration(docker.timeout)),
         ]),
     ));
+    let watch = config.config_watch.map(|watch| {
+        map([
+            ("settle", duration(watch.settle)),
+            ("poll", duration(watch.poll)),
+            ("max_keys_moved", off(watch.max_keys_moved.map(Into::into))),
+        ])
+    });
+    root.push(("config_watch", off(watch)));
     root.push(("shutdown", map([("delay", duration(config.shutdown.delay))])));
     let of_listener = |one: &Listener| listener(one, lists);
     root.push(("listeners", list(config.listeners.iter().map(of_listener))));

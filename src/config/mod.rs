@@ -164,12 +164,25 @@ pub struct Config {
     pub metrics: Metrics,
     /// Settings for pools that use the Docker engine.
     pub docker: Docker,
+    /// How Ringway watches the config; `None`: it does not.
+    pub config_watch: Option<ConfigWatch>,
     /// Settings of a graceful shutdown.
     pub shutdown: Shutdown,
     /// Addresses that accept clients; at least one.
     pub listeners: Vec<Listener>,
     /// Pools of backends; at least one.
     pub pools: Vec<Pool>,
+}
+
+/// How Ringway watches the config.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConfigWatch {
+    /// How long the files must stay the same before Ringway reloads.
+    pub settle: Duration,
+    /// Longest time until Ringway sees a change that the kernel does not report.
+    pub poll: Duration,
+    /// The most keys of a pool that may move, in percent; `None`: all.
+    pub max_keys_moved: Option<u8>,
 }
 
 /// How payload bytes are forwarded.

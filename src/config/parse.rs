@@ -11,7 +11,7 @@ use super::document::INCLUDE;
 use super::parse_listener::{listener, text_of_address};
 use super::parse_pool::pool;
 use super::reader::{Faults, Item, Section, check_name, narrow};
-use super::{AccessLog, Api, Config, Docker, Fault, Metrics, Relay, Shutdown};
+use super::{AccessLog, Api, Config, ConfigWatch, Docker, Fault, Metrics, Relay, Shutdown};
 use crate::address::listen_ip;
 use crate::proxy::socket::{Keepalive, TcpOptions};
 
@@ -31,6 +31,7 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     metrics.finish();
     let metrics = Metrics { per_backend };
     let docker = docker(root.section("docker"));
+    let config_watch = root.item("config_watch").filter(|item| !item.is_off()).map(|item| config_watch(item.section()));
     let mut shutdown = root.section("shutdown");
     let delay = shutdown.duration("delay");
     shutdown.finish();
@@ -67,6 +68,7 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
             api,
             metrics,
             docker,
+            config_watch,
             shutdown,
             listeners,
             pools,
@@ -176,6 +178,16 @@ fn docker(mut section: Section<'_>) -> Docker {
     let docker = Docker { owner, resync: section.duration("resync"), timeout: section.duration("timeout") };
     section.finish();
     docker
+}
+
+fn config_watch(mut section: Section<'_>) -> ConfigWatch {
+    let watch = ConfigWatch {
+        settle: section.duration("settle"),
+        poll: section.duration("poll"),
+        max_keys_moved: section.optional_integer("max_keys_moved").map(narrow),
+    };
+    section.finish();
+    watch
 }
 
 fn address(item: &Item<'_>) -> Option<SocketAddr> {

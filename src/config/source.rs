@@ -1,8 +1,11 @@
 //! Where a config comes from: a file, or the binary. Reads the text.
 
 use std::fs::File;
+use std::hash::{Hash as _, Hasher as _};
 use std::io::{ErrorKind, Read as _};
 use std::path::{Path, PathBuf};
+
+use seahash::SeaHasher;
 
 use super::document::Document;
 use super::{Api, Config, Error, Place};
@@ -82,6 +85,24 @@ impl Source {
             Self::File(path) => Some(std::path::absolute(path).unwrap_or_else(|_| path.clone())),
             Self::BuiltIn => None,
         }
+    }
+
+    /// The files and folders on which the config depends, and a hash of the contents of the files. `before` are those of an earlier call:
+    /// a file with faults may not show on which others it depends.
+    pub fn watched(&self, before: &[PathBuf]) -> (Vec<PathBuf>, u64) {
+        let Self::File(main) = self else { return (Vec::new(), 0) };
+        let files = match Document::read(main) {
+            Ok(document) => std::iter::once(main.clone()).chain(document.parts()).collect(),
+            Err(_) if before.is_empty() => vec![main.clone()],
+            Err(_) => before.to_vec(),
+        };
+        let mut hasher = SeaHasher::new();
+        for file in &files {
+            // A folder has no content of its own: the files that count in it are in the list.
+            file.hash(&mut hasher);
+            std::fs::read(file).ok().hash(&mut hasher);
+        }
+        (files, hasher.finish())
     }
 
     fn document(&self) -> Result<Document, Error> {

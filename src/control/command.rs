@@ -74,6 +74,8 @@ pub enum Command {
         is_dry_run: bool,
         /// Drop the run-time changes. Otherwise those stay whose settings the config has not changed.
         is_reset: bool,
+        /// The most keys of a pool that may move, in percent; `None`: all.
+        max_keys_moved: Option<u8>,
     },
     /// Change what Ringway logs.
     Log {
@@ -205,6 +207,18 @@ pub enum CommandError {
         /// The id.
         backend: String,
     },
+    /// A reload would move too many keys.
+    #[error(
+        "{moved} % of the keys of pool {pool} would move, and config_watch.max_keys_moved is {most} %: check the change with `ringway check --diff`, and apply it with `ringway reload`"
+    )]
+    TooManyKeys {
+        /// The pool.
+        pool: String,
+        /// The keys that would move, in percent.
+        moved: u8,
+        /// The most keys that may move, in percent.
+        most: u8,
+    },
     /// A static pool keeps at least one backend.
     #[error("{pool}/{backend} is the pool's last backend; drain it instead")]
     LastBackend {
@@ -280,6 +294,7 @@ impl CommandError {
             Self::OutOfRange { .. } | Self::BadConfig(_) | Self::BadFilter(_) => ErrorKind::Invalid,
             Self::BackendExists { .. }
             | Self::LastBackend { .. }
+            | Self::TooManyKeys { .. }
             | Self::NotStatic(_)
             | Self::NotSupervised(_)
             | Self::FixedWeight(_)
@@ -298,12 +313,15 @@ pub enum Caller {
     Signal,
     /// A client of the side port.
     SidePort(SocketAddr),
+    /// The watch of the config.
+    ConfigWatch,
 }
 
 impl fmt::Display for Caller {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Signal => f.write_str("a signal"),
+            Self::ConfigWatch => f.write_str("the watch of the config"),
             Self::SidePort(address) => write!(f, "{address}"),
         }
     }

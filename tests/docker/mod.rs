@@ -3,6 +3,7 @@
 mod adoption;
 mod compose;
 mod discover;
+mod dns;
 mod engine_away;
 mod failures;
 mod packages;

@@ -99,7 +99,13 @@ impl Ringway {
 
     /// Reloads the app with this config.
     pub(crate) async fn reload(&self, yaml: &str) -> Result<Report, CommandError> {
-        self.send(Command::Reload { text: Some(yaml.to_owned()), is_dry_run: false, is_reset: false }).await
+        self.send(Command::Reload {
+            text: Some(yaml.to_owned()),
+            is_dry_run: false,
+            is_reset: false,
+            max_keys_moved: None,
+        })
+        .await
     }
 
     /// Waits until every pool has had a healthy backend.

@@ -121,6 +121,10 @@ impl Program {
     }
 
     /// Replaces the content of the config file.
+    pub(crate) fn config_path(&self) -> &Path {
+        self.config.path()
+    }
+
     pub(crate) fn write_config(&self, yaml: &str) {
         std::fs::write(self.config.path(), yaml).unwrap();
     }

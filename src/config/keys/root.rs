@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::listener::LISTENER;
 use super::pool::POOL;
-use super::{Form, Key, days, hours, minutes, names, seconds};
+use super::{Form, Key, days, hours, minutes, ms, names, seconds};
 use crate::metrics::PerBackend;
 use crate::proxy::access_log::Format;
 
@@ -34,9 +34,37 @@ pub(in crate::config) const ROOT: &[Key] = &[
     Key::section("api", API, "{ listen: 127.0.0.1:8001 }", "the side port: status, metrics, commands and a page"),
     Key::section("metrics", METRICS, "{ per_backend: compact }", "what the metrics show"),
     Key::section("docker", DOCKER, "{ owner: shop }", "settings for pools that use the Docker engine"),
+    Key::usual(
+        "config_watch",
+        Form::Any(&[Form::Off, Form::Section(CONFIG_WATCH, "{ settle: 1s }")]),
+        "off",
+        "whether Ringway reloads by itself when the config, an included file or the file of an access list [changes](operations.md#watch-the-config). `{}`: with the defaults below",
+    ),
     Key::section("shutdown", SHUTDOWN, "{ delay: 5s }", "how Ringway stops"),
     Key::required("listeners", Form::List(&Form::Section(LISTENER, "")), "addresses that accept clients"),
     Key::required("pools", Form::List(&Form::Section(POOL, "")), "sets of backends"),
+];
+
+/// Section `config_watch`.
+const CONFIG_WATCH: &[Key] = &[
+    Key::duration(
+        "settle",
+        ms(100)..=hours(1),
+        seconds(1),
+        "how long the files must stay the same before Ringway reloads",
+    ),
+    Key::duration(
+        "poll",
+        ms(100)..=hours(1),
+        seconds(5),
+        "longest time until Ringway sees a change that the kernel does not report, as on NFS",
+    ),
+    Key::usual(
+        "max_keys_moved",
+        Form::Any(&[Form::Off, Form::Integer(0..=100)]),
+        "off",
+        "if more than this percentage of the keys of a pool would move to other backends, Ringway does not reload by itself. `ringway reload` applies the change. Changes of `dns`, `file` and `discover` are not counted",
+    ),
 ];
 
 /// Section `relay`.
