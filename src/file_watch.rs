@@ -5,12 +5,22 @@
 //! Folders are watched and not files, because editors and Kubernetes replace a file or a link instead of writing to it.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::hash::{Hash as _, Hasher as _};
+use std::io::Read as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use seahash::SeaHasher;
 use tokio::net::unix::pipe::Receiver;
+
+/// Longest wait for the file system when a watch begins. Then its files count as missing.
+const ANSWERS: Duration = Duration::from_secs(10);
+
+/// Bytes of a file that count.
+const LARGEST: u64 = 64 << 20;
 
 /// Events within this time cause one look.
 const TOGETHER: Duration = Duration::from_millis(50);
@@ -31,13 +41,14 @@ pub struct FileWatch {
 type Attributes = Option<[i128; 5]>;
 
 impl FileWatch {
-    /// A watch that tells of changes from now on. A change counts when the files have stayed the same for `settle`, so that a file that
-    /// is written in several steps is complete. `poll` is the longest time until a change is seen.
+    /// A watch that tells of changes from now on. A change counts when the contents have stayed the same for `settle`, so that a file
+    /// that is written in several steps is complete. `poll` is the longest time until a change is seen.
     pub async fn new(files: Vec<PathBuf>, settle: Duration, poll: Duration) -> Self {
         let reports = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).ok();
         // It is read like a pipe, and its content does not matter.
         let reports = reports.and_then(|reports| Receiver::from_owned_fd_unchecked(reports).ok());
-        let known = attributes(files.clone()).await;
+        let known = tokio::time::timeout(ANSWERS, attributes(files.clone())).await;
+        let known = known.unwrap_or_else(|_elapsed| vec![None; files.len()]);
         Self { files, settle, poll, known, reports }
     }
 
@@ -50,26 +61,23 @@ impl FileWatch {
 
     /// Waits until a file has changed.
     pub async fn changed(&mut self) {
-        let mut seen: Option<(Vec<Attributes>, Instant)> = None;
+        // The contents as last seen, and since when.
+        let mut seen: Option<(u64, Instant)> = None;
         loop {
-            let now = attributes(self.files.clone()).await;
-            let settles = match seen.take() {
-                _ if now == self.known => None,
-                Some((before, since)) if before == now => Some((before, since)),
-                _ => Some((now, Instant::now())),
+            let (now, contents) = look(self.files.clone(), self.known.clone()).await;
+            let mut wait = self.poll;
+            seen = match (contents, seen) {
+                (None, _) => None,
+                (Some(contents), Some((before, since))) if before == contents => Some((before, since)),
+                (Some(contents), _) => Some((contents, Instant::now())),
             };
-            let wait = match settles {
-                Some((now, since)) if since.elapsed() >= self.settle => {
+            if let Some((_, since)) = seen {
+                if since.elapsed() >= self.settle {
                     self.known = now;
                     return;
                 }
-                Some((now, since)) => {
-                    let left = self.settle.saturating_sub(since.elapsed());
-                    seen = Some((now, since));
-                    left.min(self.poll)
-                }
-                None => self.poll,
-            };
+                wait = wait.min(self.settle.saturating_sub(since.elapsed()));
+            }
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 () = self.reported() => tokio::time::sleep(TOGETHER).await,
@@ -95,19 +103,43 @@ impl FileWatch {
     }
 }
 
+/// The folders in which the files are, and the folders among them.
 fn folders(files: &[PathBuf]) -> BTreeSet<&Path> {
-    files
-        .iter()
-        .filter_map(|file| file.parent())
-        .map(|folder| if folder.as_os_str().is_empty() { Path::new(".") } else { folder })
-        .collect()
+    let parents = files.iter().filter_map(|file| file.parent());
+    let parents = parents.map(|folder| if folder.as_os_str().is_empty() { Path::new(".") } else { folder });
+    parents.chain(files.iter().map(PathBuf::as_path).filter(|file| file.is_dir())).collect()
 }
 
-/// The attributes of files. A file system that does not answer stops only this task.
+/// The attributes of files.
 async fn attributes(files: Vec<PathBuf>) -> Vec<Attributes> {
-    let count = files.len();
-    let read = tokio::task::spawn_blocking(move || files.iter().map(|file| attributes_of(file)).collect());
-    read.await.unwrap_or_else(|_| vec![None; count])
+    look(files, Vec::new()).await.0
+}
+
+/// The attributes of files and, if they are not the known ones, a hash of the contents. A file system that does not answer stops only
+/// the task that asks.
+async fn look(files: Vec<PathBuf>, known: Vec<Attributes>) -> (Vec<Attributes>, Option<u64>) {
+    let before = known.clone();
+    let look = tokio::task::spawn_blocking(move || {
+        let now: Vec<_> = files.iter().map(|file| attributes_of(file)).collect();
+        let contents = (now != known).then(|| {
+            let mut hasher = SeaHasher::new();
+            for file in &files {
+                content(file).hash(&mut hasher);
+            }
+            hasher.finish()
+        });
+        (now, contents)
+    });
+    look.await.unwrap_or((before, None))
+}
+
+/// The content of a regular file; `None`: it cannot be read.
+pub fn content(file: &Path) -> Option<Vec<u8>> {
+    let mut bytes = Vec::new();
+    // Reading a pipe could take forever.
+    let file = if file.is_file() { File::open(file).ok()? } else { return None };
+    file.take(LARGEST).read_to_end(&mut bytes).ok()?;
+    Some(bytes)
 }
 
 fn attributes_of(file: &Path) -> Attributes {

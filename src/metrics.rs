@@ -102,7 +102,7 @@ metrics! {
     OPEN_FILES_LIMIT: Gauge "open_files_limit" [] "Limit of open file descriptors for this process";
     MAX_CONNECTIONS: Gauge "max_connections" [] "Limit of open connections; further connections wait in the backlog";
     RELOADS: Counter "config_reloads_total" ["result"] "Config reloads, by result (ok, failed)";
-    CONFIG_DIFFERS: Gauge "config_file_differs" [] "1 while Ringway has refused the config file at its last reload and runs with an earlier config, else 0";
+    CONFIG_DIFFERS: Gauge "config_file_differs" [] "1 while the last reload of the config file failed or was held, so that an earlier config runs, else 0";
     UPGRADES: Counter "upgrades_total" ["result"] "Binary upgrades attempted, by result (ok, failed)";
     API_REJECTED: Counter "api_rejected_total" ["reason"] "Calls to the side port that were rejected, by reason";
     READY: Gauge "ready" [] "1 once every pool has had a healthy backend; 0 before that and during shutdown";

@@ -7,7 +7,8 @@ use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::backends::Server;
+use crate::harness::backends::{Server, free_ports};
+use crate::harness::program::Program;
 use crate::harness::{Ringway, config, echoes, eventually, eventually_async, get, soon};
 
 /// A pool that follows this file.
@@ -177,25 +178,88 @@ async fn a_start_goes_on_without_the_file_and_a_reload_does_not() {
     assert!(soon("an echo", echoes(&mut TcpStream::connect(ringway.web()).await.unwrap())).await);
 }
 
-/// A reload does not wait for the file to settle.
+/// A tool that writes the same list again and again does not hide a change.
 #[tokio::test]
-async fn a_reload_reads_the_file_at_once() {
+async fn a_list_that_is_written_all_the_time_is_applied() {
     let bench = Bench::new().await;
     bench.write("list", &list(&[("a", &bench.one)]));
     let ringway = Ringway::start(&yaml(&bench.at("list"))).await.all_healthy().await;
     let writing = tokio::spawn({
-        let file = bench.at("list");
+        let (file, new) = (bench.at("list"), bench.at("new"));
         let text = list(&[("a", &bench.one), ("b", &bench.two)]);
         async move {
-            // It never settles.
             loop {
-                std::fs::write(&file, &text).unwrap();
+                std::fs::write(&new, &text).unwrap();
+                std::fs::rename(&new, &file).unwrap();
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
     });
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    ringway.reload(&yaml(&bench.at("list"))).await.unwrap();
     become_ids(&ringway, &["a", "b"]).await;
     writing.abort();
+}
+
+#[tokio::test]
+async fn a_list_that_cannot_work_is_refused() {
+    let bench = Bench::new().await;
+    bench.write("list", &list(&[("a", &bench.one)]));
+    let yaml = yaml(&bench.at("list")).replace("interval: 50ms", "port: 9, interval: 50ms");
+    let [port] = free_ports();
+    let ringway = Ringway::start(&yaml.replacen("listen: 127.0.0.1:0", &format!("listen: 127.0.0.1:{port}"), 1)).await;
+    let own = ringway.web();
+    for (text, says) in [
+        (format!("[{{ address: \"{own}\" }}]"), "leads back to"),
+        ("[{ address: unix:/run/a }]".to_owned(), "has a Unix socket"),
+        ("[{ address: \"a:1\", weight: 1000 }]".replace("a:1", "127.0.0.1:1") + " # fits", ""),
+    ] {
+        bench.replace("list", &text);
+        if says.is_empty() {
+            become_ids(&ringway, &["127.0.0.1:1"]).await;
+        } else {
+            eventually_async(says, async || provider(&ringway).await["file"]["error"].to_string().contains(says)).await;
+            assert_eq!(ids(&ringway), ["a"]);
+        }
+    }
+    let made = std::process::Command::new("mkfifo").arg(bench.at("pipe")).status().unwrap();
+    assert!(made.success());
+    let pipe = yaml.replace("/list", "/pipe").replacen("listen: 127.0.0.1:0", &format!("listen: {own}"), 1);
+    let error = soon("an answer", ringway.reload(&pipe)).await.unwrap_err().to_string();
+    assert!(error.contains("is not a regular file"), "{error}");
+}
+
+/// The keys of the backend move until its name is known: its old address is that of something else.
+#[tokio::test]
+async fn a_backend_that_moves_to_an_unknown_name_loses_its_address() {
+    let bench = Bench::new().await;
+    bench.write("list", &list(&[("a", &bench.one), ("b", &bench.two)]));
+    let ringway = Ringway::start(&yaml(&bench.at("list"))).await.all_healthy().await;
+    let other = list(&[("b", &bench.two)]) + "- { id: a, address: \"no.such.invalid:80\" }\n";
+    bench.replace("list", &other);
+    eventually("no address", || ringway.backend(0).address.is_none()).await;
+    assert_eq!(ids(&ringway), ["a", "b"]);
+    bench.replace("list", &list(&[("a", &bench.three), ("b", &bench.two)]));
+    let third = bench.three.address.to_string();
+    eventually("an address", || ringway.backend(0).address.is_some_and(|address| address.to_string() == third)).await;
+    ringway.all_healthy().await;
+}
+
+/// The successor knows the list of the old process, even if the file has faults meanwhile.
+#[tokio::test]
+async fn an_upgrade_keeps_the_list_while_the_file_has_faults() {
+    let bench = Bench::new().await;
+    bench.write("list", &list(&[("a", &bench.one), ("b", &bench.two)]));
+    let mut program = Program::start(&yaml(&bench.at("list"))).await.ready().await;
+    bench.replace("list", "- [");
+    program.upgrade().await;
+    let status = program.status().await;
+    let backends = status["pools"][0]["backends"].as_array().unwrap().clone();
+    let known: Vec<_> = backends.iter().map(|backend| backend["id"].as_str().unwrap()).collect();
+    assert_eq!(known, ["a", "b"]);
+    assert!(status["pools"][0]["provider"]["file"]["error"].is_string());
+    assert!(soon("an echo", echoes(&mut TcpStream::connect(program.web()).await.unwrap())).await);
+    bench.replace("list", &list(&[("b", &bench.two)]));
+    eventually_async("one backend", async || {
+        program.status().await["pools"][0]["backends"].as_array().unwrap().len() == 1
+    })
+    .await;
 }

@@ -26,7 +26,8 @@ fn addresses(server: &NameServer, port: u16) -> String {
 }
 
 fn with(provider: &str) -> String {
-    config(provider, "", "health_check: { interval: 50ms, fall: 1, rise: 1 }")
+    // A client that has gone does not delay the end of a test with a long drain.
+    config(provider, "", "health_check: { interval: 50ms, fall: 1, rise: 1 }\ntimeouts: { half_closed: 100ms }")
 }
 
 /// Replies with these A records and no AAAA record.
@@ -419,6 +420,12 @@ async fn a_reload_asks_at_once_and_another_name_drains_the_backends_of_the_old_o
     eventually("another look-up", || dns.asked("web.test.", RecordType::A) > before).await;
     let mut open = TcpStream::connect(ringway.web()).await.unwrap();
     assert!(soon("an echo", echoes(&mut open)).await);
+    // Other servers are asked from now on, although the old one still answers.
+    let second = NameServer::start(|_, kind| only(RecordType::A, kind, 86_400, vec![a("127.0.0.2")]));
+    let elsewhere = yaml.replace(&dns.address.to_string(), &second.address.to_string());
+    ringway.reload(&elsewhere).await.unwrap();
+    eventually("a look-up there", || second.asked("web.test.", RecordType::A) > 0).await;
+    ringway.reload(&yaml).await.unwrap();
     // A name that nobody answers for is refused, and nothing changes.
     let away = yaml.replace("web.test.", "other.test.").replace(&dns.address.to_string(), "127.0.0.1:9");
     let error = ringway.reload(&away).await.unwrap_err().to_string();

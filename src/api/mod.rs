@@ -104,7 +104,7 @@ pub struct State {
     explaining: Arc<Semaphore>,
     /// Reloads so far.
     pub reloads: Tally<Outcome>,
-    /// Why the config file was refused at its last reload; `None`: it was not.
+    /// Why the last reload of the config file failed or was held; `None`: it was applied.
     pub config_error: ArcSwapOption<String>,
     /// Upgrades so far, failed ones included.
     pub upgrades: Tally<Outcome>,

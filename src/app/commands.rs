@@ -2,6 +2,7 @@
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
@@ -142,7 +143,11 @@ impl App {
         let table = running.route.table.load();
         let position = |id: &str| table.backends().iter().position(|backend| *backend.id == *id);
         let share = match event {
-            Event::DrainRequested { id, .. } => position(id).map(|at| table.shares_now()[at]),
+            Event::DrainRequested { id, .. } => {
+                let takes = |other: &&Backend| other.id != *id && other.address.is_some() && other.drain.is_none();
+                // Without another backend, the keys have nowhere to go.
+                table.backends().iter().find(takes).and_then(|_| position(id)).map(|at| table.shares_now()[at])
+            }
             Event::DrainCancelled { id } => position(id).map(|at| {
                 // An unhealthy backend gets nothing back.
                 let is_well = table.backends()[at].well != Some(false);
@@ -211,7 +216,7 @@ impl App {
         max_keys_moved: Option<u8>,
     ) -> Result<Planned, CommandError> {
         let is_from_file = text.is_none();
-        let file = Arc::new(self.read(text).await?);
+        let file = Arc::new(self.read(text, !is_dry_run).await?);
         let changes = if is_reset { Changes::default() } else { self.changes.kept(&self.file, &file) };
         let kept = changes.in_words(&file);
         if is_dry_run {
@@ -306,13 +311,19 @@ impl App {
         CommandError::CannotPrepare(place.map_or_else(|| error.to_string(), |place| format!("{place}: {error}")))
     }
 
-    /// The config that a reload moves to. Does not block this thread: the file may be a FIFO that nobody writes, or on a
+    /// The config that a reload moves to. `tried`: Ringway is about to apply it. Does not block this thread: the file may be a FIFO that nobody writes, or on a
     /// server that is away.
-    async fn read(&self, text: Option<String>) -> Result<Config, CommandError> {
-        let source = self.environment.source.clone();
-        let read = tokio::task::spawn_blocking(move || match text {
-            Some(text) => Config::parse(&text, "the config given"),
-            None => source.load(),
+    async fn read(&self, text: Option<String>, tried: bool) -> Result<Config, CommandError> {
+        let (source, tried) = (self.environment.source.clone(), tried.then(|| Arc::clone(&self.tried)));
+        let read = tokio::task::spawn_blocking(move || {
+            if let Some(text) = text {
+                return Config::parse(&text, "the config given");
+            }
+            // Before the load: what is written meanwhile is a change.
+            if let Some(tried) = tried {
+                tried.store(source.watched(&[]).1, Ordering::Relaxed);
+            }
+            source.load()
         });
         match tokio::time::timeout(READ, read).await {
             Ok(Ok(config)) => config.map_err(|error| CommandError::BadConfig(error.to_string())),

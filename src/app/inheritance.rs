@@ -16,7 +16,9 @@ use super::listeners::turn_away;
 use super::pools::Pool;
 use crate::address::Address;
 use crate::backend::State;
-use crate::config::Config;
+use crate::config::{Config, StaticBackend};
+use crate::control::provider::Location;
+use crate::control::provider::names::Resolve;
 use crate::control::supervisor::handover::{Handed, Spec};
 use crate::handover::Channel;
 use crate::proxy::listening::{FileId, ListeningSocket};
@@ -79,7 +81,8 @@ pub(super) enum Message {
     },
 }
 
-/// A backend whose address came from a name server. The successor keeps it even if no name server answers.
+/// A backend whose address came from a name server or a file. The successor keeps it even if no name server answers, or the file has
+/// faults.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Named {
     pub(super) pool: String,
@@ -88,6 +91,14 @@ pub(super) struct Named {
     pub(super) name: String,
     pub(super) address: SocketAddr,
     pub(super) weight: u32,
+}
+
+impl Named {
+    /// The backend as a list would have it.
+    pub(super) fn listed(&self) -> StaticBackend {
+        let location = Location::Host { host: self.address.ip().to_string(), port: self.address.port() };
+        StaticBackend { id: self.id.to_string(), location, weight: self.weight, resolve: Resolve::Refresh }
+    }
 }
 
 /// What a process inherits at its start, from an old Ringway process or from systemd.

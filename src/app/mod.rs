@@ -159,6 +159,7 @@ pub struct App {
     becoming_ready: Option<AbortOnDropHandle<()>>,
     /// Watches the config, with these settings.
     watching: Option<(config::ConfigWatch, AbortOnDropHandle<()>)>,
+    tried: config_watch::Tried,
     tasks: Tasks,
     /// Stops the supervisors when the app is dropped.
     _stop_replicas: DropGuard,
@@ -185,6 +186,8 @@ impl App {
         mut inheritance: Inheritance,
     ) -> Result<Self, StartError> {
         let mut environment = environment;
+        // What is written from now on is a change.
+        let tried = environment.source.watched(&[]).1;
         environment.replica_open_files = inheritance.open_files.or(environment.replica_open_files);
         let (settled, is_settled) = watch::channel(!inheritance.takes_over());
         let changes = inheritance.changes(&file);
@@ -254,6 +257,7 @@ impl App {
             engine,
             becoming_ready: None,
             watching: None,
+            tried: Arc::new(tried.into()),
             state,
             proxy,
             pools,

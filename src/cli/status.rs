@@ -89,7 +89,7 @@ fn in_words(status: &Status, terminal: Terminal) -> String {
     let refused = status
         .config_error
         .as_ref()
-        .map(|error| format!("the config file was refused, and an earlier config runs: {error}"));
+        .map(|error| format!("the config file is not applied, and an earlier config runs: {}", on_one_line(error)));
     lines.extend(refused.map(|refused| terminal.coloured(&clean(&refused), Some(Colour::Bad))));
     for listener in &status.listeners {
         lines.extend(listener_in_words(listener, status));
@@ -152,7 +152,7 @@ pub(super) fn problems(pool: &Pool) -> Vec<String> {
             .push(format!("pool {}: look-up of {} failed: {error}; the known backends stay", pool.name, dns.question));
     }
     if let Some(error) = pool.provider.file.as_ref().and_then(|file| file.error.as_ref()) {
-        problems.push(format!("pool {}: {error}; the backends of the last list stay", pool.name));
+        problems.push(format!("pool {}: {}; the backends of the last list stay", pool.name, on_one_line(error)));
     }
     if pool.panic {
         let what = "panic: too few backends are healthy, so Ringway tries all of them";
@@ -161,6 +161,11 @@ pub(super) fn problems(pool: &Pool) -> Vec<String> {
         problems.push(format!("pool {}: no healthy backend, so Ringway resets new connections", pool.name));
     }
     problems
+}
+
+/// An error of a file, which has a line for each fault.
+fn on_one_line(error: &str) -> String {
+    error.lines().map(str::trim).collect::<Vec<_>>().join("; ")
 }
 
 /// How far a rollout is, and what it waits for; `None` if every replica has the current settings.

@@ -34,6 +34,11 @@ impl BackendsFile {
     /// # Errors
     /// When the file cannot be read.
     pub fn read(&self) -> Result<String, Error> {
+        // Reading a pipe could take forever.
+        if std::fs::metadata(&self.path).is_ok_and(|data| !data.is_file() && !data.is_dir()) {
+            let problem = "is not a regular file: give the path of a file".to_owned();
+            return Err(Error::Unreadable { path: self.path.to_path_buf(), problem });
+        }
         source::read(&self.path)
     }
 
@@ -76,7 +81,7 @@ fn parse(text: &str, path: &Path, format: FileFormat) -> Result<Vec<StaticBacken
     Err(Error::Faulty { origin, faults })
 }
 
-/// The backends of groups of targets. All targets of a group have its labels, of which only `weight` counts here.
+/// The backends of groups of targets. All targets of a group have its labels. Only the label `weight` counts here.
 fn groups(list: &Item<'_>) -> Vec<StaticBackend> {
     let (mut backends, mut seen) = (Vec::new(), HashMap::new());
     for group in list.list() {

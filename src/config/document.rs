@@ -106,7 +106,8 @@ impl Document {
                 continue;
             };
             if pattern.contains('*') {
-                self.parts.extend(folder.join(pattern).parent().map(Path::to_owned));
+                let parent = folder.join(pattern).parent().map(Path::to_owned).unwrap_or_default();
+                self.parts.push(if parent.as_os_str().is_empty() { PathBuf::from(".") } else { parent });
             }
             match files(folder, pattern) {
                 Ok(files) if self.included.len() + files.len() > MOST_FILES => {

@@ -336,9 +336,13 @@ impl Pool {
     ///
     /// # Errors
     /// Why it cannot, and the remedy.
-    pub fn fits(&self, backends: &[StaticBackend]) -> Result<(), String> {
-        let weights = backends.iter().map(|backend| u64::from(backend.weight)).sum();
-        parse_pool::points_fault(weights, self.ring).map_or(Ok(()), Err)
+    pub fn fits(&self, backends: &[StaticBackend], listeners: &[Listener]) -> Result<(), String> {
+        let listed = Self { provider: Provider::Static(backends.to_vec().into()), ..self.clone() };
+        let faults = reader::Faults::default();
+        conflicts::loops(&faults, std::slice::from_ref(&listed), listeners);
+        let in_loop = faults.into_vec().into_iter().next().map(|fault| fault.problem);
+        let fault = listed.too_many_points().or_else(|| listed.check_port_fault()).or(in_loop);
+        fault.map_or(Ok(()), Err)
     }
 
     /// Whether the check sends or expects the characters `\\r` or `\\n`, which single quotes do not turn into line ends.

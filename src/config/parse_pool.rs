@@ -74,18 +74,13 @@ impl Pool {
 
     /// Returns a fault text if the pool's ring would have too many points.
     pub fn too_many_points(&self) -> Option<String> {
-        points_fault(weights(&self.provider), self.ring)
+        let points = weights(&self.provider).saturating_mul(u64::from(self.ring.virtual_nodes));
+        (points > MOST_POINTS).then(|| {
+            format!(
+                "the ring would have {points} points, but the maximum is {MOST_POINTS}: lower virtual_nodes, weights or the number of backends"
+            )
+        })
     }
-}
-
-/// A fault text if a ring of backends with this sum of weights would have too many points.
-pub(super) fn points_fault(weights: u64, ring: Parameters) -> Option<String> {
-    let points = weights.saturating_mul(u64::from(ring.virtual_nodes));
-    (points > MOST_POINTS).then(|| {
-        format!(
-            "the ring would have {points} points, but the maximum is {MOST_POINTS}: lower virtual_nodes, weights or the number of backends"
-        )
-    })
 }
 
 /// The part of a connection that is hashed: a name, or a section for a kind that has settings.

@@ -9,6 +9,7 @@ use seahash::SeaHasher;
 
 use super::document::Document;
 use super::{Api, Config, Error, Place};
+use crate::file_watch;
 
 /// The config that is built into the binary: the repository's `config.yaml`.
 pub const BUILT_IN: &str = include_str!("../../config.yaml");
@@ -91,16 +92,18 @@ impl Source {
     /// a file with faults may not show on which others it depends.
     pub fn watched(&self, before: &[PathBuf]) -> (Vec<PathBuf>, u64) {
         let Self::File(main) = self else { return (Vec::new(), 0) };
-        let files = match Document::read(main) {
-            Ok(document) => std::iter::once(main.clone()).chain(document.parts()).collect(),
-            Err(_) if before.is_empty() => vec![main.clone()],
-            Err(_) => before.to_vec(),
+        // Reading a pipe could take forever.
+        let document = if main.is_file() { Document::read(main).ok() } else { None };
+        let files = match document {
+            Some(document) => std::iter::once(main.clone()).chain(document.parts()).collect(),
+            None if before.is_empty() => vec![main.clone()],
+            None => before.to_vec(),
         };
         let mut hasher = SeaHasher::new();
         for file in &files {
             // A folder has no content of its own: the files that count in it are in the list.
             file.hash(&mut hasher);
-            std::fs::read(file).ok().hash(&mut hasher);
+            file_watch::content(file).hash(&mut hasher);
         }
         (files, hasher.finish())
     }

@@ -293,7 +293,7 @@ function showWords(pool, members) {
 function showBanners(status, members) {
   const lines = [];
   if (!status.ready) lines.push(["warn", "Not ready: Ringway is stopping, or a pool has had no healthy backend yet."]);
-  if (status.config_error) lines.push(["warn", `The config file was refused, and an earlier config runs: ${status.config_error}`]);
+  if (status.config_error) lines.push(["warn", `The config file is not applied, and an earlier config runs: ${status.config_error}`]);
   for (const pool of status.pools) {
     const all = members(pool.name);
     if (pool.panic) lines.push(["bad", `Pool ${pool.name} is in panic: too few backends are healthy, so Ringway tries all of them.`]);

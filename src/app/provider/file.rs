@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::list::{List, inherited, resolve, unknown_names};
+use super::list::{List, resolve, unknown_names};
 use super::source::{Prepared, ProviderStatus, Source, Update};
+use crate::address::Address;
 use crate::app::StartError;
 use crate::app::context::PoolContext;
 use crate::app::tasks::until;
-use crate::config::{self, BackendsFile, StaticBackend};
+use crate::config::{self, BackendsFile, Listener, StaticBackend};
 use crate::control::Event;
 use crate::control::provider::ChangeKind;
 use crate::control::provider::file::FileStatus;
@@ -24,18 +25,27 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// Longest time until a change is seen on a file system that reports none.
 const POLL: Duration = Duration::from_secs(5);
 
-/// The channel to the task that follows the file.
+/// Longest time to read the file.
+const READ: Duration = Duration::from_secs(10);
+
+/// The channels to the task that follows the file.
 #[derive(Debug)]
 struct FromFile {
-    /// The pool.
-    current: watch::Sender<Arc<config::Pool>>,
+    current: watch::Sender<Arc<Current>>,
     retired: CancellationToken,
+}
+
+/// What the list must fit.
+#[derive(Debug)]
+struct Current {
+    pool: config::Pool,
+    listeners: Vec<Listener>,
 }
 
 /// The task that follows the file.
 struct Follower {
     file: BackendsFile,
-    current: watch::Receiver<Arc<config::Pool>>,
+    current: watch::Receiver<Arc<Current>>,
     list: List,
     /// What the list has been made from.
     backends: Vec<StaticBackend>,
@@ -51,44 +61,43 @@ pub(super) async fn prepare(
     context: &PoolContext<'_>,
 ) -> Result<Prepared, StartError> {
     let status = Arc::new(FileStatus::new(&file.path.display().to_string()));
+    let current = Arc::new(Current { pool: pool.clone(), listeners: context.config.listeners.clone() });
     // Before the first read, or a change between both would not be seen.
     let watch = FileWatch::new(vec![file.path.to_path_buf()], SETTLE, POLL).await;
-    let (text, read) = read(file.clone(), pool.clone()).await;
+    let (text, read) = read(file.clone(), Arc::clone(&current)).await;
+    // An old process has had a list, perhaps from a file that has faults now.
+    let inherited: Vec<_> = context.known(&pool.name).filter(|known| *known.name == *status.last().path).collect();
     let backends = match read {
-        Ok(backends) => backends,
+        Ok(backends) => {
+            status.applied(backends.len(), Instant::now());
+            status.changes.add(ChangeKind::Joined, backends.len() as u64);
+            backends
+        }
         // A machine may start before the tool that writes the file. A reload has a person who can mend the path.
         Err(problem) if context.is_start => {
-            let pool = &pool.name;
-            tracing::warn!(%pool, "{problem}; the pool starts without backends until the file can be applied");
+            let (pool, backends) = (&pool.name, inherited.len());
+            tracing::warn!(%pool, backends, "{problem}; the pool starts with what is known, until the file can be applied");
             status.refused(&problem);
-            Vec::new()
+            inherited.iter().map(|known| known.listed()).collect()
         }
         Err(problem) => return Err(unfit(key_path, problem)),
     };
-    let (key_path, known) = (format!("{key_path}.provider.file"), inherited(&pool.name, context));
+    let known: HashMap<&str, _> = inherited.iter().map(|known| (&*known.id, known.address)).collect();
+    let known = |backend: &StaticBackend| known.get(backend.id.as_str()).map(|&address| Address::Ip(address));
+    let key_path = format!("{key_path}.provider.file");
     let addresses = resolve(&key_path, &backends, |_| context.is_start, known).await?;
-    if status.last().error.is_none() {
-        status.applied(backends.len(), Instant::now());
-        status.changes.add(ChangeKind::Joined, backends.len() as u64);
-    }
     let (list, known) = List::new(&backends, addresses);
-    let (current, receiver) = watch::channel(Arc::new(pool.clone()));
+    let (current, receiver) = watch::channel(current);
     let name: Arc<str> = pool.name.as_str().into();
-    let follower = Follower {
-        file: file.clone(),
-        current: receiver,
-        list: list.clone(),
-        backends,
-        seen: text,
-        status: Arc::clone(&status),
-    };
+    let (file, started, followed) = (file.clone(), list.clone(), Arc::clone(&status));
+    let follower = Follower { file, current: receiver, list, backends, seen: text, status: followed };
     let retired = CancellationToken::new();
     Ok(Prepared {
         source: Box::new(FromFile { current, retired: retired.clone() }),
         known,
         status: ProviderStatus::File(status),
         start: Box::new(move |start| {
-            list.start(name, &start);
+            started.start(name, &start);
             let following = until(retired, follower.run(watch, start.events));
             start.tasks.spawn(until(start.over, following));
         }),
@@ -97,7 +106,7 @@ pub(super) async fn prepare(
 
 /// What Ringway would find wrong with the file now.
 pub(super) async fn faults(key_path: &str, pool: &config::Pool, file: &BackendsFile) -> Vec<StartError> {
-    match read(file.clone(), pool.clone()).await.1 {
+    match read(file.clone(), Arc::new(Current { pool: pool.clone(), listeners: Vec::new() })).await.1 {
         Ok(backends) => unknown_names(&format!("{key_path}.provider.file"), &backends).await,
         Err(problem) => vec![unfit(key_path, format!("{problem}; the pool would start without backends"))],
     }
@@ -108,7 +117,8 @@ fn unfit(key_path: &str, problem: String) -> StartError {
 }
 
 /// The text of the file and the backends that it lists, or what is wrong with it.
-async fn read(file: BackendsFile, pool: config::Pool) -> (Option<String>, Result<Vec<StaticBackend>, String>) {
+async fn read(file: BackendsFile, current: Arc<Current>) -> (Option<String>, Result<Vec<StaticBackend>, String>) {
+    let path = file.path.display().to_string();
     // A file system may take long to answer.
     let read = tokio::task::spawn_blocking(move || {
         let text = match file.read() {
@@ -116,15 +126,23 @@ async fn read(file: BackendsFile, pool: config::Pool) -> (Option<String>, Result
             Err(error) => return (None, Err(error.to_string())),
         };
         let parsed = file.parse(&text).map_err(|error| error.to_string());
-        let fits = parsed.and_then(|backends| pool.fits(&backends).map(|()| backends));
+        let fits = parsed.and_then(|backends| {
+            let fits = current.pool.fits(&backends, &current.listeners);
+            fits.map(|()| backends).map_err(|problem| format!("{}: {problem}", file.path.display()))
+        });
         (Some(text), fits)
     });
-    read.await.unwrap_or_else(|panicked| (None, Err(panicked.to_string())))
+    match tokio::time::timeout(READ, read).await {
+        Ok(Ok(read)) => read,
+        Ok(Err(panicked)) => (None, Err(panicked.to_string())),
+        Err(_elapsed) => (None, Err(format!("{path} was not read within {} s: check its file system", READ.as_secs()))),
+    }
 }
 
 impl Source for FromFile {
     fn update(&mut self, update: &Update<'_>) -> Vec<Event> {
-        self.current.send_replace(Arc::new(update.pool.clone()));
+        let listeners = update.config.listeners.clone();
+        self.current.send_replace(Arc::new(Current { pool: update.pool.clone(), listeners }));
         Vec::new()
     }
 
@@ -138,8 +156,10 @@ impl Follower {
         loop {
             tokio::select! {
                 () = watch.changed() => {}
-                changed = self.current.changed() => if changed.is_err() {
-                    return;
+                // Looks at the file at once.
+                changed = self.current.changed() => match changed {
+                    Ok(()) => continue,
+                    Err(_) => return,
                 }
             }
             for event in self.apply().await {
@@ -152,8 +172,9 @@ impl Follower {
 
     /// Reads the file, and applies it if it has another text than before.
     async fn apply(&mut self) -> Vec<Event> {
-        let pool = Arc::clone(&self.current.borrow_and_update());
-        let (text, read) = read(self.file.clone(), config::Pool::clone(&pool)).await;
+        let current = Arc::clone(&self.current.borrow_and_update());
+        let pool = &current.pool;
+        let (text, read) = read(self.file.clone(), Arc::clone(&current)).await;
         let is_known = text.is_some() && text == self.seen;
         let had_error = self.status.last().error.clone();
         match read {
@@ -162,7 +183,8 @@ impl Follower {
                     return Vec::new();
                 }
                 self.seen = text;
-                let known = |backend: &StaticBackend| self.list.address(backend);
+                let known = self.list.known();
+                let known = |backend: &StaticBackend| known.address(backend);
                 // Unknown names are no error here.
                 let found = resolve("provider.file", &backends, |_| true, known).await.unwrap_or_default();
                 let events = self.list.change(&backends, &found, pool.drain);

@@ -45,7 +45,8 @@ impl Source for Fixed {
             let backends = new.provider.static_backends().unwrap_or_default();
             // A name that did not change keeps its address while the name server is away.
             let key_path = format!("{key_path}.provider.static");
-            resolve(&key_path, backends, |backend| self.0.has(backend), |backend| self.0.address(backend)).await
+            let known = self.0.known();
+            resolve(&key_path, backends, |backend| known.has(backend), |backend| known.address(backend)).await
         })
     }
 

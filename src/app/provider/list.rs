@@ -45,15 +45,11 @@ impl List {
         start.tasks.spawn(until(start.over.clone(), following));
     }
 
-    /// Whether the list has this backend, perhaps with another weight.
-    pub(super) fn has(&self, backend: &StaticBackend) -> bool {
-        self.names.borrow().iter().any(|name| *name.id == *backend.id && name.location == backend.location)
-    }
-
-    /// The address of a backend of the list, if it is known.
-    pub(super) fn address(&self, backend: &StaticBackend) -> Option<Address> {
-        let addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
-        addresses.get(&*backend.id).filter(|_| self.has(backend)).cloned()
+    /// The backends of the list: what their addresses are, if they are known.
+    pub(super) fn known(&self) -> Known {
+        let (names, addresses) = (self.names.borrow(), self.addresses.lock().unwrap_or_else(PoisonError::into_inner));
+        let known = |name: &Name| (Arc::clone(&name.id), (name.location.clone(), addresses.get(&name.id).cloned()));
+        Known(names.iter().map(known).collect())
     }
 
     /// Changes the list. Returns what the publisher must hear of it.
@@ -63,6 +59,22 @@ impl List {
         let events = changed_backends(&before, &addresses, found, backends, drain);
         addresses.clone_from(found);
         events
+    }
+}
+
+/// Backends that a list has had.
+pub(super) struct Known(HashMap<Arc<str>, (Location, Option<Address>)>);
+
+impl Known {
+    /// Whether the list had this backend, perhaps with another weight.
+    pub(super) fn has(&self, backend: &StaticBackend) -> bool {
+        self.0.get(backend.id.as_str()).is_some_and(|(location, _)| *location == backend.location)
+    }
+
+    /// The address that the backend had, if it is known.
+    pub(super) fn address(&self, backend: &StaticBackend) -> Option<Address> {
+        let (_, address) = self.0.get(backend.id.as_str()).filter(|(location, _)| *location == backend.location)?;
+        address.clone()
     }
 }
 
@@ -84,17 +96,22 @@ fn changed_backends(
     backends: &[StaticBackend],
     drain: Duration,
 ) -> Vec<Event> {
-    let stays: HashSet<&str> = backends.iter().map(|backend| backend.id.as_str()).collect();
-    let gone = before.iter().map(|name| &name.id).filter(|id| !stays.contains(&***id));
-    let mut events: Vec<_> = gone.map(|id| Event::Leaving { id: Arc::clone(id), within: drain }).collect();
+    let mut events = Vec::new();
     for backend in backends {
         let id: Arc<str> = backend.id.as_str().into();
         events.push(Event::Joined { id: Arc::clone(&id), weight: backend.weight });
-        let address = found.get(&id);
-        if let Some(address) = address.filter(|&address| known.get(&id) != Some(address)) {
-            events.push(Event::Started { id, address: address.clone(), replica: None });
+        match (known.get(&id), found.get(&id)) {
+            (Some(was), Some(is)) if was == is => {}
+            (_, Some(address)) => events.push(Event::Started { id, address: address.clone(), replica: None }),
+            // The backend is somewhere else now, and nobody knows where.
+            (Some(_), None) => events.push(Event::Stopped { id, crash_loop: false, exit: None }),
+            (None, None) => {}
         }
     }
+    // The publisher may publish in between: backends join before others leave.
+    let stays: HashSet<&str> = backends.iter().map(|backend| backend.id.as_str()).collect();
+    let gone = before.iter().map(|name| &name.id).filter(|id| !stays.contains(&***id));
+    events.extend(gone.map(|id| Event::Leaving { id: Arc::clone(id), within: drain }));
     events
 }
 

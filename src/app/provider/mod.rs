@@ -87,10 +87,8 @@ impl<'a> Names<'a> {
                 let named = backends.iter().filter(|backend| backend.location.is_name());
                 Self::Own(named.map(|backend| (backend.id.as_str(), &backend.location)).collect())
             }
-            // The names in a file are looked up again at a start.
-            Provider::Process(_) | Provider::Containers(_) | Provider::Discover(_) | Provider::File(_) => {
-                Self::Own(HashMap::new())
-            }
+            Provider::File(file) => Self::Common(file.path.display().to_string()),
+            Provider::Process(_) | Provider::Containers(_) | Provider::Discover(_) => Self::Own(HashMap::new()),
         }
     }
 

@@ -166,8 +166,10 @@ impl Follower {
             self.status.plan(self.schedule.next);
             tokio::select! {
                 () = tokio::time::sleep_until(self.schedule.next.into()) => {}
-                changed = self.current.changed() => if changed.is_err() {
-                    return;
+                changed = self.current.changed() => match changed {
+                    // Other servers, or another /etc/resolv.conf.
+                    Ok(()) => self.resolver = None,
+                    Err(_) => return,
                 },
                 changed = tables.changed() => match changed {
                     Ok(()) => continue,

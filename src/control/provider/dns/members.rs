@@ -113,6 +113,8 @@ impl Members {
             }
         }
         self.show(rules, &mut changes);
+        // The publisher may publish in between: backends join before others leave.
+        changes.events.sort_by_key(|event| matches!(event, Event::Leaving { .. }));
         self.last = Some(now);
         changes
     }

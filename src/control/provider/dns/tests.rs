@@ -237,7 +237,7 @@ fn only_the_best_priority_of_all_that_are_there_counts() {
     bench.now += GONE_AFTER;
     assert_eq!(
         bench.words(&answer([spare.clone()])),
-        ["main leaves within 5s", "spare joined with 16", "spare is at 10.0.0.2:80"]
+        ["spare joined with 16", "spare is at 10.0.0.2:80", "main leaves within 5s"]
     );
     assert_eq!(
         bench.words(&answer([main, spare])),
