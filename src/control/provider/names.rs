@@ -173,6 +173,7 @@ pub async fn follow(
             changed = names.changed() => match changed {
                 Ok(()) => {
                     of_hosts = hosts(&mut names);
+                    missing.clear();
                     continue;
                 }
                 Err(_) => return,
