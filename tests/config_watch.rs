@@ -132,13 +132,18 @@ async fn a_change_that_moves_too_many_keys_waits_for_an_operator() {
     let yaml =
         |addresses: &[std::net::SocketAddr]| watching("poll: 1h, max_keys_moved: 20", &static_config(addresses, ""));
     let program = Program::start(&yaml(&[one.address])).await.ready().await;
-    program.write_config(&yaml(&[one.address, two.address]));
+    let folder = tempfile::tempdir().unwrap();
+    let log = folder.path().join("access.log");
+    let more = format!("access_log: {{ path: {} }}\n{}", log.display(), yaml(&[one.address, two.address]));
+    program.write_config(&more);
     let held = "of the keys of pool echo would move";
     eventually_async(held, async || program.status().await["config_error"].to_string().contains(held)).await;
     eventually("the log", || program.log().contains("config_watch.max_keys_moved is 20 %")).await;
     assert_eq!(program.status().await["pools"][0]["backends"].as_array().unwrap().len(), 1);
+    assert!(!log.exists(), "a change that was held has opened the access log");
     assert_eq!(http(program.api(), "POST", "/api/reload", b"").await.status(), 200);
     assert_eq!(program.status().await["pools"][0]["backends"].as_array().unwrap().len(), 2);
+    assert!(log.exists());
     assert!(program.status().await["config_error"].is_null());
 }
 

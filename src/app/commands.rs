@@ -223,13 +223,16 @@ impl App {
             let report = self.outlook(file, changes).await.report;
             return Ok(Planned::Report(Report { kept, ..report }));
         }
+        if let Some(most) = max_keys_moved {
+            // Before the preparation, which opens the access log again.
+            let report = self.outlook(Arc::clone(&file), changes.clone()).await.report;
+            if let Some(moved) = report.moved.iter().find(|moved| percent(moved.share) > most) {
+                let (pool, moved) = (moved.pool.clone(), percent(moved.share));
+                return Err(CommandError::TooManyKeys { pool, moved, most });
+            }
+        }
         match self.prepare(file, changes).await {
             Ok(mut plan) => {
-                let most = max_keys_moved.unwrap_or(100);
-                if let Some(moved) = plan.report.moved.iter().find(|moved| percent(moved.share) > most) {
-                    let (pool, moved) = (moved.pool.clone(), percent(moved.share));
-                    return Err(CommandError::TooManyKeys { pool, moved, most });
-                }
                 plan.report.kept = kept;
                 Ok(Planned::Reload(Box::new(plan)))
             }
