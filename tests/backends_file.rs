@@ -220,6 +220,12 @@ async fn a_list_that_cannot_work_is_refused() {
             assert_eq!(ids(&ringway), ["a"]);
         }
     }
+    // A list that is refused by the config is judged again with another config.
+    bench.replace("list", "[{ address: unix:/run/b }]");
+    eventually_async("refused", async || provider(&ringway).await["file"]["error"].is_string()).await;
+    let without_port = yaml.replace("port: 9, ", "").replacen("listen: 127.0.0.1:0", &format!("listen: {own}"), 1);
+    ringway.reload(&without_port).await.unwrap();
+    become_ids(&ringway, &["unix:/run/b"]).await;
     let made = std::process::Command::new("mkfifo").arg(bench.at("pipe")).status().unwrap();
     assert!(made.success());
     let pipe = yaml.replace("/list", "/pipe").replacen("listen: 127.0.0.1:0", &format!("listen: {own}"), 1);

@@ -156,8 +156,9 @@ impl Follower {
         loop {
             tokio::select! {
                 () = watch.changed() => {}
-                // Looks at the file at once.
+                // A list that did not fit may fit the new config. Otherwise only the watch looks at the file, at once.
                 changed = self.current.changed() => match changed {
+                    Ok(()) if self.status.last().error.is_some() => {}
                     Ok(()) => continue,
                     Err(_) => return,
                 }
