@@ -187,7 +187,7 @@ impl App {
     ) -> Result<Self, StartError> {
         let mut environment = environment;
         // What is written from now on is a change.
-        let tried = environment.source.watched(&[]).1;
+        let tried = file.config_watch.map_or(0, |_| environment.source.watched(&[]).1);
         environment.replica_open_files = inheritance.open_files.or(environment.replica_open_files);
         let (settled, is_settled) = watch::channel(!inheritance.takes_over());
         let changes = inheritance.changes(&file);
