@@ -12,7 +12,7 @@ use crate::app::context::PoolContext;
 use crate::app::tasks::until;
 use crate::config::{self, Provider};
 use crate::control::Event;
-use crate::control::provider::dns::lookup::Outcome;
+use crate::control::provider::dns::answer::Outcome;
 use crate::control::provider::dns::members::{Members, Rules};
 use crate::control::provider::dns::status::DnsStatus;
 use crate::control::provider::dns::{Current, Follower, Question, Settings, probe};

@@ -4,9 +4,11 @@
 //!
 //! - this file: settings, and the task that asks again and again
 //! - [`lookup`]: asks name servers
+//! - [`answer`]: what a look-up found
 //! - [`members`]: the backends that follow from the answers, and when to ask next
 //! - [`mod@status`]: what status and metrics show of it
 
+pub mod answer;
 pub mod lookup;
 pub mod members;
 pub mod status;
@@ -24,7 +26,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 
-use self::lookup::{Answer, Resolver};
+use self::answer::Answer;
+use self::lookup::Resolver;
 use self::members::{Members, Rules, Schedule};
 use self::status::DnsStatus;
 use crate::backend::State;

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::WEIGHTS;
-use super::lookup::{Answer, Found};
+use super::answer::{Answer, Found};
 use crate::address::Address;
 use crate::control::Event;
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 
-use super::lookup::{Answer, Outcome};
+use super::answer::{Answer, Outcome};
 use super::members::Changes;
 use crate::control::provider::ChangeKind;
 use crate::labels::Tally;

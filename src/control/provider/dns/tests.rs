@@ -1,4 +1,4 @@
-use super::lookup::{Fault, Found, Outcome};
+use super::answer::{Fault, Found, Outcome};
 use super::members::{Changes, Rules};
 use super::*;
 
