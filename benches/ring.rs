@@ -10,9 +10,9 @@ use std::time::Instant;
 use divan::Bencher;
 use divan::counter::ItemsCount;
 use ringway::address::Address;
-use ringway::backend::{Admission, Backend, Health, State};
+use ringway::backend::{Admission, Backend, Health, Membership, State};
 use ringway::ring::{Member, Parameters, Ring};
-use ringway::table::{Members, Table};
+use ringway::table::{Members, Table, Thresholds};
 
 /// Points per member, and probes.
 const SHAPES: [(u32, u32); 4] = [(160, 1), (160, 3), (512, 3), (1000, 1)];
@@ -97,7 +97,7 @@ fn table(members: usize, down: usize) -> Table {
     let backends = sorted.iter().enumerate().map(|(n, id)| Backend {
         id: id.as_str().into(),
         address: Some(Address::Ip(([127, 0, 0, 1], 1).into())),
-        weight: 1,
+        membership: Membership::weighing(1),
         // Spread evenly: 7919 is prime.
         state: if n * 7919 % 1000 < down { State::Unhealthy } else { State::Healthy },
         replica: None,
@@ -111,7 +111,12 @@ fn table(members: usize, down: usize) -> Table {
         drain: None,
         live: Arc::default(),
     });
-    Table::new(1, Arc::new(ring(&sorted, 160, 3)), Members::new(backends, 1), 0)
+    Table::new(
+        1,
+        Arc::new(ring(&sorted, 160, 3)),
+        Members::new(backends, 1),
+        Thresholds { panic_below: 0, spill_below: 50 },
+    )
 }
 
 /// The first candidate of a key, as a connection takes it.
@@ -135,6 +140,6 @@ fn change_one_backend(bencher: Bencher<'_, '_>, members: usize) {
     bencher.bench_local(|| {
         let changed = Backend { restarts: backends[7].restarts + 1, ..backends[7].clone() };
         backends.set(7, changed);
-        black_box(Table::new(2, Arc::clone(first.ring()), backends.clone(), 50))
+        black_box(first.what_if(Arc::clone(first.ring()), backends.clone()))
     });
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 
 pub use self::port_search::PortSearch;
 use crate::address::Address;
@@ -21,6 +22,8 @@ label_enum! {
         Starting => "starting",
         /// The backend gets connections.
         Healthy => "healthy",
+        /// The backend answers, but another one of its exclusive pool gets the connections, or none.
+        Standby => "standby",
         /// The backend fails its health checks and is skipped.
         Unhealthy => "unhealthy",
         /// The backend passes its health checks, but connects to it keep failing; it is skipped for a while.
@@ -78,6 +81,29 @@ impl ConnectFailure {
     }
 }
 
+/// How a backend takes part in its pool, as its provider says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Membership {
+    /// Multiple of the ring's virtual nodes, 0 to 1000. With 0, no key leads to the backend.
+    pub weight: u32,
+    /// A backend of a higher tier gets connections only if too few of the lower tiers are healthy.
+    #[serde(default)]
+    pub tier: u16,
+    /// Maximum of its open connections, at least 1; `None`: as the pool says.
+    #[serde(default)]
+    pub max_connections: Option<u32>,
+    /// Whether the backend is drained for as long as the provider says so.
+    #[serde(default)]
+    pub is_drained: bool,
+}
+
+impl Membership {
+    /// The membership of a backend about which its provider says no more than its weight.
+    pub const fn weighing(weight: u32) -> Self {
+        Self { weight, tier: 0, max_connections: None, is_drained: false }
+    }
+}
+
 /// The replica that runs in a backend's slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Replica {
@@ -126,8 +152,8 @@ pub struct Backend {
     pub id: Arc<str>,
     /// The address on which the backend listens; `None` while a slot has no replica.
     pub address: Option<Address>,
-    /// Weight: multiplies the pool's number of virtual nodes.
-    pub weight: u32,
+    /// How it takes part in its pool.
+    pub membership: Membership,
     /// Whether the backend may get connections, and if not, why.
     pub state: State,
     /// The replica in the slot; `None` while the slot is empty, or if Ringway knows only an address.
@@ -178,6 +204,11 @@ impl Admission {
         Self((part.clamp(0.0, 1.0) * f64::from(Self::ALL.0)) as u32)
     }
 
+    /// The fraction, in 65,536ths.
+    pub fn raw(self) -> u64 {
+        self.0.into()
+    }
+
     /// The fraction, from 0 to 1.
     pub fn as_part(self) -> f64 {
         f64::from(self.0) / f64::from(Self::ALL.0)
@@ -191,6 +222,11 @@ impl Admission {
 }
 
 impl Backend {
+    /// Maximum of open connections, where the pool allows `most` per backend.
+    pub fn most_connections(&self, most: u64) -> u64 {
+        self.membership.max_connections.map_or(most, u64::from)
+    }
+
     /// `ok`, or a short description of the failure; `None` before the first result.
     pub fn last_check(&self) -> Option<&str> {
         if self.reported_bad {

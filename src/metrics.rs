@@ -65,7 +65,8 @@ metrics! {
     CONNECT_FAILURES: Counter "connect_failures_total" ["pool", "backend", "cause"] "Failed connect attempts to a backend, by cause";
     CONNECT_SECONDS: Histogram "connect_seconds" ["pool"] "Time of successful connects to backends";
     BYTES: Counter "bytes_total" ["pool", "backend", "direction", "path"] "Payload bytes forwarded, by direction and by path (copied, spliced)";
-    BACKEND_UP: Gauge "backend_up" ["pool", "backend"] "1 while a backend is healthy, else 0";
+    BACKEND_UP: Gauge "backend_up" ["pool", "backend"] "1 while a backend is healthy or on standby, else 0";
+    BACKEND_STANDBY: Gauge "backend_standby" ["pool", "backend"] "1 while a backend of an exclusive pool is on standby and gets no connections, else 0";
     BACKEND_DRAINING: Gauge "backend_draining" ["pool", "backend"] "1 while a backend is draining and receives no new connections, else 0";
     BACKEND_EJECTED: Gauge "backend_ejected" ["pool", "backend"] "1 while a backend is ejected because connects kept failing, else 0";
     EJECTIONS: Counter "backend_ejections_total" ["pool", "backend"] "Ejections of a backend because connects kept failing";
@@ -77,6 +78,7 @@ metrics! {
     CRASH_LOOP: Gauge "replica_crash_loop" ["pool", "backend"] "1 while a slot is in restart backoff because its replicas keep dying, else 0";
     POOL_HEALTHY: Gauge "pool_backends_healthy" ["pool"] "Healthy backends in the pool";
     PANIC: Gauge "pool_panic" ["pool"] "1 while the pool is in panic mode: too few backends are healthy, so Ringway uses all of them; else 0";
+    SPILLED: Gauge "pool_spilled" ["pool"] "1 while backends beyond the lowest tier of the pool get keys, else 0";
     PANIC_PICKS: Counter "pool_panic_picks_total" ["pool"] "Connections whose backend was picked in panic mode, regardless of its health";
     WALKED_PAST_FULL: Counter "backends_full_total" ["pool"] "Times a backend was skipped because it was at its connection limit";
     CHANGED: Gauge "pool_runtime_changes" ["pool"] "Settings changed at run time that differ from the config";
@@ -125,8 +127,9 @@ label_enum! {
 impl PerBackend {
     /// Whether a metric with the label `backend` is shown.
     pub fn shows(self, metric: &Metric) -> bool {
-        const COMPACT: [&str; 6] = [
+        const COMPACT: [&str; 7] = [
             BACKEND_UP.name,
+            BACKEND_STANDBY.name,
             BACKEND_DRAINING.name,
             BACKEND_CONNECTIONS.name,
             BACKEND_CONNECTIONS_TOTAL.name,

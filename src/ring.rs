@@ -11,6 +11,7 @@
 
 use std::sync::OnceLock;
 
+mod shares;
 mod walk;
 
 #[cfg(test)]
@@ -151,40 +152,6 @@ impl Ring {
         self.parameters
     }
 
-    /// The share of all keys that each member owns, in the order of the members; the shares add up to 1.
-    ///
-    /// The shares are exact, not sampled. The first call computes and caches them.
-    pub fn shares(&self) -> &[f64] {
-        self.shares.get_or_init(|| {
-            let mut shares = vec![0.0; self.members];
-            for (point, won) in self.won().into_iter().enumerate() {
-                shares[self.owner(point)] += won;
-            }
-            shares
-        })
-    }
-
-    /// The share of all keys that each member gets if it takes only `takes(member)` of the keys that come to it, from 0 (none) to
-    /// 1 (all), and the next member clockwise gets the rest. Exact if every member takes all or none. Otherwise an estimate,
-    /// because a key can pass several points of a member. If no member takes any, all shares are 0.
-    pub fn shares_by(&self, takes: impl Fn(usize) -> f64) -> Vec<f64> {
-        let won = self.won();
-        let mut shares = vec![0.0; self.members];
-        let mut passed_on = 0.0;
-        // The first turn around the circle finds what the last points pass on to the first one.
-        for turn in 0..2 {
-            for (point, own) in won.iter().enumerate() {
-                let (owner, arriving) = (self.owner(point), passed_on + own);
-                let taken = arriving * takes(owner);
-                passed_on = arriving - taken;
-                if turn == 1 {
-                    shares[owner] += taken;
-                }
-            }
-        }
-        shares
-    }
-
     /// The point at the shortest clockwise distance from any of the key's probes; the first probe wins a tie.
     fn nearest(&self, key: &[u8]) -> Option<usize> {
         self.landings(key).reduce(|best, landing| self.nearer(best, landing)).map(|best| best.point)
@@ -235,39 +202,6 @@ impl Ring {
 
     fn owner(&self, point: usize) -> usize {
         self.owners[point] as usize
-    }
-
-    /// The share of all keys that each point wins, in the order of the points.
-    ///
-    /// Point `j` has the gap `g_j` before it. With `k` probes, it wins at distance `d < g_j` when one probe falls at
-    /// that distance and all other probes are farther than `d` from their points. A probe is farther than `d` with
-    /// probability `S(d) = Σ max(g - d, 0)` over all gaps. So the point's share is `∫ k·S(d)^(k-1) dd` from 0 to `g_j`.
-    /// `S` is linear between neighboring gap lengths, so the integral is a sum over the sorted gaps.
-    fn won(&self) -> Vec<f64> {
-        let count = self.owners.len();
-        if count == 1 {
-            return vec![1.0];
-        }
-        let mut by_point = vec![0.0; count];
-        let mut gaps: Vec<(u64, usize)> = (0..count)
-            .map(|point| {
-                let before = self.hash((point + count - 1) % count);
-                (self.hash(point).wrapping_sub(before), point)
-            })
-            .collect();
-        gaps.sort_unstable();
-        let circle = 2.0_f64.powi(64);
-        let probes = self.parameters.probes.cast_signed();
-        let (mut survival, mut won, mut from) = (1.0_f64, 0.0, 0.0);
-        for (shorter, &(gap, point)) in gaps.iter().enumerate() {
-            let to = gap as f64 / circle;
-            let reaching = (count - shorter) as f64;
-            let next = (survival - reaching * (to - from)).max(0.0);
-            won += (survival.powi(probes) - next.powi(probes)) / reaching;
-            (survival, from) = (next, to);
-            by_point[point] = won;
-        }
-        by_point
     }
 }
 

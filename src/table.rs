@@ -9,11 +9,16 @@ use arc_swap::cache::Cache;
 use tokio::sync::watch;
 
 pub use self::members::Members;
+pub use self::owners::Owners;
 use crate::address::Address;
-use crate::backend::{Backend, State};
+use crate::backend::{Admission, Backend, State};
 use crate::ring::Ring;
 
 mod members;
+mod owners;
+
+#[cfg(test)]
+mod tests;
 
 /// A snapshot of one pool. Owner `i` of the ring is backend `i`.
 #[derive(Debug)]
@@ -21,56 +26,103 @@ pub struct Table {
     generation: u64,
     ring: Arc<Ring>,
     backends: Members,
+    is_panic: bool,
+    thresholds: Thresholds,
+    /// The tiers that have candidates, lowest first.
+    tiers: Vec<Candidates>,
+    /// How many of them, from the lowest one, have joined: their backends get keys.
+    joined: usize,
+    shares_now: OnceLock<Vec<f64>>,
+}
+
+/// The percentages that decide which backends get connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Thresholds {
+    /// If a smaller percentage of the backends is healthy in every tier, all are tried, whatever their checks say. 0: never.
+    pub panic_below: u8,
+    /// If a smaller percentage of a tier's weight is healthy, the next tier joins. 0: if no backend of the tier is healthy.
+    pub spill_below: u8,
+}
+
+/// The backends of one tier that may get connections.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Candidates {
+    tier: u16,
     /// All backends with an address are tried, even if their checks fail.
     takes_all: bool,
-    is_panic: bool,
-    panic_below: u8,
-    /// At least one healthy backend takes all of its keys, and at least one starts slowly. A slow-starting backend then
-    /// gets only the keys that its admission takes.
+    /// Some backends start slowly, and others can take their keys meanwhile. A slow-starting backend then gets only the keys that
+    /// its admission takes.
     spares_slow_ones: bool,
-    shares_now: OnceLock<Vec<f64>>,
+    count: usize,
 }
 
 impl Table {
     /// Joins a ring with the backends that it was built from, in the same order. Starting and draining backends are not
-    /// rated. If fewer than `panic_below` percent of the rated backends are healthy, the table is in panic mode and
-    /// ignores the health checks; 0 turns panic mode off.
-    pub fn new(generation: u64, ring: Arc<Ring>, backends: Members, panic_below: u8) -> Self {
-        let healthy = backends.count(State::Healthy);
-        let known = backends.len() - backends.count(State::Starting) - backends.count(State::Draining);
-        let is_panic = healthy * 100 < usize::from(panic_below) * known;
-        let takes_all = is_panic || (healthy == 0 && panic_below > 0);
-        let spares_slow_ones = !takes_all && backends.some_start_slowly();
-        let shares_now = OnceLock::new();
-        Self { generation, ring, backends, takes_all, is_panic, panic_below, spares_slow_ones, shares_now }
+    /// rated. If the rated backends of every tier are too few, the table is in panic mode and ignores the health checks.
+    pub fn new(generation: u64, ring: Arc<Ring>, backends: Members, thresholds: Thresholds) -> Self {
+        let Thresholds { panic_below, spill_below } = thresholds;
+        let mut rated = backends.tiers().iter().filter(|tier| tier.rated > 0).peekable();
+        let is_panic =
+            rated.peek().is_some() && rated.all(|tier| tier.healthy * 100 < usize::from(panic_below) * tier.rated);
+        let any_healthy = backends.tiers().iter().any(|tier| tier.healthy > 0);
+        let mut tiers = Vec::new();
+        let (mut joined, mut has_spilled) = (0, true);
+        for tier in backends.tiers() {
+            // Backends that have not been judged yet are tried before a higher tier.
+            let is_hopeful = tier.healthy == 0 && (tier.unknown > 0 || !any_healthy);
+            let takes_all = is_panic || (is_hopeful && panic_below > 0);
+            let count = if takes_all { tier.reachable } else { tier.healthy };
+            if count > 0 {
+                joined += usize::from(has_spilled);
+                has_spilled &= tier.is_below(spill_below);
+                let spares_slow_ones = !takes_all && tier.slow > 0 && (tier.slow < tier.healthy || has_spilled);
+                tiers.push(Candidates { tier: tier.number, takes_all, spares_slow_ones, count });
+            }
+        }
+        Self { generation, ring, backends, is_panic, thresholds, tiers, joined, shares_now: OnceLock::new() }
     }
 
     /// The share of all keys that each backend gets now, in the order of the backends: those that get no connections have 0, and
     /// the others have their keys. Shares during a slow start are estimates. The first call computes and caches them.
     pub fn shares_now(&self) -> &[f64] {
         self.shares_now.get_or_init(|| {
-            let may = if self.takes_all { &self.backends.reachable } else { &self.backends.healthy };
-            if may.count() == self.backends.len() && !self.spares_slow_ones {
+            if let [one] = &self.tiers[..]
+                && one.count == self.backends.len()
+                && !one.spares_slow_ones
+            {
                 return self.ring.shares().to_vec();
             }
-            self.ring.shares_by(|owner| match (may.has(owner), self.spares_slow_ones) {
-                (false, _) => 0.0,
-                (true, false) => 1.0,
-                (true, true) => self.backends[owner].admission.as_part(),
+            let joined = &self.tiers[..self.joined];
+            let tier = |owner: usize| joined.iter().position(|tier| tier.tier == self.backends[owner].membership.tier);
+            self.ring.shares_by_tier(joined.len(), tier, |owner| {
+                let tier = tier(owner).map(|tier| &joined[tier]).filter(|tier| self.may(tier, owner));
+                tier.map_or(
+                    0.0,
+                    |tier| {
+                        if tier.spares_slow_ones { self.backends[owner].admission.as_part() } else { 1.0 }
+                    },
+                )
             })
         })
     }
 
-    /// The share of all keys that a backend would get if it took its keys, and the others take theirs as now.
+    /// The share of all keys that a backend would get if it were healthy, and the others take theirs as now.
     pub fn share_if_it_took(&self, owner: usize) -> f64 {
-        let may = if self.takes_all { &self.backends.reachable } else { &self.backends.healthy };
-        self.ring.shares_by(|other| if other == owner || may.has(other) { 1.0 } else { 0.0 })[owner]
+        let mut backends = self.backends.clone();
+        let (state, admission, drain) = (State::Healthy, Admission::ALL, None);
+        backends.set(owner, Backend { state, admission, drain, ..backends[owner].clone() });
+        self.what_if(Arc::clone(&self.ring), backends).shares_now()[owner]
     }
 
     /// The table that the pool would have with this ring and these backends.
     #[must_use]
     pub fn what_if(&self, ring: Arc<Ring>, backends: Members) -> Self {
-        Self::new(self.generation, ring, backends, self.panic_below)
+        Self::new(self.generation, ring, backends, self.thresholds)
+    }
+
+    /// Who gets which key if every backend is healthy.
+    pub fn owners(&self) -> Owners<'_> {
+        Owners::new(&self.ring, self.backends.iter().map(|backend| backend.membership))
     }
 
     /// The snapshot's number within its pool, from 0.
@@ -88,9 +140,20 @@ impl Table {
         &self.backends
     }
 
-    /// Whether at least one backend is healthy.
+    /// Whether at least one backend is healthy and on the ring.
     pub fn any_healthy(&self) -> bool {
-        self.healthy() > 0
+        self.backends.tiers().iter().any(|tier| tier.healthy > 0)
+    }
+
+    /// The tiers that get keys now, lowest first; empty if no backend does.
+    pub fn joined_tiers(&self) -> impl Iterator<Item = u16> {
+        self.tiers[..self.joined].iter().map(|tier| tier.tier)
+    }
+
+    /// Whether backends beyond the lowest tier get keys.
+    pub fn has_spilled(&self) -> bool {
+        let lowest = self.backends.tiers().first().map(|tier| tier.number);
+        self.joined_tiers().last() > lowest
     }
 
     /// Number of healthy backends.
@@ -103,16 +166,17 @@ impl Table {
         self.is_panic
     }
 
-    /// Whether the backend is still there, is still the same incarnation, and does not drain.
+    /// Whether the backend is still there, is still the same incarnation, and neither drains nor stands by.
     pub fn still_takes(&self, id: &str, incarnation: u64) -> bool {
-        self.backends
-            .find(id)
-            .is_some_and(|backend| backend.incarnation == incarnation && backend.state != State::Draining)
+        self.backends.find(id).is_some_and(|backend| {
+            backend.incarnation == incarnation && !matches!(backend.state, State::Draining | State::Standby)
+        })
     }
 
-    /// Whether the key stays away from the backend during its slow start, unless all others fail.
+    /// Whether the key stays away from the backend during its slow start, unless all others of its tier fail.
     pub fn is_spared(&self, backend: &Backend, key: &[u8]) -> bool {
-        self.spares_slow_ones && !backend.admission.takes(key)
+        let tier = self.tiers.iter().find(|tier| tier.tier == backend.membership.tier);
+        tier.is_some_and(|tier| tier.spares(backend, key))
     }
 
     /// The backends that may get the connection of `key`, in the order to try them.
@@ -120,18 +184,57 @@ impl Table {
     /// Unhealthy backends are skipped. If too few backends are healthy, all backends with an address are tried, except
     /// draining ones. The checks may be wrong, and the few healthy backends might not bear the whole load. The connect
     /// then shows which backends work.
+    ///
+    /// The backends of one tier come after those of another. A key whose backend in tier 0 is healthy begins there, also while tier 1
+    /// has joined. The other keys begin in tier 1.
     pub fn candidates(&self, key: &[u8]) -> impl Iterator<Item = (&Backend, &Address)> {
-        let may = if self.takes_all { &self.backends.reachable } else { &self.backends.healthy };
+        let first = self.first_tier(key);
+        let others = self.tiers.iter().enumerate().filter(move |(n, _)| *n != first).map(|(_, tier)| tier);
+        self.tiers.get(first).into_iter().chain(others).flat_map(move |tier| self.in_tier(tier, key))
+    }
+
+    /// Where the candidates of a key begin: in the first joined tier that has a healthy backend for it, or else in the last one.
+    fn first_tier(&self, key: &[u8]) -> usize {
+        let last = self.joined.saturating_sub(1);
+        let takes = |tier: &Candidates| {
+            let owner = self.ring.walk(key).find(|&owner| self.is_in(tier, owner));
+            owner.is_some_and(|owner| self.may(tier, owner) && !tier.spares(&self.backends[owner], key))
+        };
+        self.tiers[..last].iter().position(takes).unwrap_or(last)
+    }
+
+    /// The backends of a tier that may get the connection of `key`, in the order of the ring.
+    fn in_tier(&self, tier: &Candidates, key: &[u8]) -> impl Iterator<Item = (&Backend, &Address)> {
         // The walk reads one bit of each backend that it passes, and ends with the last one that may.
-        let allowed = move || self.ring.walk(key).filter(|&owner| may.has(owner)).take(may.count());
-        let is_spared = move |owner: &usize| self.is_spared(&self.backends[*owner], key);
+        let allowed = move || {
+            let walk = self.ring.walk(key).filter(|&owner| self.may(tier, owner) && self.is_in(tier, owner));
+            walk.take(tier.count)
+        };
+        let is_spared = move |owner: &usize| tier.spares(&self.backends[*owner], key);
         let first = allowed().filter(move |owner| !is_spared(owner));
         // A slow-starting backend is better than none, so these come last.
-        let spared = self.spares_slow_ones.then(allowed).into_iter().flatten().filter(is_spared);
+        let spared = tier.spares_slow_ones.then(allowed).into_iter().flatten().filter(is_spared);
         first.chain(spared).filter_map(|owner| {
             let backend = &self.backends[owner];
             Some((backend, backend.address.as_ref()?))
         })
+    }
+
+    /// Whether the backend is in the tier. Most pools have one tier.
+    fn is_in(&self, tier: &Candidates, owner: usize) -> bool {
+        self.backends.tiers().len() == 1 || self.backends[owner].membership.tier == tier.tier
+    }
+
+    /// Whether a backend of the tier may get connections.
+    fn may(&self, tier: &Candidates, owner: usize) -> bool {
+        let may = if tier.takes_all { &self.backends.reachable } else { &self.backends.healthy };
+        may.has(owner)
+    }
+}
+
+impl Candidates {
+    fn spares(&self, backend: &Backend, key: &[u8]) -> bool {
+        self.spares_slow_ones && !backend.admission.takes(key)
     }
 }
 
@@ -200,179 +303,5 @@ impl TableReader {
             self.local = LocalTable(Rc::new(Arc::clone(current)));
         }
         self.local.clone()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Instant;
-
-    use super::*;
-    use crate::backend::{Admission, Health, Live};
-    use crate::labels::Label as _;
-    use crate::ring::{Member, Parameters};
-
-    fn table(states: &[(State, bool)]) -> Table {
-        floored(states, 50)
-    }
-
-    fn floored(states: &[(State, bool)], panic_below: u8) -> Table {
-        let names: Vec<String> = (0..states.len()).map(|n| format!("b{n}")).collect();
-        let members: Vec<_> = names.iter().map(|id| Member { id, weight: 1 }).collect();
-        let ring = Ring::build(Parameters { virtual_nodes: 40, probes: 3, seed: 0 }, &members);
-        let backends = std::iter::zip(&names, states).map(|(id, &(state, reachable))| Backend {
-            id: id.as_str().into(),
-            address: reachable.then(|| Address::Ip(([127, 0, 0, 1], 1).into())),
-            weight: 1,
-            state,
-            replica: None,
-            incarnation: 0,
-            restarts: 0,
-            last_exit: None,
-            reported_bad: false,
-            health: Health { last: None, verdict: None, since: Instant::now() },
-            well: None,
-            admission: Admission::ALL,
-            drain: None,
-            live: Arc::new(Live::default()),
-        });
-        Table::new(0, Arc::new(ring), Members::new(backends, 0), panic_below)
-    }
-
-    fn ids(table: &Table, key: &[u8]) -> Vec<String> {
-        table.candidates(key).map(|(backend, _)| backend.id.to_string()).collect()
-    }
-
-    #[test]
-    fn only_healthy_backends_are_candidates_and_they_keep_the_ring_order() {
-        let all = table(&[(State::Healthy, true); 5]);
-        let some = table(&[
-            (State::Healthy, true),
-            (State::Unhealthy, true),
-            (State::Draining, true),
-            (State::Healthy, true),
-            (State::Starting, true),
-        ]);
-        for key in 0_u32..200 {
-            let mut expected = ids(&all, &key.to_le_bytes());
-            expected.retain(|id| id == "b0" || id == "b3");
-            assert_eq!(ids(&some, &key.to_le_bytes()), expected);
-        }
-    }
-
-    #[test]
-    fn if_no_backend_is_healthy_all_with_an_address_are_tried_except_draining_ones() {
-        let table = table(&[
-            (State::Unhealthy, true),
-            (State::Starting, false),
-            (State::CrashLoop, true),
-            (State::Draining, true),
-        ]);
-        let mut found = ids(&table, b"key");
-        found.sort();
-        assert_eq!(found, ["b0", "b2"]);
-    }
-
-    #[test]
-    fn panic_mode_tries_all_backends_and_a_floor_of_zero_turns_it_off() {
-        let states = |healthy: usize| -> Vec<_> {
-            (0..10).map(|n| (if n < healthy { State::Healthy } else { State::Unhealthy }, true)).collect()
-        };
-        let tried = |healthy, floor| {
-            let table = floored(&states(healthy), floor);
-            (table.is_panic(), ids(&table, b"key").len())
-        };
-        assert_eq!(tried(5, 50), (false, 5));
-        assert_eq!(tried(4, 50), (true, 10));
-        assert_eq!(tried(0, 50), (true, 10));
-        assert_eq!(tried(1, 10), (false, 1));
-        assert_eq!(tried(1, 0), (false, 1));
-        assert_eq!(tried(0, 0), (false, 0));
-        assert_eq!(tried(10, 100), (false, 10));
-        assert_eq!(tried(9, 100), (true, 10));
-        // Starting backends are still unknown, and draining backends were taken out on purpose, so neither is rated.
-        let others = [(State::Healthy, true), (State::Starting, true), (State::Draining, true)];
-        let table = floored(&others, 100);
-        assert_eq!((table.is_panic(), ids(&table, b"key").len()), (false, 1));
-        let starting = floored(&[(State::Starting, true)], 50);
-        assert_eq!((starting.is_panic(), ids(&starting, b"key").len()), (false, 1));
-    }
-
-    #[test]
-    fn a_slow_starting_backend_gets_a_fraction_of_its_keys_and_other_keys_stay() {
-        let all = table(&[(State::Healthy, true); 3]);
-        let with = |table: &Table, admissions: &[(usize, f64)]| {
-            let mut backends = table.backends.clone();
-            for &(n, part) in admissions {
-                backends.set(n, Backend { admission: Admission::part(part), ..backends[n].clone() });
-            }
-            Table::new(0, Arc::clone(table.ring()), backends, 50)
-        };
-        let slow = with(&all, &[(1, 0.25)]);
-        let (mut own, mut kept) = (0, 0);
-        for key in 0_u32..8000 {
-            let (before, now) = (ids(&all, &key.to_le_bytes()), ids(&slow, &key.to_le_bytes()));
-            assert_eq!(now.len(), 3, "the slow-starting backend stays the last resort");
-            if before[0] == "b1" {
-                own += 1;
-                kept += u32::from(now[0] == "b1");
-            } else {
-                assert_eq!(before[0], now[0]);
-            }
-        }
-        assert!((f64::from(kept) / f64::from(own) - 0.25).abs() < 0.05, "{kept} of {own}");
-        // If all backends start slowly, no other backend can take their keys.
-        let alone = with(&slow, &[(0, 0.0), (1, 0.0), (2, 0.0)]);
-        assert_eq!(ids(&alone, b"key").len(), 3);
-    }
-
-    #[test]
-    fn changed_members_equal_members_built_from_scratch() {
-        let states = [State::Healthy, State::Unhealthy, State::Draining, State::Starting, State::Ejected];
-        let all: Vec<_> = (0..200).map(|n| (states[n % 5], n % 3 > 0)).collect();
-        let built = table(&all).backends;
-        let mut changed = table(&[(State::Starting, false); 200]).backends;
-        let first = changed.clone();
-        for n in [7, 199, 0, 7] {
-            changed.set(n, built[n].clone());
-        }
-        assert_eq!(first.count(State::Starting), 200, "a change reached a copy");
-        for n in 0..200 {
-            changed.set(n, built[n].clone());
-        }
-        for state in State::ALL {
-            assert_eq!(changed.count(*state), built.count(*state));
-        }
-        assert_eq!(changed.taking(), built.taking());
-        for n in 0..200 {
-            assert_eq!(changed.healthy.has(n), built.healthy.has(n));
-            assert_eq!(changed.reachable.has(n), built.reachable.has(n));
-        }
-        assert_eq!(
-            (changed.healthy.count(), changed.reachable.count()),
-            (built.healthy.count(), built.reachable.count())
-        );
-    }
-
-    #[test]
-    fn the_roster_changes_only_with_addresses_and_incarnations() {
-        let mut members = table(&[(State::Healthy, true); 3]).backends;
-        let roster = members.roster();
-        members.set(1, Backend { state: State::Unhealthy, ..members[1].clone() });
-        assert_eq!(members.roster(), roster);
-        members.set(1, Backend { incarnation: 9, ..members[1].clone() });
-        assert_ne!(members.roster(), roster);
-        assert_eq!(members.find("b1").map(|backend| backend.incarnation), Some(9));
-        assert!(members.find("b").is_none() && members.find("b3").is_none() && members.find("c").is_none());
-    }
-
-    #[test]
-    fn readers_see_the_new_table_after_a_swap() {
-        let cell = TableCell::new(table(&[]));
-        let mut reader = cell.reader();
-        assert_eq!(reader.load().as_ref().generation(), 0);
-        let next = table(&[]);
-        cell.publish(Table { generation: 7, ..next });
-        assert_eq!((reader.load().as_ref().generation(), cell.load().generation(), *cell.watch().borrow()), (7, 7, 7));
     }
 }

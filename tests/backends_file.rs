@@ -87,7 +87,7 @@ async fn the_backends_follow_a_file_that_is_replaced_or_written() {
     become_ids(&ringway, &[&target.to_string()]).await;
     let ringway = ringway.all_healthy().await;
     eventually("one backend", || ringway.states().len() == 1).await;
-    assert_eq!(ringway.backend(0).weight, 3);
+    assert_eq!(ringway.backend(0).membership.weight, 3);
     // An empty list is a list.
     bench.replace("list", &list(&[]));
     become_ids(&ringway, &[]).await;
@@ -104,7 +104,7 @@ async fn a_faulty_file_changes_nothing_and_says_so() {
         ("", "the file is empty"),
         ("- { adress: \"10.0.0.5:80\" }", "did you mean \\\"address\\\""),
         ("- [", "not valid YAML"),
-        ("[{ address: \"a:1\", weight: 1000 }, { address: \"b:1\", weight: 0 }]", "weight"),
+        ("[{ address: \"a:1\", weight: 1000 }, { address: \"b:1\", weight: 1001 }]", "weight"),
     ];
     for (text, says) in faulty {
         bench.replace("list", text);

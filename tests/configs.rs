@@ -97,7 +97,7 @@ fn anchors_variables_and_included_files_make_one_config() {
     assert_eq!((one.timeouts.idle, one.drain), (None, Duration::from_secs(5)));
     assert_eq!(two.drain, Duration::from_secs(1), "the first of several merged sections wins");
     assert_eq!(two.health_check.as_ref().unwrap().interval, Duration::from_secs(5));
-    assert_eq!(one.provider.static_backends().unwrap()[0].weight, 3);
+    assert_eq!(one.provider.static_backends().unwrap()[0].membership.weight, 3);
     let Provider::Process(process) = &two.provider else { panic!() };
     assert_eq!(process.spec.command[2], "exec server ${PORT}");
     let rate = config.listeners[0].per_source.rate.unwrap();

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use hickory_resolver::proto::op::ResponseCode;
 use hickory_resolver::proto::rr::{RData, RecordType};
+use ringway::backend::State;
 use ringway::control::command::Command;
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
@@ -279,29 +280,33 @@ async fn srv_records_have_ports_weights_and_priorities() {
     };
     let dns = NameServer::start(script([30, 10], "127.0.0.2"));
     let yaml = with(&format!("dns: {{ srv: _echo._tcp.test., {} }}", quick(&dns)));
-    let ringway = Ringway::start(&yaml).await.all_healthy().await;
+    let ringway = Ringway::start(&yaml).await;
+    let serve = || [0, 2].iter().all(|&n| ringway.states().get(n) == Some(&State::Healthy));
+    eventually("both are healthy", serve).await;
     let targets = [format!("one.test:{first}"), format!("two.test:{second}")];
-    assert_eq!(ids(&ringway), targets);
-    assert_eq!([0, 1].map(|n| ringway.backend(n).weight), [16, 5]);
+    assert_eq!(ids(&ringway), [&targets[0], "spare.test:9", &targets[1]]);
+    let membership = |n| ringway.backend(n).membership;
+    assert_eq!([0, 1, 2].map(|n| (membership(n).tier, membership(n).weight)), [(1, 16), (2, 16), (1, 5)]);
     // The heavier one has the points of a backend in another pool.
     let table = ringway.state().pools[0].table.load();
     let usual = Ringway::start(&with("static: [{ address: \"127.0.0.1:9\" }]")).await;
     let points = usual.state().pools[0].table.load().ring().points();
-    assert_eq!(table.ring().points(), points + points * 5 / 16);
+    assert_eq!(table.ring().points(), 2 * points + points * 5 / 16);
 
     // The server of the first target moves: its keys stay.
     let before = ringway.mapping();
+    assert!(before.values().all(|owner| targets.contains(owner)), "a spare gets keys");
     drop(one);
     let _moved = Server::echo_at(&format!("127.0.0.4:{first}")).await;
     dns.now(script([30, 10], "127.0.0.4"));
     let moved = format!("127.0.0.4:{first}");
     eventually("another address", || ringway.backend(0).address.unwrap().to_string() == moved).await;
-    let ringway = ringway.all_healthy().await;
+    eventually("healthy there", || [0, 2].map(|n| ringway.states()[n]) == [State::Healthy; 2]).await;
     assert_eq!(ringway.mapping(), before);
 
     // Another weight moves only keys of the backend that has it.
     dns.now(script([30, 20], "127.0.0.4"));
-    eventually("another weight", || ringway.backend(1).weight == 11).await;
+    eventually("another weight", || ringway.backend(2).membership.weight == 11).await;
     assert!(ringway.mapping().iter().all(|(key, owner)| *owner == before[key] || *owner == targets[1]));
     assert_eq!(ringway.metric("ringway_provider_changes_total", &["kind=\"changed\""]).await, 2.0);
 }

@@ -38,5 +38,6 @@ mod sessions;
 mod side_port;
 mod stalls;
 mod terminal;
+mod tiers;
 mod unix;
 mod upgrade;

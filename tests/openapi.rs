@@ -109,7 +109,7 @@ async fn real_answers_are_as_the_description_says() {
         ("drain", "POST", "/api/pools/none/backends/b0/drain", "", 404),
         ("undrain", "POST", &format!("{b0}/undrain"), "", 200),
         ("weight", "POST", &format!("{b0}/weight?dry_run=true"), "{\"weight\": 5}", 200),
-        ("weight", "POST", &format!("{b0}/weight"), "{\"weight\": 0}", 400),
+        ("weight", "POST", &format!("{b0}/weight"), "{\"weight\": 1001}", 400),
         ("add", "POST", "/api/pools/echo/backends", "{\"address\": \"127.0.0.1:1\", \"id\": \"b0\"}", 409),
         ("add", "POST", "/api/pools/echo/backends?dry_run=true", "{\"address\": \"127.0.0.1:1\"}", 200),
         ("remove", "DELETE", &format!("{b0}?dry_run=true"), "", 200),

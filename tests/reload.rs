@@ -195,10 +195,10 @@ async fn a_change_at_run_time_survives_a_reload_of_other_settings() {
     ringway.send(Command::Weight { pool: "echo".to_owned(), backend: "b1".to_owned(), weight: 3 }).await.unwrap();
     ringway.reload(&yaml.replace("drain: 100ms", "drain: 200ms")).await.unwrap();
     eventually("still drained", || ringway.states() == [State::Draining, State::Healthy]).await;
-    eventually("the weight of the command", || ringway.backend(1).weight == 3).await;
+    eventually("the weight of the command", || ringway.backend(1).membership.weight == 3).await;
     assert_eq!(ringway.metric("ringway_pool_runtime_changes", &[]).await, 2.0);
     ringway.reload(&yaml.replace("id: b1 }", "id: b1, weight: 2 }")).await.unwrap();
-    eventually("the weight of the file", || ringway.backend(1).weight == 2).await;
+    eventually("the weight of the file", || ringway.backend(1).membership.weight == 2).await;
     assert_eq!(ringway.states()[0], State::Draining);
 }
 

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::error::Error;
 use super::guard::changes;
 use super::{State, encoded};
+use crate::backend::Membership;
 use crate::control::command::{Caller, Command, ErrorKind, Report};
 use crate::control::provider::Listed;
 
@@ -61,6 +62,10 @@ struct AddBody {
     id: Option<String>,
     #[serde(default = "one")]
     weight: u32,
+    #[serde(default)]
+    tier: u16,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    max_connections: Option<u32>,
 }
 
 fn one() -> u32 {
@@ -120,7 +125,8 @@ impl HttpCall {
             }
             Command::Add { pool, backend } => {
                 let address = backend.location.to_string();
-                let body = AddBody { address, id: Some(backend.id.to_string()), weight: backend.weight };
+                let Membership { weight, tier, max_connections, .. } = backend.membership;
+                let body = AddBody { address, id: Some(backend.id.to_string()), weight, tier, max_connections };
                 post(format!("/api/pools/{}/backends", encoded(pool)), json(&body))
             }
             Command::Remove { pool, backend } => {
@@ -208,8 +214,9 @@ async fn add(
     body: Bytes,
 ) -> Answer {
     let pool = pool_of(path)?;
-    let AddBody { address, id, weight } = required(&body)?;
-    let backend = Listed::parse(&address, id, weight).map_err(invalid)?;
+    let AddBody { address, id, weight, tier, max_connections } = required(&body)?;
+    let membership = Membership { weight, tier, max_connections, is_drained: false };
+    let backend = Listed::parse(&address, id, membership).map_err(invalid)?;
     run(&state, caller, query, Command::Add { pool, backend }).await
 }
 
@@ -356,7 +363,9 @@ mod tests {
     #[tokio::test]
     async fn a_server_receives_the_command_that_a_client_sends() {
         let (pool, backend) = ("a/b %".to_owned(), "[::1]:6379".to_owned());
-        let listed = |address: &str| Listed::parse(address, Some("née?".to_owned()), 7).unwrap();
+        let listed = |address: &str| {
+            Listed::parse(address, Some("née?".to_owned()), Membership { tier: 2, ..Membership::weighing(7) }).unwrap()
+        };
         let within = Some(Duration::from_millis(1500));
         for command in [
             Command::Drain { pool: pool.clone(), backend: backend.clone(), within },

@@ -12,6 +12,7 @@ use serde::Deserialize;
 use super::error::Error;
 use super::{State, View, query};
 use crate::client_hello::{Hello, host_name};
+use crate::control::provider::WEIGHTS;
 use crate::proxy::explain::{Beginning, Explanation, Question, Target, Unexplained, explain};
 use crate::proxy::{Route, Routing};
 use crate::stream::Client;
@@ -211,9 +212,9 @@ fn client(text: &str) -> Result<(Client, bool), Fault> {
 
 fn weight(text: &str) -> Result<(String, u32), Fault> {
     let parsed = text.rsplit_once('=').and_then(|(id, weight)| Some((id.to_owned(), weight.parse().ok()?)));
-    parsed.filter(|(_, weight)| (1..=1000).contains(weight)).ok_or_else(|| {
+    parsed.filter(|(_, weight)| WEIGHTS.contains(weight)).ok_or_else(|| {
         Fault::Question(format!(
-            "weight: {text:?} is not a backend with a weight from 1 to 1000: write it like echo-1=2"
+            "weight: {text:?} is not a backend with a weight from 0 to 1000: write it like echo-1=2"
         ))
     })
 }

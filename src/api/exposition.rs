@@ -95,6 +95,7 @@ fn for_pools<T>(text: &mut Text, pools: &[OfPool<'_>], differs: &[Vec<T>]) {
         }
     };
     each(&metrics::PANIC, &|pool| pool.table.is_panic().into());
+    each(&metrics::SPILLED, &|pool| pool.table.has_spilled().into());
     each(&metrics::PANIC_PICKS, &|pool| load(&pool.route.stats.picked_in_panic));
     each(&metrics::WALKED_PAST_FULL, &|pool| load(&pool.route.stats.walked_past_full));
     each(&metrics::RING_POINTS, &|pool| pool.table.ring().points() as u64);
@@ -153,13 +154,14 @@ fn backends(text: &mut Text, pools: &[OfPool<'_>], per_backend: PerBackend) {
             }
         }
     };
-    let mut is = |metric, state: BackendState| {
-        each(metric, &|samples, labels, backend| samples.add(labels, u8::from(backend.state == state)));
+    let mut is = |metric, states: &[BackendState]| {
+        each(metric, &|samples, labels, backend| samples.add(labels, u8::from(states.contains(&backend.state))));
     };
-    is(&metrics::BACKEND_UP, BackendState::Healthy);
-    is(&metrics::BACKEND_DRAINING, BackendState::Draining);
-    is(&metrics::BACKEND_EJECTED, BackendState::Ejected);
-    is(&metrics::CRASH_LOOP, BackendState::CrashLoop);
+    is(&metrics::BACKEND_UP, &[BackendState::Healthy, BackendState::Standby]);
+    is(&metrics::BACKEND_STANDBY, &[BackendState::Standby]);
+    is(&metrics::BACKEND_DRAINING, &[BackendState::Draining]);
+    is(&metrics::BACKEND_EJECTED, &[BackendState::Ejected]);
+    is(&metrics::CRASH_LOOP, &[BackendState::CrashLoop]);
     each(&metrics::EJECTIONS, &|samples, labels, backend| samples.add(labels, load(&backend.live.ejections)));
     each(&metrics::ADMISSION, &|samples, labels, backend| samples.add(labels, backend.admission.as_part()));
     each(&metrics::REPLICA_RESTARTS, &|samples, labels, backend| samples.add(labels, backend.restarts));

@@ -268,6 +268,7 @@ fn average(samples: &VecDeque<Sample>) -> Sample {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Membership;
 
     fn sample(n: f32) -> Sample {
         Sample { connections: n, active: 3.0, ..Sample::default() }
@@ -291,15 +292,11 @@ mod tests {
     fn rates_use_the_time_that_has_passed_and_no_backend_hides_others() {
         use crate::backend::State as BackendState;
         use crate::control::Event;
-        use crate::control::publisher::{OnDown, Publisher, Settings};
-        use crate::ring::Parameters;
+        use crate::control::publisher::{Publisher, Settings};
 
         let joined = |ids: &[&str]| {
-            let parameters = Parameters { virtual_nodes: 10, probes: 1, seed: 0 };
-            let (on_down, slow_start) = (OnDown::Keep, Duration::ZERO);
-            let settings = Settings { parameters, is_checked: false, panic_below: 0, on_down, slow_start };
-            let known = ids.iter().map(|&id| Event::Joined { id: id.into(), weight: 1 });
-            Publisher::new("p".into(), settings, known, Instant::now()).table().load()
+            let known = ids.iter().map(|&id| Event::Joined { id: id.into(), membership: Membership::weighing(1) });
+            Publisher::new("p".into(), Settings::plain(), known, Instant::now()).table().load()
         };
         let (history, begin) = (History::default(), Instant::now());
         let at = |seconds: u64| begin + Duration::from_secs(seconds);

@@ -85,6 +85,10 @@ pub struct Pool {
     pub ring: Ring,
     pub table_generation: u64,
     pub panic: bool,
+    #[serde(default)]
+    pub tiers: Vec<u16>,
+    #[serde(default)]
+    pub spilled: bool,
     pub drain_seconds: f64,
     #[serde(default)]
     pub cut_by_drain: u64,
@@ -151,6 +155,11 @@ pub struct Member {
     pub address: Option<String>,
     pub state: String,
     pub weight: u32,
+    #[serde(default)]
+    pub tier: u16,
+    /// `None`: as the pool says.
+    #[serde(default)]
+    pub max_connections: Option<u32>,
     pub share: f64,
     #[serde(default)]
     pub now: f64,
@@ -328,6 +337,8 @@ impl Pool {
             ring,
             table_generation: table.generation(),
             panic: table.is_panic(),
+            tiers: table.joined_tiers().collect(),
+            spilled: table.has_spilled(),
             drain_seconds: pool.drain.as_secs_f64(),
             cut_by_drain: pool.stats.cut_by_drain.load(Ordering::Relaxed),
             differs: differs.to_vec(),
@@ -389,7 +400,9 @@ impl Member {
             id: backend.id.to_string(),
             address: backend.address.as_ref().map(std::string::ToString::to_string),
             state: backend.state.as_str().to_owned(),
-            weight: backend.weight,
+            weight: backend.membership.weight,
+            tier: backend.membership.tier,
+            max_connections: backend.membership.max_connections,
             share: four_digits(share),
             now: four_digits(share_now),
             replica: backend.replica.as_ref().map(Replica::of),

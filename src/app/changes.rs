@@ -94,7 +94,8 @@ impl OfPool {
             backends.retain(|backend| !self.removed.contains(&backend.id));
             backends.extend(self.added.iter().cloned());
             for backend in backends {
-                backend.weight = self.weights.get(&backend.id).copied().unwrap_or(backend.weight);
+                let weight = &mut backend.membership.weight;
+                *weight = self.weights.get(&backend.id).copied().unwrap_or(*weight);
             }
         }
         if let Some(replicas) = self.replicas {
@@ -117,7 +118,7 @@ impl OfPool {
                     let was_added = kept.added.iter().any(|backend| backend.id == id);
                     was_added || (find(after, id).is_some() && !kept.removed.contains(id))
                 };
-                let weight = |list: &[StaticBackend], id: &str| find(list, id).map(|backend| backend.weight);
+                let weight = |list: &[StaticBackend], id: &str| find(list, id).map(|backend| backend.membership.weight);
                 kept.weights.retain(|id, _| is_there(id) && weight(before, id) == weight(after, id));
                 kept.drained.retain(|id| is_there(id));
             }
@@ -136,7 +137,7 @@ impl OfPool {
             now,
         };
         let configured = |id: &str| match pool.provider.static_backends() {
-            Some(backends) => backends.iter().find(|backend| backend.id == id).map(|backend| backend.weight),
+            Some(backends) => backends.iter().find(|backend| backend.id == id).map(|backend| backend.membership.weight),
             None => Some(1),
         };
         let replicas = self.replicas.filter(|&replicas| Some(replicas) != pool.provider.replicas());
@@ -154,6 +155,7 @@ impl OfPool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Membership;
     use crate::control::provider::Location;
     use crate::control::provider::names::Resolve;
 
@@ -179,14 +181,14 @@ mod tests {
 
     fn weights(config: &Config) -> Vec<(String, u32)> {
         let backends = config.pools[0].provider.static_backends().unwrap();
-        backends.iter().map(|backend| (backend.id.clone(), backend.weight)).collect()
+        backends.iter().map(|backend| (backend.id.clone(), backend.membership.weight)).collect()
     }
 
     fn added(id: &str) -> StaticBackend {
         StaticBackend {
             id: id.to_owned(),
             location: Location::parse("127.0.0.1:9").unwrap(),
-            weight: 1,
+            membership: Membership::weighing(1),
             resolve: Resolve::Refresh,
         }
     }

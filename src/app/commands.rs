@@ -16,7 +16,7 @@ use crate::backend::{Backend, State};
 use crate::config::{Config, Pool, StaticBackend};
 use crate::control::Event;
 use crate::control::command::{Command, CommandError, Moved, Report};
-use crate::control::provider::WEIGHTS;
+use crate::control::provider::{MOST_CONNECTIONS, WEIGHTS};
 
 /// Allowed numbers of replicas of a pool.
 const REPLICAS: RangeInclusive<u32> = 1..=1000;
@@ -51,6 +51,9 @@ impl App {
             Command::Drain { pool, backend, within } => return self.plan_drain(pool, &backend, within),
             Command::Undrain { pool, backend } => {
                 self.check_backend(&pool, &backend)?;
+                if self.is_drained_by_list(&pool, &backend) {
+                    return Err(CommandError::DrainedByList { pool, backend });
+                }
                 if !changes.of(&pool).drained.remove(&backend) {
                     return Ok(Planned::Report(Report::default()));
                 }
@@ -70,7 +73,10 @@ impl App {
                 if self.static_backends(&pool)?.iter().any(|known| known.id == *backend.id) {
                     return Err(CommandError::BackendExists { pool, backend: backend.id.to_string() });
                 }
-                check_range(&WEIGHTS, backend.weight, "weight")?;
+                check_range(&WEIGHTS, backend.membership.weight, "weight")?;
+                if let Some(most) = backend.membership.max_connections {
+                    check_range(&MOST_CONNECTIONS, most, "number of connections")?;
+                }
                 let added = listed(backend);
                 let configured = self.in_file(&pool, &added.id);
                 let of_pool = changes.of(&pool);
@@ -85,11 +91,8 @@ impl App {
                 }
             }
             Command::Remove { pool, backend } => {
-                let backends = self.static_backends(&pool)?.len();
+                self.static_backends(&pool)?;
                 self.check_backend(&pool, &backend)?;
-                if backends == 1 {
-                    return Err(CommandError::LastBackend { pool, backend });
-                }
                 let is_configured = self.in_file(&pool, &backend).is_some();
                 let of_pool = changes.of(&pool);
                 of_pool.added.retain(|known| known.id != backend);
@@ -380,6 +383,13 @@ impl App {
         let backends = table.iter().flat_map(|table| table.backends().iter().filter(stays));
         let known: Vec<String> = backends.map(|backend| backend.id.to_string()).collect();
         Err(CommandError::UnknownBackend { pool: pool.to_owned(), backend: id.to_owned(), known })
+    }
+
+    /// Whether the list of the pool's backends drains this one. No command can end that.
+    fn is_drained_by_list(&self, pool: &str, id: &str) -> bool {
+        let running = self.pools.iter().find(|known| known.config().name == pool);
+        let table = running.map(|running| running.route.table.load());
+        table.is_some_and(|table| table.backends().find(id).is_some_and(|backend| backend.membership.is_drained))
     }
 
     /// The backends of a static pool.

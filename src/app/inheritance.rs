@@ -15,7 +15,7 @@ use super::changes::Changes;
 use super::listeners::turn_away;
 use super::pools::Pool;
 use crate::address::Address;
-use crate::backend::State;
+use crate::backend::{Membership, State};
 use crate::config::{Config, StaticBackend};
 use crate::control::provider::Location;
 use crate::control::provider::names::Resolve;
@@ -90,14 +90,15 @@ pub(super) struct Named {
     /// What was looked up.
     pub(super) name: String,
     pub(super) address: SocketAddr,
-    pub(super) weight: u32,
+    #[serde(flatten)]
+    pub(super) membership: Membership,
 }
 
 impl Named {
     /// The backend as a list would have it.
     pub(super) fn listed(&self) -> StaticBackend {
         let location = Location::Host { host: self.address.ip().to_string(), port: self.address.port() };
-        StaticBackend { id: self.id.to_string(), location, weight: self.weight, resolve: Resolve::Refresh }
+        StaticBackend { id: self.id.to_string(), location, membership: self.membership, resolve: Resolve::Refresh }
     }
 }
 

@@ -12,6 +12,7 @@ use super::listeners::routing;
 use super::settings::{base_route, publishing, route};
 use crate::address::Address;
 use crate::api::explain::Known;
+use crate::backend::Membership;
 use crate::config::{self, Config};
 use crate::control::Event;
 use crate::control::provider::slots;
@@ -50,9 +51,9 @@ impl Offline {
 fn pool_route(pool: &config::Pool, exporter: &Exporter) -> Route {
     // The address does not matter to the ring.
     let address = Address::Ip(([0, 0, 0, 0], 0).into());
-    let joined = members(pool).into_iter().flat_map(|(id, weight)| {
+    let joined = members(pool).into_iter().flat_map(|(id, membership)| {
         let started = Event::Started { id: Arc::clone(&id), address: address.clone(), replica: None };
-        [Event::Joined { id, weight }, started]
+        [Event::Joined { id, membership }, started]
     });
     // Without checks, a backend is healthy at once.
     let settings = Settings { is_checked: false, slow_start: std::time::Duration::ZERO, ..publishing(pool) };
@@ -61,11 +62,14 @@ fn pool_route(pool: &config::Pool, exporter: &Exporter) -> Route {
     route(&base_route(pool, publisher.table(), exporter), pool, &reports)
 }
 
-/// The backends of a pool, with their weights.
-fn members(pool: &config::Pool) -> Vec<(Arc<str>, u32)> {
+/// The backends of a pool, as its provider lists them.
+fn members(pool: &config::Pool) -> Vec<(Arc<str>, Membership)> {
     if let Some(backends) = pool.provider.static_backends() {
-        return backends.iter().map(|backend| (backend.id.as_str().into(), backend.weight)).collect();
+        return backends
+            .iter()
+            .map(|backend| (backend.id.as_str().into(), Membership { is_drained: false, ..backend.membership }))
+            .collect();
     }
     let slots = pool.provider.replicas().map_or(Vec::new(), |replicas| slots(&pool.name, replicas));
-    slots.into_iter().map(|slot| (slot, 1)).collect()
+    slots.into_iter().map(|slot| (slot, Membership::weighing(1))).collect()
 }

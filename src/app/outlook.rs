@@ -6,12 +6,13 @@ use std::sync::Arc;
 
 use super::App;
 use super::changes::Changes;
+use crate::backend::Membership;
 use crate::config::diff::differences;
 use crate::config::{self, Config, Provider};
 use crate::control::command::{Moved, Report};
 use crate::control::provider;
 use crate::ring::{Member, Ring};
-use crate::table::Table;
+use crate::table::{Owners, Table};
 
 /// Keys that are looked up on the old and the new ring of a pool, if few pools change. The estimated share of moved keys is
 /// then accurate to half a percent.
@@ -102,7 +103,7 @@ impl Running {
         changed.map(|(id, was, is)| format!("pools[{}].slots[{id}].weight: {was} -> {is}", pool.name)).collect()
     }
 
-    /// For each pool whose ring would change, the share of keys that would move to another backend.
+    /// For each pool that would get other members, the share of keys that would move to another backend.
     fn moved(&self, config: &Config, changes: &Changes) -> Vec<Moved> {
         let changed = config.pools.iter().filter_map(|pool| {
             let table = self.tables.get(&pool.name)?;
@@ -113,17 +114,18 @@ impl Running {
         let changed: Vec<_> = changed.collect();
         let keys = (ALL_KEYS / changed.len().max(1)).clamp(LEAST_KEYS, MOST_KEYS) as u32;
         let moved = changed.into_iter().filter_map(|(pool, table, members)| {
-            let views: Vec<_> = members.iter().map(|(id, weight)| Member { id, weight: *weight }).collect();
-            let new = Ring::build(pool.parameters(), &views);
-            if new.digest() == table.ring().digest() {
-                return None;
-            }
-            let owner = |key: &[u8]| table.ring().lookup(key).map(|owner| &*table.backends()[owner].id);
+            let views: Vec<_> = members.iter().map(|(id, one)| Member { id, weight: one.weight }).collect();
+            let ring = Ring::build(pool.parameters(), &views);
+            let (old, new) = (table.owners(), Owners::new(&ring, members.iter().map(|(_, one)| *one)));
             let moves = |key: &u32| {
                 let key = key.to_le_bytes();
-                owner(&key) != new.lookup(&key).map(|owner| views[owner].id)
+                let before = old.of(&key).map(|owner| &*table.backends()[owner].id);
+                before != new.of(&key).map(|owner| views[owner].id)
             };
             let share = (0..keys).filter(moves).count() as f64 / f64::from(keys);
+            if share == 0.0 {
+                return None;
+            }
             // Four digits are precise enough for a person.
             let share = (share * 1e4).round() / 1e4;
             Some(Moved { pool: pool.name.clone(), share })
@@ -132,25 +134,26 @@ impl Running {
     }
 }
 
-/// The members of a pool's ring under a config: ids and weights.
-fn members(pool: &config::Pool, changes: &Changes, table: &Table) -> Vec<(String, u32)> {
+/// The members of a pool's ring under a config.
+fn members(pool: &config::Pool, changes: &Changes, table: &Table) -> Vec<(String, Membership)> {
     if let Some(backends) = pool.provider.static_backends() {
-        return backends.iter().map(|backend| (backend.id.clone(), backend.weight)).collect();
+        return backends.iter().map(|backend| (backend.id.clone(), backend.membership)).collect();
     }
     if let Some(replicas) = pool.provider.replicas() {
         let weights = changes.get(&pool.name).weights;
         let slots = provider::slots(&pool.name, replicas);
-        return slots.iter().map(|slot| (slot.to_string(), weights.get(&**slot).copied().unwrap_or(1))).collect();
+        let weight = |slot: &str| Membership::weighing(weights.get(slot).copied().unwrap_or(1));
+        return slots.iter().map(|slot| (slot.to_string(), weight(slot))).collect();
     }
     // Nobody but the engine or the name server knows the discovered backends: they stay.
-    table.backends().iter().map(|backend| (backend.id.to_string(), backend.weight)).collect()
+    table.backends().iter().map(|backend| (backend.id.to_string(), backend.membership)).collect()
 }
 
 /// Whether the table has exactly these members, and none of them leaves. Cheaper than building a ring.
-fn are_members(members: &[(String, u32)], table: &Table) -> bool {
-    let is_member = |(id, weight): &(String, u32)| {
+fn are_members(members: &[(String, Membership)], table: &Table) -> bool {
+    let is_member = |(id, membership): &(String, Membership)| {
         let backend = table.backends().find(id);
-        backend.is_some_and(|one| one.weight == *weight && !one.drain.is_some_and(|drain| drain.leaves))
+        backend.is_some_and(|one| one.membership == *membership && !one.drain.is_some_and(|drain| drain.leaves))
     };
     members.len() == table.backends().len() && members.iter().all(is_member)
 }

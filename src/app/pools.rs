@@ -191,7 +191,7 @@ impl Pool {
                 id: Arc::clone(&backend.id),
                 name: names.get(&backend.id)?,
                 address: backend.address.as_ref()?.ip()?,
-                weight: backend.weight,
+                membership: backend.membership,
             })
         });
         named.collect()

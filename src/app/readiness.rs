@@ -1,4 +1,5 @@
-//! Readiness: sets `ready` once every pool has had a healthy backend, and every backend its first verdict.
+//! Readiness: sets `ready` once every pool has had a healthy backend, and every backend its first verdict. A pool whose list is empty
+//! counts as healthy.
 //!
 //! Without the second condition, the keys of a backend that is checked a little later would go to another one, and come
 //! back. Envoy calls this warming.
@@ -8,8 +9,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::api::State;
+use crate::api::{ProviderView, State};
 use crate::backend::{Backend, State as BackendState};
+use crate::proxy::Route;
 
 /// Longest time until this task notices the pools of a reload.
 const NEW_VIEW: Duration = Duration::from_millis(500);
@@ -22,8 +24,9 @@ pub(super) async fn become_ready(state: Arc<State>) {
     let mut have_had_one = HashSet::new();
     loop {
         let view = state.view();
-        let of_now = view.pools.iter().filter(|pool| pool.table.load().any_healthy());
-        have_had_one.extend(of_now.map(|pool| Arc::clone(&pool.pool)));
+        let of_now = std::iter::zip(&view.pools, &view.providers)
+            .filter(|(pool, provider)| pool.table.load().any_healthy() || is_empty_on_purpose(pool, provider));
+        have_had_one.extend(of_now.map(|(pool, _)| Arc::clone(&pool.pool)));
         if view.pools.iter().all(|pool| have_had_one.contains(&pool.pool)) {
             break;
         }
@@ -46,6 +49,12 @@ pub(super) async fn become_ready(state: Arc<State>) {
     if !state.ready.swap(true, Ordering::Relaxed) {
         tracing::info!(after_seconds = state.started.elapsed().as_secs_f64(), "ready");
     }
+}
+
+/// A pool whose list has no backend that takes keys would not become healthy.
+fn is_empty_on_purpose(pool: &Route, provider: &ProviderView) -> bool {
+    let takes_keys = |backend: &Backend| backend.membership.weight > 0 && !backend.membership.is_drained;
+    provider.status.has_list() && !pool.table.load().backends().iter().any(takes_keys)
 }
 
 /// A backend without an address waits for its name or its replica, which can take long.

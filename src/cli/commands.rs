@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use clap::Subcommand;
 use ringway::api::status::Status;
+use ringway::backend::Membership;
 use ringway::control::command::{Command, Report};
 use ringway::control::provider::Listed;
 
@@ -44,7 +45,7 @@ pub(crate) enum RuntimeCommand {
         /// POOL/BACKEND
         #[arg(value_parser = backend)]
         backend: Backend,
-        /// 1 to 1000
+        /// 0 to 1000; with 0, the backend gets no new connections
         weight: u32,
         #[command(flatten)]
         port: Port,
@@ -58,9 +59,15 @@ pub(crate) enum RuntimeCommand {
         /// Identity on the ring [default: the address]
         #[arg(long)]
         id: Option<String>,
-        /// 1 to 1000
+        /// 0 to 1000
         #[arg(long, default_value_t = 1)]
         weight: u32,
+        /// Tier; those above 0 get connections only if too few of the lower ones are healthy
+        #[arg(long, default_value_t = 0)]
+        tier: u16,
+        /// Maximum of open connections [default: as the pool says]
+        #[arg(long)]
+        max_connections: Option<u32>,
         #[command(flatten)]
         port: Port,
     },
@@ -148,8 +155,9 @@ pub(crate) fn run(common: &Common, command: RuntimeCommand) -> Result<(), Failur
             RuntimeCommand::Weight { backend: Backend { pool, id }, weight, port } => {
                 send(common, &port, &Command::Weight { pool, backend: id, weight }).await
             }
-            RuntimeCommand::Add { pool, address, id, weight, port } => {
-                let backend = Listed::parse(&address, id, weight).map_err(anyhow::Error::msg)?;
+            RuntimeCommand::Add { pool, address, id, weight, tier, max_connections, port } => {
+                let membership = Membership { weight, tier, max_connections, is_drained: false };
+                let backend = Listed::parse(&address, id, membership).map_err(anyhow::Error::msg)?;
                 send(common, &port, &Command::Add { pool, backend }).await
             }
             RuntimeCommand::Remove { backend, wait, port } => {

@@ -96,6 +96,7 @@ fn in_words(status: &Status, terminal: Terminal) -> String {
     }
     for pool in &status.pools {
         lines.extend(problems(pool).into_iter().map(|problem| terminal.coloured(&clean(&problem), Some(Colour::Bad))));
+        lines.extend(spill(pool).map(|spill| terminal.coloured(&clean(&spill), Some(Colour::Warning))));
         lines.extend(rollout(pool).map(|rollout| terminal.coloured(&clean(&rollout), Some(Colour::Warning))));
         lines
             .extend(pool.provider.dns.as_ref().map(|dns| clean(&format!("pool {}: {}", pool.name, dns_in_words(dns)))));
@@ -157,6 +158,8 @@ pub(super) fn problems(pool: &Pool) -> Vec<String> {
     if pool.panic {
         let what = "panic: too few backends are healthy, so Ringway tries all of them";
         problems.push(format!("pool {}: {what}", pool.name));
+    } else if pool.backends.is_empty() {
+        problems.push(format!("pool {}: no backends, so Ringway resets new connections", pool.name));
     } else if !pool.backends.iter().any(|backend| backend.state == "healthy") {
         problems.push(format!("pool {}: no healthy backend, so Ringway resets new connections", pool.name));
     }
@@ -166,6 +169,13 @@ pub(super) fn problems(pool: &Pool) -> Vec<String> {
 /// An error of a file, which has a line for each fault.
 fn on_one_line(error: &str) -> String {
     error.lines().map(str::trim).collect::<Vec<_>>().join("; ")
+}
+
+/// Which tiers get keys, if not only the lowest one.
+fn spill(pool: &Pool) -> Option<String> {
+    let tiers: Vec<_> = pool.tiers.iter().map(ToString::to_string).collect();
+    let what = "too few backends of the lowest tier are healthy, so the keys go to tier";
+    pool.spilled.then(|| format!("pool {}: {what} {}", pool.name, tiers.join(" and ")))
 }
 
 /// How far a rollout is, and what it waits for; `None` if every replica has the current settings.
@@ -230,7 +240,7 @@ fn check(backend: &Member) -> String {
         (Some(_), ..) if left == 0 => "drained".to_owned(),
         (Some(_), ..) => format!("{} left", counted(left, "connection")),
         (None, Some(exit), _) if backend.replica.is_none() => exit.reason.clone(),
-        (None, _, Some(last)) if ["unhealthy", "starting"].contains(&backend.state.as_str()) => {
+        (None, _, Some(last)) if ["unhealthy", "starting", "standby"].contains(&backend.state.as_str()) => {
             format!("{last}, for {}", time(backend.health.since_seconds))
         }
         (None, _, last) => last.as_deref().unwrap_or("-").to_owned(),
@@ -240,7 +250,7 @@ fn check(backend: &Member) -> String {
 /// The colour of a backend's state.
 pub(super) fn colour(state: &str) -> Colour {
     match state {
-        "healthy" => Colour::Good,
+        "healthy" | "standby" => Colour::Good,
         "starting" | "draining" => Colour::Warning,
         _ => Colour::Bad,
     }

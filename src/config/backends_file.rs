@@ -8,10 +8,11 @@ use serde_yaml::Value;
 
 use super::document::yaml;
 use super::keys::{GROUPS, LISTED};
-use super::parse_provider::{Lists, pairs, static_backends, unique};
+use super::parse_provider::{pairs, static_backends, unique};
 use super::places::{Node, Places};
 use super::reader::{Faults, Item, show};
 use super::{BackendsFile, Error, StaticBackend, source};
+use crate::backend::Membership;
 use crate::control::provider::names::Resolve;
 use crate::control::provider::{Listed, WEIGHTS};
 use crate::label_enum;
@@ -68,7 +69,7 @@ fn parse(text: &str, path: &Path, format: FileFormat) -> Result<Vec<StaticBacken
     } else if is_grouped {
         groups(&Item::of(&value, &faults, &GROUPS))
     } else {
-        static_backends(&Item::of(&value, &faults, &LISTED), Lists::MayBeEmpty)
+        static_backends(&Item::of(&value, &faults, &LISTED))
     };
     let mut faults = faults.into_vec();
     if faults.is_empty() {
@@ -81,28 +82,32 @@ fn parse(text: &str, path: &Path, format: FileFormat) -> Result<Vec<StaticBacken
     Err(Error::Faulty { origin, faults })
 }
 
-/// The backends of groups of targets. All targets of a group have its labels. Only the label `weight` counts here.
+/// The backends of groups of targets. All targets of a group have its labels. Only the labels `weight` and `tier` count here.
 fn groups(list: &Item<'_>) -> Vec<StaticBackend> {
     let (mut backends, mut seen) = (Vec::new(), HashMap::new());
     for group in list.list() {
         let mut section = group.section();
         let targets = section.required("targets", "a list of addresses like 10.0.0.5:80");
         let labels = pairs(&mut section, "labels", |_| Ok(()));
-        let weight = labels
-            .iter()
-            .find(|(name, _)| name == "weight")
-            .map_or(Some(1), |(_, weight)| weight.parse::<u32>().ok().filter(|weight| WEIGHTS.contains(weight)));
+        let label =
+            |wanted: &str| labels.iter().find(|(name, _)| name == wanted).map(|(_, value)| value.parse::<u32>());
+        let weight = label("weight").unwrap_or(Ok(1)).ok().filter(|weight| WEIGHTS.contains(weight));
         if weight.is_none() {
-            section.fault("the label weight is not a whole number from 1 to 1000");
+            section.fault("the label weight is not a whole number from 0 to 1000");
         }
+        let tier = label("tier").unwrap_or(Ok(0)).ok().and_then(|tier| u16::try_from(tier).ok());
+        if tier.is_none() {
+            section.fault("the label tier is not a whole number from 0 to 65535");
+        }
+        let membership = Membership { tier: tier.unwrap_or(0), ..Membership::weighing(weight.unwrap_or(1)) };
         section.finish();
         for target in targets.iter().flat_map(Item::list) {
             let Some(address) = target.text() else { continue };
-            match Listed::parse(&address, None, weight.unwrap_or(1)) {
-                Ok(Listed { id, location, weight }) => {
+            match Listed::parse(&address, None, membership) {
+                Ok(Listed { id, location, membership }) => {
                     unique(&mut seen, &id, &target);
                     let id = id.to_string();
-                    backends.push(StaticBackend { id, location, weight, resolve: Resolve::Refresh });
+                    backends.push(StaticBackend { id, location, membership, resolve: Resolve::Refresh });
                 }
                 Err(problem) => target.fault(problem),
             }
@@ -119,7 +124,7 @@ mod tests {
 
     fn read(text: &str) -> Result<Vec<String>, String> {
         let file = BackendsFile { path: Arc::from(Path::new("list.yaml")), format: FileFormat::Auto };
-        let words = |one: &StaticBackend| format!("{} at {} with {}", one.id, one.location, one.weight);
+        let words = |one: &StaticBackend| format!("{} at {} with {}", one.id, one.location, one.membership.weight);
         file.parse(text).map(|list| list.iter().map(words).collect()).map_err(|error| error.to_string())
     }
 
@@ -155,7 +160,7 @@ mod tests {
                 &["list.yaml:1", "did you mean \"address\"", "list.yaml:2", "has no port"],
             ),
             ("- targets:\n  - 10.0.0.5:80\n  - 10.0.0.5:80", &["list.yaml:3", "give each backend its own id"]),
-            ("- targets: [a:1]\n  labels: { weight: 0 }", &["list.yaml:1", "the label weight is not a whole number"]),
+            ("- targets: [a:1]\n  labels: { weight: -1 }", &["list.yaml:1", "the label weight is not a whole number"]),
             ("- targets: [a:1]\n- { address: \"b:1\" }", &["list.yaml:2", "[b:1].targets: missing"]),
             ("- [", &["not valid YAML"]),
         ] {

@@ -131,7 +131,7 @@ mod tests {
             [
                 "pools[p].provider.static[a]: removed",
                 "pools[p].provider.static[b].weight: 1 -> 3",
-                "pools[p].provider.static[c]: added: { address: 127.0.0.1:1, id: c, weight: 1, resolve: refresh }",
+                "pools[p].provider.static[c]: added: { address: 127.0.0.1:1, id: c, weight: 1, tier: 0, state: ready, max_connections: auto, resolve: refresh }",
             ]
         );
     }

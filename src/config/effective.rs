@@ -7,6 +7,7 @@ use serde_yaml::{Mapping, Value};
 use super::parse_check::{Match, bytes_value, usual_header};
 use super::parse_listener::RATE_UNITS;
 use super::parse_routes::RESET;
+use super::provider::ListedState;
 use super::{
     AccessList, Api, Config, Containers, Ejection, Listener, PerSource, Pool, Process, Provider, Relay, Restart, Route,
     variables,
@@ -206,6 +207,7 @@ fn pool(pool: &Pool) -> Value {
         ("panic_threshold", pool.panic_threshold.into()),
         ("on_down", pool.on_down.as_str().into()),
         ("slow_start", duration(pool.slow_start)),
+        ("tiers", map([("spill_below", pool.spill_below.into()), ("exclusive", pool.is_exclusive.into())])),
         ("max_connections_per_backend", off(pool.max_connections_per_backend.map(Into::into))),
         ("drain", duration(pool.drain)),
     ])
@@ -218,7 +220,10 @@ fn provider(provider: &Provider) -> Value {
                 map([
                     ("address", backend.location.to_string().into()),
                     ("id", backend.id.as_str().into()),
-                    ("weight", backend.weight.into()),
+                    ("weight", backend.membership.weight.into()),
+                    ("tier", backend.membership.tier.into()),
+                    ("state", ListedState::of(backend.membership).as_str().into()),
+                    ("max_connections", backend.membership.max_connections.map_or("auto".into(), Into::into)),
                     ("resolve", backend.resolve.as_str().into()),
                 ])
             });

@@ -275,6 +275,10 @@ pub struct Pool {
     /// Panic mode starts when fewer than this percentage of backends are healthy. Ringway then uses all backends.
     /// 0: off.
     pub panic_threshold: u8,
+    /// The next tier gets connections if less than this percentage of a tier's weight is healthy. 0: if no backend is.
+    pub spill_below: u8,
+    /// At most one backend gets connections.
+    pub is_exclusive: bool,
     /// What Ringway does with the open connections of a backend that goes down.
     pub on_down: OnDown,
     /// Time in which Ringway ramps up a recovered backend to its full share of keys; zero: at once.
@@ -418,7 +422,13 @@ impl Config {
                 format!("has the address of {first}: two backends with one address are one server with a larger share");
             Some(warning(format!("pools[{}].provider.static[{second}]", pool.name), &what))
         });
-        unused.chain(refuses).chain(escapes).chain(twice).collect()
+        let idle = self.pools.iter().filter_map(|pool| {
+            let backends = pool.provider.static_backends()?;
+            let takes_keys = |one: &StaticBackend| one.membership.weight > 0 && !one.membership.is_drained;
+            let what = "has no backend that gets connections: Ringway resets the connections of this pool";
+            (!backends.iter().any(takes_keys)).then(|| warning(format!("pools[{}].provider.static", pool.name), what))
+        });
+        unused.chain(refuses).chain(escapes).chain(twice).chain(idle).collect()
     }
 
     /// Writes the whole config as YAML, with every default filled in. Loading that YAML gives the same config.

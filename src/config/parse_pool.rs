@@ -7,6 +7,7 @@ use super::reader::{Item, Section, name, narrow, show};
 use super::remedy::hint;
 use super::{Connect, Ejection, Pool, Provider, Timeouts, parse_check, parse_provider};
 use crate::control::ejection;
+use crate::control::publisher::OnDown;
 use crate::labels::Label as _;
 use crate::proxy::key::KeyKind;
 use crate::proxy_header::{CRC32C, NOOP, SendProxy, Tlv, Version};
@@ -41,6 +42,17 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         timeouts.finish();
         settings
     };
+    let health_check = parse_check::health_check(section.section("health_check"), grace, on_unix, version);
+    let mut tiers = section.section("tiers");
+    let (spill_below, is_exclusive) = (narrow(tiers.integer("spill_below")), tiers.truth("exclusive"));
+    tiers.finish();
+    let (panic_threshold, on_down) = (narrow(section.integer("panic_threshold")), section.choice("on_down"));
+    let (panic_threshold, on_down) = if is_exclusive {
+        check_exclusive(&mut section, health_check.is_some());
+        (0, OnDown::Reset)
+    } else {
+        (panic_threshold, on_down)
+    };
     let pool = Pool {
         name,
         key,
@@ -49,10 +61,12 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         connect,
         send_proxy,
         timeouts,
-        health_check: parse_check::health_check(section.section("health_check"), grace, on_unix, version),
+        health_check,
         ejection: ejection(&mut section),
-        panic_threshold: narrow(section.integer("panic_threshold")),
-        on_down: section.choice("on_down"),
+        panic_threshold,
+        spill_below,
+        is_exclusive,
+        on_down,
         slow_start: section.duration("slow_start"),
         max_connections_per_backend: section.optional_integer("max_connections_per_backend").map(narrow),
         drain: section.duration("drain"),
@@ -80,6 +94,20 @@ impl Pool {
                 "the ring would have {points} points, but the maximum is {MOST_POINTS}: lower virtual_nodes, weights or the number of backends"
             )
         })
+    }
+}
+
+/// Adds a fault for each key that contradicts an exclusive pool.
+fn check_exclusive(section: &mut Section<'_>, has_check: bool) {
+    if let Some(item) = section.item("panic_threshold").filter(|item| item.integer().is_some_and(|percent| percent > 0))
+    {
+        item.fault("contradicts tiers.exclusive, which never uses a backend whose check fails: remove this key");
+    }
+    if let Some(item) = section.item("on_down").filter(|item| item.value.as_str() == Some(OnDown::Keep.as_str())) {
+        item.fault("contradicts tiers.exclusive, which never lets two backends have connections: remove this key");
+    }
+    if !has_check {
+        section.fault("tiers.exclusive needs a health check, and health_check.kind is none: write a check that only the primary passes");
     }
 }
 
@@ -192,7 +220,7 @@ fn ring(mut section: Section<'_>) -> Parameters {
 /// The expected sum of the weights of all backends.
 fn weights(provider: &Provider) -> u64 {
     match provider {
-        Provider::Static(backends) => backends.iter().map(|backend| u64::from(backend.weight)).sum(),
+        Provider::Static(backends) => backends.iter().map(|backend| u64::from(backend.membership.weight)).sum(),
         provider => provider.backends() as u64,
     }
 }

@@ -6,8 +6,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::keys::MOST_CPUS;
+use super::provider::ListedState;
 use super::reader::{Item, Section, narrow, show};
 use super::{BackendsFile, Containers, Discover, Process, Provider, Restart, StaticBackend};
+use crate::backend::Membership;
 use crate::control::docker::label;
 use crate::control::provider::dns::{self, Question, Servers};
 use crate::control::provider::{Listed, Location};
@@ -28,7 +30,7 @@ pub(super) fn provider(mut section: Section<'_>) -> Provider {
     let given: Vec<_> = PROVIDERS.iter().filter_map(|&name| Some((name, section.item(name)?))).collect();
     let provider = match <[_; 1]>::try_from(given) {
         Ok([(name, item)]) => match name {
-            "static" => Provider::Static(static_backends(&item, Lists::HaveEntries).into()),
+            "static" => Provider::Static(static_backends(&item).into()),
             "process" => Provider::Process(process_of(item.section())),
             "docker" => docker_of(item.section()),
             "dns" => Provider::Dns(dns_of(item.section()).into()),
@@ -48,13 +50,6 @@ pub(super) fn provider(mut section: Section<'_>) -> Provider {
     provider
 }
 
-/// Whether a list of backends may have no entry.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Lists {
-    HaveEntries,
-    MayBeEmpty,
-}
-
 /// Adds a fault if another backend has this id.
 pub(super) fn unique(seen: &mut HashMap<String, String>, id: &str, item: &Item<'_>) {
     if let Some(first) = seen.insert(id.to_owned(), item.path.clone()) {
@@ -62,20 +57,16 @@ pub(super) fn unique(seen: &mut HashMap<String, String>, id: &str, item: &Item<'
     }
 }
 
-pub(super) fn static_backends(list: &Item<'_>, lists: Lists) -> Vec<StaticBackend> {
+pub(super) fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
     if let Some(text) = list.value.as_str() {
         let addresses = text.split([',', ' ']).filter(|address| !address.is_empty());
         let entries: Vec<_> = addresses.map(|address| format!("{{ address: {address:?} }}")).collect();
         list.fault(format_args!("{text:?} is not a list: write [{}]", entries.join(", ")));
         return Vec::new();
     }
-    let items = list.list();
-    if items.is_empty() && list.value.is_sequence() && lists == Lists::HaveEntries {
-        list.fault("is empty: give at least one {address: \"host:port\"}");
-    }
     let mut seen = HashMap::new();
     let mut backends = Vec::new();
-    for item in items {
+    for item in list.list() {
         if let Some(text) = item.value.as_str() {
             item.fault(format_args!("{text:?} is not a section: write {{ address: {text:?} }}"));
             continue;
@@ -83,7 +74,12 @@ pub(super) fn static_backends(list: &Item<'_>, lists: Lists) -> Vec<StaticBacken
         let mut section = item.clone().section();
         let address = section.required("address", "host:port or unix:/path").and_then(|item| location(&item));
         let id = section.item("id").and_then(|item| item.text());
-        let weight = narrow(section.integer("weight"));
+        let membership = Membership {
+            weight: narrow(section.integer("weight")),
+            tier: narrow(section.integer("tier")),
+            max_connections: section.optional_integer("max_connections").map(narrow),
+            is_drained: section.choice::<ListedState>("state") == ListedState::Drained,
+        };
         let resolve = section.choice("resolve");
         section.finish();
         let Some(location) = address else { continue };
@@ -92,7 +88,7 @@ pub(super) fn static_backends(list: &Item<'_>, lists: Lists) -> Vec<StaticBacken
             item.fault(format_args!("id {problem}"));
         }
         unique(&mut seen, &id, &item);
-        backends.push(StaticBackend { id, location, weight, resolve });
+        backends.push(StaticBackend { id, location, membership, resolve });
     }
     backends
 }

@@ -7,17 +7,19 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::backends_file::FileFormat;
+use crate::backend::Membership;
 use crate::control::provider::Location;
 use crate::control::provider::dns::{self, Question};
 use crate::control::provider::names::Resolve;
 use crate::control::supervisor::docker::Spec;
 use crate::control::supervisor::handover;
 use crate::control::supervisor::plan::Policy;
+use crate::label_enum;
 
 /// The source of a pool's backends.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Provider {
-    /// Backends that the config lists; at least one.
+    /// Backends that the config lists.
     Static(Arc<Vec<StaticBackend>>),
     /// Child processes that Ringway starts and supervises.
     Process(Process),
@@ -39,11 +41,29 @@ pub struct StaticBackend {
     /// Where it listens.
     #[serde(flatten)]
     pub location: Location,
-    /// Multiplier for the number of the backend's virtual nodes on the ring.
-    pub weight: u32,
+    /// How it takes part in the pool.
+    #[serde(flatten)]
+    pub membership: Membership,
     /// How often Ringway looks a host name up.
     #[serde(default)]
     pub resolve: Resolve,
+}
+
+label_enum! {
+    /// Whether a listed backend gets new connections.
+    pub(super) enum ListedState {
+        /// It does.
+        Ready => "ready",
+        /// It does not.
+        Drained => "drained",
+    }
+}
+
+impl ListedState {
+    /// The state of a backend in its pool.
+    pub(super) fn of(membership: Membership) -> Self {
+        if membership.is_drained { Self::Drained } else { Self::Ready }
+    }
 }
 
 /// A file that lists backends.
@@ -232,9 +252,6 @@ impl Provider {
     /// Why the pool cannot have these numbers of backends, in words. The parser has checked the file; run-time changes
     /// and kept settings can break it again.
     pub fn size_fault(&self) -> Option<String> {
-        if self.static_backends().is_some_and(<[_]>::is_empty) {
-            return Some("has no backends left: add back a backend that was removed at run time".to_owned());
-        }
         let ((first, last), replicas) = (self.port_range()?, self.replicas()?);
         (u32::from(last - first) + 1 < replicas).then(|| {
             format!("{replicas} replicas need more ports than {first}-{last}: widen the range or lower replicas")

@@ -42,7 +42,7 @@ pub enum Command {
         pool: String,
         /// Backend id.
         backend: String,
-        /// 1 to 1000.
+        /// 0 to 1000.
         weight: u32,
     },
     /// Add a backend to a static pool.
@@ -219,9 +219,9 @@ pub enum CommandError {
         /// The most keys that may move, in percent.
         most: u8,
     },
-    /// A static pool keeps at least one backend.
-    #[error("{pool}/{backend} is the pool's last backend; drain it instead")]
-    LastBackend {
+    /// The config or the file of the pool drains the backend.
+    #[error("{pool}/{backend} is drained by its entry in the list of backends: remove `state: drained` there")]
+    DrainedByList {
         /// The pool.
         pool: String,
         /// The id.
@@ -293,7 +293,7 @@ impl CommandError {
             Self::UnknownPool { .. } | Self::UnknownBackend { .. } => ErrorKind::NotFound,
             Self::OutOfRange { .. } | Self::BadConfig(_) | Self::BadFilter(_) => ErrorKind::Invalid,
             Self::BackendExists { .. }
-            | Self::LastBackend { .. }
+            | Self::DrainedByList { .. }
             | Self::TooManyKeys { .. }
             | Self::NotStatic(_)
             | Self::NotSupervised(_)

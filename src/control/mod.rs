@@ -24,7 +24,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::address::Address;
-use crate::backend::{Exit, Replica};
+use crate::backend::{Exit, Membership, Replica};
 
 /// One input to the publisher of a pool, from a provider, the supervisor, the health checks, ejection, or a command.
 ///
@@ -36,8 +36,8 @@ pub enum Event {
     Joined {
         /// Ring identity.
         id: Arc<str>,
-        /// Multiple of the ring's virtual nodes.
-        weight: u32,
+        /// How the backend takes part in the pool.
+        membership: Membership,
     },
     /// The backend listens at this address, or will in a moment.
     Started {
@@ -121,6 +121,8 @@ pub enum Event {
         incarnation: u64,
         /// The verdict of rise and fall; `None` while undecided.
         healthy: Option<bool>,
+        /// The check failed because the backend gave another answer than the expected one.
+        has_declined: bool,
         /// `ok`, or a short reason for the failure.
         result: Arc<str>,
     },

@@ -2,8 +2,10 @@
 //!
 //! - this file: the queue, the ring and the table
 //! - [`mod@backend_state`]: the state of one backend and the facts it follows from
+//! - [`mod@holder`]: the one backend of an exclusive pool that gets connections
 
 mod backend_state;
+mod holder;
 
 #[cfg(test)]
 mod tests;
@@ -16,12 +18,13 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use self::backend_state::{BackendState, Change};
+use self::holder::Holder;
 use super::Event;
 use crate::backend::{Eviction, State};
 use crate::label_enum;
 use crate::labels::Label as _;
 use crate::ring::{Parameters, Ring};
-use crate::table::{Members, Table, TableCell};
+use crate::table::{Members, Table, TableCell, Thresholds};
 
 /// Capacity of the event queue. A sender waits while the queue is full.
 const QUEUE: usize = 256;
@@ -47,12 +50,32 @@ pub struct Settings {
     pub parameters: Parameters,
     /// Whether backends must pass a check before they count as healthy.
     pub is_checked: bool,
-    /// Percentage of healthy backends below which Ringway tries all backends; 0: never.
-    pub panic_below: u8,
+    /// The percentages that decide which backends get connections.
+    pub thresholds: Thresholds,
+    /// At most one backend gets connections.
+    pub is_exclusive: bool,
     /// What Ringway does with the connections of a backend that goes down.
     pub on_down: OnDown,
+    /// Time that connections have when the provider says that their backend is drained.
+    pub drain: Duration,
     /// Time over which a recovered backend gets back all of its keys; zero: at once.
     pub slow_start: Duration,
+}
+
+#[cfg(test)]
+impl Settings {
+    /// For tests: a ring of few points, no checks, and the usual thresholds.
+    pub(crate) fn plain() -> Self {
+        Self {
+            parameters: Parameters { virtual_nodes: 10, probes: 3, seed: 0 },
+            is_checked: false,
+            thresholds: Thresholds { panic_below: 50, spill_below: 50 },
+            is_exclusive: false,
+            on_down: OnDown::Keep,
+            drain: Duration::ZERO,
+            slow_start: Duration::ZERO,
+        }
+    }
 }
 
 /// The writer of one pool's table.
@@ -64,6 +87,10 @@ pub struct Publisher {
     backends: BTreeMap<Arc<str>, BackendState>,
     /// Number of healthy backends.
     healthy: usize,
+    /// Who gets the connections, if the pool is exclusive.
+    holder: Holder,
+    /// Number of the latest claim to an exclusive pool.
+    claims: u64,
     /// Backends that an event has changed since the last publication.
     changed: BTreeSet<Arc<str>>,
     /// When something is due at a backend that drains, leaves or starts slowly.
@@ -87,12 +114,14 @@ impl Publisher {
     /// A publisher whose first table reflects the events in `known`.
     pub fn new(pool: Arc<str>, settings: Settings, known: impl IntoIterator<Item = Event>, now: Instant) -> Self {
         let ring = Arc::new(Ring::build(settings.parameters, &[]));
-        let cell = TableCell::new(Table::new(0, Arc::clone(&ring), Members::default(), settings.panic_below));
+        let cell = TableCell::new(Table::new(0, Arc::clone(&ring), Members::default(), settings.thresholds));
         let mut publisher = Self {
             pool,
             settings,
             backends: BTreeMap::new(),
             healthy: 0,
+            holder: Holder::default(),
+            claims: 0,
             changed: BTreeSet::new(),
             due: BTreeSet::new(),
             drained: HashSet::new(),
@@ -145,7 +174,7 @@ impl Publisher {
 
     /// When something is due next.
     fn wake(&self) -> Option<Instant> {
-        self.due.first().map(|(at, _)| *at)
+        self.due.first().map(|(at, _)| *at).into_iter().chain(self.holder.next).min()
     }
 
     /// Applies a batch of events and everything that is due by now. Publishes once if anything changed. Returns when
@@ -155,8 +184,11 @@ impl Publisher {
         for event in events {
             change = change.max(self.apply(event, now));
         }
-        while self.wake().is_some_and(|at| at <= now) {
+        while self.due.first().is_some_and(|(at, _)| *at <= now) {
             self.changed.extend(self.due.pop_first().map(|(_, id)| id));
+        }
+        if self.settings.is_exclusive {
+            change = change.max(self.hold(now));
         }
         let mut gone = Vec::new();
         for id in &self.changed {
@@ -208,8 +240,7 @@ impl Publisher {
     fn publish(&mut self) {
         let before = self.cell.load();
         self.generation += 1;
-        let table =
-            Table::new(self.generation, Arc::clone(&self.ring), self.members.clone(), self.settings.panic_below);
+        let table = Table::new(self.generation, Arc::clone(&self.ring), self.members.clone(), self.settings.thresholds);
         let (pool, healthy) = (Arc::clone(&self.pool), table.healthy());
         match (before.is_panic(), table.is_panic()) {
             (false, true) => self.tell_panic(healthy),
@@ -222,7 +253,7 @@ impl Publisher {
 
     /// Logs that the pool is in panic mode, which surprises users of other balancers: the first time with an explanation.
     fn tell_panic(&mut self, healthy: usize) {
-        let (pool, backends, threshold) = (&self.pool, self.backends.len(), self.settings.panic_below);
+        let (pool, backends, threshold) = (&self.pool, self.backends.len(), self.settings.thresholds.panic_below);
         let what = "too few backends are healthy; trying all (panic)";
         if std::mem::replace(&mut self.has_panicked, true) {
             tracing::error!(%pool, healthy, backends, threshold, "{what}");
@@ -242,11 +273,11 @@ impl Publisher {
                 return Change::Nothing;
             }
             Event::Left { id } => return self.remove(&id),
-            Event::Joined { id, weight } => {
+            Event::Joined { id, membership } => {
                 let is_first = self.healthy == 0;
                 let backend_state = self.backends.entry(Arc::clone(&id));
                 let backend_state = backend_state.or_insert_with(|| BackendState::new(Arc::clone(&id), is_first, now));
-                let change = backend_state.joined(weight);
+                let change = backend_state.joined(membership, self.settings.drain, now);
                 if self.drained.remove(&id) {
                     backend_state.apply(Event::DrainRequested { id: Arc::clone(&id), within: None }, 0, now);
                 }
@@ -285,7 +316,12 @@ impl Publisher {
             if settings.is_checked && !before.is_checked && backend_state.backend.state == State::Healthy {
                 backend_state.trust();
             }
+            backend_state.settle_claim(&self.settings, self.claims + 1);
+            self.claims = self.claims.max(backend_state.claim.map_or(0, |claim| claim.number));
             backend_state.settle(&self.settings);
+        }
+        if !settings.is_exclusive {
+            self.holder = Holder::default();
         }
         self.changed.extend(self.backends.keys().cloned());
         let is_healthy = |backend_state: &&BackendState| backend_state.backend.state == State::Healthy;
@@ -306,9 +342,35 @@ impl Publisher {
         Change::Ring
     }
 
+    /// Decides which backend of an exclusive pool gets the connections.
+    fn hold(&mut self, now: Instant) -> Change {
+        let before = self.holder.id().cloned();
+        self.holder.follow(&self.backends, now);
+        let after = self.holder.id().cloned();
+        if before != after {
+            if let Some(id) = &after {
+                tracing::info!(pool = %self.pool, %id, "backend holds the exclusive pool");
+            } else {
+                tracing::warn!(pool = %self.pool, was = before.as_deref(), "no backend holds the exclusive pool");
+            }
+        }
+        let Some(id) = after else { return Change::Nothing };
+        let Some(claim) = self.backends.get_mut(&id).and_then(|backend_state| backend_state.claim.as_mut()) else {
+            return Change::Nothing;
+        };
+        if std::mem::replace(&mut claim.holds, true) {
+            return Change::Nothing;
+        }
+        self.judge(&id, now);
+        self.changed.insert(id);
+        Change::Backend
+    }
+
     /// Updates the backend's state from the known facts.
     fn judge(&mut self, id: &str, now: Instant) {
         let Some(backend_state) = self.backends.get_mut(id) else { return };
+        backend_state.settle_claim(&self.settings, self.claims + 1);
+        self.claims = self.claims.max(backend_state.claim.map_or(0, |claim| claim.number));
         let (was, is) = (backend_state.backend.state, backend_state.state(&self.settings));
         backend_state.backend.well = backend_state.well(&self.settings);
         if was == is {

@@ -74,7 +74,8 @@ pub async fn connect<'a, T: AsRef<Table>>(
             if tries.iter().any(|tried| tried.backend == backend.id && tried.incarnation == backend.incarnation) {
                 continue;
             }
-            let Some(permit) = BackendPermit::take(&backend.live, route.most_per_backend) else {
+            let Some(permit) = BackendPermit::take(&backend.live, backend.most_connections(route.most_per_backend))
+            else {
                 route.stats.walked_past_full.fetch_add(1, Ordering::Relaxed);
                 refusal = if refusal == RefusalReason::NoBackend { RefusalReason::BackendsFull } else { refusal };
                 continue;

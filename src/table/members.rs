@@ -20,11 +20,37 @@ pub struct Members {
     /// Backends with an address that do not drain.
     pub(super) reachable: Bits,
     states: [usize; State::ALL.len()],
-    /// Healthy backends that do not take all of their keys yet.
-    slow: usize,
-    /// Backends with an address that do not drain on an order.
+    /// The tiers that have backends on the ring, lowest first.
+    tiers: Vec<Tier>,
+    /// Backends on the ring with an address that do not drain.
     taking: usize,
     roster: u64,
+}
+
+/// The backends of one tier that are on the ring.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Tier {
+    pub(super) number: u16,
+    on_ring: usize,
+    /// Backends whose health has been judged: they neither start nor drain.
+    pub(super) rated: usize,
+    pub(super) healthy: usize,
+    pub(super) reachable: usize,
+    /// Backends with an address that have not been judged yet.
+    pub(super) unknown: usize,
+    /// Healthy backends that do not take all of their keys yet.
+    pub(super) slow: usize,
+    /// The sum of the weights, in parts of an [`Admission`].
+    weight: u64,
+    /// The part of it that healthy backends take, and perhaps those that have not been judged.
+    carried: u64,
+}
+
+impl Tier {
+    /// Whether less than this percentage of the weight is healthy.
+    pub(super) fn is_below(&self, percent: u8) -> bool {
+        self.carried * 100 < u64::from(percent) * self.weight
+    }
 }
 
 impl Members {
@@ -62,19 +88,55 @@ impl Members {
     fn note(&mut self, position: usize, is_in: bool) {
         let backend = &self[position];
         let (state, has_address) = (backend.state, backend.address.is_some());
-        let is_healthy = state == State::Healthy;
-        let (is_slow, is_taking) =
-            (is_healthy && backend.admission != Admission::ALL, has_address && backend.drain.is_none());
+        let (number, weight) = (backend.membership.tier, u64::from(backend.membership.weight));
+        let (admission, is_drained) = (backend.admission, backend.drain.is_some());
+        // Without points on the ring, no key leads to a backend.
+        let is_on_ring = weight > 0 && !backend.drain.is_some_and(|drain| drain.leaves);
+        let is_healthy = state == State::Healthy && has_address && is_on_ring;
+        let is_reachable = state != State::Draining && has_address && is_on_ring;
+        let is_unknown = state == State::Starting && is_reachable;
+        let is_slow = is_healthy && admission != Admission::ALL;
+        // Another one of an exclusive pool would not take its place while its check says no.
+        let declines = state == State::Standby && backend.health.verdict == Some(false);
         let count = |counter: &mut usize, counts: bool| match (counts, is_in) {
             (true, true) => *counter += 1,
             (true, false) => *counter -= 1,
             (false, _) => {}
         };
         count(&mut self.states[state.index()], true);
-        count(&mut self.slow, is_slow);
-        count(&mut self.taking, is_taking);
-        self.healthy.set(position, is_in && is_healthy && has_address);
-        self.reachable.set(position, is_in && has_address && state != State::Draining);
+        count(&mut self.taking, has_address && !is_drained && is_on_ring && !declines);
+        self.healthy.set(position, is_in && is_healthy);
+        self.reachable.set(position, is_in && is_reachable);
+        if !is_on_ring {
+            return;
+        }
+        let found = self.tiers.binary_search_by_key(&number, |tier| tier.number);
+        let at = found.unwrap_or_else(|at| {
+            self.tiers.insert(at, Tier { number, ..Tier::default() });
+            at
+        });
+        let tier = &mut self.tiers[at];
+        count(&mut tier.on_ring, true);
+        count(&mut tier.rated, !matches!(state, State::Starting | State::Draining));
+        count(&mut tier.healthy, is_healthy);
+        count(&mut tier.reachable, is_reachable);
+        count(&mut tier.unknown, is_unknown);
+        count(&mut tier.slow, is_slow);
+        let (weight, carried) = match (is_healthy, is_unknown) {
+            (true, _) => (weight * Admission::ALL.raw(), weight * admission.raw()),
+            (false, true) => (weight * Admission::ALL.raw(), weight * Admission::ALL.raw()),
+            (false, false) => (weight * Admission::ALL.raw(), 0),
+        };
+        if is_in {
+            tier.weight += weight;
+            tier.carried += carried;
+        } else {
+            tier.weight -= weight;
+            tier.carried -= carried;
+        }
+        if tier.on_ring == 0 {
+            self.tiers.remove(at);
+        }
     }
 
     /// Number of backends.
@@ -105,14 +167,14 @@ impl Members {
         self.states[state.index()]
     }
 
-    /// Number of backends that have an address and do not drain.
+    /// Number of backends that get connections, or would if they were healthy.
     pub fn taking(&self) -> usize {
         self.taking
     }
 
-    /// Whether some of the healthy backends start slowly, and others take all of their keys.
-    pub(super) fn some_start_slowly(&self) -> bool {
-        self.slow > 0 && self.slow < self.count(State::Healthy)
+    /// The tiers that have backends on the ring, lowest first.
+    pub(super) fn tiers(&self) -> &[Tier] {
+        &self.tiers
     }
 
     /// A number that changes when a backend joins, leaves, or has another incarnation or address.
@@ -142,31 +204,24 @@ impl<'a> IntoIterator for &'a Members {
 #[derive(Debug, Clone, Default)]
 pub(super) struct Bits {
     words: Vec<u64>,
-    count: usize,
 }
 
 impl Bits {
     fn new(length: usize) -> Self {
-        Self { words: vec![0; length.div_ceil(64)], count: 0 }
+        Self { words: vec![0; length.div_ceil(64)] }
     }
 
     fn set(&mut self, position: usize, is_in: bool) {
         let (word, bit) = (&mut self.words[position / 64], 1 << (position % 64));
-        match (is_in, *word & bit != 0) {
-            (true, false) => self.count += 1,
-            (false, true) => self.count -= 1,
-            _ => return,
+        if is_in {
+            *word |= bit;
+        } else {
+            *word &= !bit;
         }
-        *word ^= bit;
     }
 
     /// Whether the position is in the set.
     pub(super) fn has(&self, position: usize) -> bool {
         self.words[position / 64] & 1 << (position % 64) != 0
-    }
-
-    /// Number of positions in the set.
-    pub(super) fn count(&self) -> usize {
-        self.count
     }
 }

@@ -67,7 +67,7 @@ async fn a_list_in_a_file_is_read_with_the_config_and_a_wrong_line_changes_nothi
     ringway.reload(&yaml).await.unwrap_err();
     assert!(!may_connect(&ringway).await);
     // A change at run time does not read it again.
-    let backend = Listed::parse("127.0.0.1:1", None, 1).unwrap();
+    let backend = Listed::parse("127.0.0.1:1", None, ringway::backend::Membership::weighing(1)).unwrap();
     let add = Command::Add { pool: "a".to_owned(), backend };
     ringway.send(add).await.unwrap();
     assert_eq!(ringway.state().pools[0].table.load().backends().len(), 2);

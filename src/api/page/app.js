@@ -76,7 +76,7 @@ function percents(parts) {
   return whole.map((number) => `${(number / 10).toFixed(1)} %`);
 }
 
-const STATES = { healthy: ["good", "●"], starting: ["warn", "◌"], draining: ["warn", "▲"] };
+const STATES = { healthy: ["good", "●"], standby: ["good", "○"], starting: ["warn", "◌"], draining: ["warn", "▲"] };
 const look = (state) => STATES[state] || ["bad", "✖"];
 
 function why(member) {
@@ -298,6 +298,7 @@ function showBanners(status, members) {
     const all = members(pool.name);
     if (pool.panic) lines.push(["bad", `Pool ${pool.name} is in panic: too few backends are healthy, so Ringway tries all of them.`]);
     else if (all.length && !all.some((one) => one.state === "healthy")) lines.push(["bad", `Pool ${pool.name} has no healthy backend.`]);
+    if (pool.spilled && !pool.panic) lines.push(["warn", `Pool ${pool.name}: too few backends of the lowest tier are healthy, so keys go to tier ${pool.tiers.join(" and ")}.`]);
     const sick = all.filter((one) => ["unhealthy", "ejected"].includes(one.state)).map((one) => one.id);
     if (sick.length && !pool.panic) lines.push(["warn", `Pool ${pool.name}: ${sick.length} of ${counted(all.length, "backend")} fail: ${sick.slice(0, 5).join(", ")}${sick.length > 5 ? " and others" : ""}.`]);
     const old = all.filter((one) => one.outdated).length;

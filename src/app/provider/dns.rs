@@ -34,7 +34,7 @@ pub(super) async fn prepare(
     let question = settings.question.to_string();
     let known = context.known(&pool.name).filter(|named| named.name == question);
     let (members, mut known) =
-        Members::inherited(known.map(|named| (Arc::clone(&named.id), named.address, named.weight)));
+        Members::inherited(known.map(|named| (Arc::clone(&named.id), named.address, named.membership)));
     let status = Arc::new(DnsStatus::new(&question, members.count(), Instant::now()));
     let mut follower = Follower::new(pool.name.as_str().into(), received, members, Arc::clone(&status));
     let (events, unanswered) = follower.begin().await;

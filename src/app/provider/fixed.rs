@@ -64,6 +64,6 @@ impl Source for Fixed {
 
 /// Converts a backend that a command adds into the form of the config.
 pub(in crate::app) fn listed(backend: Listed) -> StaticBackend {
-    let (id, location, weight) = (backend.id.to_string(), backend.location, backend.weight);
-    StaticBackend { id, location, weight, resolve: Resolve::Refresh }
+    let Listed { id, location, membership } = backend;
+    StaticBackend { id: id.to_string(), location, membership, resolve: Resolve::Refresh }
 }

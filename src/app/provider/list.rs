@@ -30,7 +30,7 @@ impl List {
         let mut known = Vec::new();
         for backend in backends {
             let id: Arc<str> = backend.id.as_str().into();
-            known.push(Event::Joined { id: Arc::clone(&id), weight: backend.weight });
+            known.push(Event::Joined { id: Arc::clone(&id), membership: backend.membership });
             let address = addresses.get(&id).cloned();
             known.extend(address.map(|address| Event::Started { id, address, replica: None }));
         }
@@ -99,7 +99,7 @@ fn changed_backends(
     let mut events = Vec::new();
     for backend in backends {
         let id: Arc<str> = backend.id.as_str().into();
-        events.push(Event::Joined { id: Arc::clone(&id), weight: backend.weight });
+        events.push(Event::Joined { id: Arc::clone(&id), membership: backend.membership });
         match (known.get(&id), found.get(&id)) {
             (Some(was), Some(is)) if was == is => {}
             (_, Some(address)) => events.push(Event::Started { id, address: address.clone(), replica: None }),

@@ -12,6 +12,7 @@ use crate::app::changes::OfPool;
 use crate::app::context::PoolContext;
 use crate::app::tasks::Tasks;
 use crate::app::{Environment, StartError};
+use crate::backend::Membership;
 use crate::config::{self, Config};
 use crate::control::docker::engine::Engine;
 use crate::control::docker::scope::ScopeSettings;
@@ -102,7 +103,7 @@ pub(in crate::app) fn change<T: PartialEq>(settings: &watch::Sender<T>, new: T) 
 pub(super) fn slots_joined(pool: &config::Pool, replicas: u32, changes: &OfPool) -> Vec<Event> {
     let weight = |id: &Arc<str>| changes.weights.get(&**id).copied().unwrap_or(1);
     let slots = control::provider::slots(&pool.name, replicas);
-    slots.into_iter().map(|id| Event::Joined { weight: weight(&id), id }).collect()
+    slots.into_iter().map(|id| Event::Joined { membership: Membership::weighing(weight(&id)), id }).collect()
 }
 
 /// The settings that all supervisors share.

@@ -22,7 +22,7 @@ pub(super) const POOL: &[Key] = &[
     Key::required(
         "provider",
         PROVIDER,
-        "where the backends come from: exactly one of `static`, `process` and `docker`",
+        "where the backends come from: exactly one of `static`, `process`, `docker`, `dns` and `file`",
     ),
     Key::section("connect", CONNECT, "{ timeout: 2s }", "how Ringway connects to a backend"),
     Key::usual(
@@ -49,13 +49,14 @@ pub(super) const POOL: &[Key] = &[
         "panic_threshold",
         0..=100,
         50,
-        "if less than this percentage of backends is healthy, Ringway tries all of them, whatever their checks say. 0: never",
+        "if less than this percentage of backends is healthy, Ringway tries all of them, whatever their checks say. 0: never. With `tiers.exclusive`, the default and only value is 0",
     ),
+    Key::section("tiers", TIERS, "{ spill_below: 50 }", "when backends of higher [tiers](#tiers) get connections"),
     Key::choice(
         "on_down",
         names::<OnDown>,
         "keep",
-        "what happens to the connections of a backend that goes down: `keep` or `reset`",
+        "what happens to the connections of a backend that goes down: `keep` or `reset`. With `tiers.exclusive`, the default and only value is `reset`",
     ),
     Key::duration(
         "slow_start",
@@ -93,6 +94,21 @@ const RING: &[Key] = &[
         0..=u64::MAX,
         0,
         "seed of the hash. Instances with the same `ring` settings, backend ids and weights pick the same backend for a key",
+    ),
+];
+
+/// Section `pools[].tiers`.
+const TIERS: &[Key] = &[
+    Key::integer(
+        "spill_below",
+        0..=100,
+        50,
+        "if less than this percentage of a tier's weight is healthy, the next tier gets the keys of the backends that are not. 0: only if no backend of the tier is healthy",
+    ),
+    Key::truth(
+        "exclusive",
+        false,
+        "`true`: at most one backend of the pool gets connections, [the one whose check passes](#exclusive-pools)",
     ),
 ];
 

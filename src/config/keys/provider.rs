@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::super::backends_file::FileFormat;
+use super::super::provider::ListedState;
 use super::{Form, Key, days, hours, minutes, ms, names, seconds};
 use crate::control::provider::dns::Family;
 use crate::control::provider::names::Resolve;
@@ -71,7 +72,7 @@ const FILE: &[Key] = &[
         "format",
         names::<FileFormat>,
         "auto",
-        "`list`: a list as in `static`. `prometheus`: groups of targets as in Prometheus' `file_sd_configs`, where the label `weight` is the weight. `auto`: as the file shows",
+        "`list`: a list as in `static`. `prometheus`: groups of targets as in Prometheus' `file_sd_configs`, where the labels `weight` and `tier` count. `auto`: as the file shows",
     ),
 ];
 
@@ -83,7 +84,30 @@ const BACKEND: &[Key] = &[
         "host and port, or [`unix:/path`](#unix-sockets). For a name, see `resolve`",
     ),
     Key::optional("id", Form::Text, "(the address)", "identity on the ring"),
-    Key::integer("weight", 1..=1000, 1, "multiple of `virtual_nodes`, 1 to 1000"),
+    Key::integer(
+        "weight",
+        0..=1000,
+        1,
+        "multiple of `virtual_nodes`, 0 to 1000. With 0 the backend gets no new connections, and its open ones go on",
+    ),
+    Key::integer(
+        "tier",
+        0..=65_535,
+        0,
+        "[tier](#tiers). A backend of tier 1 gets connections only if too few backends of tier 0 are healthy, and so on",
+    ),
+    Key::choice(
+        "state",
+        names::<ListedState>,
+        "ready",
+        "`drained`: the backend gets no new connections, and open ones may go on for `drain`. It keeps its place on the ring",
+    ),
+    Key::usual(
+        "max_connections",
+        Form::Any(&[Form::Word("auto"), Form::Integer(1..=1_000_000)]),
+        "auto",
+        "open connections of this backend. auto: `max_connections_per_backend` of the pool",
+    ),
     Key::choice(
         "resolve",
         names::<Resolve>,

@@ -88,7 +88,33 @@ pub struct Tls {
 }
 
 /// Why a check failed, in a few words.
-pub(super) type Reason = Cow<'static, str>;
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Reason {
+    text: Cow<'static, str>,
+    /// The server answered, but not as the check expects. In an exclusive pool, such a server is on standby.
+    pub(super) is_answer: bool,
+}
+
+impl Reason {
+    /// The server gave this answer in place of the expected one.
+    pub(super) fn answer(text: impl Into<Cow<'static, str>>) -> Self {
+        Self { text: text.into(), is_answer: true }
+    }
+}
+
+impl<T: Into<Cow<'static, str>>> From<T> for Reason {
+    fn from(text: T) -> Self {
+        Self { text: text.into(), is_answer: false }
+    }
+}
+
+impl std::ops::Deref for Reason {
+    type Target = str;
+
+    fn deref(&self) -> &str {
+        &self.text
+    }
+}
 
 /// The result of one check.
 #[derive(Debug)]
@@ -203,7 +229,8 @@ impl Expect {
             }
             if read == 0 || answer.len() > MOST_READ || !can_become_right {
                 tokio::spawn(part(stream));
-                return Err(format!("unexpected answer {:?}", start_of(&answer)).into());
+                let text = format!("unexpected answer {:?}", start_of(&answer));
+                return Err(if answer.is_empty() { text.into() } else { Reason::answer(text) });
             }
         }
     }
@@ -263,7 +290,7 @@ mod tests {
         let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent };
         let began = std::time::Instant::now();
         let outcome = check.run(&Address::Ip(silent.local_addr().unwrap()), Duration::from_millis(80)).await;
-        assert!(matches!(outcome, Outcome::Failed(ref reason) if reason == "timeout"), "{outcome:?}");
+        assert!(matches!(outcome, Outcome::Failed(ref reason) if **reason == *"timeout"), "{outcome:?}");
         assert!(began.elapsed() >= Duration::from_millis(80));
     }
 }

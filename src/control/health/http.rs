@@ -56,7 +56,7 @@ fn judge(http: &Http, answer: &[u8], before: usize, ended: Option<&str>) -> Opti
         return Some(Err(format!("no HTTP answer: {:?}", start_of(answer)).into()));
     };
     if !http.status.contains(&status) {
-        return Some(Err(format!("status {status}").into()));
+        return Some(Err(Reason::answer(format!("status {status}"))));
     }
     let Some(wanted) = http.body.as_deref().map(str::as_bytes) else { return Some(Ok(())) };
     let most = &answer[..answer.len().min(LONGEST_HEAD)];
@@ -68,7 +68,7 @@ fn judge(http: &Http, answer: &[u8], before: usize, ended: Option<&str>) -> Opti
     if contains(new, wanted) || is_over && contains(&unchunked(body).0, wanted) {
         return Some(Ok(()));
     }
-    is_over.then(|| Err("the body lacks the expected text".into()))
+    is_over.then(|| Err(Reason::answer("the body lacks the expected text")))
 }
 
 /// The code in a status line like `HTTP/1.1 200 OK`.

@@ -98,9 +98,9 @@ impl Schedule {
     ) -> Option<Event> {
         let subject = self.subjects.get_mut(&ticket.id).filter(|subject| subject.number == ticket.number)?;
         subject.checks += 1;
-        let (passed, result) = match outcome {
-            Outcome::Passed => (true, "ok".into()),
-            Outcome::Failed(reason) => (false, reason),
+        let (passed, has_declined, result): (_, _, Arc<str>) = match outcome {
+            Outcome::Passed => (true, false, "ok".into()),
+            Outcome::Failed(reason) => (false, reason.is_answer, (*reason).into()),
             Outcome::NotDone(_) => {
                 self.due.push(Reverse((now + settings.interval, ticket.clone())));
                 return None;
@@ -126,10 +126,9 @@ impl Schedule {
         if subject.reported.as_ref().is_some_and(|(before, text)| *before == verdict && **text == *result) {
             return None;
         }
-        let result: Arc<str> = result.into();
         subject.reported = Some((verdict, Arc::clone(&result)));
         let (id, incarnation) = (Arc::clone(&ticket.id), subject.incarnation);
-        Some(Event::Checked { id, incarnation, healthy: verdict, result })
+        Some(Event::Checked { id, incarnation, healthy: verdict, has_declined, result })
     }
 }
 
@@ -159,9 +158,9 @@ fn spread(ticket: &Ticket, interval: Duration, percent: u8, check: u64) -> Durat
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::Membership;
     use crate::control::health::{Check, Kind};
-    use crate::control::publisher::{self, OnDown, Publisher};
-    use crate::ring::Parameters;
+    use crate::control::publisher::{self, Publisher};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -180,16 +179,13 @@ mod tests {
 
     /// The members of a pool in which these backends have an address.
     fn members(started: &[(&str, u16)]) -> Members {
-        let settings = publisher::Settings {
-            parameters: Parameters { virtual_nodes: 1, probes: 1, seed: 0 },
-            is_checked: true,
-            panic_below: 0,
-            on_down: OnDown::Keep,
-            slow_start: Duration::ZERO,
-        };
+        let settings = publisher::Settings { is_checked: true, ..publisher::Settings::plain() };
         let known = started.iter().flat_map(|&(id, port)| {
             let address = Address::Ip(([127, 0, 0, 1], port).into());
-            [Event::Joined { id: id.into(), weight: 1 }, Event::Started { id: id.into(), address, replica: None }]
+            [
+                Event::Joined { id: id.into(), membership: Membership::weighing(1) },
+                Event::Started { id: id.into(), address, replica: None },
+            ]
         });
         Publisher::new("p".into(), settings, known, Instant::now()).table().load().backends().clone()
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tokio::sync::{Notify, mpsc, watch};
 
 use crate::address::Address;
-use crate::backend::Replica;
+use crate::backend::{Membership, Replica};
 use crate::control::Event;
 use crate::control::docker::container::{Container, State};
 use crate::control::docker::engine::Engine;
@@ -108,7 +108,7 @@ fn news(before: &HashMap<Arc<str>, Reported>, now: &HashMap<Arc<str>, Reported>)
         if known.is_none_or(|known| (&known.replica, &known.address) != (&member.replica, &member.address)) {
             was_bad = false;
             if known.is_none() {
-                news.push(Event::Joined { id: Arc::clone(id), weight: 1 });
+                news.push(Event::Joined { id: Arc::clone(id), membership: Membership::weighing(1) });
             }
             let replica = Some(member.replica.clone());
             news.push(Event::Started { id: Arc::clone(id), address: member.address.clone(), replica });

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use self::dns::status::DnsStatus;
 use self::file::FileStatus;
 use crate::address::{Address, host_and_port};
+use crate::backend::Membership;
 use crate::control::docker::watch::EngineStatus;
 use crate::label_enum;
 use crate::labels::Tally;
@@ -59,6 +60,15 @@ impl ProviderStatus {
         if let Self::Engine(status) = self { Some(status) } else { None }
     }
 
+    /// Whether a list says which backends the pool has. It may be empty on purpose.
+    pub fn has_list(&self) -> bool {
+        match self {
+            Self::Independent => true,
+            Self::File(status) => status.last().applied.is_some(),
+            Self::Engine(_) | Self::Dns(_) => false,
+        }
+    }
+
     /// Changes of backends, by kind, for the providers `dns` and `file`.
     pub fn changes(&self) -> Option<&Tally<ChangeKind>> {
         match self {
@@ -80,7 +90,10 @@ impl ProviderStatus {
 }
 
 /// Weights of a backend.
-pub const WEIGHTS: RangeInclusive<u32> = 1..=1000;
+pub const WEIGHTS: RangeInclusive<u32> = 0..=1000;
+
+/// Limits of the open connections of a backend.
+pub const MOST_CONNECTIONS: RangeInclusive<u32> = 1..=1_000_000;
 
 /// A backend that is listed in the config or by a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,8 +102,8 @@ pub struct Listed {
     pub id: Arc<str>,
     /// Where it listens.
     pub location: Location,
-    /// Multiple of the ring's virtual nodes.
-    pub weight: u32,
+    /// How it takes part in the pool.
+    pub membership: Membership,
 }
 
 impl Listed {
@@ -99,13 +112,13 @@ impl Listed {
     /// # Errors
     /// When the address is neither `host:port` nor `unix:/path`, or the id is empty. The text names the field and the
     /// remedy.
-    pub fn parse(address: &str, id: Option<String>, weight: u32) -> Result<Self, String> {
+    pub fn parse(address: &str, id: Option<String>, membership: Membership) -> Result<Self, String> {
         let location = Location::parse(address).map_err(|problem| format!("address: {problem}"))?;
         let id = id.unwrap_or_else(|| address.to_owned());
         if let Some(problem) = Self::id_fault(&id) {
             return Err(format!("id {problem}"));
         }
-        Ok(Self { id: id.into(), location, weight })
+        Ok(Self { id: id.into(), location, membership })
     }
 
     /// What is wrong with an id, if anything. An id is a word in log lines and tables.

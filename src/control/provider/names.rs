@@ -238,25 +238,18 @@ fn down(names: &[Name], table: &Table) -> Vec<Name> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::publisher::{OnDown, Publisher, Settings};
-    use crate::ring::Parameters;
+    use crate::backend::Membership;
+    use crate::control::publisher::{Publisher, Settings};
 
     const EVERY: Duration = Duration::from_millis(20);
 
     /// The first event of a pool with a healthy backend at an address that its name, `localhost`, does not have.
     async fn first_event(resolve: Resolve, patience: Duration) -> Option<Event> {
-        let settings = Settings {
-            parameters: Parameters { virtual_nodes: 10, probes: 3, seed: 0 },
-            is_checked: false,
-            panic_below: 50,
-            on_down: OnDown::Keep,
-            slow_start: Duration::ZERO,
-        };
         let id: Arc<str> = "a".into();
         let old = Address::Ip(([127, 0, 0, 99], 80).into());
         let started = Event::Started { id: Arc::clone(&id), address: old.clone(), replica: None };
-        let known = [Event::Joined { id: Arc::clone(&id), weight: 1 }, started];
-        let publisher = Publisher::new("p".into(), settings, known, Instant::now());
+        let known = [Event::Joined { id: Arc::clone(&id), membership: Membership::weighing(1) }, started];
+        let publisher = Publisher::new("p".into(), Settings::plain(), known, Instant::now());
         // A healthy backend moves only to an address that accepts connections.
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use super::Settings;
 use crate::address::Address;
-use crate::backend::{Admission, Backend, Drain, Eviction, Exit, Health, Live, Replica, State};
+use crate::backend::{Admission, Backend, Drain, Eviction, Exit, Health, Live, Membership, Replica, State};
 use crate::control::Event;
 use crate::labels::Label as _;
 use crate::ring::Member;
 
 /// Interval between checks of whether a draining backend's connections have ended. Also the shortest drain: a worker
 /// that picked the backend from an earlier table has begun its connect by then.
-const LOOK: Duration = Duration::from_millis(100);
+pub(super) const LOOK: Duration = Duration::from_millis(100);
 
 /// How long after a drain's deadline a connect that began before it may still complete.
 const LATE: Duration = Duration::from_secs(60);
@@ -35,9 +35,12 @@ pub(super) struct BackendState {
     pub(super) backend: Backend,
     runs: Runs,
     drains: Drains,
-    healthy: Option<bool>,
+    /// What the checks say; `None`: not known.
+    verdict: Option<Verdict>,
     crash_loop: bool,
     is_ejected: bool,
+    /// The claim to an exclusive pool, while the backend's check passes.
+    pub(super) claim: Option<Claim>,
     /// The backend joined a pool without healthy backends and has not been healthy yet. It skips slow start.
     is_first: bool,
     /// When slow start began.
@@ -46,6 +49,24 @@ pub(super) struct BackendState {
     pub(super) position: usize,
     /// When something is due at the backend, as the publisher has noted it.
     pub(super) next: Option<Instant>,
+}
+
+/// The claim of a backend to an exclusive pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Claim {
+    /// A later claim has a higher number.
+    pub(super) number: u64,
+    /// The backend gets the connections.
+    pub(super) holds: bool,
+}
+
+/// What the checks of a backend say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Healthy,
+    Unhealthy,
+    /// The backend answers the check, but says no: in an exclusive pool, it is not the primary.
+    Declines,
 }
 
 /// Tells a restarted replica from a repeated report of the same replica.
@@ -68,6 +89,8 @@ struct Drains {
     retiring: Option<Drain>,
     /// A command drains the backend.
     ordered: Option<Drain>,
+    /// The provider says that the backend is drained.
+    listed: Option<Drain>,
 }
 
 impl BackendState {
@@ -75,7 +98,7 @@ impl BackendState {
         let backend = Backend {
             id,
             address: None,
-            weight: 0,
+            membership: Membership::weighing(0),
             state: State::Starting,
             replica: None,
             incarnation: 0,
@@ -92,9 +115,10 @@ impl BackendState {
             backend,
             runs: Runs::default(),
             drains: Drains::default(),
-            healthy: None,
+            verdict: None,
             crash_loop: false,
             is_ejected: false,
+            claim: None,
             is_first,
             warms_since: None,
             position: 0,
@@ -104,16 +128,23 @@ impl BackendState {
 
     /// The backend as a member of the ring. A leaving backend has weight 0, so it has no points.
     pub(super) fn member(&self) -> Member<'_> {
-        Member { id: &self.backend.id, weight: if self.leaves() { 0 } else { self.backend.weight } }
+        Member { id: &self.backend.id, weight: if self.leaves() { 0 } else { self.backend.membership.weight } }
     }
 
-    /// The backend belongs to the pool with this weight. A leaving backend stays.
-    pub(super) fn joined(&mut self, weight: u32) -> Change {
-        let is_new = self.backend.weight != weight;
+    /// The backend belongs to the pool in this way. A leaving backend stays. `drain` is the time that its connections have if it
+    /// is drained from now on.
+    pub(super) fn joined(&mut self, membership: Membership, drain: Duration, now: Instant) -> Change {
+        let before = std::mem::replace(&mut self.backend.membership, membership);
         let stays = self.drains.leaving.take().is_some();
+        if before.is_drained != membership.is_drained {
+            self.drains.listed = membership.is_drained.then(|| begin_drain(None, Some(drain), false, now));
+        }
         self.show_drain();
-        self.backend.weight = weight;
-        if is_new || stays { Change::Ring } else { Change::Nothing }
+        match before {
+            _ if before.weight != membership.weight || stays => Change::Ring,
+            _ if before != membership => Change::Backend,
+            _ => Change::Nothing,
+        }
     }
 
     /// Applies any event other than joining, leaving and new settings. `next` is the incarnation of a new replica.
@@ -137,12 +168,16 @@ impl BackendState {
                 }
                 self.backend.reported_bad = !healthy;
             }
-            Event::Checked { incarnation, healthy, result, .. } => {
+            Event::Checked { incarnation, healthy, has_declined, result, .. } => {
                 // The event is about an earlier replica, or the replica died during the check.
                 if self.backend.incarnation != incarnation || self.backend.address.is_none() {
                     return Change::Nothing;
                 }
-                self.healthy = healthy;
+                self.verdict = healthy.map(|healthy| match (healthy, has_declined) {
+                    (true, _) => Verdict::Healthy,
+                    (false, true) => Verdict::Declines,
+                    (false, false) => Verdict::Unhealthy,
+                });
                 self.backend.health.verdict = healthy;
                 if self.backend.health.last.as_ref() != Some(&result) {
                     self.backend.health = Health { last: Some(result), verdict: healthy, since: now };
@@ -163,7 +198,7 @@ impl BackendState {
                 self.backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
             }
             Event::DrainRequested { within, .. } => {
-                self.drains.ordered = Some(drain(self.drains.ordered, within, false, now));
+                self.drains.ordered = Some(begin_drain(self.drains.ordered, within, false, now));
                 self.show_drain();
             }
             Event::DrainCancelled { .. } => {
@@ -173,12 +208,12 @@ impl BackendState {
                 self.show_drain();
             }
             Event::Retiring { within, .. } => {
-                self.drains.retiring = Some(drain(self.drains.retiring, Some(within), false, now));
+                self.drains.retiring = Some(begin_drain(self.drains.retiring, Some(within), false, now));
                 self.show_drain();
             }
             Event::Leaving { within, .. } => {
                 let is_new = !self.leaves();
-                self.drains.leaving = Some(drain(self.drains.leaving, Some(within), true, now));
+                self.drains.leaving = Some(begin_drain(self.drains.leaving, Some(within), true, now));
                 self.show_drain();
                 return if is_new { Change::Ring } else { Change::Backend };
             }
@@ -218,8 +253,8 @@ impl BackendState {
 
     /// Publishes the drain that ends last.
     fn show_drain(&mut self) {
-        let Drains { leaving, retiring, ordered } = self.drains;
-        self.backend.drain = leaving.or(ordered).or(retiring);
+        let Drains { leaving, retiring, ordered, listed } = self.drains;
+        self.backend.drain = leaving.or(listed).or(ordered).or(retiring);
     }
 
     /// Whether a command has drained the backend.
@@ -233,14 +268,14 @@ impl BackendState {
 
     /// When Ringway resets the remaining connections: the earliest deadline of all drains.
     fn deadline(&self) -> Option<Instant> {
-        let Drains { leaving, retiring, ordered } = self.drains;
-        [leaving, retiring, ordered].into_iter().flatten().filter_map(|drain| drain.deadline).min()
+        let Drains { leaving, retiring, ordered, listed } = self.drains;
+        [leaving, retiring, ordered, listed].into_iter().flatten().filter_map(|drain| drain.deadline).min()
     }
 
     /// Clears what was known about the previous replica, because it does not apply to the next.
     fn forget(&mut self, now: Instant) {
         self.backend.health = Health { last: None, verdict: None, since: now };
-        (self.healthy, self.backend.reported_bad, self.is_ejected) = (None, false, false);
+        (self.verdict, self.backend.reported_bad, self.is_ejected) = (None, false, false);
         self.drains.retiring = None;
         self.show_drain();
         self.backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
@@ -252,7 +287,18 @@ impl BackendState {
         if self.backend.reported_bad || self.is_ejected {
             return Some(false);
         }
-        if settings.is_checked { self.healthy } else { Some(true) }
+        match self.verdict {
+            _ if !settings.is_checked => Some(true),
+            // A replica that is not the primary works all the same.
+            Some(Verdict::Declines) => Some(settings.is_exclusive),
+            verdict => verdict.map(|verdict| verdict == Verdict::Healthy),
+        }
+    }
+
+    /// Begins or ends the backend's claim to an exclusive pool. `next` is the number of a new claim.
+    pub(super) fn settle_claim(&mut self, settings: &Settings, next: u64) {
+        let claims = settings.is_exclusive && matches!(self.own_state(settings), State::Healthy);
+        self.claim = claims.then(|| self.claim.unwrap_or(Claim { number: next, holds: false }));
     }
 
     /// Applies changed settings. A backend that becomes healthy through the settings alone gets all of its keys at
@@ -268,17 +314,26 @@ impl BackendState {
 
     /// Treats the backend as having passed its checks.
     pub(super) fn trust(&mut self) {
-        self.healthy = Some(true);
+        self.verdict = Some(Verdict::Healthy);
     }
 
     pub(super) fn state(&self, settings: &Settings) -> State {
-        match (&self.backend.address, self.healthy) {
+        match self.own_state(settings) {
+            State::Healthy if settings.is_exclusive && !self.claim.is_some_and(|claim| claim.holds) => State::Standby,
+            state => state,
+        }
+    }
+
+    /// The state by what is known about this backend alone.
+    fn own_state(&self, settings: &Settings) -> State {
+        match (&self.backend.address, self.verdict) {
             _ if self.backend.drain.is_some() => State::Draining,
             (None, _) if self.crash_loop => State::CrashLoop,
             (None, _) => State::Starting,
             (Some(_), _) if self.backend.reported_bad => State::Unhealthy,
             (Some(_), None) if settings.is_checked => State::Starting,
-            (Some(_), Some(false)) if settings.is_checked => State::Unhealthy,
+            (Some(_), Some(Verdict::Declines)) if settings.is_checked && settings.is_exclusive => State::Standby,
+            (Some(_), Some(Verdict::Declines | Verdict::Unhealthy)) if settings.is_checked => State::Unhealthy,
             (Some(_), _) if self.is_ejected => State::Ejected,
             (Some(_), _) => State::Healthy,
         }
@@ -354,6 +409,6 @@ impl BackendState {
 }
 
 /// A drain that begins now, or an existing drain with a new deadline.
-fn drain(before: Option<Drain>, within: Option<Duration>, leaves: bool, now: Instant) -> Drain {
+fn begin_drain(before: Option<Drain>, within: Option<Duration>, leaves: bool, now: Instant) -> Drain {
     Drain { since: before.map_or(now, |before| before.since), deadline: within.map(|within| now + within), leaves }
 }

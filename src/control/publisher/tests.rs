@@ -1,9 +1,9 @@
 use super::*;
 use crate::address::Address;
-use crate::backend::{Admission, BackendPermit, Exit, Replica};
+use crate::backend::{Admission, BackendPermit, Exit, Membership, Replica};
 
 fn joined(id: &str) -> Event {
-    Event::Joined { id: id.into(), weight: 1 }
+    Event::Joined { id: id.into(), membership: Membership::weighing(1) }
 }
 
 fn started(id: &str, port: u16) -> Event {
@@ -17,17 +17,11 @@ fn stopped(id: &str, crash_loop: bool) -> Event {
 
 fn checked(id: &str, incarnation: u64, healthy: bool) -> Event {
     let result = if healthy { "ok" } else { "refused" };
-    Event::Checked { id: id.into(), incarnation, healthy: Some(healthy), result: result.into() }
+    Event::Checked { id: id.into(), incarnation, healthy: Some(healthy), has_declined: false, result: result.into() }
 }
 
 fn settings(is_checked: bool) -> Settings {
-    Settings {
-        parameters: Parameters { virtual_nodes: 10, probes: 3, seed: 0 },
-        is_checked,
-        panic_below: 50,
-        on_down: OnDown::Keep,
-        slow_start: Duration::ZERO,
-    }
+    Settings { is_checked, ..Settings::plain() }
 }
 
 fn publisher(is_checked: bool, known: Vec<Event>) -> Publisher {
@@ -286,7 +280,7 @@ fn a_recovered_backend_starts_slowly_and_the_first_backends_do_not() {
 fn new_settings_rebuild_the_ring_only_if_its_parameters_change() {
     let mut publisher = publisher(false, vec![joined("a"), started("a", 1)]);
     let before = publisher.table().load();
-    publisher.take([Event::Configured(Settings { panic_below: 10, ..settings(false) })], Instant::now());
+    publisher.take([Event::Configured(Settings { on_down: OnDown::Reset, ..settings(false) })], Instant::now());
     assert!(Arc::ptr_eq(before.ring(), publisher.table().load().ring()));
     publisher.take([Event::Configured(Settings { is_checked: true, ..settings(false) })], Instant::now());
     assert_eq!(states(&publisher), [State::Healthy], "a healthy backend keeps serving when checks are switched on");
@@ -309,4 +303,188 @@ fn a_drain_applies_to_a_backend_that_joins_later_or_again() {
     publisher.take([Event::DrainCancelled { id: "a".into() }], Instant::now());
     publisher.take([joined("a"), started("a", 3)], Instant::now());
     assert_eq!(states(&publisher)[0], State::Healthy);
+}
+
+#[test]
+fn the_list_of_backends_can_drain_one_and_limit_its_connections() {
+    let now = Instant::now();
+    let listed = |is_drained| Event::Joined {
+        id: "a".into(),
+        membership: Membership { is_drained, max_connections: Some(5), ..Membership::weighing(1) },
+    };
+    let settings = Settings { drain: 3 * SECOND, ..settings(false) };
+    let mut publisher = Publisher::new("echo".into(), settings, [listed(true), started("a", 1), joined("b")], now);
+    assert_eq!(states(&publisher)[0], State::Draining);
+    assert_eq!(publisher.table().load().backends()[0].most_connections(9), 5);
+    assert_eq!(publisher.table().load().backends()[1].most_connections(9), 9);
+    publisher.take([Event::DrainCancelled { id: "a".into() }], now);
+    assert_eq!(states(&publisher)[0], State::Draining, "only the list ends it");
+    let ring = Arc::clone(publisher.table().load().ring());
+    publisher.take([listed(false)], now);
+    assert_eq!(states(&publisher)[0], State::Healthy);
+    let live = Arc::clone(&publisher.table().load().backends()[0].live);
+    let permit = BackendPermit::take(&live, 9).unwrap();
+    publisher.take([listed(true)], now);
+    publisher.take([], now + 2 * SECOND);
+    assert_eq!(permit.eviction(), None);
+    publisher.take([], now + 3 * SECOND);
+    assert_eq!(permit.eviction(), Some(Eviction::Drained));
+    assert!(Arc::ptr_eq(&ring, publisher.table().load().ring()), "no key has moved on the ring");
+}
+
+/// An exclusive pool of three checked backends at ports 1 to 3, whose incarnations are the same numbers.
+struct Exclusive {
+    publisher: Publisher,
+    now: Instant,
+}
+
+impl Exclusive {
+    fn new() -> Self {
+        let settings = Settings { is_exclusive: true, ..settings(true) };
+        let known = [joined("a"), joined("b"), joined("c"), started("a", 1), started("b", 2), started("c", 3)];
+        let now = Instant::now();
+        Self { publisher: Publisher::new("db".into(), settings, known, now), now }
+    }
+
+    /// A check of a backend passes (`true`), or its answer says no.
+    fn check(&mut self, id: &str, passes: bool) {
+        let incarnation = 1 + u64::from(id.as_bytes()[0] - b'a');
+        let (healthy, result) = (Some(passes), if passes { "ok" } else { "status 503" }.into());
+        let event = Event::Checked { id: id.into(), incarnation, healthy, has_declined: !passes, result };
+        self.publisher.take([event], self.now);
+    }
+
+    /// Lets time pass, step by step, as the publisher asks for.
+    fn pass(&mut self, time: Duration) {
+        let end = self.now + time;
+        while let Some(at) = self.publisher.wake().filter(|at| *at <= end) {
+            self.now = at;
+            self.publisher.take([], at);
+        }
+        self.now = end;
+    }
+
+    fn states(&self) -> Vec<State> {
+        states(&self.publisher)
+    }
+
+    fn connect(&self, n: usize) -> BackendPermit {
+        BackendPermit::take(&self.publisher.table().load().backends()[n].live, 9).unwrap()
+    }
+}
+
+#[test]
+fn one_backend_of_an_exclusive_pool_is_healthy_and_the_others_stand_by() {
+    use State::{Healthy, Standby, Starting, Unhealthy};
+
+    let mut pool = Exclusive::new();
+    assert_eq!(pool.states(), [Starting; 3]);
+    pool.check("b", true);
+    pool.check("a", false);
+    assert_eq!(pool.states(), [Standby, Healthy, Starting]);
+    // A second claim changes nothing while the first one lasts.
+    pool.check("c", true);
+    pool.check("a", true);
+    pool.pass(10 * SECOND);
+    assert_eq!(pool.states(), [Standby, Healthy, Standby]);
+    assert_eq!(pool.publisher.table().load().healthy(), 1);
+    // A server that does not answer is no standby.
+    pool.publisher.take([checked("c", 3, false)], pool.now);
+    assert_eq!(pool.states(), [Standby, Healthy, Unhealthy]);
+    pool.check("c", true);
+    // The newest claim wins.
+    pool.check("b", false);
+    assert_eq!(pool.states(), [Standby; 3], "a worker may connect to the last holder by an earlier table");
+    pool.pass(SECOND);
+    assert_eq!(pool.states(), [Standby, Standby, Healthy]);
+    // So does the lowest tier, whatever the age of its claim.
+    let spare = Event::Joined { id: "b".into(), membership: Membership { tier: 1, ..Membership::weighing(1) } };
+    pool.publisher.take([spare], pool.now);
+    pool.check("b", true);
+    pool.check("c", false);
+    pool.pass(SECOND);
+    assert_eq!(pool.states(), [Healthy, Standby, Standby]);
+}
+
+#[test]
+fn the_next_holder_waits_until_the_last_connection_of_the_loser_has_ended() {
+    use State::{Healthy, Standby};
+
+    let mut pool = Exclusive::new();
+    pool.check("a", true);
+    pool.check("b", true);
+    pool.check("c", false);
+    let early = pool.connect(0);
+    pool.check("a", false);
+    assert_eq!(early.eviction(), Some(Eviction::Down));
+    // A worker that has picked by an earlier table.
+    let late = pool.connect(0);
+    assert_eq!(late.eviction(), None);
+    pool.pass(SECOND);
+    assert_eq!((late.eviction(), pool.states()), (Some(Eviction::Down), vec![Standby; 3]));
+    drop((early, late));
+    pool.pass(SECOND);
+    assert_eq!(pool.states(), [Standby, Healthy, Standby]);
+    // Also if the loser has left the pool.
+    let last = pool.connect(1);
+    pool.check("c", true);
+    pool.publisher.take([Event::Left { id: "b".into() }], pool.now);
+    pool.pass(SECOND);
+    assert_eq!((last.eviction(), pool.states()), (Some(Eviction::Down), vec![Standby; 2]));
+    drop(last);
+    pool.pass(SECOND);
+    assert_eq!(pool.states(), [Standby, Healthy]);
+}
+
+#[test]
+fn the_connections_of_a_drained_holder_may_end_by_themselves() {
+    use State::{Draining, Healthy, Standby};
+
+    let mut pool = Exclusive::new();
+    for id in ["a", "b", "c"] {
+        pool.check(id, true);
+    }
+    let permit = pool.connect(0);
+    let drain = |within| Event::DrainRequested { id: "a".into(), within: Some(within) };
+    pool.publisher.take([drain(60 * SECOND)], pool.now);
+    pool.pass(30 * SECOND);
+    assert_eq!((permit.eviction(), pool.states()), (None, vec![Draining, Standby, Standby]));
+    // Nobody has taken its place.
+    pool.publisher.take([Event::DrainCancelled { id: "a".into() }], pool.now);
+    pool.pass(SECOND);
+    assert_eq!((permit.eviction(), pool.states()), (None, vec![Healthy, Standby, Standby]));
+    pool.publisher.take([drain(SECOND)], pool.now);
+    pool.pass(2 * SECOND);
+    assert_eq!(permit.eviction(), Some(Eviction::Drained));
+    drop(permit);
+    pool.pass(SECOND);
+    assert_eq!(pool.states(), [Draining, Standby, Healthy]);
+}
+
+#[test]
+fn a_pool_that_becomes_exclusive_resets_the_connections_of_all_but_one() {
+    use State::{Healthy, Standby};
+
+    let known =
+        [joined("a"), joined("b"), started("a", 1), started("b", 2), checked("a", 1, true), checked("b", 2, true)];
+    let now = Instant::now();
+    let mut pool = Exclusive { publisher: Publisher::new("db".into(), settings(true), known, now), now };
+    let (one, other) = (pool.connect(0), pool.connect(1));
+    pool.publisher.take([Event::Configured(Settings { is_exclusive: true, ..settings(true) })], now);
+    assert_eq!((one.eviction().is_some(), other.eviction().is_some()), (true, false), "the newest claim");
+    drop((one, other));
+    pool.pass(SECOND);
+    assert_eq!(pool.states(), [Standby, Healthy]);
+    pool.publisher.take([Event::Configured(settings(true))], pool.now);
+    assert_eq!(pool.states(), [Healthy; 2]);
+}
+
+#[test]
+fn a_standby_is_well() {
+    let mut pool = Exclusive::new();
+    pool.check("a", true);
+    pool.check("b", false);
+    pool.publisher.take([checked("c", 3, false)], pool.now);
+    let well: Vec<_> = pool.publisher.table().load().backends().iter().map(|backend| backend.well).collect();
+    assert_eq!(well, [Some(true), Some(true), Some(false)]);
 }

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, watch};
 use super::ends::Ends;
 use super::plan::{Plan, Policy, Slot, Why, plan};
 use crate::address::Address;
-use crate::backend::{Exit, Replica};
+use crate::backend::{Exit, Membership, Replica};
 use crate::control::Event;
 use crate::control::provider::slots;
 use crate::labels::Label as _;
@@ -109,7 +109,7 @@ impl Slots {
     pub(super) async fn announce(&self) {
         for id in slots(&self.settings.pool, self.settings.replicas) {
             let weight = self.settings.weights.get(&id).copied().unwrap_or(1);
-            self.send(Event::Joined { id, weight }).await;
+            self.send(Event::Joined { id, membership: Membership::weighing(weight) }).await;
         }
     }
 
@@ -279,8 +279,7 @@ fn is_drained(table: &Table, slot: &str, why: Why) -> Option<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::control::publisher::{self, OnDown, Publisher};
-    use crate::ring::Parameters;
+    use crate::control::publisher::{self, Publisher};
 
     fn settings(replicas: u32) -> SlotSettings {
         SlotSettings {
@@ -300,16 +299,9 @@ mod tests {
 
     /// Slots whose second one drains as surplus, while the publisher shows no drain.
     async fn draining() -> (Slots, mpsc::Receiver<Event>) {
-        let publishing = publisher::Settings {
-            parameters: Parameters { virtual_nodes: 10, probes: 3, seed: 0 },
-            is_checked: false,
-            panic_below: 50,
-            on_down: OnDown::Keep,
-            slow_start: Duration::ZERO,
-        };
-        let joined = |id: &str| Event::Joined { id: id.into(), weight: 1 };
+        let joined = |id: &str| Event::Joined { id: id.into(), membership: Membership::weighing(1) };
         let known = vec![joined("echo-1"), joined("echo-2")];
-        let publisher = Publisher::new("echo".into(), publishing, known, Instant::now());
+        let publisher = Publisher::new("echo".into(), publisher::Settings::plain(), known, Instant::now());
         let (events, mut queue) = mpsc::channel(16);
         let mut slots = Slots::new(settings(1), publisher.table(), events, true);
         slots.extend(2);

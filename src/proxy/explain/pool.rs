@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use super::{KeyStep, PoolStep, ProbeStep, Question, Unexplained, WalkStep, WhatIf};
-use crate::backend::{Backend, State};
+use crate::backend::{Backend, Membership, State};
 use crate::labels::Label as _;
 use crate::proxy::Route;
 use crate::proxy::key::{Key, KeyKind};
@@ -67,7 +67,8 @@ fn probes(table: &Table, key: &[u8]) -> Vec<ProbeStep> {
 
 /// All backends in the order of the ring. The attempts are numbered in the order of the data plane.
 fn walk(table: &Table, route: &Route, key: &[u8]) -> Vec<WalkStep> {
-    let is_full = |backend: &Backend| backend.live.active.load(Ordering::Relaxed) >= route.most_per_backend;
+    let most = |backend: &Backend| backend.most_connections(route.most_per_backend);
+    let is_full = |backend: &Backend| backend.live.active.load(Ordering::Relaxed) >= most(backend);
     let mut attempts = 0;
     // What comes of each candidate: the number of its attempt, or none if it is full.
     let candidates: HashMap<&str, Option<usize>> = table
@@ -93,7 +94,7 @@ fn walk(table: &Table, route: &Route, key: &[u8]) -> Vec<WalkStep> {
             (None, _) => why_skipped(backend, now),
             (Some(None), _) => {
                 let active = backend.live.active.load(Ordering::Relaxed);
-                format!("full: {active} of {} connections", route.most_per_backend)
+                format!("full: {active} of {} connections", most(backend))
             }
             (Some(Some(_)), Some(1)) => format!("gets the connection{despite}"),
             (Some(Some(_)), _) if table.is_spared(backend, key) => {
@@ -133,6 +134,10 @@ fn why_skipped(backend: &Backend, now: Instant) -> String {
         State::Healthy => "it has no address".to_owned(),
         State::Starting if backend.address.is_none() => "it has no replica yet".to_owned(),
         State::Starting => "it has passed no health check yet".to_owned(),
+        State::Standby if backend.health.verdict == Some(false) => {
+            format!("its check says no: {}", backend.last_check().unwrap_or("none yet"))
+        }
+        State::Standby => "another backend holds the exclusive pool, or still has connections".to_owned(),
         State::Unhealthy => {
             let check = backend.last_check().unwrap_or("none yet");
             format!("for {}; last check: {check}", since(backend.health.since))
@@ -164,15 +169,20 @@ fn what_if(table: &Table, route: &Route, question: &Question, key: &[u8]) -> Res
     }
     let weight = |backend: &Backend| {
         let changed = weights.iter().find(|(id, _)| **id == *backend.id);
-        changed.map_or(backend.weight, |(_, weight)| *weight)
+        changed.map_or(backend.membership.weight, |(_, weight)| *weight)
     };
     let left = table.backends().iter().filter(|backend| !without.iter().any(|id| **id == *backend.id));
-    let backends: Vec<_> = left.map(|backend| Backend { weight: weight(backend), ..backend.clone() }).collect();
+    let backends: Vec<_> = left
+        .map(|backend| Backend {
+            membership: Membership { weight: weight(backend), ..backend.membership },
+            ..backend.clone()
+        })
+        .collect();
     // As the publisher does, a ring has no points of backends that leave.
     let leaves = |backend: &Backend| backend.drain.is_some_and(|drain| drain.leaves);
     let members: Vec<_> = backends
         .iter()
-        .map(|backend| Member { id: &backend.id, weight: if leaves(backend) { 0 } else { backend.weight } })
+        .map(|backend| Member { id: &backend.id, weight: if leaves(backend) { 0 } else { backend.membership.weight } })
         .collect();
     let points = members.iter().map(|member| u64::from(member.weight)).sum::<u64>()
         * u64::from(table.ring().parameters().virtual_nodes);
@@ -181,9 +191,12 @@ fn what_if(table: &Table, route: &Route, question: &Question, key: &[u8]) -> Res
     }
     let ring = Arc::new(Ring::build(table.ring().parameters(), &members));
     let after = table.what_if(ring, Members::new(backends, 0));
-    let owner =
-        |table: &Table, key: &[u8]| table.ring().lookup(key).map(|owner| Arc::clone(&table.backends()[owner].id));
-    let moves = |key: &u32| owner(table, &key.to_le_bytes()) != owner(&after, &key.to_le_bytes());
+    let (old, new) = (table.owners(), after.owners());
+    let moves = |key: &u32| {
+        let key = key.to_le_bytes();
+        let before = old.of(&key).map(|owner| &table.backends()[owner].id);
+        before != new.of(&key).map(|owner| &after.backends()[owner].id)
+    };
     let moved = (0..SAMPLE).filter(moves).count() as f64 / f64::from(SAMPLE);
     let walk = walk(&after, route, key);
     let backend = walk.into_iter().find(|step| step.attempt == Some(1)).map(|step| step.backend);

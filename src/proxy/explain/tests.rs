@@ -7,17 +7,17 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::address::Address;
-use crate::backend::{Admission, Backend, BackendPermit, Health, Live, State};
+use crate::backend::{Admission, Backend, BackendPermit, Health, Live, Membership, State};
 use crate::proxy::connect;
 use crate::proxy::key::KeyKind;
 use crate::ring::{Member, Parameters, Ring};
-use crate::table::{Members, Table, TableCell};
+use crate::table::{Members, Table, TableCell, Thresholds};
 
 fn backend(id: String, state: State, has_address: bool, part: f64) -> Backend {
     Backend {
         id: id.into(),
         address: has_address.then(|| Address::Ip(([127, 0, 0, 1], 1).into())),
-        weight: 1,
+        membership: Membership::weighing(1),
         state,
         replica: None,
         incarnation: 0,
@@ -33,9 +33,9 @@ fn backend(id: String, state: State, has_address: bool, part: f64) -> Backend {
 }
 
 fn route(key: KeyKind, backends: Vec<Backend>, panic_below: u8, attempts: usize, most: u64) -> Route {
-    let members: Vec<_> = backends.iter().map(|one| Member { id: &one.id, weight: one.weight }).collect();
+    let members: Vec<_> = backends.iter().map(|one| Member { id: &one.id, weight: one.membership.weight }).collect();
     let ring = Ring::build(Parameters { virtual_nodes: 20, probes: 3, seed: 0 }, &members);
-    let table = Table::new(7, Arc::new(ring), Members::new(backends, 0), panic_below);
+    let table = Table::new(7, Arc::new(ring), Members::new(backends, 0), Thresholds { panic_below, spill_below: 50 });
     Route {
         pool: "p".into(),
         key,

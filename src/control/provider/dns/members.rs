@@ -2,8 +2,8 @@
 //!
 //! The order of an answer has no meaning. A failed look-up removes nothing, for as long as it fails. A complete answer removes
 //! a backend that has been missing from complete answers for `gone_after`: some servers rotate a part of their addresses
-//! through the answers, and others answer with nothing for a moment. Priorities and weights of SRV records are compared with those of
-//! all backends that are there, also with those that the last answer misses.
+//! through the answers, and others answer with nothing for a moment. Priorities of SRV records are tiers. A weight is compared with
+//! those of all backends that are there and have the same priority, also with those that the last answer misses.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use super::WEIGHTS;
 use super::answer::{Answer, Found};
 use crate::address::Address;
+use crate::backend::Membership;
 use crate::control::Event;
 
 /// Wait after the first failure; doubles with each further one.
@@ -48,8 +49,8 @@ struct Member {
     misses_address: bool,
     /// Priority and weight as in the record. Unknown for a backend of an earlier process that no answer has had yet.
     rank: Option<(u16, u16)>,
-    /// The weight with which the backend has joined; `None`: another one has a better priority.
-    weight: Option<u32>,
+    /// How the backend has joined; `None`: not yet.
+    membership: Option<Membership>,
     /// The time of the first of the complete answers in a row that did not have it. Time in which look-ups failed does not count.
     missing_since: Option<Instant>,
 }
@@ -70,23 +71,23 @@ pub struct Changes {
 }
 
 impl Members {
-    /// Backends that an earlier process knew: their ids, addresses and weights. They stay until answers say otherwise.
-    pub fn inherited(known: impl IntoIterator<Item = (Arc<str>, SocketAddr, u32)>) -> (Self, Vec<Event>) {
+    /// Backends that an earlier process knew. They stay until answers say otherwise.
+    pub fn inherited(known: impl IntoIterator<Item = (Arc<str>, SocketAddr, Membership)>) -> (Self, Vec<Event>) {
         let mut members = Self::default();
         let mut events = Vec::new();
-        for (id, address, weight) in known {
-            events.extend(joined(&id, Some(address), weight));
-            let (address, weight) = (Some(address), Some(weight));
+        for (id, address, membership) in known {
+            events.extend(joined(&id, Some(address), membership));
+            let (address, membership) = (Some(address), Some(membership));
             members
                 .known
-                .insert(id, Member { address, misses_address: false, rank: None, weight, missing_since: None });
+                .insert(id, Member { address, misses_address: false, rank: None, membership, missing_since: None });
         }
         (members, events)
     }
 
     /// Number of backends, with those that are missing from the last answers.
     pub fn count(&self) -> usize {
-        self.known.values().filter(|member| member.weight.is_some()).count()
+        self.known.values().filter(|member| member.membership.is_some()).count()
     }
 
     /// Takes in an answer. `fails` tells whether a backend fails its checks or connects.
@@ -98,7 +99,7 @@ impl Members {
                 member.rank = Some(found.rank);
                 let before = member.address;
                 member.find_address(found, fails(&found.id));
-                if member.weight.is_some()
+                if member.membership.is_some()
                     && let Some(address) = member.address.filter(|_| member.address != before)
                 {
                     changes.changed += u64::from(before.is_some());
@@ -106,7 +107,7 @@ impl Members {
                 }
             } else if self.known.len() < rules.most {
                 let (address, rank) = (found.addresses.first().copied(), Some(found.rank));
-                let member = Member { address, misses_address: false, rank, weight: None, missing_since: None };
+                let member = Member { address, misses_address: false, rank, membership: None, missing_since: None };
                 self.known.insert(Arc::clone(&found.id), member);
             } else {
                 changes.too_many += 1;
@@ -134,37 +135,36 @@ impl Members {
             }
             let since = *member.missing_since.get_or_insert(now);
             let stays = now.saturating_duration_since(since) < rules.gone_after;
-            if !stays && member.weight.is_some() {
+            if !stays && member.membership.is_some() {
                 changes.leave(id, rules);
             }
             stays
         });
     }
 
-    /// Lets the backends with the best priority join, each with its weight, and the others leave.
+    /// Lets all backends join, each with its weight and with its priority as its tier.
     fn show(&mut self, rules: &Rules, changes: &mut Changes) {
-        let ranks = || self.known.values().filter_map(|member| member.rank);
-        let best = ranks().map(|(priority, _)| priority).min();
-        let most = ranks().filter(|(priority, _)| Some(*priority) == best).map(|(_, weight)| weight).max();
+        // Weights of different priorities have nothing to do with each other (RFC 2782).
+        let mut most = BTreeMap::new();
+        for (priority, weight) in self.known.values().filter_map(|member| member.rank) {
+            let most = most.entry(priority).or_insert(weight);
+            *most = weight.max(*most);
+        }
         for (id, member) in &mut self.known {
-            let wanted = match member.rank {
-                // Nobody knows better.
-                None => member.weight,
-                Some((priority, _)) if Some(priority) != best => None,
-                Some((_, weight)) if rules.has_weights => Some(scaled(weight, most.unwrap_or_default())),
-                Some(_) => Some(1),
-            };
-            match (std::mem::replace(&mut member.weight, wanted), wanted) {
-                (None, Some(weight)) => {
+            // Without a rank, nobody knows better than the earlier process.
+            let Some((priority, weight)) = member.rank else { continue };
+            let weight = if rules.has_weights { scaled(weight, most[&priority]) } else { 1 };
+            let wanted = Membership { tier: priority, ..Membership::weighing(weight) };
+            match member.membership.replace(wanted) {
+                None => {
                     changes.joined += 1;
-                    changes.events.extend(joined(id, member.address, weight));
+                    changes.events.extend(joined(id, member.address, wanted));
                 }
-                (Some(before), Some(weight)) if before != weight => {
+                Some(before) if before != wanted => {
                     changes.changed += 1;
-                    changes.events.push(Event::Joined { id: Arc::clone(id), weight });
+                    changes.events.push(Event::Joined { id: Arc::clone(id), membership: wanted });
                 }
-                (Some(_), None) => changes.leave(id, rules),
-                _ => {}
+                Some(_) => {}
             }
         }
     }
@@ -212,8 +212,8 @@ fn scaled(weight: u16, most: u16) -> u32 {
     ((weight * WEIGHTS + most / 2) / most).max(1)
 }
 
-fn joined(id: &Arc<str>, address: Option<SocketAddr>, weight: u32) -> impl Iterator<Item = Event> {
-    let joined = Event::Joined { id: Arc::clone(id), weight };
+fn joined(id: &Arc<str>, address: Option<SocketAddr>, membership: Membership) -> impl Iterator<Item = Event> {
+    let joined = Event::Joined { id: Arc::clone(id), membership };
     [joined].into_iter().chain(address.map(|address| started(id, address)))
 }
 

@@ -1,6 +1,7 @@
 use super::answer::{Fault, Found, Outcome};
 use super::members::{Changes, Rules};
 use super::*;
+use crate::backend::Membership;
 
 const GONE_AFTER: Duration = Duration::from_secs(30);
 const RULES: Rules = Rules { gone_after: GONE_AFTER, drain: Duration::from_secs(5), most: 1000, has_weights: false };
@@ -66,7 +67,12 @@ impl Bench {
     fn words(&mut self, answer: &Answer) -> Vec<String> {
         let events = self.learn(answer).events;
         let words = events.into_iter().map(|event| match event {
-            Event::Joined { id, weight } => format!("{id} joined with {weight}"),
+            Event::Joined { id, membership: Membership { weight, tier: 0, .. } } => {
+                format!("{id} joined with {weight}")
+            }
+            Event::Joined { id, membership: Membership { weight, tier, .. } } => {
+                format!("{id} joined tier {tier} with {weight}")
+            }
             Event::Started { id, address, .. } => format!("{id} is at {address}"),
             Event::Leaving { id, within } => format!("{id} leaves within {within:?}"),
             other => format!("{other:?}"),
@@ -227,22 +233,19 @@ fn weights_are_compared_with_those_of_all_backends_that_are_there() {
 }
 
 #[test]
-fn only_the_best_priority_of_all_that_are_there_counts() {
+fn a_priority_is_a_tier_with_weights_of_its_own() {
     let mut bench = Bench::of_services();
-    let (main, spare) = (target("main", &[1], 1, 0), target("spare", &[2], 2, 0));
-    assert_eq!(bench.words(&answer([main.clone(), spare.clone()])), ["main joined with 16", "main is at 10.0.0.1:80"]);
-    assert_eq!(bench.members.count(), 1);
-    // An answer that misses the main one lets no spare in.
-    assert!(bench.words(&answer([spare.clone()])).is_empty());
-    bench.now += GONE_AFTER;
+    let (main, spare) = (target("main", &[1], 1, 10), target("spare", &[2], 2, 1000));
     assert_eq!(
-        bench.words(&answer([spare.clone()])),
-        ["spare joined with 16", "spare is at 10.0.0.2:80", "main leaves within 5s"]
+        bench.words(&answer([main.clone(), spare.clone()])),
+        [
+            "main joined tier 1 with 16",
+            "main is at 10.0.0.1:80",
+            "spare joined tier 2 with 16",
+            "spare is at 10.0.0.2:80"
+        ]
     );
-    assert_eq!(
-        bench.words(&answer([main, spare])),
-        ["main joined with 16", "main is at 10.0.0.1:80", "spare leaves within 5s"]
-    );
+    assert_eq!(bench.words(&answer([main, target("spare", &[2], 0, 5)])), ["spare joined with 16"]);
 }
 
 #[test]
@@ -270,7 +273,7 @@ fn a_pool_has_a_limit_and_the_same_backends_in_every_instance() {
 #[test]
 fn what_an_earlier_process_knew_stays_until_an_answer_misses_it() {
     let address = |n: u8| SocketAddr::from(([10, 0, 0, n], 80));
-    let known = [1, 2].map(|n| (address(n).to_string().into(), address(n), 1));
+    let known = [1, 2].map(|n| (address(n).to_string().into(), address(n), Membership::weighing(1)));
     let (members, events) = Members::inherited(known);
     assert_eq!(events.len(), 4);
     let mut bench = Bench::with(members);
