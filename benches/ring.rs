@@ -12,7 +12,7 @@ use divan::counter::ItemsCount;
 use ringway::address::Address;
 use ringway::backend::{Admission, Backend, Health, Membership, State};
 use ringway::ring::{Member, Parameters, Ring};
-use ringway::table::{Members, Table, Thresholds};
+use ringway::table::{Members, Rules, Table};
 
 /// Points per member, and probes.
 const SHAPES: [(u32, u32); 4] = [(160, 1), (160, 3), (512, 3), (1000, 1)];
@@ -108,6 +108,7 @@ fn table(members: usize, down: usize) -> Table {
         health: Health { last: None, verdict: None, since: Instant::now() },
         well: None,
         admission: Admission::ALL,
+        advice: None,
         drain: None,
         live: Arc::default(),
     });
@@ -115,7 +116,7 @@ fn table(members: usize, down: usize) -> Table {
         1,
         Arc::new(ring(&sorted, 160, 3)),
         Members::new(backends, 1),
-        Thresholds { panic_below: 0, spill_below: 50 },
+        Rules { panic_below: 0, spill_below: 50, is_exclusive: false },
     )
 }
 

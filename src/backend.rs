@@ -102,6 +102,32 @@ impl Membership {
     pub const fn weighing(weight: u32) -> Self {
         Self { weight, tier: 0, max_connections: None, is_drained: false }
     }
+
+    /// Whether keys lead to the backend while it is healthy.
+    pub const fn takes_keys(&self) -> bool {
+        self.weight > 0 && !self.is_drained
+    }
+}
+
+/// What the agent of a backend says: how much of what the backend could take it should get.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Advice {
+    /// The fraction of its keys.
+    pub part: Admission,
+    /// Maximum of open connections; `None`: no other than the usual one.
+    pub max_connections: Option<u32>,
+    /// It gets no new connections.
+    pub is_drained: bool,
+    /// It does not work, whatever its checks say.
+    pub is_down: bool,
+    /// The last answer.
+    pub text: Arc<str>,
+}
+
+impl Default for Advice {
+    fn default() -> Self {
+        Self { part: Admission::ALL, max_connections: None, is_drained: false, is_down: false, text: Arc::default() }
+    }
 }
 
 /// The replica that runs in a backend's slot.
@@ -172,6 +198,8 @@ pub struct Backend {
     pub well: Option<bool>,
     /// The fraction of its keys that the backend takes now.
     pub admission: Admission,
+    /// What its agent says; `None`: it has none, or that is silent.
+    pub advice: Option<Arc<Advice>>,
     /// Set while the backend drains and gets no new connections, even while it has no replica.
     pub drain: Option<Drain>,
     /// Live counters, shared by all snapshots.
@@ -189,7 +217,7 @@ pub struct Drain {
     pub leaves: bool,
 }
 
-/// The fraction of its keys that a backend takes: all keys, or fewer during a slow start. The key alone decides whether
+/// The fraction of its keys that a backend takes: all keys, or fewer during a slow start or on the advice of its agent. The key alone decides whether
 /// it is in the fraction, so each key returns to the backend exactly once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Admission(u32);
@@ -202,6 +230,12 @@ impl Admission {
     #[expect(clippy::cast_sign_loss, reason = "clamped")]
     pub fn part(part: f64) -> Self {
         Self((part.clamp(0.0, 1.0) * f64::from(Self::ALL.0)) as u32)
+    }
+
+    /// The fraction of a fraction.
+    #[must_use]
+    pub fn of(self, other: Self) -> Self {
+        Self(((u64::from(self.0) * u64::from(other.0)) >> 16) as u32)
     }
 
     /// The fraction, in 65,536ths.
@@ -224,13 +258,34 @@ impl Admission {
 impl Backend {
     /// Maximum of open connections, where the pool allows `most` per backend.
     pub fn most_connections(&self, most: u64) -> u64 {
-        self.membership.max_connections.map_or(most, u64::from)
+        let usual = self.membership.max_connections.map_or(most, u64::from);
+        self.advice
+            .as_ref()
+            .and_then(|advice| advice.max_connections)
+            .map_or(usual, |advised| usual.min(advised.into()))
+    }
+
+    /// The membership with the weight that it has on the ring: a backend that leaves has no points.
+    pub fn membership_on_ring(&self) -> Membership {
+        let leaves = self.drain.is_some_and(|drain| drain.leaves);
+        Membership { weight: if leaves { 0 } else { self.membership.weight }, ..self.membership }
+    }
+
+    /// Whether the backend is healthy, or stands by and would be if the primary failed.
+    pub fn claims(&self) -> bool {
+        match self.state {
+            State::Healthy => true,
+            State::Standby => self.health.verdict != Some(false),
+            _ => false,
+        }
     }
 
     /// `ok`, or a short description of the failure; `None` before the first result.
     pub fn last_check(&self) -> Option<&str> {
         if self.reported_bad {
             Some("unhealthy or paused, according to the engine")
+        } else if let Some(advice) = self.advice.as_ref().filter(|advice| advice.is_down) {
+            Some(&advice.text)
         } else {
             self.health.last.as_deref()
         }

@@ -70,7 +70,7 @@ metrics! {
     BACKEND_DRAINING: Gauge "backend_draining" ["pool", "backend"] "1 while a backend is draining and receives no new connections, else 0";
     BACKEND_EJECTED: Gauge "backend_ejected" ["pool", "backend"] "1 while a backend is ejected because connects kept failing, else 0";
     EJECTIONS: Counter "backend_ejections_total" ["pool", "backend"] "Ejections of a backend because connects kept failing";
-    ADMISSION: Gauge "backend_admission_ratio" ["pool", "backend"] "Share of its keys that a backend accepts; below 1 during slow start";
+    ADMISSION: Gauge "backend_admission_ratio" ["pool", "backend"] "Share of its keys that a backend accepts; below 1 during slow start and on the advice of its agent";
     BACKEND_CONNECTIONS: Gauge "backend_connections_active" ["pool", "backend"] "Open connections to a backend";
     BACKEND_CONNECTIONS_TOTAL: Counter "backend_connections_total" ["pool", "backend"] "Connections established to a backend";
     REPLICA_RESTARTS: Counter "replica_restarts_total" ["pool", "backend"] "Replicas started in the place of an earlier one, also after planned stops";

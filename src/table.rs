@@ -9,6 +9,7 @@ use arc_swap::cache::Cache;
 use tokio::sync::watch;
 
 pub use self::members::Members;
+use self::members::Tier;
 pub use self::owners::Owners;
 use crate::address::Address;
 use crate::backend::{Admission, Backend, State};
@@ -20,6 +21,9 @@ mod owners;
 #[cfg(test)]
 mod tests;
 
+/// Points of the ring that one look at the shares may pass, several times. With more, the shares are estimates.
+const MOST_STEPS: usize = 1 << 22;
+
 /// A snapshot of one pool. Owner `i` of the ring is backend `i`.
 #[derive(Debug)]
 pub struct Table {
@@ -27,7 +31,7 @@ pub struct Table {
     ring: Arc<Ring>,
     backends: Members,
     is_panic: bool,
-    thresholds: Thresholds,
+    rules: Rules,
     /// The tiers that have candidates, lowest first.
     tiers: Vec<Candidates>,
     /// How many of them, from the lowest one, have joined: their backends get keys.
@@ -35,51 +39,69 @@ pub struct Table {
     shares_now: OnceLock<Vec<f64>>,
 }
 
-/// The percentages that decide which backends get connections.
+/// What decides which backends get connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Thresholds {
+pub struct Rules {
     /// If a smaller percentage of the backends is healthy in every tier, all are tried, whatever their checks say. 0: never.
     pub panic_below: u8,
     /// If a smaller percentage of a tier's weight is healthy, the next tier joins. 0: if no backend of the tier is healthy.
     pub spill_below: u8,
+    /// At most one backend is healthy; the others that work stand by.
+    pub is_exclusive: bool,
 }
 
 /// The backends of one tier that may get connections.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Candidates {
     tier: u16,
-    /// All backends with an address are tried, even if their checks fail.
-    takes_all: bool,
-    /// Some backends start slowly, and others can take their keys meanwhile. A slow-starting backend then gets only the keys that
-    /// its admission takes.
+    which: Which,
+    /// Some backends take only a part of their keys, because they start slowly or their agents say so, and others can take the rest.
     spares_slow_ones: bool,
     count: usize,
+}
+
+/// The backends of a tier that may get connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Which {
+    Healthy,
+    /// Those that have not been judged yet.
+    Unknown,
+    /// All with an address, even if their checks fail.
+    Reachable,
 }
 
 impl Table {
     /// Joins a ring with the backends that it was built from, in the same order. Starting and draining backends are not
     /// rated. If the rated backends of every tier are too few, the table is in panic mode and ignores the health checks.
-    pub fn new(generation: u64, ring: Arc<Ring>, backends: Members, thresholds: Thresholds) -> Self {
-        let Thresholds { panic_below, spill_below } = thresholds;
-        let mut rated = backends.tiers().iter().filter(|tier| tier.rated > 0).peekable();
-        let is_panic =
-            rated.peek().is_some() && rated.all(|tier| tier.healthy * 100 < usize::from(panic_below) * tier.rated);
+    pub fn new(generation: u64, ring: Arc<Ring>, backends: Members, rules: Rules) -> Self {
+        let Rules { panic_below, spill_below, .. } = rules;
+        let is_rated = backends.tiers().iter().any(|tier| tier.rated > 0);
+        let too_few = |tier: &Tier| match tier.rated {
+            // Its backends may all be healthy.
+            0 => tier.unknown == 0,
+            rated => tier.healthy * 100 < usize::from(panic_below) * rated,
+        };
+        let is_panic = is_rated && backends.tiers().iter().all(too_few);
         let any_healthy = backends.tiers().iter().any(|tier| tier.healthy > 0);
         let mut tiers = Vec::new();
         let (mut joined, mut has_spilled) = (0, true);
         for tier in backends.tiers() {
-            // Backends that have not been judged yet are tried before a higher tier.
-            let is_hopeful = tier.healthy == 0 && (tier.unknown > 0 || !any_healthy);
-            let takes_all = is_panic || (is_hopeful && panic_below > 0);
-            let count = if takes_all { tier.reachable } else { tier.healthy };
+            let (which, count) = match tier.healthy {
+                _ if is_panic => (Which::Reachable, tier.reachable),
+                0 if panic_below > 0 && !any_healthy => (Which::Reachable, tier.reachable),
+                // Backends that have not been judged yet are tried before a higher tier.
+                0 if panic_below > 0 => (Which::Unknown, tier.unknown),
+                healthy => (Which::Healthy, healthy),
+            };
             if count > 0 {
                 joined += usize::from(has_spilled);
                 has_spilled &= tier.is_below(spill_below);
-                let spares_slow_ones = !takes_all && tier.slow > 0 && (tier.slow < tier.healthy || has_spilled);
-                tiers.push(Candidates { tier: tier.number, takes_all, spares_slow_ones, count });
+                let is_slow = which == Which::Healthy && tier.slow > 0;
+                let spares_slow_ones = is_slow && (has_spilled || backends.admissions_differ(tier));
+                tiers.push(Candidates { tier: tier.number, which, spares_slow_ones, count });
             }
         }
-        Self { generation, ring, backends, is_panic, thresholds, tiers, joined, shares_now: OnceLock::new() }
+        Self { generation, ring, backends, is_panic, rules, tiers, joined, shares_now: OnceLock::new() }
     }
 
     /// The share of all keys that each backend gets now, in the order of the backends: those that get no connections have 0, and
@@ -92,22 +114,57 @@ impl Table {
             {
                 return self.ring.shares().to_vec();
             }
-            let joined = &self.tiers[..self.joined];
-            let tier = |owner: usize| joined.iter().position(|tier| tier.tier == self.backends[owner].membership.tier);
-            self.ring.shares_by_tier(joined.len(), tier, |owner| {
-                let tier = tier(owner).map(|tier| &joined[tier]).filter(|tier| self.may(tier, owner));
-                tier.map_or(
-                    0.0,
-                    |tier| {
-                        if tier.spares_slow_ones { self.backends[owner].admission.as_part() } else { 1.0 }
-                    },
-                )
+            let mut shares = vec![0.0; self.backends.len()];
+            let mut from = 0.0;
+            for to in self.levels() {
+                let of_level = self.shares_at(f64::midpoint(from, to));
+                std::iter::zip(&mut shares, of_level).for_each(|(sum, share)| *sum += (to - from) * share);
+                from = to;
+            }
+            shares
+        })
+    }
+
+    /// The admissions at which the shares change, up to 1. The same hash of a key decides for all backends whether they take it. Evenly
+    /// spaced ones if there are many, which makes the shares an estimate.
+    fn levels(&self) -> Vec<f64> {
+        let spare = self.tiers[..self.joined].iter().filter(|tier| tier.spares_slow_ones);
+        let mut levels: Vec<_> =
+            spare.flat_map(|tier| self.backends.admissions(tier.tier)).map(Admission::raw).collect();
+        levels.push(Admission::ALL.raw());
+        levels.sort_unstable();
+        levels.dedup();
+        let most = (MOST_STEPS / self.ring.points().max(1)).clamp(4, 64);
+        if levels.len() > most {
+            return (1..=most).map(|n| n as f64 / most as f64).collect();
+        }
+        levels.into_iter().map(|level| level as f64 / Admission::ALL.raw() as f64).collect()
+    }
+
+    /// The shares of those keys whose hash for admissions is here, from 0 to 1.
+    fn shares_at(&self, hash: f64) -> Vec<f64> {
+        let joined = &self.tiers[..self.joined];
+        let takes = |one: Admission| one.as_part() > hash;
+        // A key that all backends of the last tier spare goes to its own.
+        let spares: Vec<_> = joined
+            .iter()
+            .enumerate()
+            .map(|(n, tier)| {
+                tier.spares_slow_ones && (n + 1 < joined.len() || self.backends.admissions(tier.tier).any(takes))
             })
+            .collect();
+        let tier = |owner: usize| joined.iter().position(|tier| tier.tier == self.backends[owner].membership.tier);
+        self.ring.shares_by_tier(joined.len(), tier, |owner| {
+            let number = tier(owner).filter(|&number| self.may(&joined[number], owner));
+            number.is_some_and(|number| !spares[number] || takes(self.backends[owner].admission))
         })
     }
 
     /// The share of all keys that a backend would get if it were healthy, and the others take theirs as now.
     pub fn share_if_it_took(&self, owner: usize) -> f64 {
+        if self.rules.is_exclusive && self.any_healthy() && self.backends[owner].state != State::Healthy {
+            return 0.0;
+        }
         let mut backends = self.backends.clone();
         let (state, admission, drain) = (State::Healthy, Admission::ALL, None);
         backends.set(owner, Backend { state, admission, drain, ..backends[owner].clone() });
@@ -117,12 +174,12 @@ impl Table {
     /// The table that the pool would have with this ring and these backends.
     #[must_use]
     pub fn what_if(&self, ring: Arc<Ring>, backends: Members) -> Self {
-        Self::new(self.generation, ring, backends, self.thresholds)
+        Self::new(self.generation, ring, backends, self.rules)
     }
 
     /// Who gets which key if every backend is healthy.
     pub fn owners(&self) -> Owners<'_> {
-        Owners::new(&self.ring, self.backends.iter().map(|backend| backend.membership))
+        Owners::new(&self.ring, self.backends.iter().map(Backend::membership_on_ring))
     }
 
     /// The snapshot's number within its pool, from 0.
@@ -142,7 +199,7 @@ impl Table {
 
     /// Whether at least one backend is healthy and on the ring.
     pub fn any_healthy(&self) -> bool {
-        self.backends.tiers().iter().any(|tier| tier.healthy > 0)
+        self.healthy() > 0
     }
 
     /// The tiers that get keys now, lowest first; empty if no backend does.
@@ -156,9 +213,24 @@ impl Table {
         self.joined_tiers().last() > lowest
     }
 
-    /// Number of healthy backends.
+    /// Number of healthy backends on the ring.
     pub fn healthy(&self) -> usize {
-        self.backends.count(State::Healthy)
+        self.backends.tiers().iter().map(|tier| tier.healthy).sum()
+    }
+
+    /// Whether at most one backend may be healthy.
+    pub fn is_exclusive(&self) -> bool {
+        self.rules.is_exclusive
+    }
+
+    /// Number of backends that can take over from one that fails, with that one: those that get connections, or would if they were
+    /// healthy. In an exclusive pool, only those whose checks pass can.
+    pub fn taking(&self) -> usize {
+        if self.rules.is_exclusive {
+            self.backends.iter().filter(|backend| backend.claims()).count()
+        } else {
+            self.backends.taking()
+        }
     }
 
     /// Whether the table is in panic mode: so few backends are healthy that all are tried.
@@ -166,10 +238,13 @@ impl Table {
         self.is_panic
     }
 
-    /// Whether the backend is still there, is still the same incarnation, and neither drains nor stands by.
+    /// Whether the backend is still there, is still the same incarnation, and may have connections: it does not drain, and holds the
+    /// pool if that is exclusive.
     pub fn still_takes(&self, id: &str, incarnation: u64) -> bool {
         self.backends.find(id).is_some_and(|backend| {
-            backend.incarnation == incarnation && !matches!(backend.state, State::Draining | State::Standby)
+            backend.incarnation == incarnation
+                && backend.state != State::Draining
+                && (!self.rules.is_exclusive || backend.state == State::Healthy)
         })
     }
 
@@ -185,8 +260,8 @@ impl Table {
     /// draining ones. The checks may be wrong, and the few healthy backends might not bear the whole load. The connect
     /// then shows which backends work.
     ///
-    /// The backends of one tier come after those of another. A key whose backend in tier 0 is healthy begins there, also while tier 1
-    /// has joined. The other keys begin in tier 1.
+    /// The backends of one tier come after those of another. A key whose backend in tier 0 is healthy and takes it begins there, also
+    /// while tier 1 has joined. The other keys begin in tier 1.
     pub fn candidates(&self, key: &[u8]) -> impl Iterator<Item = (&Backend, &Address)> {
         let first = self.first_tier(key);
         let others = self.tiers.iter().enumerate().filter(move |(n, _)| *n != first).map(|(_, tier)| tier);
@@ -227,8 +302,11 @@ impl Table {
 
     /// Whether a backend of the tier may get connections.
     fn may(&self, tier: &Candidates, owner: usize) -> bool {
-        let may = if tier.takes_all { &self.backends.reachable } else { &self.backends.healthy };
-        may.has(owner)
+        match tier.which {
+            Which::Healthy => self.backends.healthy.has(owner),
+            Which::Unknown => self.backends.unknown.has(owner),
+            Which::Reachable => self.backends.reachable.has(owner),
+        }
     }
 }
 

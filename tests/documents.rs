@@ -194,14 +194,18 @@ fn defaults() -> BTreeMap<String, String> {
             ("{ kind: http, host: h, body: b }", "0.0.0.0:1"),
             ("{ kind: tls, sni: a.example, alpn: [h2] }", "0.0.0.0:1"),
             ("{ kind: expect, expect: x }", "unix:/s"),
+            ("{ kind: expect, steps: [{ expect: x }, { expect: y }] }", "0.0.0.0:1"),
+            ("{ kind: grpc }", "0.0.0.0:1"),
+            ("{ kind: exec, command: [x] }", "0.0.0.0:1"),
         ];
         for (check, listen) in checks {
+            let agent = if listen == "unix:/s" { "off" } else { "{ port: 1 }" };
             let send = if listen == "unix:/s" { "off" } else { "{ version: v2, tlvs: [alpn], pass: [1] }" };
             let yaml = format!(
                 "access_log: {{ path: stdout }}\nconfig_watch: {{}}\napi: {{ token_file: t }}\n\
                  listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }}, proxy_protocol: {{ from: [10.0.0.0/8] }}, \
                  routes: [{{ sni: [a.b], alpn: [h2], from: [10.0.0.0/8], tls: true, pool: p }}] }}]\n\
-                 pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check}, send_proxy: {send} }}]"
+                 pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check}, send_proxy: {send}, agent: {agent} }}]"
             );
             let config = Config::parse(&yaml, "test").unwrap();
             flatten("", &serde_yaml::from_str(&config.to_yaml()).unwrap(), &mut keys);

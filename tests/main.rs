@@ -7,6 +7,7 @@
 mod harness;
 mod health;
 
+mod agent;
 mod backends_file;
 mod bytes;
 mod changes;
@@ -29,6 +30,7 @@ mod page;
 mod prometheus;
 mod proxy_protocol;
 mod real_servers;
+mod recipes;
 mod reload;
 mod replicas;
 mod routes;

@@ -172,6 +172,9 @@ pub struct Member {
     pub bytes: Moved,
     pub health: Health,
     pub admission: f64,
+    /// `None`: it has no agent, or that is silent, or hidden.
+    #[serde(default)]
+    pub agent: Option<String>,
     pub drain: Option<Drain>,
     pub ejections: u64,
 }
@@ -252,6 +255,7 @@ impl Status {
             pool.differs.clear();
             for (n, member) in pool.backends.iter_mut().enumerate() {
                 (member.address, member.replica, member.last_exit, member.health.last) = (None, None, None, None);
+                member.agent = None;
                 // Without an id in the config, the address is the id.
                 if Location::parse(&member.id).is_ok() {
                     member.id = format!("backend-{}", n + 1);
@@ -426,6 +430,7 @@ impl Member {
                 since_seconds: now.saturating_duration_since(backend.health.since).as_secs_f64(),
             },
             admission: four_digits(backend.admission.as_part()),
+            agent: backend.advice.as_ref().map(|advice| advice.text.to_string()),
             drain: backend.drain.map(|drain| Drain::of(drain, now)),
             ejections: live.ejections.load(Ordering::Relaxed),
         }

@@ -12,7 +12,7 @@ use super::changes::Changes;
 use super::provider::listed;
 use super::reload::ReloadPlan;
 use super::{App, StartError};
-use crate::backend::{Backend, State};
+use crate::backend::Backend;
 use crate::config::{Config, Pool, StaticBackend};
 use crate::control::Event;
 use crate::control::command::{Command, CommandError, Moved, Report};
@@ -51,14 +51,17 @@ impl App {
             Command::Drain { pool, backend, within } => return self.plan_drain(pool, &backend, within),
             Command::Undrain { pool, backend } => {
                 self.check_backend(&pool, &backend)?;
-                if self.is_drained_by_list(&pool, &backend) {
-                    return Err(CommandError::DrainedByList { pool, backend });
-                }
+                let is_listed = self.is_drained_by_list(&pool, &backend);
                 if !changes.of(&pool).drained.remove(&backend) {
-                    return Ok(Planned::Report(Report::default()));
+                    let error = CommandError::DrainedByList { pool, backend };
+                    return if is_listed { Err(error) } else { Ok(Planned::Report(Report::default())) };
                 }
                 let event = Event::DrainCancelled { id: backend.as_str().into() };
-                let summary = format!("{pool}/{backend}: accepting connections again");
+                let summary = if is_listed {
+                    format!("{pool}/{backend}: drained only by its entry in the list of backends")
+                } else {
+                    format!("{pool}/{backend}: accepting connections again")
+                };
                 return Ok(Planned::Notify { pool, event, changes, summary });
             }
             Command::Weight { pool, backend, weight } => {
@@ -153,8 +156,12 @@ impl App {
             }
             Event::DrainCancelled { id } => position(id).map(|at| {
                 // An unhealthy backend gets nothing back.
-                let is_well = table.backends()[at].well != Some(false);
-                if is_well { table.share_if_it_took(at) } else { 0.0 }
+                let backend = &table.backends()[at];
+                if backend.well != Some(false) && !backend.membership.is_drained {
+                    table.share_if_it_took(at)
+                } else {
+                    0.0
+                }
             }),
             _ => None,
         };
@@ -186,7 +193,7 @@ impl App {
     fn is_last_healthy(&self, pool: &str, backend: &str) -> bool {
         let running = self.pools.iter().find(|known| known.config().name == pool);
         let table = running.map(|running| running.route.table.load());
-        let is_other = |one: &Backend| *one.id != *backend && one.state == State::Healthy;
+        let is_other = |one: &Backend| *one.id != *backend && one.claims();
         !table.is_some_and(|table| table.backends().iter().any(is_other))
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use super::App;
 use super::changes::Changes;
-use crate::backend::Membership;
+use crate::backend::{Membership, State};
 use crate::config::diff::differences;
 use crate::config::{self, Config, Provider};
 use crate::control::command::{Moved, Report};
@@ -114,6 +114,12 @@ impl Running {
         let changed: Vec<_> = changed.collect();
         let keys = (ALL_KEYS / changed.len().max(1)).clamp(LEAST_KEYS, MOST_KEYS) as u32;
         let moved = changed.into_iter().filter_map(|(pool, table, members)| {
+            if pool.is_exclusive {
+                // All keys go to the holder.
+                let holder = table.backends().iter().find(|backend| backend.state == State::Healthy)?;
+                let stays = members.iter().any(|(id, one)| **id == *holder.id && one.takes_keys());
+                return (!stays).then(|| Moved { pool: pool.name.clone(), share: 1.0 });
+            }
             let views: Vec<_> = members.iter().map(|(id, one)| Member { id, weight: one.weight }).collect();
             let ring = Ring::build(pool.parameters(), &views);
             let (old, new) = (table.owners(), Owners::new(&ring, members.iter().map(|(_, one)| *one)));

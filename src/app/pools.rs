@@ -22,7 +22,7 @@ use crate::backend::Failing;
 use crate::config::{self, Config};
 use crate::control::publisher::Publisher;
 use crate::control::supervisor::handover::Handed;
-use crate::control::{Event, ejection, health};
+use crate::control::{Event, agent, ejection, health};
 use crate::proxy::Route;
 
 /// Capacity of the queue of reports about failing backends. A full queue drops the report, and the backend's next
@@ -49,6 +49,7 @@ pub(super) struct Pool {
     events: mpsc::Sender<Event>,
     queue: Option<mpsc::Receiver<Event>>,
     health: watch::Sender<Option<health::Settings>>,
+    agent: watch::Sender<Option<agent::Settings>>,
     ejection: watch::Sender<Option<ejection::Settings>>,
     reports: mpsc::Sender<Failing>,
     source: Box<dyn Source>,
@@ -87,6 +88,7 @@ pub(super) async fn prepare(
         events,
         queue: Some(queue),
         health: watch::Sender::new(pool.health_check.clone()),
+        agent: watch::Sender::new(pool.agent.clone()),
         ejection: watch::Sender::new(pool.ejection.map(|ejection| ejection.settings)),
         reports,
         source,
@@ -112,6 +114,13 @@ impl Prepared {
         let checks =
             health::check_all(table.clone(), self.pool.health.subscribe(), events.clone(), tasks.not_done.clone());
         tasks.spawn_check(until(over.clone(), checks));
+        let asking = agent::ask_all(
+            Arc::clone(&self.pool.route.pool),
+            table.clone(),
+            self.pool.agent.subscribe(),
+            events.clone(),
+        );
+        tasks.spawn_check(until(over.clone(), asking));
         let settings = self.pool.ejection.subscribe();
         let ejection = ejection::eject(table.clone(), settings, self.reports, events.clone());
         tasks.spawn(until(over.clone(), ejection));
@@ -154,6 +163,7 @@ impl Pool {
             self.tell(event).await;
         }
         change(&self.health, new.health_check.clone());
+        change(&self.agent, new.agent.clone());
         change(&self.ejection, new.ejection.map(|ejection| ejection.settings));
         self.config = new;
     }

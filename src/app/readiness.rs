@@ -52,9 +52,8 @@ pub(super) async fn become_ready(state: Arc<State>) {
 }
 
 /// A pool whose list has no backend that takes keys would not become healthy.
-fn is_empty_on_purpose(pool: &Route, provider: &ProviderView) -> bool {
-    let takes_keys = |backend: &Backend| backend.membership.weight > 0 && !backend.membership.is_drained;
-    provider.status.has_list() && !pool.table.load().backends().iter().any(takes_keys)
+pub(super) fn is_empty_on_purpose(pool: &Route, provider: &ProviderView) -> bool {
+    provider.status.has_list() && !pool.table.load().backends().iter().any(|backend| backend.membership.takes_keys())
 }
 
 /// A backend without an address waits for its name or its replica, which can take long.

@@ -15,6 +15,7 @@ use super::inheritance::Sockets;
 use super::listeners::{self, Bound, Listener};
 use super::outlook::Outlook;
 use super::pools::{self, Prepared, Update};
+use super::readiness::is_empty_on_purpose;
 use super::{App, Log, StartError, engine, open_log};
 use crate::config::{Config, Fault};
 use crate::control::Event;
@@ -135,7 +136,9 @@ impl App {
                         stop.cancel();
                     }
                     let started = prepared.start(&self.tasks);
-                    fresh.push(started.route.table.clone());
+                    if !is_empty_on_purpose(&started.route, &started.provider) {
+                        fresh.push(started.route.table.clone());
+                    }
                     started
                 }
                 // `prepare` plans an update only for a pool that exists.

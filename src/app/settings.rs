@@ -15,7 +15,7 @@ use crate::control::publisher;
 use crate::metrics::{self, Exporter};
 use crate::proxy::{self, Reports, Route};
 use crate::proxy_header::OwnHeader;
-use crate::table::{TableCell, Thresholds};
+use crate::table::{Rules, TableCell};
 
 /// The parts of a route that last as long as its pool: the table, the counters and the histogram. [`route`] adds the
 /// settings.
@@ -92,8 +92,11 @@ pub(super) fn publishing(pool: &config::Pool) -> publisher::Settings {
     publisher::Settings {
         parameters: pool.parameters(),
         is_checked: pool.health_check.is_some(),
-        thresholds: Thresholds { panic_below: pool.panic_threshold, spill_below: pool.spill_below },
-        is_exclusive: pool.is_exclusive,
+        rules: Rules {
+            panic_below: pool.panic_threshold,
+            spill_below: pool.spill_below,
+            is_exclusive: pool.is_exclusive,
+        },
         on_down: pool.on_down,
         drain: pool.drain,
         slow_start: pool.slow_start,

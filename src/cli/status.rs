@@ -184,7 +184,10 @@ pub(super) fn rollout(pool: &Pool) -> Option<String> {
     if outdated == 0 {
         return None;
     }
-    let waits_for = pool.backends.iter().find(|backend| !backend.outdated && backend.state != "healthy");
+    let waits_for = pool
+        .backends
+        .iter()
+        .find(|backend| !backend.outdated && !["healthy", "standby"].contains(&backend.state.as_str()));
     let waits_for = waits_for.map(|backend| format!(": Ringway waits until {} is healthy", backend.id));
     let (of, noun) = (pool.backends.len(), if outdated == 1 { "has" } else { "have" });
     Some(format!(

@@ -12,7 +12,8 @@ use super::{
     AccessList, Api, Config, Containers, Ejection, Listener, PerSource, Pool, Process, Provider, Relay, Restart, Route,
     variables,
 };
-use crate::control::health::{self, Kind};
+use crate::control::agent;
+use crate::control::health::{self, Kind, Step};
 use crate::control::provider::dns::{self, Question, Servers};
 use crate::labels::Label as _;
 use crate::networks::Networks;
@@ -203,6 +204,7 @@ fn pool(pool: &Pool) -> Value {
         ("send_proxy", off(pool.send_proxy.as_ref().map(send_proxy))),
         ("timeouts", timeouts),
         ("health_check", health_check(pool.health_check.as_ref(), pool.send_proxy.as_ref())),
+        ("agent", off(pool.agent.as_ref().map(agent))),
         ("ejection", off(pool.ejection.map(ejection))),
         ("panic_threshold", pool.panic_threshold.into()),
         ("on_down", pool.on_down.as_str().into()),
@@ -340,6 +342,15 @@ fn send_proxy(send: &SendProxy) -> Value {
     ])
 }
 
+fn agent(agent: &agent::Settings) -> Value {
+    map([
+        ("port", agent.port.into()),
+        ("interval", duration(agent.interval)),
+        ("timeout", duration(agent.timeout)),
+        ("send", agent.send.as_str().into()),
+    ])
+}
+
 fn ejection(ejection: Ejection) -> Value {
     map([
         ("after", ejection.after.into()),
@@ -364,12 +375,25 @@ fn health_check(check: Option<&health::Settings>, send: Option<&SendProxy>) -> V
             entries.extend(http.body.as_deref().map(|body| ("body", body.into())));
             entries
         }
-        Kind::Expect(expect) => vec![
-            ("kind", "expect".into()),
-            ("send", bytes_value(&expect.send)),
-            ("expect", bytes_value(&expect.expect)),
-            ("match", if expect.is_prefix { Match::Prefix } else { Match::Contains }.as_str().into()),
-        ],
+        Kind::Expect(expect) => {
+            let step = |step: &Step| {
+                let kind = if step.is_prefix { Match::Prefix } else { Match::Contains };
+                let (send, expect) = (bytes_value(&step.send), bytes_value(&step.expect));
+                [("send", send), ("expect", expect), ("match", kind.as_str().into())]
+            };
+            let mut entries = vec![("kind", "expect".into())];
+            match &expect.steps[..] {
+                [one] => entries.extend(step(one)),
+                steps => entries.push(("steps", list(steps.iter().map(|one| map(step(one)))))),
+            }
+            entries.push(("goodbye", bytes_value(&expect.goodbye)));
+            entries
+        }
+        Kind::Grpc(grpc) => vec![("kind", "grpc".into()), ("service", grpc.service.as_str().into())],
+        Kind::Exec(exec) => {
+            let command = list(exec.command.iter().map(|word| word.as_str().into()));
+            vec![("kind", "exec".into()), ("command", command)]
+        }
         Kind::Tls(tls) => {
             let mut entries = vec![("kind", "tls".into())];
             entries.extend(tls.sni.as_deref().map(|name| ("sni", name.into())));

@@ -41,6 +41,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::control::agent;
 use crate::control::ejection;
 use crate::control::health;
 use crate::control::publisher::OnDown;
@@ -270,6 +271,8 @@ pub struct Pool {
     pub timeouts: Timeouts,
     /// Health checks of the backends; `None`: off.
     pub health_check: Option<health::Settings>,
+    /// The agents of the backends; `None`: none.
+    pub agent: Option<agent::Settings>,
     /// Ejection of backends after failed connects; `None`: off.
     pub ejection: Option<Ejection>,
     /// Panic mode starts when fewer than this percentage of backends are healthy. Ringway then uses all backends.
@@ -355,7 +358,7 @@ impl Pool {
             return false;
         };
         let has = |bytes: &[u8]| bytes.windows(2).any(|pair| matches!(pair, b"\\r" | b"\\n"));
-        has(&expect.send) || has(&expect.expect)
+        expect.steps.iter().any(|step| has(&step.send) || has(&step.expect)) || has(&expect.goodbye)
     }
 
     /// The PROXY header that the side port sends to backends. It follows the checks only for `local_as_proxy`.
@@ -424,9 +427,9 @@ impl Config {
         });
         let idle = self.pools.iter().filter_map(|pool| {
             let backends = pool.provider.static_backends()?;
-            let takes_keys = |one: &StaticBackend| one.membership.weight > 0 && !one.membership.is_drained;
             let what = "has no backend that gets connections: Ringway resets the connections of this pool";
-            (!backends.iter().any(takes_keys)).then(|| warning(format!("pools[{}].provider.static", pool.name), what))
+            (!backends.iter().any(|one| one.membership.takes_keys()))
+                .then(|| warning(format!("pools[{}].provider.static", pool.name), what))
         });
         unused.chain(refuses).chain(escapes).chain(twice).chain(idle).collect()
     }

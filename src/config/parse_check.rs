@@ -9,13 +9,13 @@ use serde_yaml::Value;
 use super::parse_routes::protocols;
 use super::reader::{Item, Section, narrow, show};
 use crate::client_hello::host_name;
-use crate::control::health::{self, Check, Expect, Http, Kind, Tls};
+use crate::control::health::{self, Check, Exec, Expect, Grpc, Http, Kind, Step, Tls};
 use crate::label_enum;
 use crate::labels::Label as _;
 use crate::proxy_header::{OwnHeader, Version};
 
 label_enum! {
-    pub(super) enum CheckKind { Tcp => "tcp", Http => "http", Expect => "expect", Tls => "tls", None => "none", }
+    pub(super) enum CheckKind { Tcp => "tcp", Http => "http", Expect => "expect", Tls => "tls", Grpc => "grpc", Exec => "exec", None => "none", }
 }
 
 label_enum! {
@@ -23,7 +23,7 @@ label_enum! {
 }
 
 /// The keys that apply to only one kind of check.
-const OF_KINDS: [(&str, CheckKind); 9] = [
+const OF_KINDS: [(&str, CheckKind); 13] = [
     ("path", CheckKind::Http),
     ("host", CheckKind::Http),
     ("status", CheckKind::Http),
@@ -31,17 +31,22 @@ const OF_KINDS: [(&str, CheckKind); 9] = [
     ("send", CheckKind::Expect),
     ("expect", CheckKind::Expect),
     ("match", CheckKind::Expect),
+    ("steps", CheckKind::Expect),
+    ("goodbye", CheckKind::Expect),
     ("sni", CheckKind::Tls),
     ("alpn", CheckKind::Tls),
+    ("service", CheckKind::Grpc),
+    ("command", CheckKind::Exec),
 ];
 
 /// `grace`: how long a new backend may fail its checks and still count as starting.
-/// `on_unix`: a backend has a Unix socket. `version`: of the PROXY header that backends get.
+/// `is_exclusive`: at most one backend may pass. `on_unix`: a backend has a Unix socket. `version`: of the PROXY header that backends get.
 pub(super) fn health_check(
     mut section: Section<'_>,
     grace: Duration,
     on_unix: bool,
     version: Option<Version>,
+    is_exclusive: bool,
 ) -> Option<health::Settings> {
     let kind: CheckKind = section.choice("kind");
     for (key, other) in OF_KINDS.into_iter().filter(|&(_, other)| other != kind) {
@@ -54,6 +59,8 @@ pub(super) fn health_check(
         CheckKind::Http => Kind::Http(http(&mut section)),
         CheckKind::Expect => Kind::Expect(expect(&mut section)),
         CheckKind::Tls => Kind::Tls(tls(&mut section)),
+        CheckKind::Grpc => Kind::Grpc(grpc(&mut section)),
+        CheckKind::Exec => Kind::Exec(exec(&mut section)),
     };
     let port = section.item("port");
     if let Some(item) = port.as_ref().filter(|_| on_unix) {
@@ -73,6 +80,7 @@ pub(super) fn health_check(
         rise: narrow(section.integer("rise")),
         fall: narrow(section.integer("fall")),
         grace,
+        trusts: !is_exclusive,
     };
     section.finish();
     (kind != CheckKind::None).then_some(check)
@@ -87,10 +95,10 @@ fn send_proxy(section: &mut Section<'_>, kind: CheckKind, version: Option<Versio
     let Some(item) = section.item("send_proxy") else { return usual_header(version, port) };
     match kind {
         CheckKind::None => item.fault("there are no checks: set another kind, or remove this key"),
-        CheckKind::Tcp if item.value.is_bool() => {
-            item.fault("a tcp check sends no bytes: set another kind, or remove this key");
+        CheckKind::Tcp | CheckKind::Exec if item.value.is_bool() => {
+            item.fault("a check of this kind sends no bytes: set another kind, or remove this key");
         }
-        CheckKind::Tcp | CheckKind::Http | CheckKind::Expect | CheckKind::Tls => {}
+        _ => {}
     }
     let is_local = item.value.as_bool() == Some(true);
     let is_addresses = item.value.as_str() == Some("local_as_proxy");
@@ -143,7 +151,35 @@ fn status(item: &Item<'_>) -> Option<RangeInclusive<u16>> {
     range.map(|(first, last): (u16, u16)| first..=last)
 }
 
+/// One step from the keys of the check, or several from `steps`.
 fn expect(section: &mut Section<'_>) -> Expect {
+    let steps = if let Some(item) = section.item("steps") {
+        if let Some(item) = ["send", "expect", "match"].into_iter().find_map(|key| section.item(key)) {
+            item.fault("does not apply with steps, which have keys of their own: move it into a step");
+        }
+        let steps = item.list();
+        if steps.is_empty() && item.value.is_sequence() {
+            item.fault("is empty: give at least one step like { send: \"PING\\r\\n\", expect: \"+PONG\" }");
+        }
+        let of = |item: Item<'_>| {
+            if let Some(text) = item.value.as_str() {
+                item.fault(format_args!("{text:?} is not a section: write {{ expect: {text:?} }}"));
+                return None;
+            }
+            let mut section = item.section();
+            let step = step(&mut section);
+            section.finish();
+            Some(step)
+        };
+        steps.into_iter().filter_map(of).collect()
+    } else {
+        vec![step(section)]
+    };
+    let goodbye = section.item("goodbye").and_then(|item| bytes(&item)).unwrap_or_default();
+    Expect { steps, goodbye }
+}
+
+fn step(section: &mut Section<'_>) -> Step {
     let send = section.item("send").and_then(|item| bytes(&item)).unwrap_or_default();
     let expect = section.required("expect", "the bytes that the answer starts with or contains").and_then(|item| {
         let bytes = bytes(&item)?;
@@ -153,7 +189,32 @@ fn expect(section: &mut Section<'_>) -> Expect {
         Some(bytes)
     });
     let is_prefix = section.choice::<Match>("match") == Match::Prefix;
-    Expect { send, expect: expect.unwrap_or_default(), is_prefix }
+    Step { send, expect: expect.unwrap_or_default(), is_prefix }
+}
+
+/// Longest name of a gRPC service in bytes.
+const LONGEST_SERVICE: usize = 127;
+
+fn grpc(section: &mut Section<'_>) -> Grpc {
+    let service = section.item("service").and_then(|item| {
+        let name = item.text()?;
+        if name.len() > LONGEST_SERVICE {
+            item.fault(format_args!("is longer than {LONGEST_SERVICE} bytes"));
+        }
+        Some(name)
+    });
+    Grpc { service: service.unwrap_or_default() }
+}
+
+fn exec(section: &mut Section<'_>) -> Exec {
+    let command = section.required("command", "a list of the program and its arguments").map(|item| {
+        let words: Vec<_> = item.list().iter().filter_map(Item::text).collect();
+        if item.value.is_sequence() && words.first().is_none_or(String::is_empty) {
+            item.fault("is empty: give a program and its arguments");
+        }
+        words
+    });
+    Exec { command: command.unwrap_or_default() }
 }
 
 fn tls(section: &mut Section<'_>) -> Tls {

@@ -6,6 +6,7 @@ use super::parse_routes::RESET;
 use super::reader::{Item, Section, name, narrow, show};
 use super::remedy::hint;
 use super::{Connect, Ejection, Pool, Provider, Timeouts, parse_check, parse_provider};
+use crate::control::agent;
 use crate::control::ejection;
 use crate::control::publisher::OnDown;
 use crate::labels::Label as _;
@@ -42,10 +43,11 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         timeouts.finish();
         settings
     };
-    let health_check = parse_check::health_check(section.section("health_check"), grace, on_unix, version);
     let mut tiers = section.section("tiers");
     let (spill_below, is_exclusive) = (narrow(tiers.integer("spill_below")), tiers.truth("exclusive"));
     tiers.finish();
+    let checks = section.section("health_check");
+    let health_check = parse_check::health_check(checks, grace, on_unix, version, is_exclusive);
     let (panic_threshold, on_down) = (narrow(section.integer("panic_threshold")), section.choice("on_down"));
     let (panic_threshold, on_down) = if is_exclusive {
         check_exclusive(&mut section, health_check.is_some());
@@ -62,6 +64,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         send_proxy,
         timeouts,
         health_check,
+        agent: section.item("agent").and_then(|item| agent(&item, on_unix)),
         ejection: ejection(&mut section),
         panic_threshold,
         spill_below,
@@ -79,11 +82,14 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
 }
 
 impl Pool {
-    /// Why the check cannot use its port, in words. The parser has checked the file; a command can add a backend.
+    /// Why the check or the agent cannot use its port, in words. The parser has checked the file; a command can add a backend.
     pub fn check_port_fault(&self) -> Option<String> {
-        let port = self.health_check.as_ref()?.check.port?;
-        let problem = "health_check.port needs backends with a TCP address, and a backend has a Unix socket";
-        self.provider.has_unix_sockets().then(|| format!("{problem}: remove the backend, or the key (port {port})"))
+        let of_check =
+            self.health_check.as_ref().and_then(|health| health.check.port).map(|port| ("health_check", port));
+        let (key, port) = of_check.or(self.agent.as_ref().map(|agent| ("agent", agent.port)))?;
+        let problem =
+            "needs backends with a TCP address, and a backend has a Unix socket: remove the backend, or the key";
+        self.provider.has_unix_sockets().then(|| format!("{key}.port {problem} (port {port})"))
     }
 
     /// Returns a fault text if the pool's ring would have too many points.
@@ -184,6 +190,26 @@ fn send_proxy(item: &Item<'_>) -> Option<SendProxy> {
     }
     section.finish();
     Some(send)
+}
+
+/// The agents of the backends. `on_unix`: a backend has a Unix socket.
+fn agent(item: &Item<'_>, on_unix: bool) -> Option<agent::Settings> {
+    if item.is_off() {
+        return None;
+    }
+    if on_unix {
+        item.fault("a backend of this pool has a Unix socket, and an agent needs an IP address: remove this key");
+    }
+    let mut section = item.clone().section();
+    let port = section.required("port", "the port on which the agents listen").and_then(|item| item.integer());
+    let settings = agent::Settings {
+        port: narrow(port.unwrap_or(1)),
+        interval: section.duration("interval"),
+        timeout: section.duration("timeout"),
+        send: section.item("send").and_then(|item| item.text()).unwrap_or_default(),
+    };
+    section.finish();
+    Some(settings)
 }
 
 fn ejection(pool: &mut Section<'_>) -> Option<Ejection> {

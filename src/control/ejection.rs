@@ -71,7 +71,7 @@ impl Pool {
         let is_in = backends
             .find(&report.backend)
             .is_some_and(|backend| backend.incarnation == report.incarnation && backend.state == State::Healthy);
-        Self { backends: backends.taking(), ejected: backends.count(State::Ejected), is_in }
+        Self { backends: table.taking(), ejected: backends.count(State::Ejected), is_in }
     }
 }
 

@@ -6,10 +6,12 @@
 //! - [`docker`]: how the provider and the supervisor see a Docker engine
 //! - [`supervisor`]: keeps the configured number of replicas running
 //! - [`health`]: checks backends
+//! - [`agent`]: asks programs beside the backends how many connections those should get
 //! - [`command`]: the commands that Ringway accepts at run time
 //! - [`ejection`]: ejects backends that fail connects
 //! - [`publisher`]: receives the events of all the others; the only writer of the table
 
+pub mod agent;
 pub mod command;
 pub mod docker;
 pub mod ejection;
@@ -24,7 +26,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use crate::address::Address;
-use crate::backend::{Exit, Membership, Replica};
+use crate::backend::{Advice, Exit, Membership, Replica};
 
 /// One input to the publisher of a pool, from a provider, the supervisor, the health checks, ejection, or a command.
 ///
@@ -113,6 +115,15 @@ pub enum Event {
         /// Time until Ringway resets the connections that are still open; zero: at once.
         within: Duration,
     },
+    /// The agent of the backend says something else than before.
+    Advised {
+        /// Ring identity.
+        id: Arc<str>,
+        /// The replica that the agent speaks for.
+        incarnation: u64,
+        /// What it says; `None`: it has been silent for too long, or Ringway no longer asks.
+        advice: Option<Arc<Advice>>,
+    },
     /// A health check finished.
     Checked {
         /// Ring identity.
@@ -121,7 +132,7 @@ pub enum Event {
         incarnation: u64,
         /// The verdict of rise and fall; `None` while undecided.
         healthy: Option<bool>,
-        /// The check failed because the backend gave another answer than the expected one.
+        /// The backend has answered lately: if it is unhealthy, then because its answers say no.
         has_declined: bool,
         /// `ok`, or a short reason for the failure.
         result: Arc<str>,
@@ -144,6 +155,7 @@ impl Event {
             | Self::Retiring { id, .. }
             | Self::DrainCancelled { id }
             | Self::Leaving { id, .. }
+            | Self::Advised { id, .. }
             | Self::Checked { id, .. } => Some(id),
         }
     }

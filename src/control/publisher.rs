@@ -24,7 +24,7 @@ use crate::backend::{Eviction, State};
 use crate::label_enum;
 use crate::labels::Label as _;
 use crate::ring::{Parameters, Ring};
-use crate::table::{Members, Table, TableCell, Thresholds};
+use crate::table::{Members, Rules, Table, TableCell};
 
 /// Capacity of the event queue. A sender waits while the queue is full.
 const QUEUE: usize = 256;
@@ -50,10 +50,8 @@ pub struct Settings {
     pub parameters: Parameters,
     /// Whether backends must pass a check before they count as healthy.
     pub is_checked: bool,
-    /// The percentages that decide which backends get connections.
-    pub thresholds: Thresholds,
-    /// At most one backend gets connections.
-    pub is_exclusive: bool,
+    /// What decides which backends get connections.
+    pub rules: Rules,
     /// What Ringway does with the connections of a backend that goes down.
     pub on_down: OnDown,
     /// Time that connections have when the provider says that their backend is drained.
@@ -64,13 +62,12 @@ pub struct Settings {
 
 #[cfg(test)]
 impl Settings {
-    /// For tests: a ring of few points, no checks, and the usual thresholds.
+    /// For tests: a ring of few points, no checks, and the usual rules.
     pub(crate) fn plain() -> Self {
         Self {
             parameters: Parameters { virtual_nodes: 10, probes: 3, seed: 0 },
             is_checked: false,
-            thresholds: Thresholds { panic_below: 50, spill_below: 50 },
-            is_exclusive: false,
+            rules: Rules { panic_below: 50, spill_below: 50, is_exclusive: false },
             on_down: OnDown::Keep,
             drain: Duration::ZERO,
             slow_start: Duration::ZERO,
@@ -114,7 +111,7 @@ impl Publisher {
     /// A publisher whose first table reflects the events in `known`.
     pub fn new(pool: Arc<str>, settings: Settings, known: impl IntoIterator<Item = Event>, now: Instant) -> Self {
         let ring = Arc::new(Ring::build(settings.parameters, &[]));
-        let cell = TableCell::new(Table::new(0, Arc::clone(&ring), Members::default(), settings.thresholds));
+        let cell = TableCell::new(Table::new(0, Arc::clone(&ring), Members::default(), settings.rules));
         let mut publisher = Self {
             pool,
             settings,
@@ -187,7 +184,7 @@ impl Publisher {
         while self.due.first().is_some_and(|(at, _)| *at <= now) {
             self.changed.extend(self.due.pop_first().map(|(_, id)| id));
         }
-        if self.settings.is_exclusive {
+        if self.settings.rules.is_exclusive {
             change = change.max(self.hold(now));
         }
         let mut gone = Vec::new();
@@ -240,12 +237,12 @@ impl Publisher {
     fn publish(&mut self) {
         let before = self.cell.load();
         self.generation += 1;
-        let table = Table::new(self.generation, Arc::clone(&self.ring), self.members.clone(), self.settings.thresholds);
-        let (pool, healthy) = (Arc::clone(&self.pool), table.healthy());
+        let table = Table::new(self.generation, Arc::clone(&self.ring), self.members.clone(), self.settings.rules);
+        let (pool, healthy, is_served) = (Arc::clone(&self.pool), table.healthy(), table.any_healthy());
         match (before.is_panic(), table.is_panic()) {
             (false, true) => self.tell_panic(healthy),
             (true, false) => tracing::info!(%pool, healthy, "enough backends are healthy again"),
-            _ if before.any_healthy() && healthy == 0 => tracing::error!(%pool, "no backend is healthy"),
+            _ if before.any_healthy() && !is_served => tracing::error!(%pool, "no backend is healthy"),
             _ => {}
         }
         self.cell.publish(table);
@@ -253,7 +250,7 @@ impl Publisher {
 
     /// Logs that the pool is in panic mode, which surprises users of other balancers: the first time with an explanation.
     fn tell_panic(&mut self, healthy: usize) {
-        let (pool, backends, threshold) = (&self.pool, self.backends.len(), self.settings.thresholds.panic_below);
+        let (pool, backends, threshold) = (&self.pool, self.backends.len(), self.settings.rules.panic_below);
         let what = "too few backends are healthy; trying all (panic)";
         if std::mem::replace(&mut self.has_panicked, true) {
             tracing::error!(%pool, healthy, backends, threshold, "{what}");
@@ -267,19 +264,26 @@ impl Publisher {
     /// Applies one event. Returns which part of the published table it changes.
     fn apply(&mut self, event: Event, now: Instant) -> Change {
         let (id, change) = match event {
-            Event::Configured(settings) => return self.configure(settings),
+            Event::Configured(settings) => return self.configure(settings, now),
             Event::Awaited(token) => {
                 self.awaited.push(token);
                 return Change::Nothing;
             }
             Event::Left { id } => return self.remove(&id),
             Event::Joined { id, membership } => {
-                let is_first = self.healthy == 0;
+                let (is_first, is_new) = (self.healthy == 0, !self.backends.contains_key(&id));
                 let backend_state = self.backends.entry(Arc::clone(&id));
                 let backend_state = backend_state.or_insert_with(|| BackendState::new(Arc::clone(&id), is_first, now));
                 let change = backend_state.joined(membership, self.settings.drain, now);
+                // Without weight it has no points, but its place in the list.
+                let change = if is_new { Change::Ring } else { change };
                 if self.drained.remove(&id) {
-                    backend_state.apply(Event::DrainRequested { id: Arc::clone(&id), within: None }, 0, now);
+                    backend_state.apply(
+                        Event::DrainRequested { id: Arc::clone(&id), within: None },
+                        0,
+                        &self.settings,
+                        now,
+                    );
                 }
                 (id, change)
             }
@@ -292,7 +296,7 @@ impl Publisher {
                 let Some(id) = event.id().cloned() else { return Change::Nothing };
                 let next = self.incarnation + 1;
                 let change = self.backends.get_mut(&id).map(|backend_state| {
-                    let change = backend_state.apply(event, next, now);
+                    let change = backend_state.apply(event, next, &self.settings, now);
                     self.incarnation = self.incarnation.max(backend_state.backend.incarnation);
                     change
                 });
@@ -306,22 +310,25 @@ impl Publisher {
         change
     }
 
-    fn configure(&mut self, settings: Settings) -> Change {
+    fn configure(&mut self, settings: Settings, now: Instant) -> Change {
         let before = std::mem::replace(&mut self.settings, settings);
         if before == settings {
             return Change::Nothing;
         }
         for backend_state in self.backends.values_mut() {
-            // A backend that serves keeps serving until the new checks say otherwise.
-            if settings.is_checked && !before.is_checked && backend_state.backend.state == State::Healthy {
+            if settings.rules.is_exclusive && !before.rules.is_exclusive {
+                // The checks so far did not ask for the primary.
+                backend_state.forget_verdict(now);
+            } else if settings.is_checked && !before.is_checked && backend_state.backend.state == State::Healthy {
+                // A backend that serves keeps serving until the new checks say otherwise.
                 backend_state.trust();
             }
             backend_state.settle_claim(&self.settings, self.claims + 1);
             self.claims = self.claims.max(backend_state.claim.map_or(0, |claim| claim.number));
             backend_state.settle(&self.settings);
         }
-        if !settings.is_exclusive {
-            self.holder = Holder::default();
+        if before.rules.is_exclusive != settings.rules.is_exclusive {
+            self.holder = Holder::after_change(now);
         }
         self.changed.extend(self.backends.keys().cloned());
         let is_healthy = |backend_state: &&BackendState| backend_state.backend.state == State::Healthy;

@@ -16,20 +16,14 @@ impl Ring {
         })
     }
 
-    /// The share of all keys that each member gets if it takes only `takes(member)` of the keys that come to it, from 0 (none) to
-    /// 1 (all), and the next member clockwise gets the rest. Exact if every member takes all or none. Otherwise an estimate,
-    /// because a key can pass several points of a member. If no member takes any, all shares are 0.
-    pub fn shares_by(&self, takes: impl Fn(usize) -> f64) -> Vec<f64> {
-        self.shares_by_tier(1, |_| Some(0), takes)
-    }
-
-    /// As [`Ring::shares_by`], with members in tiers 0 to `tiers - 1`, or in none. The keys of a member in tier 0 that does not take
-    /// them go to tier 1, and so on. In the last tier, the next member of the tier gets them.
+    /// The share of all keys that each member gets, with members in tiers 0 to `tiers - 1` or in none, if only those that `takes` names
+    /// take keys. The keys of a member in tier 0 that does not go to tier 1, and so on. In the last tier, the next member of the tier
+    /// clockwise gets them. If none there takes any, they are in no share.
     pub fn shares_by_tier(
         &self,
         tiers: usize,
         tier: impl Fn(usize) -> Option<usize>,
-        takes: impl Fn(usize) -> f64,
+        takes: impl Fn(usize) -> bool,
     ) -> Vec<f64> {
         let mut shares = vec![0.0; self.members];
         let Some(last) = tiers.checked_sub(1) else { return shares };
@@ -42,24 +36,22 @@ impl Ring {
                     let owner = self.owner(point);
                     next = if tier(owner) == Some(current) { Some(owner) } else { next };
                     if turn == 1
-                        && let Some(owner) = next
+                        && let Some(owner) = next.filter(|&owner| takes(owner))
                     {
-                        let taken = *left * takes(owner);
-                        shares[owner] += taken;
-                        *left -= taken;
+                        shares[owner] += std::mem::take(left);
                     }
                 }
             }
         }
-        let mut passed_on = 0.0;
-        // The first turn finds what the last points pass on to the first one.
+        let mut next = None;
         for turn in 0..2 {
-            for (point, own) in left.iter().enumerate() {
-                let (owner, arriving) = (self.owner(point), passed_on + own);
-                let taken = if tier(owner) == Some(last) { arriving * takes(owner) } else { 0.0 };
-                passed_on = arriving - taken;
-                if turn == 1 {
-                    shares[owner] += taken;
+            for (point, left) in left.iter().enumerate().rev() {
+                let owner = self.owner(point);
+                next = if tier(owner) == Some(last) && takes(owner) { Some(owner) } else { next };
+                if turn == 1
+                    && let Some(owner) = next
+                {
+                    shares[owner] += left;
                 }
             }
         }

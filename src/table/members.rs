@@ -19,6 +19,8 @@ pub struct Members {
     pub(super) healthy: Bits,
     /// Backends with an address that do not drain.
     pub(super) reachable: Bits,
+    /// Those of them that have not been judged yet.
+    pub(super) unknown: Bits,
     states: [usize; State::ALL.len()],
     /// The tiers that have backends on the ring, lowest first.
     tiers: Vec<Tier>,
@@ -65,6 +67,7 @@ impl Members {
         }
         members.healthy = Bits::new(members.length);
         members.reachable = Bits::new(members.length);
+        members.unknown = Bits::new(members.length);
         for n in 0..members.length {
             members.note(n, true);
         }
@@ -91,22 +94,21 @@ impl Members {
         let (number, weight) = (backend.membership.tier, u64::from(backend.membership.weight));
         let (admission, is_drained) = (backend.admission, backend.drain.is_some());
         // Without points on the ring, no key leads to a backend.
-        let is_on_ring = weight > 0 && !backend.drain.is_some_and(|drain| drain.leaves);
+        let is_on_ring = backend.membership_on_ring().weight > 0;
         let is_healthy = state == State::Healthy && has_address && is_on_ring;
         let is_reachable = state != State::Draining && has_address && is_on_ring;
         let is_unknown = state == State::Starting && is_reachable;
         let is_slow = is_healthy && admission != Admission::ALL;
-        // Another one of an exclusive pool would not take its place while its check says no.
-        let declines = state == State::Standby && backend.health.verdict == Some(false);
         let count = |counter: &mut usize, counts: bool| match (counts, is_in) {
             (true, true) => *counter += 1,
             (true, false) => *counter -= 1,
             (false, _) => {}
         };
         count(&mut self.states[state.index()], true);
-        count(&mut self.taking, has_address && !is_drained && is_on_ring && !declines);
+        count(&mut self.taking, has_address && !is_drained && is_on_ring);
         self.healthy.set(position, is_in && is_healthy);
         self.reachable.set(position, is_in && is_reachable);
+        self.unknown.set(position, is_in && is_unknown);
         if !is_on_ring {
             return;
         }
@@ -170,6 +172,19 @@ impl Members {
     /// Number of backends that get connections, or would if they were healthy.
     pub fn taking(&self) -> usize {
         self.taking
+    }
+
+    /// Whether some healthy backends of the tier take a greater part of their keys than others.
+    pub(super) fn admissions_differ(&self, tier: &Tier) -> bool {
+        let mut admissions = self.admissions(tier.number);
+        let first = admissions.next();
+        tier.slow > 0 && (tier.slow < tier.healthy || admissions.any(|one| Some(one) != first))
+    }
+
+    /// The parts of their keys that the healthy backends of a tier take.
+    pub(super) fn admissions(&self, tier: u16) -> impl Iterator<Item = Admission> {
+        let healthy = self.iter().enumerate().filter(|(position, _)| self.healthy.has(*position));
+        healthy.filter(move |(_, one)| one.membership.tier == tier).map(|(_, one)| one.admission)
     }
 
     /// The tiers that have backends on the ring, lowest first.

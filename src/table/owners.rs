@@ -11,12 +11,11 @@ pub struct Owners<'a> {
 }
 
 impl<'a> Owners<'a> {
-    /// The owners on a ring, with the memberships of its members in the same order.
+    /// The owners on a ring, with the memberships of its members in the same order. Members without points have the weight 0.
     pub fn new(ring: &'a Ring, memberships: impl IntoIterator<Item = Membership>) -> Self {
         let memberships: Vec<_> = memberships.into_iter().collect();
-        let is_in = |one: &Membership| one.weight > 0 && !one.is_drained;
-        let lowest = memberships.iter().filter(|one| is_in(one)).map(|one| one.tier).min();
-        Self { ring, takes: memberships.iter().map(|one| is_in(one) && Some(one.tier) == lowest).collect() }
+        let lowest = memberships.iter().filter(|one| one.takes_keys()).map(|one| one.tier).min();
+        Self { ring, takes: memberships.iter().map(|one| one.takes_keys() && Some(one.tier) == lowest).collect() }
     }
 
     /// The owner of a key; `None` if no member takes keys.

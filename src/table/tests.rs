@@ -1,7 +1,7 @@
 use std::time::Instant;
 
 use super::*;
-use crate::backend::{Health, Live, Membership};
+use crate::backend::{Drain, Health, Live, Membership};
 use crate::labels::Label as _;
 use crate::ring::{Member, Parameters};
 
@@ -12,11 +12,11 @@ fn table(states: &[(State, bool)]) -> Table {
 fn floored(states: &[(State, bool)], panic_below: u8) -> Table {
     let backends: Vec<_> =
         states.iter().map(|&(state, has_address)| (state, has_address, Membership::weighing(1))).collect();
-    pool(&backends, Thresholds { panic_below, spill_below: 50 })
+    pool(&backends, Rules { panic_below, spill_below: 50, is_exclusive: false })
 }
 
 /// A table of backends `b0`, `b1` and so on, each with its state, whether it has an address, and its membership.
-fn pool(backends: &[(State, bool, Membership)], thresholds: Thresholds) -> Table {
+fn pool(backends: &[(State, bool, Membership)], rules: Rules) -> Table {
     let names: Vec<String> = (0..backends.len()).map(|n| format!("b{n}")).collect();
     let members =
         std::iter::zip(&names, backends).map(|(id, (.., membership))| Member { id, weight: membership.weight });
@@ -34,19 +34,20 @@ fn pool(backends: &[(State, bool, Membership)], thresholds: Thresholds) -> Table
         health: Health { last: None, verdict: None, since: Instant::now() },
         well: None,
         admission: Admission::ALL,
+        advice: None,
         drain: None,
         live: Arc::new(Live::default()),
     });
-    Table::new(0, Arc::new(ring), Members::new(backends, 0), thresholds)
+    Table::new(0, Arc::new(ring), Members::new(backends, 0), rules)
 }
 
 /// Backends with addresses, each with its tier and state.
-fn tiers(backends: &[(u16, State)], thresholds: Thresholds) -> Table {
+fn tiers(backends: &[(u16, State)], rules: Rules) -> Table {
     let of = |&(tier, state): &(u16, State)| (state, true, Membership { tier, ..Membership::weighing(1) });
-    pool(&backends.iter().map(of).collect::<Vec<_>>(), thresholds)
+    pool(&backends.iter().map(of).collect::<Vec<_>>(), rules)
 }
 
-const USUAL: Thresholds = Thresholds { panic_below: 50, spill_below: 50 };
+const USUAL: Rules = Rules { panic_below: 50, spill_below: 50, is_exclusive: false };
 
 fn ids(table: &Table, key: &[u8]) -> Vec<String> {
     table.candidates(key).map(|(backend, _)| backend.id.to_string()).collect()
@@ -209,7 +210,7 @@ fn a_tier_joins_if_too_little_weight_of_the_one_before_is_healthy() {
         let tier_0 = (0..4).map(|n| (0, if n < healthy { Healthy } else { Unhealthy }));
         let others = [(1, Unhealthy), (2, Healthy), (9, Healthy)];
         let backends: Vec<_> = tier_0.chain(others).collect();
-        tiers(&backends, Thresholds { panic_below: 50, spill_below }).joined_tiers().collect::<Vec<_>>()
+        tiers(&backends, Rules { panic_below: 50, spill_below, is_exclusive: false }).joined_tiers().collect::<Vec<_>>()
     };
     assert_eq!(joined(4, 50), [0]);
     assert_eq!(joined(2, 50), [0]);
@@ -241,8 +242,15 @@ fn backends_that_have_not_been_judged_are_tried_before_a_higher_tier() {
     let table = tiers(&[(0, Starting), (0, Starting), (1, Healthy)], USUAL);
     assert!(!table.has_spilled());
     assert_eq!(ids(&table, b"key")[2], "b2");
+    // Only those: the failing ones of the tier get nothing while a higher tier is healthy.
+    let mixed = tiers(&[(0, Unhealthy), (0, Unhealthy), (0, Starting), (1, Healthy)], USUAL);
+    assert_eq!(mixed.joined_tiers().collect::<Vec<_>>(), [0, 1]);
+    let first = (0_u32..300).map(|key| ids(&mixed, &key.to_le_bytes())[0].clone());
+    assert_eq!(first.collect::<std::collections::BTreeSet<_>>(), ["b2", "b3"].map(str::to_owned).into());
+    // They may all be healthy, so this is no panic.
+    assert!(!tiers(&[(0, Unhealthy), (1, Starting)], USUAL).is_panic());
     // Without panic mode, only checks decide.
-    let strict = tiers(&[(0, Starting), (1, Healthy)], Thresholds { panic_below: 0, spill_below: 50 });
+    let strict = tiers(&[(0, Starting), (1, Healthy)], Rules { panic_below: 0, spill_below: 50, is_exclusive: false });
     assert_eq!(ids(&strict, b"key"), ["b1"]);
     // One of four has passed its check. The others may be healthy too.
     assert!(!tiers(&[(0, Healthy), (0, Starting), (0, Starting), (0, Starting), (1, Healthy)], USUAL).has_spilled());
@@ -253,7 +261,7 @@ fn a_backend_without_weight_gets_no_connection_and_does_not_count() {
     let (one, none) = (Membership::weighing(1), Membership::weighing(0));
     let table = pool(&[(Healthy, true, one), (Healthy, true, none), (Unhealthy, true, none)], USUAL);
     assert_eq!(ids(&table, b"key"), ["b0"]);
-    assert_eq!(table.shares_now(), [1.0, 0.0, 0.0]);
+    assert_eq!(table.shares_now().iter().map(|share| share.round()).collect::<Vec<_>>(), [1.0, 0.0, 0.0]);
     assert!(table.any_healthy() && !table.is_panic());
     assert_eq!(table.backends().taking(), 1);
     let alone = pool(&[(Healthy, true, none)], USUAL);
@@ -292,7 +300,14 @@ fn the_shares_are_those_of_the_first_candidates() {
                 (states[random(6) as usize], random(10) > 0, Membership { tier, ..Membership::weighing(weight) })
             })
             .collect();
-        let table = pool(&backends, Thresholds { panic_below: 50, spill_below: [0, 50, 100][random(3) as usize] });
+        let table = pool(&backends, Rules { panic_below: 50, spill_below: [0, 50, 100][random(3) as usize], ..USUAL });
+        // Some take only a part of their keys.
+        let mut advised = table.backends().clone();
+        for n in 0..backends.len() {
+            let admission = [Admission::ALL, Admission::part(0.2), Admission::part(0.6)][random(3) as usize];
+            advised.set(n, Backend { admission, ..advised[n].clone() });
+        }
+        let table = if round % 2 == 0 { table } else { table.what_if(Arc::clone(table.ring()), advised) };
         let mut counts = vec![0; backends.len()];
         for key in 0_u32..4000 {
             let key = key.to_le_bytes();
@@ -314,8 +329,55 @@ fn the_shares_are_those_of_the_first_candidates() {
             );
         }
         let healthy = |&owner: &usize| table.backends()[owner].state == Healthy && !table.is_panic();
-        for owner in (0..backends.len()).filter(healthy).filter(|&owner| backends[owner].1) {
+        for owner in (0..backends.len()).filter(healthy).filter(|_| round % 2 == 0).filter(|&owner| backends[owner].1) {
             assert!((table.share_if_it_took(owner) - table.shares_now()[owner]).abs() < 1e-9, "round {round}");
         }
     }
+}
+
+#[test]
+fn a_backend_that_leaves_owns_no_key_and_does_not_keep_its_tier() {
+    let table = tiers(&[(0, Healthy), (1, Healthy), (1, Healthy)], USUAL);
+    let owner = |table: &Table, key: u32| table.owners().of(&key.to_le_bytes());
+    assert!((0..50).all(|key| owner(&table, key) == Some(0)));
+    let mut backends = table.backends().clone();
+    let drain = Some(Drain { since: Instant::now(), deadline: None, leaves: true });
+    backends.set(0, Backend { state: State::Draining, drain, ..backends[0].clone() });
+    let members: Vec<_> =
+        backends.iter().map(|one| Member { id: &one.id, weight: one.membership_on_ring().weight }).collect();
+    let ring = Arc::new(Ring::build(table.ring().parameters(), &members));
+    let after = table.what_if(ring, backends.clone());
+    assert!((0..50).all(|key| matches!(owner(&after, key), Some(1 | 2))));
+}
+
+#[test]
+fn only_the_holder_of_an_exclusive_pool_keeps_a_connection_that_was_made_by_an_earlier_table() {
+    let states = [(0, Healthy), (0, Unhealthy), (0, State::Standby), (0, Starting)];
+    let takes = |rules: Rules| {
+        let table = tiers(&states, rules);
+        ["b0", "b1", "b2", "b3"].map(|id| table.still_takes(id, 0))
+    };
+    assert_eq!(takes(Rules { is_exclusive: true, ..USUAL }), [true, false, false, false]);
+    assert_eq!(takes(USUAL), [true; 4]);
+}
+
+#[test]
+fn backends_that_all_take_a_part_share_by_their_parts() {
+    let all = tiers(&[(0, Healthy), (0, Healthy), (0, Healthy)], USUAL);
+    let with = |parts: [f64; 3]| {
+        let mut backends = all.backends().clone();
+        for (n, part) in parts.into_iter().enumerate() {
+            backends.set(n, Backend { admission: Admission::part(part), ..backends[n].clone() });
+        }
+        all.what_if(Arc::clone(all.ring()), backends)
+    };
+    let first = |table: &Table, key: u32| ids(table, &key.to_le_bytes())[0].clone();
+    let (equal, unequal) = (with([0.5; 3]), with([0.25, 0.5, 0.5]));
+    for key in 0..2000 {
+        assert_eq!(first(&equal, key), first(&all, key), "equal parts change nothing");
+        assert!(first(&unequal, key) == first(&all, key) || first(&all, key) == "b0");
+    }
+    let part = |table: &Table| (0..2000).filter(|&key| first(table, key) == "b0").count() as f64 / 2000.0;
+    // A quarter of its keys leaves: those whose hash is above its part, and below that of the others.
+    assert!((part(&unequal) / part(&all) - 0.75).abs() < 0.05, "{} of {}", part(&unequal), part(&all));
 }

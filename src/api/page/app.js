@@ -297,13 +297,14 @@ function showBanners(status, members) {
   for (const pool of status.pools) {
     const all = members(pool.name);
     if (pool.panic) lines.push(["bad", `Pool ${pool.name} is in panic: too few backends are healthy, so Ringway tries all of them.`]);
+    else if (!pool.backends.length) lines.push(["bad", `Pool ${pool.name} has no backends.`]);
     else if (all.length && !all.some((one) => one.state === "healthy")) lines.push(["bad", `Pool ${pool.name} has no healthy backend.`]);
     if (pool.spilled && !pool.panic) lines.push(["warn", `Pool ${pool.name}: too few backends of the lowest tier are healthy, so keys go to tier ${pool.tiers.join(" and ")}.`]);
     const sick = all.filter((one) => ["unhealthy", "ejected"].includes(one.state)).map((one) => one.id);
     if (sick.length && !pool.panic) lines.push(["warn", `Pool ${pool.name}: ${sick.length} of ${counted(all.length, "backend")} fail: ${sick.slice(0, 5).join(", ")}${sick.length > 5 ? " and others" : ""}.`]);
     const old = all.filter((one) => one.outdated).length;
     if (old) {
-      const next = all.find((one) => !one.outdated && one.state !== "healthy");
+      const next = all.find((one) => !one.outdated && !["healthy", "standby"].includes(one.state));
       lines.push(["warn", `Pool ${pool.name}, rollout: ${old} of ${counted(all.length, "replica")} still ${old === 1 ? "has" : "have"} the old settings${next ? `. Ringway waits until ${next.id} is healthy` : ""}.`]);
     }
     const looping = all.filter((one) => one.state === "crash_loop").map((one) => one.id);

@@ -39,6 +39,12 @@ pub(super) const POOL: &[Key] = &[
         "open connections of a backend. If a backend is full, Ringway tries the next one on the ring",
     ),
     Key::section("health_check", HEALTH_CHECK, "{ kind: http }", "how Ringway checks the backends"),
+    Key::usual(
+        "agent",
+        Form::Any(&[Form::Off, Form::Section(AGENT, "{ port: 9777 }")]),
+        "off",
+        "programs beside the backends that say [how many connections](operations.md#agents) those should get, as for HAProxy",
+    ),
     Key::optional(
         "ejection",
         Form::Any(&[Form::Off, Form::Section(EJECTION, "{ after: 5 }")]),
@@ -103,7 +109,7 @@ const TIERS: &[Key] = &[
         "spill_below",
         0..=100,
         50,
-        "if less than this percentage of a tier's weight is healthy, the next tier gets the keys of the backends that are not. 0: only if no backend of the tier is healthy",
+        "if less than this percentage of a tier's weight is healthy, the next tier gets the keys of the backends that are not healthy. 0: only if no backend of the tier is healthy",
     ),
     Key::truth(
         "exclusive",
@@ -158,7 +164,7 @@ const HEALTH_CHECK: &[Key] = &[
         "kind",
         names::<CheckKind>,
         "tcp",
-        "`tcp`: connect, and reset before the server accepts the connection (on a Unix socket: connect and close). `http`: a GET. `expect`: send bytes and expect bytes. `tls`: begin a TLS handshake, and pass at the server's first answer; the check does not look at certificates. `none`: no checks",
+        "`tcp`: connect, and reset before the server accepts the connection (on a Unix socket: connect and close). `http`: a GET. `expect`: send bytes and expect bytes. `tls`: begin a TLS handshake, and pass at the server's first answer; the check does not look at certificates. `grpc`: ask the health service of a gRPC server without TLS. `exec`: run a program. `none`: no checks",
     ),
     Key::optional(
         "port",
@@ -170,7 +176,7 @@ const HEALTH_CHECK: &[Key] = &[
         "send_proxy",
         Form::Any(&[Form::Word("auto"), Form::Truth, Form::Word("local_as_proxy")]),
         "auto",
-        "the PROXY header of the checks `http`, `expect` and `tls`. `auto`: a header of the pool's version, but none if `port` is set. `true`: a header, even if `port` is set. `false`: no header. `local_as_proxy`: a header with the check's own addresses, for servers that do not understand a header without a client",
+        "the PROXY header of the checks `http`, `expect`, `tls` and `grpc`. `auto`: a header of the pool's version, but none if `port` is set. `true`: a header, even if `port` is set. `false`: no header. `local_as_proxy`: a header with the check's own addresses, for servers that do not understand a header without a client",
     ),
     Key::usual("path", Form::Text, "/", "for `http`"),
     Key::optional(
@@ -205,6 +211,18 @@ const HEALTH_CHECK: &[Key] = &[
         "for `expect`: the answer begins with it (`prefix`), or contains it (`contains`)",
     ),
     Key::optional(
+        "steps",
+        Form::List(&Form::Section(STEP, "")),
+        "(one step)",
+        "for `expect`: [several exchanges](operations.md#recipes-for-checks), in place of `send`, `expect` and `match`",
+    ),
+    Key::optional(
+        "goodbye",
+        Form::Any(&[Form::Text, Form::Section(HEX, "")]),
+        "(nothing)",
+        "for `expect`: sent before the check closes the connection, like `\"QUIT\\r\\n\"`",
+    ),
+    Key::optional(
         "sni",
         Form::Text,
         "(none)",
@@ -215,6 +233,13 @@ const HEALTH_CHECK: &[Key] = &[
         Form::List(&Form::Text),
         "(none)",
         "for `tls`: application protocols, like `[h2]`. The check fails if the server refuses all of them",
+    ),
+    Key::optional("service", Form::Text, "(the whole server)", "for `grpc`: the service to ask for"),
+    Key::optional(
+        "command",
+        Form::List(&Form::Text),
+        "(required)",
+        "for `exec`: [program and arguments](operations.md#health), with `{address}`, `{host}`, `{port}` and `{backend}`",
     ),
     Key::duration("interval", ms(10)..=hours(1), seconds(2), "time between checks of one backend"),
     Key::optional(
@@ -234,8 +259,23 @@ const HEALTH_CHECK: &[Key] = &[
     Key::integer("fall", 1..=100, 3, "failed checks in a row that make a healthy backend unhealthy"),
 ];
 
+/// An entry of `pools[].health_check.steps`.
+const STEP: &[Key] = &[
+    Key::optional("send", Form::Any(&[Form::Text, Form::Section(HEX, "")]), "(nothing)", "bytes to send"),
+    Key::required("expect", Form::Any(&[Form::Text, Form::Section(HEX, "")]), "the required answer"),
+    Key::choice("match", names::<Match>, "prefix", "the answer begins with it (`prefix`), or contains it (`contains`)"),
+];
+
 /// Bytes as hexadecimal digits.
 const HEX: &[Key] = &[Key::required("hex", Form::Text, "pairs of hexadecimal digits, like `01 ff`")];
+
+/// Section `pools[].agent`.
+const AGENT: &[Key] = &[
+    Key::required("port", Form::Integer(1..=65_535), "port of the agents, at the addresses of the backends"),
+    Key::duration("interval", ms(10)..=hours(1), seconds(2), "time between questions to one agent"),
+    Key::duration("timeout", ms(1)..=minutes(5), seconds(1), "timeout of one question"),
+    Key::optional("send", Form::Text, "(nothing)", "text to send first, with `{backend}`, like `\"{backend}\\n\"`"),
+];
 
 /// Section `pools[].ejection`.
 const EJECTION: &[Key] = &[

@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use hyper::Uri;
@@ -12,7 +13,7 @@ use rustix::net::sockopt::set_tcp_quickack;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpSocket;
 
-use super::{http, tls};
+use super::{exec, expect, grpc, http, tls};
 use crate::address::Address;
 use crate::backend::ConnectFailure;
 use crate::labels::Label as _;
@@ -24,7 +25,7 @@ pub(super) const MOST_READ: usize = 1024 * 1024;
 
 /// How long a server may take to close its side after the check has closed its own. Ringway reads what the server sends
 /// meanwhile: closing a socket with unread bytes sends a reset, which servers count against the peer.
-const PARTING: Duration = Duration::from_millis(200);
+pub(super) const PARTING: Duration = Duration::from_millis(200);
 
 /// Parts of a check's timeout. Each counts once, however long it took: see [`within`].
 const PARTS: u32 = 8;
@@ -52,6 +53,10 @@ pub enum Kind {
     Expect(Expect),
     /// Begins a TLS handshake.
     Tls(Tls),
+    /// Asks the health service of a gRPC server.
+    Grpc(Grpc),
+    /// Runs a program.
+    Exec(Exec),
 }
 
 /// An HTTP `GET` and the expected answer.
@@ -67,15 +72,38 @@ pub struct Http {
     pub body: Option<String>,
 }
 
-/// Bytes to send and the expected answer: for Redis, SMTP, SSH and similar protocols.
+/// Bytes to send and the expected answers: for Redis, SMTP, SSH and similar protocols.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expect {
-    /// Sent right after the connect; may be empty if the server speaks first.
+    /// At least one. All must succeed, in this order.
+    pub steps: Vec<Step>,
+    /// Sent before the check closes the connection; may be empty.
+    pub goodbye: Vec<u8>,
+}
+
+/// One exchange of a check.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// Sent first; empty if the server speaks first.
     pub send: Vec<u8>,
-    /// Bytes that the answer must begin with or contain.
+    /// Bytes that the answer must begin with or contain. Not empty.
     pub expect: Vec<u8>,
     /// True: the answer must begin with `expect`. False: the answer must contain it.
     pub is_prefix: bool,
+}
+
+/// A call of the health service of a gRPC server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grpc {
+    /// The service to ask for, of at most 127 bytes; empty: the whole server.
+    pub service: String,
+}
+
+/// A program that checks a backend. Its exit code 0 passes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Exec {
+    /// The program and its arguments, with `{address}`, `{host}`, `{port}` and `{backend}`. Not empty.
+    pub command: Vec<String>,
 }
 
 /// The beginning of a TLS handshake.
@@ -85,6 +113,21 @@ pub struct Tls {
     pub sni: Option<Box<str>>,
     /// The protocols that the check offers, of 1 to 255 bytes each; empty: none.
     pub alpn: Vec<String>,
+}
+
+/// Whether the server has given another answer than the one that the last step of a check waits for. More could follow, so that only the timeout
+/// tells.
+#[derive(Debug, Default)]
+pub(super) struct Heard(AtomicBool);
+
+impl Heard {
+    pub(super) fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// Why a check failed, in a few words.
@@ -99,6 +142,12 @@ impl Reason {
     /// The server gave this answer in place of the expected one.
     pub(super) fn answer(text: impl Into<Cow<'static, str>>) -> Self {
         Self { text: text.into(), is_answer: true }
+    }
+
+    /// The reason with the number of the step that failed, if there are several. Only the last one can be an answer that says no.
+    pub(super) fn of_step(self, number: Option<usize>, is_last: bool) -> Self {
+        let text = number.map_or(self.text.clone(), |number| format!("step {number}: {}", self.text).into());
+        Self { text, is_answer: self.is_answer && is_last }
     }
 }
 
@@ -128,14 +177,22 @@ pub(super) enum Outcome {
 }
 
 impl Check {
-    /// Checks the backend at `address`, for at most `timeout`.
-    pub(super) async fn run(&self, address: &Address, timeout: Duration) -> Outcome {
+    /// Checks the backend `id` at `address`, for at most `timeout`.
+    pub(super) async fn run(&self, id: &str, address: &Address, timeout: Duration) -> Outcome {
         let elsewhere = address.ip().zip(self.port).map(|(ip, port)| Address::Ip(SocketAddr::new(ip.ip(), port)));
-        let checked = within(timeout, self.check(elsewhere.as_ref().unwrap_or(address))).await;
-        checked.unwrap_or_else(|| Outcome::Failed(ConnectFailure::Timeout.as_str().into()))
+        let address = elsewhere.as_ref().unwrap_or(address);
+        let heard = Heard::default();
+        let checked = if let Kind::Exec(exec) = &self.kind {
+            let _turn = exec::turn().await;
+            within(timeout, exec::run(exec, id, address)).await
+        } else {
+            within(timeout, self.check(address, &heard)).await
+        };
+        let late = ConnectFailure::Timeout.as_str();
+        checked.unwrap_or_else(|| Outcome::Failed(if heard.get() { Reason::answer(late) } else { late.into() }))
     }
 
-    async fn check(&self, address: &Address) -> Outcome {
+    async fn check(&self, address: &Address, heard: &Heard) -> Outcome {
         let connected = self.kind.connect(address).await.and_then(|stream| {
             let own = if self.kind == Kind::Tcp { OwnHeader::Absent } else { self.send_proxy };
             let header = own.bytes(|| stream.ends());
@@ -163,8 +220,11 @@ impl Check {
                 Ok(())
             }
             Kind::Http(http) => http::speak(http, stream, address).await,
-            Kind::Expect(expect) => expect.speak(stream).await,
+            Kind::Expect(expect) => expect::speak(expect, stream, heard).await,
             Kind::Tls(tls) => tls::speak(tls, stream).await,
+            Kind::Grpc(grpc) => grpc::speak(grpc, stream, address).await,
+            // It needs no connection: see `run`.
+            Kind::Exec(_) => Ok(()),
         };
         match result {
             Ok(()) => Outcome::Passed,
@@ -208,34 +268,6 @@ async fn within<T>(timeout: Duration, check: impl Future<Output = T>) -> Option<
     None
 }
 
-impl Expect {
-    async fn speak(&self, mut stream: Stream) -> Result<(), Reason> {
-        let broke = |error: std::io::Error| -> Reason { error.to_string().into() };
-        stream.write_all(&self.send).await.map_err(broke)?;
-        let mut answer = Vec::new();
-        loop {
-            let before = answer.len();
-            let read = stream.read_buf(&mut answer).await.map_err(broke)?;
-            let is_right = if self.is_prefix {
-                answer.starts_with(&self.expect)
-            } else {
-                // Search only the new bytes, plus the end of the old ones where a match may begin.
-                contains(&answer[before.saturating_sub(self.expect.len())..], &self.expect)
-            };
-            let can_become_right = !self.is_prefix || self.expect.starts_with(&answer);
-            if is_right {
-                tokio::spawn(part(stream));
-                return Ok(());
-            }
-            if read == 0 || answer.len() > MOST_READ || !can_become_right {
-                tokio::spawn(part(stream));
-                let text = format!("unexpected answer {:?}", start_of(&answer));
-                return Err(if answer.is_empty() { text.into() } else { Reason::answer(text) });
-            }
-        }
-    }
-}
-
 pub(super) fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
     wanted.is_empty() || bytes.windows(wanted.len()).any(|window| window == wanted)
 }
@@ -245,9 +277,10 @@ pub(super) fn start_of(answer: &[u8]) -> String {
     String::from_utf8_lossy(&answer[..answer.len().min(40)]).into_owned()
 }
 
-/// Closes gracefully: sends our end of stream, reads what the server still sends, then closes the socket.
-pub(super) async fn part(mut stream: Stream) {
+/// Closes gracefully: says goodbye, sends our end of stream, reads what the server still sends, then closes the socket.
+pub(super) async fn part(mut stream: Stream, goodbye: Vec<u8>) {
     let _ = tokio::time::timeout(PARTING, async {
+        stream.write_all(&goodbye).await?;
         stream.shutdown().await?;
         let mut rest = vec![0; 4096];
         while stream.read(&mut rest).await? > 0 {}
@@ -273,23 +306,25 @@ mod tests {
             std::thread::sleep(Duration::from_millis(20));
             stream.write_all(b"PONG").unwrap();
         });
-        let expect = Expect { send: b"PING".to_vec(), expect: b"PONG".to_vec(), is_prefix: true };
+        let step = Step { send: b"PING".to_vec(), expect: b"PONG".to_vec(), is_prefix: true };
+        let expect = Expect { steps: vec![step], goodbye: Vec::new() };
         let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent };
         let starve = async {
             tokio::task::yield_now().await;
             std::thread::sleep(Duration::from_secs(1));
         };
-        let (outcome, ()) = tokio::join!(check.run(&address, Duration::from_millis(400)), starve);
+        let (outcome, ()) = tokio::join!(check.run("b", &address, Duration::from_millis(400)), starve);
         assert!(matches!(outcome, Outcome::Passed), "{outcome:?}");
     }
 
     #[tokio::test]
     async fn a_check_fails_after_its_timeout() {
         let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let expect = Expect { send: Vec::new(), expect: b"x".to_vec(), is_prefix: true };
+        let step = Step { send: Vec::new(), expect: b"x".to_vec(), is_prefix: true };
+        let expect = Expect { steps: vec![step], goodbye: Vec::new() };
         let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent };
         let began = std::time::Instant::now();
-        let outcome = check.run(&Address::Ip(silent.local_addr().unwrap()), Duration::from_millis(80)).await;
+        let outcome = check.run("b", &Address::Ip(silent.local_addr().unwrap()), Duration::from_millis(80)).await;
         assert!(matches!(outcome, Outcome::Failed(ref reason) if **reason == *"timeout"), "{outcome:?}");
         assert!(began.elapsed() >= Duration::from_millis(80));
     }

@@ -30,7 +30,7 @@ pub(super) async fn speak(http: &Http, mut stream: Stream, address: &Address) ->
             break result;
         }
     };
-    tokio::spawn(part(stream));
+    tokio::spawn(part(stream, Vec::new()));
     result
 }
 

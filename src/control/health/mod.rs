@@ -5,10 +5,13 @@
 //! - this file: starts checks and reports their results
 //! - [`schedule`]: when to check which replica; pure
 //! - [`rise_fall`]: turns a series of results into a verdict; pure
-//! - [`mod@check`]: one check; [`mod@http`], [`mod@tls`]: the HTTP check and the TLS check
+//! - [`mod@check`]: one check, and the kind `tcp`; [`mod@http`], [`mod@expect`], [`mod@tls`], [`mod@grpc`], [`mod@exec`]: the other kinds
 //! - [`not_done`]: logs checks that Ringway could not make
 
 mod check;
+mod exec;
+mod expect;
+mod grpc;
 mod http;
 mod not_done;
 mod rise_fall;
@@ -22,7 +25,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use self::check::Outcome;
-pub use self::check::{Check, Expect, Http, Kind, Tls};
+pub use self::check::{Check, Exec, Expect, Grpc, Http, Kind, Step, Tls};
 pub use self::not_done::NotDone;
 use self::schedule::{Schedule, Ticket};
 use super::Event;
@@ -58,6 +61,9 @@ pub struct Settings {
     pub fall: u32,
     /// How long a new replica may fail its checks and still count as starting.
     pub grace: Duration,
+    /// A backend that serves by other settings counts as healthy until the checks say otherwise. False in an exclusive pool: other
+    /// checks do not say who the primary is.
+    pub trusts: bool,
 }
 
 /// Checks the backends of `table` until the task is dropped. New settings restart the checks of all backends.
@@ -73,8 +79,8 @@ pub async fn check_all(
     let mut running = JoinSet::new();
     let mut not_before = Instant::now();
     loop {
-        if current.is_some() {
-            schedule.follow(table.load().backends(), Instant::now());
+        if let Some(settings) = &current {
+            schedule.follow(table.load().backends(), settings.trusts, Instant::now());
         }
         let next = schedule.next().map(|at| at.max(not_before));
         let is_due = tokio::time::sleep_until(next.unwrap_or_else(Instant::now).into());
@@ -121,7 +127,7 @@ pub async fn check_all(
 }
 
 async fn check(ticket: Ticket, address: Address, settings: Arc<Settings>) -> (Ticket, Outcome) {
-    let outcome = settings.check.run(&address, settings.timeout).await;
+    let outcome = settings.check.run(ticket.id(), &address, settings.timeout).await;
     (ticket, outcome)
 }
 
@@ -129,7 +135,7 @@ async fn check(ticket: Ticket, address: Address, settings: Arc<Settings>) -> (Ti
 pub(super) async fn accepts(address: &Address, timeout: Duration) -> bool {
     matches!(
         Check { kind: Kind::Tcp, port: None, send_proxy: crate::proxy_header::OwnHeader::Absent }
-            .run(address, timeout)
+            .run("", address, timeout)
             .await,
         Outcome::Passed
     )

@@ -48,13 +48,22 @@ struct Subject {
     since: Instant,
     /// Checks so far.
     checks: u64,
-    /// The last verdict and result that the publisher was told.
-    reported: Option<(Option<bool>, Arc<str>)>,
+    /// Checks without an answer since the last one that had one, yes or no; `None`: none has had one.
+    silent: Option<u32>,
+    /// What the publisher was told last: the verdict, whether the answers say no, and the result.
+    reported: Option<(Option<bool>, bool, Arc<str>)>,
+}
+
+impl Ticket {
+    /// The id of the backend.
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
 }
 
 impl Schedule {
-    /// Follows the table: adds new replicas, and drops those that have gone.
-    pub(super) fn follow(&mut self, members: &Members, now: Instant) {
+    /// Follows the table: adds new replicas, and drops those that have gone. `trusts`: a replica that serves counts as healthy.
+    pub(super) fn follow(&mut self, members: &Members, trusts: bool, now: Instant) {
         if self.roster.replace(members.roster()) == Some(members.roster()) {
             return;
         }
@@ -66,7 +75,7 @@ impl Schedule {
                 self.number += 1;
                 let ticket = Ticket { number: self.number, id: Arc::clone(&backend.id) };
                 self.due.push(Reverse((now, ticket)));
-                Subject::of(backend, address, self.number, now)
+                Subject::of(backend, address, self.number, trusts, now)
             });
             self.subjects.insert(Arc::clone(&backend.id), subject);
         }
@@ -98,14 +107,23 @@ impl Schedule {
     ) -> Option<Event> {
         let subject = self.subjects.get_mut(&ticket.id).filter(|subject| subject.number == ticket.number)?;
         subject.checks += 1;
-        let (passed, has_declined, result): (_, _, Arc<str>) = match outcome {
-            Outcome::Passed => (true, false, "ok".into()),
-            Outcome::Failed(reason) => (false, reason.is_answer, (*reason).into()),
+        let (passed, result): (_, Arc<str>) = match outcome {
+            Outcome::Passed => {
+                subject.silent = Some(0);
+                (true, "ok".into())
+            }
+            Outcome::Failed(reason) => {
+                // One lost answer does not make a standby unhealthy.
+                let is_answer = reason.is_answer;
+                subject.silent = if is_answer { Some(0) } else { subject.silent.map(|count| count.saturating_add(1)) };
+                (false, (*reason).into())
+            }
             Outcome::NotDone(_) => {
                 self.due.push(Reverse((now + settings.interval, ticket.clone())));
                 return None;
             }
         };
+        let has_declined = subject.silent.is_some_and(|count| count < settings.fall);
         let counter = if passed { &subject.live.checks_passed } else { &subject.live.checks_failed };
         counter.fetch_add(1, Ordering::Relaxed);
         let is_forgiven = !passed
@@ -123,19 +141,21 @@ impl Schedule {
             Some(_) => spread(ticket, settings.interval, settings.jitter, subject.checks),
         };
         self.due.push(Reverse((now + wait, ticket.clone())));
-        if subject.reported.as_ref().is_some_and(|(before, text)| *before == verdict && **text == *result) {
+        let report = (verdict, has_declined, Arc::clone(&result));
+        if subject.reported.as_ref() == Some(&report) {
             return None;
         }
-        subject.reported = Some((verdict, Arc::clone(&result)));
+        subject.reported = Some(report);
         let (id, incarnation) = (Arc::clone(&ticket.id), subject.incarnation);
         Some(Event::Checked { id, incarnation, healthy: verdict, has_declined, result })
     }
 }
 
 impl Subject {
-    fn of(backend: &Backend, address: &Address, number: u64, now: Instant) -> Self {
+    fn of(backend: &Backend, address: &Address, number: u64, trusts: bool, now: Instant) -> Self {
         // If checks were off before, a backend that serves counts as healthy.
         let verdict = backend.health.verdict.or_else(|| (backend.state == State::Healthy).then_some(true));
+        let verdict = verdict.filter(|_| trusts);
         Self {
             number,
             incarnation: backend.incarnation,
@@ -144,6 +164,7 @@ impl Subject {
             rise_fall: RiseFall::new(verdict),
             since: now,
             checks: 0,
+            silent: None,
             reported: None,
         }
     }
@@ -159,6 +180,7 @@ fn spread(ticket: &Ticket, interval: Duration, percent: u8, check: u64) -> Durat
 mod tests {
     use super::*;
     use crate::backend::Membership;
+    use crate::control::health::check::Reason;
     use crate::control::health::{Check, Kind};
     use crate::control::publisher::{self, Publisher};
 
@@ -174,6 +196,7 @@ mod tests {
             rise: 2,
             fall: 3,
             grace: Duration::ZERO,
+            trusts: true,
         }
     }
 
@@ -197,7 +220,7 @@ mod tests {
     #[test]
     fn a_check_follows_the_last_one_after_the_interval_and_sooner_after_a_change() {
         let (mut schedule, mut now, settings) = (Schedule::default(), Instant::now(), settings());
-        schedule.follow(&members(&[("a", 1)]), now);
+        schedule.follow(&members(&[("a", 1)]), true, now);
         let mut step = |outcome: Outcome| {
             let (ticket, _) = schedule.start(now).unwrap();
             assert!(schedule.start(now).is_none(), "one check at a time");
@@ -224,10 +247,10 @@ mod tests {
     #[test]
     fn the_result_of_a_replica_that_has_gone_counts_for_nothing() {
         let (mut schedule, now, settings) = (Schedule::default(), Instant::now(), settings());
-        schedule.follow(&members(&[("a", 1), ("b", 2)]), now);
+        schedule.follow(&members(&[("a", 1), ("b", 2)]), true, now);
         let (old, _) = schedule.start(now).unwrap();
         let replaced = Members::new(members(&[("b", 3)]).iter().cloned(), 99);
-        schedule.follow(&replaced, now + SECOND);
+        schedule.follow(&replaced, true, now + SECOND);
         assert!(schedule.finish(&old, failed(), &settings, now).is_none());
         let later = now + 10 * SECOND;
         let mut started = Vec::new();
@@ -235,5 +258,37 @@ mod tests {
             started.push((ticket.id, address.ip().unwrap().port()));
         }
         assert_eq!(started, [("b".into(), 3)], "only the new replica is checked");
+    }
+
+    #[test]
+    fn one_lost_answer_does_not_make_a_standby_silent() {
+        let (mut schedule, mut now, settings) = (Schedule::default(), Instant::now(), settings());
+        schedule.follow(&members(&[("a", 1)]), false, now);
+        let mut step = |outcome: Outcome| {
+            let (ticket, _) = schedule.start(now).expect("a check is due");
+            let event = schedule.finish(&ticket, outcome, &settings, now);
+            now = schedule.next().unwrap();
+            match event {
+                Some(Event::Checked { healthy, has_declined, .. }) => Some((healthy, has_declined)),
+                other => {
+                    assert!(other.is_none(), "{other:?}");
+                    None
+                }
+            }
+        };
+        let no = || Outcome::Failed(Reason::answer("status 503"));
+        for expected in [Some((None, true)), None, Some((Some(false), true))] {
+            assert_eq!(step(no()), expected);
+        }
+        assert_eq!(step(failed()), Some((Some(false), true)));
+        assert_eq!(step(failed()), None);
+        assert_eq!(step(failed()), Some((Some(false), false)));
+        assert_eq!(step(no()), Some((Some(false), true)));
+        // Not yet the primary, and not silent either.
+        assert_eq!(step(Outcome::Passed), Some((Some(false), true)));
+        assert_eq!(step(Outcome::Passed), Some((Some(true), true)));
+        for expected in [Some((Some(true), true)), None, Some((Some(false), false))] {
+            assert_eq!(step(failed()), expected);
+        }
     }
 }

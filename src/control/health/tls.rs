@@ -61,7 +61,7 @@ pub(super) async fn speak(tls: &Tls, mut stream: Stream) -> Result<(), Reason> {
             Err(error) => break Err(format!("no TLS answer: {}", written.as_ref().err().unwrap_or(&error)).into()),
         }
     };
-    tokio::spawn(part(stream));
+    tokio::spawn(part(stream, Vec::new()));
     result
 }
 

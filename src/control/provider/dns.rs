@@ -227,12 +227,16 @@ impl Follower {
 
 /// Whether a backend fails its checks or connects.
 fn fails(table: &Table, id: &str) -> bool {
-    table.backends().find(id).is_some_and(|backend| FAILING.contains(&backend.state))
+    let has_no_primary = table.is_exclusive() && !table.any_healthy();
+    let fails = |state: State| FAILING.contains(&state) || (has_no_primary && state == State::Standby);
+    table.backends().find(id).is_some_and(|backend| fails(backend.state))
 }
 
 /// Whether a backend fails its checks or connects. Its name may have another address by now.
 fn any_fails(table: &Table) -> bool {
+    let has_no_primary = table.is_exclusive() && !table.any_healthy();
     FAILING.into_iter().any(|state| table.backends().count(state) > 0)
+        || (has_no_primary && table.backends().count(State::Standby) > 0)
 }
 
 /// Asks once, for `ringway check`.

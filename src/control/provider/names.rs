@@ -224,13 +224,15 @@ pub async fn follow(
     }
 }
 
-/// Those names whose backend has no address or fails its checks.
+/// Those names whose backend has no address or fails its checks. In an exclusive pool without a primary, also those of standbys: a
+/// name may have moved with a failover.
 fn down(names: &[Name], table: &Table) -> Vec<Name> {
     let is_down = |name: &&Name| {
-        table
-            .backends()
-            .find(&name.id)
-            .is_some_and(|backend| matches!(backend.state, State::Starting | State::Unhealthy))
+        table.backends().find(&name.id).is_some_and(|backend| match backend.state {
+            State::Starting | State::Unhealthy => true,
+            State::Standby => !table.any_healthy(),
+            _ => false,
+        })
     };
     names.iter().filter(is_down).cloned().collect()
 }

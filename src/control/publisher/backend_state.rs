@@ -45,6 +45,8 @@ pub(super) struct BackendState {
     is_first: bool,
     /// When slow start began.
     warms_since: Option<Instant>,
+    /// The fraction of its keys that slow start gives to the backend.
+    warmth: Admission,
     /// The backend's position in the published list.
     pub(super) position: usize,
     /// When something is due at the backend, as the publisher has noted it.
@@ -91,6 +93,8 @@ struct Drains {
     ordered: Option<Drain>,
     /// The provider says that the backend is drained.
     listed: Option<Drain>,
+    /// The agent says so.
+    advised: Option<Drain>,
 }
 
 impl BackendState {
@@ -108,6 +112,7 @@ impl BackendState {
             health: Health { last: None, verdict: None, since: now },
             well: None,
             admission: Admission::ALL,
+            advice: None,
             drain: None,
             live: Arc::new(Live::default()),
         };
@@ -121,6 +126,7 @@ impl BackendState {
             claim: None,
             is_first,
             warms_since: None,
+            warmth: Admission::ALL,
             position: 0,
             next: None,
         }
@@ -148,7 +154,7 @@ impl BackendState {
     }
 
     /// Applies any event other than joining, leaving and new settings. `next` is the incarnation of a new replica.
-    pub(super) fn apply(&mut self, event: Event, next: u64, now: Instant) -> Change {
+    pub(super) fn apply(&mut self, event: Event, next: u64, settings: &Settings, now: Instant) -> Change {
         match event {
             Event::Started { address, replica, .. } => {
                 // A repeated report changes nothing.
@@ -196,6 +202,18 @@ impl BackendState {
                 }
                 self.is_ejected = false;
                 self.backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
+            }
+            Event::Advised { incarnation, advice, .. } => {
+                if self.backend.incarnation != incarnation || self.backend.advice == advice {
+                    return Change::Nothing;
+                }
+                let drains = advice.as_ref().is_some_and(|advice| advice.is_drained);
+                if drains != self.drains.advised.is_some() {
+                    self.drains.advised = drains.then(|| begin_drain(None, Some(settings.drain), false, now));
+                }
+                self.backend.advice = advice;
+                self.show_drain();
+                self.show_admission();
             }
             Event::DrainRequested { within, .. } => {
                 self.drains.ordered = Some(begin_drain(self.drains.ordered, within, false, now));
@@ -251,10 +269,21 @@ impl BackendState {
         self.crash_loop = crash_loop;
     }
 
-    /// Publishes the drain that ends last.
+    /// Publishes the drain that an operator cares about most.
     fn show_drain(&mut self) {
-        let Drains { leaving, retiring, ordered, listed } = self.drains;
-        self.backend.drain = leaving.or(listed).or(ordered).or(retiring);
+        let Drains { leaving, retiring, ordered, listed, advised } = self.drains;
+        self.backend.drain = leaving.or(listed).or(ordered).or(retiring).or(advised);
+    }
+
+    /// Publishes the fraction of its keys that the backend gets: what slow start gives it, and its agent advises.
+    fn show_admission(&mut self) {
+        let advised = self.backend.advice.as_ref().map_or(Admission::ALL, |advice| advice.part);
+        self.backend.admission = self.warmth.of(advised);
+    }
+
+    /// Whether the agent says that the backend does not work.
+    fn is_advised_down(&self) -> bool {
+        self.backend.advice.as_ref().is_some_and(|advice| advice.is_down)
     }
 
     /// Whether a command has drained the backend.
@@ -268,36 +297,38 @@ impl BackendState {
 
     /// When Ringway resets the remaining connections: the earliest deadline of all drains.
     fn deadline(&self) -> Option<Instant> {
-        let Drains { leaving, retiring, ordered, listed } = self.drains;
-        [leaving, retiring, ordered, listed].into_iter().flatten().filter_map(|drain| drain.deadline).min()
+        let Drains { leaving, retiring, ordered, listed, advised } = self.drains;
+        [leaving, retiring, ordered, listed, advised].into_iter().flatten().filter_map(|drain| drain.deadline).min()
     }
 
     /// Clears what was known about the previous replica, because it does not apply to the next.
     fn forget(&mut self, now: Instant) {
         self.backend.health = Health { last: None, verdict: None, since: now };
         (self.verdict, self.backend.reported_bad, self.is_ejected) = (None, false, false);
-        self.drains.retiring = None;
+        (self.drains.retiring, self.drains.advised, self.backend.advice) = (None, None, None);
         self.show_drain();
+        self.show_admission();
         self.backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
     }
 
     /// Whether the replica works, regardless of drains; `None`: unknown.
     pub(super) fn well(&self, settings: &Settings) -> Option<bool> {
         self.backend.address.as_ref()?;
-        if self.backend.reported_bad || self.is_ejected {
+        if self.backend.reported_bad || self.is_ejected || self.is_advised_down() {
             return Some(false);
         }
         match self.verdict {
             _ if !settings.is_checked => Some(true),
             // A replica that is not the primary works all the same.
-            Some(Verdict::Declines) => Some(settings.is_exclusive),
+            Some(Verdict::Declines) => Some(settings.rules.is_exclusive),
             verdict => verdict.map(|verdict| verdict == Verdict::Healthy),
         }
     }
 
     /// Begins or ends the backend's claim to an exclusive pool. `next` is the number of a new claim.
     pub(super) fn settle_claim(&mut self, settings: &Settings, next: u64) {
-        let claims = settings.is_exclusive && matches!(self.own_state(settings), State::Healthy);
+        let can_serve = self.backend.membership.weight > 0 && self.own_state(settings) == State::Healthy;
+        let claims = settings.rules.is_exclusive && can_serve;
         self.claim = claims.then(|| self.claim.unwrap_or(Claim { number: next, holds: false }));
     }
 
@@ -306,10 +337,17 @@ impl BackendState {
     pub(super) fn settle(&mut self, settings: &Settings) {
         let state = self.state(settings);
         if state == State::Healthy && self.backend.state != State::Healthy {
-            (self.warms_since, self.backend.admission) = (None, Admission::ALL);
+            (self.warms_since, self.warmth) = (None, Admission::ALL);
+            self.show_admission();
         }
         self.backend.state = state;
         self.backend.well = self.well(settings);
+    }
+
+    /// Treats the backend as not checked yet.
+    pub(super) fn forget_verdict(&mut self, now: Instant) {
+        self.verdict = None;
+        self.backend.health = Health { last: None, verdict: None, since: now };
     }
 
     /// Treats the backend as having passed its checks.
@@ -319,7 +357,9 @@ impl BackendState {
 
     pub(super) fn state(&self, settings: &Settings) -> State {
         match self.own_state(settings) {
-            State::Healthy if settings.is_exclusive && !self.claim.is_some_and(|claim| claim.holds) => State::Standby,
+            State::Healthy if settings.rules.is_exclusive && !self.claim.is_some_and(|claim| claim.holds) => {
+                State::Standby
+            }
             state => state,
         }
     }
@@ -330,9 +370,9 @@ impl BackendState {
             _ if self.backend.drain.is_some() => State::Draining,
             (None, _) if self.crash_loop => State::CrashLoop,
             (None, _) => State::Starting,
-            (Some(_), _) if self.backend.reported_bad => State::Unhealthy,
+            (Some(_), _) if self.backend.reported_bad || self.is_advised_down() => State::Unhealthy,
             (Some(_), None) if settings.is_checked => State::Starting,
-            (Some(_), Some(Verdict::Declines)) if settings.is_checked && settings.is_exclusive => State::Standby,
+            (Some(_), Some(Verdict::Declines)) if settings.is_checked && settings.rules.is_exclusive => State::Standby,
             (Some(_), Some(Verdict::Declines | Verdict::Unhealthy)) if settings.is_checked => State::Unhealthy,
             (Some(_), _) if self.is_ejected => State::Ejected,
             (Some(_), _) => State::Healthy,
@@ -344,7 +384,8 @@ impl BackendState {
         let is_first = std::mem::take(&mut self.is_first);
         let is_slow = others_serve && !is_first && !settings.slow_start.is_zero();
         self.warms_since = is_slow.then_some(now);
-        self.backend.admission = if is_slow { Admission::part(1.0 / f64::from(STEPS)) } else { Admission::ALL };
+        self.warmth = if is_slow { Admission::part(1.0 / f64::from(STEPS)) } else { Admission::ALL };
+        self.show_admission();
     }
 
     /// Applies the passing of time: slow start returns keys, and Ringway resets connections whose drain deadline has
@@ -357,14 +398,14 @@ impl BackendState {
         let passed = now.saturating_duration_since(since);
         let step = (settings.slow_start / STEPS).max(Duration::from_millis(1));
         let steps = u32::try_from(passed.as_nanos() / step.as_nanos()).unwrap_or(STEPS) + 1;
-        let admission =
-            if steps >= STEPS { Admission::ALL } else { Admission::part(f64::from(steps) / f64::from(STEPS)) };
-        if admission == Admission::ALL || self.backend.state != State::Healthy {
+        let warmth = if steps >= STEPS { Admission::ALL } else { Admission::part(f64::from(steps) / f64::from(STEPS)) };
+        if warmth == Admission::ALL || self.backend.state != State::Healthy {
             self.warms_since = None;
         }
-        if std::mem::replace(&mut self.backend.admission, admission) == admission {
+        if std::mem::replace(&mut self.warmth, warmth) == warmth {
             return Change::Nothing;
         }
+        self.show_admission();
         Change::Backend
     }
 

@@ -1,6 +1,6 @@
 use super::*;
 use crate::address::Address;
-use crate::backend::{Admission, BackendPermit, Exit, Membership, Replica};
+use crate::backend::{Admission, Advice, BackendPermit, Exit, Membership, Replica};
 
 fn joined(id: &str) -> Event {
     Event::Joined { id: id.into(), membership: Membership::weighing(1) }
@@ -332,6 +332,10 @@ fn the_list_of_backends_can_drain_one_and_limit_its_connections() {
     assert!(Arc::ptr_eq(&ring, publisher.table().load().ring()), "no key has moved on the ring");
 }
 
+fn exclusive() -> Settings {
+    Settings { rules: Rules { is_exclusive: true, panic_below: 0, spill_below: 50 }, ..settings(true) }
+}
+
 /// An exclusive pool of three checked backends at ports 1 to 3, whose incarnations are the same numbers.
 struct Exclusive {
     publisher: Publisher,
@@ -340,10 +344,9 @@ struct Exclusive {
 
 impl Exclusive {
     fn new() -> Self {
-        let settings = Settings { is_exclusive: true, ..settings(true) };
         let known = [joined("a"), joined("b"), joined("c"), started("a", 1), started("b", 2), started("c", 3)];
         let now = Instant::now();
-        Self { publisher: Publisher::new("db".into(), settings, known, now), now }
+        Self { publisher: Publisher::new("db".into(), exclusive(), known, now), now }
     }
 
     /// A check of a backend passes (`true`), or its answer says no.
@@ -462,21 +465,84 @@ fn the_connections_of_a_drained_holder_may_end_by_themselves() {
 }
 
 #[test]
-fn a_pool_that_becomes_exclusive_resets_the_connections_of_all_but_one() {
-    use State::{Healthy, Standby};
+fn a_pool_that_becomes_exclusive_asks_for_the_primary_first() {
+    use State::{Healthy, Standby, Starting};
 
-    let known =
-        [joined("a"), joined("b"), started("a", 1), started("b", 2), checked("a", 1, true), checked("b", 2, true)];
+    let events = [checked("a", 1, true), checked("b", 2, true)];
+    let known = [joined("a"), joined("b"), started("a", 1), started("b", 2)].into_iter().chain(events);
     let now = Instant::now();
     let mut pool = Exclusive { publisher: Publisher::new("db".into(), settings(true), known, now), now };
     let (one, other) = (pool.connect(0), pool.connect(1));
-    pool.publisher.take([Event::Configured(Settings { is_exclusive: true, ..settings(true) })], now);
-    assert_eq!((one.eviction().is_some(), other.eviction().is_some()), (true, false), "the newest claim");
+    pool.publisher.take([Event::Configured(exclusive())], now);
+    assert_eq!(pool.states(), [Starting; 2], "earlier checks did not ask for the primary");
+    pool.check("a", true);
+    pool.check("b", false);
+    assert!(other.eviction().is_some());
+    assert_eq!(pool.states(), [Standby; 2]);
     drop((one, other));
     pool.pass(SECOND);
-    assert_eq!(pool.states(), [Standby, Healthy]);
+    assert_eq!(pool.states(), [Healthy, Standby]);
+    // A worker that has picked by an earlier table.
+    let late = pool.connect(1);
+    pool.pass(SECOND);
+    assert!(late.eviction().is_some());
+    drop(late);
     pool.publisher.take([Event::Configured(settings(true))], pool.now);
-    assert_eq!(pool.states(), [Healthy; 2]);
+    assert_eq!(pool.states(), [Healthy, State::Unhealthy]);
+}
+
+#[test]
+fn a_holder_that_moves_is_another_server() {
+    use State::{Healthy, Standby};
+
+    let mut pool = Exclusive::new();
+    pool.check("a", true);
+    pool.check("b", false);
+    pool.check("c", false);
+    let old = pool.connect(0);
+    pool.publisher.take([started("a", 9)], pool.now);
+    let event = checked("a", 4, true);
+    pool.publisher.take([event], pool.now);
+    assert_eq!((old.eviction(), pool.states()), (Some(Eviction::Down), vec![Standby; 3]));
+    pool.pass(SECOND);
+    assert_eq!(pool.states(), [Standby; 3], "the old server still has a connection");
+    drop(old);
+    pool.pass(SECOND);
+    assert_eq!(pool.states(), [Healthy, Standby, Standby]);
+}
+
+#[test]
+fn a_backend_without_weight_holds_no_exclusive_pool() {
+    use State::{Healthy, Standby};
+
+    let mut pool = Exclusive::new();
+    let idle = |id: &str| Event::Joined { id: id.into(), membership: Membership::weighing(0) };
+    pool.publisher.take([idle("a")], pool.now);
+    pool.check("a", true);
+    pool.check("b", true);
+    pool.check("c", true);
+    assert_eq!(pool.states(), [Standby, Healthy, Standby]);
+    pool.publisher.take([idle("b")], pool.now);
+    pool.pass(SECOND);
+    assert_eq!(pool.states(), [Standby, Standby, Healthy]);
+}
+
+#[test]
+fn a_backend_without_weight_has_its_own_place_in_the_list() {
+    let idle =
+        |id: &str, tier| Event::Joined { id: id.into(), membership: Membership { tier, ..Membership::weighing(0) } };
+    let mut publisher = publisher(false, vec![idle("b", 0)]);
+    publisher.take([started("b", 2)], Instant::now());
+    assert_eq!(states(&publisher), [State::Healthy]);
+    publisher.take([joined("a"), started("a", 1)], Instant::now());
+    publisher.take([idle("c", 3)], Instant::now());
+    publisher.take([started("c", 3)], Instant::now());
+    let table = publisher.table().load();
+    let list: Vec<_> =
+        table.backends().iter().map(|one| (&*one.id, one.address.clone().unwrap().to_string())).collect();
+    let at = |port: u16| format!("127.0.0.1:{port}");
+    assert_eq!(list, [("a", at(1)), ("b", at(2)), ("c", at(3))]);
+    assert_eq!(table.healthy(), 1);
 }
 
 #[test]
@@ -487,4 +553,40 @@ fn a_standby_is_well() {
     pool.publisher.take([checked("c", 3, false)], pool.now);
     let well: Vec<_> = pool.publisher.table().load().backends().iter().map(|backend| backend.well).collect();
     assert_eq!(well, [Some(true), Some(true), Some(false)]);
+}
+
+#[test]
+fn an_agent_only_lowers_what_a_backend_gets() {
+    let now = Instant::now();
+    let settings = Settings { slow_start: 10 * SECOND, drain: SECOND, ..settings(true) };
+    let known = [joined("a"), joined("b"), started("a", 1), started("b", 2), checked("b", 2, true)];
+    let mut publisher = Publisher::new("echo".into(), settings, known, now);
+    publisher.take([checked("a", 1, true)], now);
+    let says = |part: f64, is_drained, is_down| {
+        let advice = Advice { part: Admission::part(part), is_drained, is_down, ..Advice::default() };
+        Event::Advised { id: "a".into(), incarnation: 1, advice: Some(advice.into()) }
+    };
+    let part = |publisher: &Publisher| publisher.table().load().backends()[0].admission.as_part();
+    publisher.take([says(0.5, false, false)], now);
+    assert!((part(&publisher) - 0.5).abs() < 0.001);
+    publisher.take([says(0.5, true, false)], now);
+    assert_eq!(states(&publisher)[0], State::Draining);
+    publisher.take([says(0.5, false, true)], now);
+    assert_eq!(states(&publisher)[0], State::Unhealthy);
+    assert_eq!(publisher.table().load().backends()[0].well, Some(false));
+    // A recovered backend starts slowly, with a part of the part.
+    publisher.take([says(0.5, false, false)], now);
+    assert!(part(&publisher) < 0.1);
+    while let Some(at) = publisher.wake() {
+        publisher.take([], at);
+    }
+    assert!((part(&publisher) - 0.5).abs() < 0.001);
+    // Checks win, and another replica has said nothing.
+    publisher.take([checked("a", 1, false)], now);
+    publisher.take([says(1.0, false, false)], now);
+    assert_eq!(states(&publisher)[0], State::Unhealthy);
+    publisher.take([says(0.5, true, false), started("a", 3)], now);
+    assert_eq!((states(&publisher)[0], part(&publisher)), (State::Starting, 1.0));
+    publisher.take([says(0.5, true, false)], now);
+    assert_eq!(states(&publisher)[0], State::Starting, "the answer is about an earlier replica");
 }

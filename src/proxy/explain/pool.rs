@@ -100,7 +100,7 @@ fn walk(table: &Table, route: &Route, key: &[u8]) -> Vec<WalkStep> {
             (Some(Some(_)), _) if table.is_spared(backend, key) => {
                 let part = backend.admission.as_part() * 100.0;
                 format!(
-                    "slow start: it takes {part:.0} % of its keys now, and gets this one only if the other backends fail"
+                    "it takes {part:.0} % of its keys now (slow start, or its agent says so), and gets this one only if the other backends fail"
                 )
             }
             (Some(Some(_)), Some(_)) => format!("next, if the connects before it fail{despite}"),
@@ -131,6 +131,7 @@ fn why_skipped(backend: &Backend, now: Instant) -> String {
         humantime::format_duration(std::time::Duration::from_secs(seconds)).to_string()
     };
     match backend.state {
+        State::Healthy if backend.membership.weight == 0 => "its weight is 0".to_owned(),
         State::Healthy => "it has no address".to_owned(),
         State::Starting if backend.address.is_none() => "it has no replica yet".to_owned(),
         State::Starting => "it has passed no health check yet".to_owned(),

@@ -11,7 +11,7 @@ use crate::backend::{Admission, Backend, BackendPermit, Health, Live, Membership
 use crate::proxy::connect;
 use crate::proxy::key::KeyKind;
 use crate::ring::{Member, Parameters, Ring};
-use crate::table::{Members, Table, TableCell, Thresholds};
+use crate::table::{Members, Rules, Table, TableCell};
 
 fn backend(id: String, state: State, has_address: bool, part: f64) -> Backend {
     Backend {
@@ -27,6 +27,7 @@ fn backend(id: String, state: State, has_address: bool, part: f64) -> Backend {
         health: Health { last: Some("connect refused".into()), verdict: None, since: Instant::now() },
         well: None,
         admission: Admission::part(part),
+        advice: None,
         drain: None,
         live: Arc::new(Live::default()),
     }
@@ -35,7 +36,12 @@ fn backend(id: String, state: State, has_address: bool, part: f64) -> Backend {
 fn route(key: KeyKind, backends: Vec<Backend>, panic_below: u8, attempts: usize, most: u64) -> Route {
     let members: Vec<_> = backends.iter().map(|one| Member { id: &one.id, weight: one.membership.weight }).collect();
     let ring = Ring::build(Parameters { virtual_nodes: 20, probes: 3, seed: 0 }, &members);
-    let table = Table::new(7, Arc::new(ring), Members::new(backends, 0), Thresholds { panic_below, spill_below: 50 });
+    let table = Table::new(
+        7,
+        Arc::new(ring),
+        Members::new(backends, 0),
+        Rules { panic_below, spill_below: 50, is_exclusive: false },
+    );
     Route {
         pool: "p".into(),
         key,
@@ -123,7 +129,7 @@ fn a_slow_starting_owner_says_why_its_key_is_elsewhere() {
     let owned =
         (0..250).map(|n| pool(&route, &question(&format!("10.0.0.{n}")))).find(|step| step.walk[0].backend == "b1");
     let step = owned.unwrap();
-    assert!(step.walk[0].why.starts_with("slow start: it takes 0 % of its keys"), "{:?}", step.walk[0]);
+    assert!(step.walk[0].why.starts_with("it takes 0 % of its keys now"), "{:?}", step.walk[0]);
     assert_eq!((step.walk[0].attempt, step.backend.as_ref()), (None, Some(&step.walk[1].backend)));
 }
 

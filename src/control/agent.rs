@@ -1,0 +1,287 @@
+//! Agents: programs beside the backends that say how many connections a backend should get, as in HAProxy.
+//!
+//! What an agent says only ever lowers what the weight, the checks and the operator allow. An agent that does not answer for
+//! [`PATIENCE`] intervals counts for nothing: its last words may be about a load that has gone.
+//!
+//! # Layout
+//!
+//! - this file: asks, and reports the answers
+//! - [`words`]: the answers; pure
+
+mod words;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::task::JoinSet;
+
+use super::Event;
+use crate::address::Address;
+use crate::backend::Advice;
+use crate::table::{Members, TableCell};
+
+/// Intervals without an answer after which what an agent has said no longer counts.
+pub const PATIENCE: u32 = 3;
+
+/// Questions of one pool that wait for an answer at the same time. Others wait for their turn.
+const MOST: usize = 64;
+
+/// Settings of a pool's agents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// TCP port of the agents, at the addresses of the backends.
+    pub port: u16,
+    /// Time from one question to the next.
+    pub interval: Duration,
+    /// Longest wait for an answer.
+    pub timeout: Duration,
+    /// What Ringway sends, with `{backend}` for the id; may be empty.
+    pub send: String,
+}
+
+/// An agent that Ringway asks.
+#[derive(Debug)]
+struct Agent {
+    incarnation: u64,
+    address: SocketAddr,
+    next: Instant,
+    /// When it answered last, or when Ringway began to ask.
+    answered: Instant,
+    advice: Option<Advice>,
+    /// Why the last question brought no advice.
+    fault: Option<String>,
+}
+
+/// What came of a question: its backend and incarnation, and the line or the fault.
+type Answer = (Arc<str>, u64, Result<String, String>);
+
+/// The agents of a pool. Pure.
+#[derive(Debug, Default)]
+struct Agents {
+    agents: HashMap<Arc<str>, Agent>,
+    roster: Option<u64>,
+}
+
+/// Asks the agents of the backends of `table` until the task is dropped.
+pub async fn ask_all(
+    pool: Arc<str>,
+    table: TableCell,
+    mut settings: watch::Receiver<Option<Settings>>,
+    events: mpsc::Sender<Event>,
+) {
+    let mut changes = table.watch();
+    let mut current = settings.borrow_and_update().clone();
+    let (mut agents, mut running) = (Agents::default(), JoinSet::new());
+    let turns = Arc::new(Semaphore::new(MOST));
+    loop {
+        let news = if let Some(settings) = &current {
+            agents.follow(table.load().backends(), settings, Instant::now());
+            Vec::new()
+        } else {
+            // Whoever no longer asks must take back what was said.
+            agents.retire()
+        };
+        for event in news {
+            if events.send(event).await.is_err() {
+                return;
+            }
+        }
+        let next = agents.next();
+        let is_due = tokio::time::sleep_until(next.unwrap_or_else(Instant::now).into());
+        tokio::select! {
+            changed = changes.changed() => if changed.is_err() {
+                return;
+            },
+            changed = settings.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                current.clone_from(&settings.borrow_and_update());
+                // Dropping the questions ends them.
+                running = JoinSet::new();
+                agents.hurry(Instant::now());
+            }
+            Some(done) = running.join_next() => {
+                // A question that panicked is a bug, and ends this task too.
+                let answer: Answer = done.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+                let Some(settings) = &current else { continue };
+                if let Some(event) = agents.answered(&pool, answer, settings, Instant::now())
+                    && events.send(event).await.is_err()
+                {
+                    return;
+                }
+            }
+            () = is_due, if next.is_some() => {
+                let Some(settings) = &current else { continue };
+                for (id, incarnation, address) in agents.due(settings, Instant::now()) {
+                    let (settings, turns) = (settings.clone(), Arc::clone(&turns));
+                    running.spawn(async move {
+                        // Nobody closes the semaphore.
+                        let _turn = turns.acquire_owned().await;
+                        let asked = tokio::time::timeout(settings.timeout, ask(address, &settings, &id)).await;
+                        let answer = match asked {
+                            Ok(answer) => answer.map_err(|error| error.to_string()),
+                            Err(_elapsed) => Err("timeout".to_owned()),
+                        };
+                        (id, incarnation, answer)
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Asks one agent. Returns the first line of its answer.
+async fn ask(address: SocketAddr, settings: &Settings, id: &str) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(address).await?;
+    stream.write_all(settings.send.replace("{backend}", id).as_bytes()).await?;
+    let mut answer = Vec::new();
+    while answer.len() < words::LONGEST && !answer.contains(&b'\n') {
+        if stream.read_buf(&mut answer).await? == 0 {
+            break;
+        }
+    }
+    if answer.is_empty() {
+        return Err(std::io::Error::other("the agent closed the connection without an answer"));
+    }
+    answer.truncate(words::LONGEST);
+    Ok(words::first_line(&answer))
+}
+
+impl Agents {
+    /// Follows the table: asks new backends, and forgets those that have gone.
+    fn follow(&mut self, members: &Members, settings: &Settings, now: Instant) {
+        if self.roster.replace(members.roster()) == Some(members.roster()) {
+            return;
+        }
+        let mut before = std::mem::take(&mut self.agents);
+        for backend in members {
+            let Some(Address::Ip(address)) = &backend.address else { continue };
+            let known = before.remove(&backend.id).filter(|agent| agent.incarnation == backend.incarnation);
+            let agent = known.unwrap_or_else(|| {
+                // Agents of one pool are not all asked at the same moment.
+                let chance = seahash::hash(backend.id.as_bytes()) as f64 / u64::MAX as f64;
+                Agent {
+                    incarnation: backend.incarnation,
+                    address: SocketAddr::new(address.ip(), settings.port),
+                    next: now + settings.interval.mul_f64(chance).min(settings.interval / 4),
+                    answered: now,
+                    advice: None,
+                    fault: None,
+                }
+            });
+            self.agents.insert(Arc::clone(&backend.id), agent);
+        }
+    }
+
+    /// Forgets all agents. Returns what takes their advice back.
+    fn retire(&mut self) -> Vec<Event> {
+        self.roster = None;
+        let advised = self.agents.drain().filter(|(_, agent)| agent.advice.is_some());
+        advised.map(|(id, agent)| Event::Advised { id, incarnation: agent.incarnation, advice: None }).collect()
+    }
+
+    /// Asks all at once, at another port perhaps.
+    fn hurry(&mut self, now: Instant) {
+        self.roster = None;
+        self.agents.values_mut().for_each(|agent| agent.next = now);
+    }
+
+    /// When the next question is due.
+    fn next(&self) -> Option<Instant> {
+        self.agents.values().map(|agent| agent.next).min()
+    }
+
+    /// The agents to ask now.
+    fn due(&mut self, settings: &Settings, now: Instant) -> Vec<(Arc<str>, u64, SocketAddr)> {
+        let due = self.agents.iter_mut().filter(|(_, agent)| agent.next <= now);
+        due.map(|(id, agent)| {
+            agent.next = now + settings.interval.max(settings.timeout);
+            agent.address.set_port(settings.port);
+            (Arc::clone(id), agent.incarnation, agent.address)
+        })
+        .collect()
+    }
+
+    /// Takes in an answer. Returns what the publisher does not know yet.
+    fn answered(
+        &mut self,
+        pool: &str,
+        (id, incarnation, answer): Answer,
+        settings: &Settings,
+        now: Instant,
+    ) -> Option<Event> {
+        let agent = self.agents.get_mut(&id).filter(|agent| agent.incarnation == incarnation)?;
+        agent.next = agent.next.min(now + settings.interval);
+        let before = agent.advice.clone();
+        match answer.and_then(|line| words::advice(&line, before.as_ref())) {
+            Ok(advice) => {
+                if agent.fault.take().is_some() {
+                    tracing::info!(%pool, %id, answer = &*advice.text, "the agent answers again");
+                }
+                agent.answered = now;
+                agent.advice = Some(advice);
+            }
+            Err(fault) => {
+                if agent.fault.is_none() {
+                    tracing::warn!(%pool, %id, address = %agent.address, "no advice from the agent: {fault}");
+                }
+                agent.fault = Some(fault);
+                if now.saturating_duration_since(agent.answered) >= settings.interval * PATIENCE {
+                    agent.advice = None;
+                }
+            }
+        }
+        let advice = agent.advice.clone();
+        (advice != before).then(|| Event::Advised { id, incarnation, advice: advice.map(Arc::new) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::Membership;
+    use crate::control::publisher::{self, Publisher};
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn what_an_agent_has_said_counts_until_it_is_silent_for_three_intervals() {
+        let settings = Settings { port: 9, interval: 2 * SECOND, timeout: SECOND, send: String::new() };
+        let address = Address::Ip(([127, 0, 0, 1], 1).into());
+        let known = [
+            Event::Joined { id: "a".into(), membership: Membership::weighing(1) },
+            Event::Started { id: "a".into(), address, replica: None },
+        ];
+        let publisher = Publisher::new("p".into(), publisher::Settings::plain(), known, Instant::now());
+        let (mut agents, begin) = (Agents::default(), Instant::now());
+        agents.follow(publisher.table().load().backends(), &settings, begin);
+        let mut now = begin;
+        let mut step = |answer: Result<&str, &str>| {
+            now = agents.next().unwrap();
+            let due = agents.due(&settings, now);
+            assert_eq!(due, [("a".into(), 1, ([127, 0, 0, 1], 9).into())]);
+            let answer = answer.map(str::to_owned).map_err(str::to_owned);
+            let event = agents.answered("p", ("a".into(), 1, answer), &settings, now)?;
+            let Event::Advised { advice, .. } = event else { panic!("{event:?}") };
+            Some(advice.map(|advice| (advice.part.as_part(), advice.is_down)))
+        };
+        assert_eq!(step(Err("refused")), None);
+        assert_eq!(step(Ok("50%")), Some(Some((0.5, false))));
+        assert_eq!(step(Ok("50%")), None);
+        assert_eq!(step(Ok("down")), Some(Some((0.5, true))));
+        assert_eq!(step(Err("timeout")), None);
+        assert_eq!(step(Ok("what?")), None);
+        assert_eq!(step(Err("timeout")), Some(None));
+        assert_eq!(step(Err("timeout")), None);
+        assert_eq!(step(Ok("up")), Some(Some((1.0, false))), "nothing of the earlier words is left");
+        let retired = agents.retire();
+        assert!(matches!(&retired[..], [Event::Advised { advice: None, .. }]));
+        assert!(agents.answered("p", ("a".into(), 1, Ok("50%".to_owned())), &settings, now).is_none());
+    }
+}
