@@ -1,18 +1,18 @@
-//! One member of a pool: its identity and state in a table snapshot, and the counters that outlive snapshots.
+//! One member of a pool: its identity and state in a table snapshot. [`live`] has the counters that outlive snapshots.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
 
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+pub use self::live::{BackendPermit, Eviction, Evictions, Failing, Live, Moved};
 pub use self::port_search::PortSearch;
 use crate::address::Address;
 use crate::label_enum;
-use crate::labels::{Label as _, Tally};
 
+mod live;
 mod port_search;
 
 label_enum! {
@@ -292,163 +292,9 @@ impl Backend {
     }
 }
 
-/// Live counters of a backend. They belong to the id: a replacement continues them.
-#[derive(Debug, Default)]
-pub struct Live {
-    /// Connections to this backend that are open or connecting now; only [`BackendPermit`] changes it.
-    pub active: AtomicU64,
-    /// Lines of the replica's output that were not logged.
-    pub output_lost: AtomicU64,
-    /// The search for source ports towards this backend.
-    pub port_search: PortSearch,
-    /// Connections established so far.
-    pub total: AtomicU64,
-    /// Connect attempts so far.
-    pub attempts: AtomicU64,
-    /// Failed connects, by cause.
-    pub failures: Tally<ConnectFailure>,
-    /// Consecutive failed connects, without local failures. A successful connect resets it.
-    pub failed_in_a_row: AtomicU32,
-    /// How often the backend was ejected.
-    pub ejections: AtomicU64,
-    /// Requests to end the backend's connections.
-    pub evictions: Evictions,
-    /// Connections that Ringway reset at the deadline of a drain.
-    pub cut_by_drain: AtomicU64,
-    /// Payload bytes moved from clients to the backend.
-    pub from_client: Moved,
-    /// Payload bytes moved from the backend to clients.
-    pub to_client: Moved,
-    /// Whether the replica was started from other settings than the current ones.
-    pub outdated: AtomicBool,
-    /// Health checks passed so far.
-    pub checks_passed: AtomicU64,
-    /// Health checks failed so far.
-    pub checks_failed: AtomicU64,
-}
-
-/// Bytes moved in one direction, by path.
-#[derive(Debug, Default)]
-pub struct Moved {
-    /// Bytes copied through the worker's buffer.
-    pub copied: AtomicU64,
-    /// Bytes spliced through a pipe, within the kernel.
-    pub spliced: AtomicU64,
-}
-
-impl Moved {
-    /// Bytes of both paths together.
-    pub fn total(&self) -> u64 {
-        self.copied.load(Ordering::Relaxed) + self.spliced.load(Ordering::Relaxed)
-    }
-}
-
-/// The data plane's report that connects to a backend keep failing.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failing {
-    /// The backend's id.
-    pub backend: Arc<str>,
-    /// The incarnation of the replica that could not be reached.
-    pub incarnation: u64,
-}
-
-/// A connection's permit for a backend, held from before the connect until the connection ends.
-#[derive(Debug)]
-pub struct BackendPermit {
-    live: Arc<Live>,
-    era: u64,
-}
-
-impl BackendPermit {
-    /// Takes a permit; `None` if the backend already has `most` connections. The limit is exact across all workers.
-    pub fn take(live: &Arc<Live>, most: u64) -> Option<Self> {
-        if most == u64::MAX {
-            live.active.fetch_add(1, Ordering::Relaxed);
-        } else {
-            let more = |active| (active < most).then_some(active + 1);
-            live.active.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
-        }
-        Some(Self { live: Arc::clone(live), era: live.evictions.era() })
-    }
-
-    /// The backend's live counters.
-    pub fn live(&self) -> &Live {
-        &self.live
-    }
-
-    /// Why the connection must end, if that was requested after the permit was taken.
-    pub fn eviction(&self) -> Option<Eviction> {
-        self.live.evictions.since(self.era)
-    }
-}
-
-impl Drop for BackendPermit {
-    fn drop(&mut self) {
-        self.live.active.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-label_enum! {
-    /// Why a backend's connections are ended.
-    pub enum Eviction {
-        /// The backend's drain has reached its deadline.
-        Drained => "drained",
-        /// The backend is down, and its pool resets connections in that case.
-        Down => "down",
-    }
-}
-
-/// Requests to end all connections of a backend. The control plane writes them; the timeout task reads them.
-#[derive(Debug, Default)]
-pub struct Evictions(AtomicU64);
-
-impl Evictions {
-    /// Requests the end of all connections that the backend has now.
-    pub fn request(&self, why: Eviction) {
-        // The lowest byte holds the reason of the last request, and the upper bytes count the requests. Only one thread
-        // writes.
-        let number = self.0.load(Ordering::Relaxed) >> 8;
-        self.0.store((number + 1) << 8 | why.index() as u64, Ordering::Relaxed);
-    }
-
-    /// Identifies the time since the last request; pass it to [`Evictions::since`].
-    pub fn era(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// The reason of the last request after `era`; `None`: there was no request.
-    pub fn since(&self, era: u64) -> Option<Eviction> {
-        let now = self.0.load(Ordering::Relaxed);
-        (now != era).then(|| Eviction::ALL[(now & 0xff) as usize])
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_backend_never_exceeds_its_limit_and_dropped_permits_are_returned() {
-        let live = Arc::new(Live::default());
-        let permits: Vec<_> = (0..5).filter_map(|_| BackendPermit::take(&live, 3)).collect();
-        assert_eq!((permits.len(), live.active.load(Ordering::Relaxed)), (3, 3));
-        drop(permits);
-        assert!(BackendPermit::take(&live, 1).is_some());
-        assert_eq!(live.active.load(Ordering::Relaxed), 0);
-    }
-
-    #[test]
-    fn an_eviction_ends_only_connections_made_before_it() {
-        let evictions = Evictions::default();
-        let era = evictions.era();
-        assert_eq!(evictions.since(era), None);
-        evictions.request(Eviction::Down);
-        assert_eq!(evictions.since(era), Some(Eviction::Down));
-        let later = evictions.era();
-        assert_eq!(evictions.since(later), None);
-        evictions.request(Eviction::Drained);
-        assert_eq!((evictions.since(era), evictions.since(later)), (Some(Eviction::Drained), Some(Eviction::Drained)));
-    }
 
     #[test]
     fn an_admitted_key_stays_admitted_as_the_fraction_grows() {

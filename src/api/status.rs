@@ -1,5 +1,7 @@
 //! `GET /api/status`, on the side port. [`on_listener`](super::on_listener) answers it on listeners.
 
+mod provider;
+
 #[cfg(test)]
 mod tests;
 
@@ -11,10 +13,11 @@ use axum::Json;
 use axum::extract::State as Extract;
 use serde::{Deserialize, Serialize};
 
+pub use self::provider::{Dns, Engine, File, Provider};
 use super::{ListenerView, LogView, ProviderView, State};
 use crate::backend::{self, Backend};
 use crate::control::command::Differs;
-use crate::control::provider::{Location, dns, file};
+use crate::control::provider::Location;
 use crate::labels::Label as _;
 use crate::proxy::{Limit, Route};
 use crate::table::Table;
@@ -94,48 +97,6 @@ pub struct Pool {
     pub cut_by_drain: u64,
     pub differs: Vec<Differs>,
     pub backends: Vec<Member>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "docs/api.md explains each field")]
-pub struct Provider {
-    pub kind: String,
-    pub engine: Option<Engine>,
-    #[serde(default)]
-    pub dns: Option<Dns>,
-    #[serde(default)]
-    pub file: Option<File>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "docs/api.md explains each field")]
-pub struct File {
-    pub path: String,
-    pub backends: usize,
-    /// `None`: Ringway could not apply the file so far.
-    pub applied_seconds_ago: Option<f64>,
-    pub error: Option<String>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "docs/api.md explains each field")]
-pub struct Dns {
-    pub question: String,
-    pub backends: usize,
-    /// `None`: there has been no complete answer yet.
-    pub answered_seconds_ago: Option<f64>,
-    pub ttl_seconds: Option<f64>,
-    pub next_in_seconds: f64,
-    pub error: Option<String>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "docs/api.md explains each field")]
-pub struct Engine {
-    pub host: String,
-    pub reachable: bool,
-    pub synced_seconds_ago: f64,
-    pub error: Option<String>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -347,45 +308,6 @@ impl Pool {
             cut_by_drain: pool.stats.cut_by_drain.load(Ordering::Relaxed),
             differs: differs.to_vec(),
             backends,
-        }
-    }
-}
-
-impl Provider {
-    fn of(provider: &ProviderView) -> Self {
-        let engine = provider.status.engine().map(|engine| Engine {
-            host: engine.host().to_owned(),
-            reachable: engine.is_fresh(),
-            synced_seconds_ago: engine.age().as_secs_f64(),
-            error: engine.error().map(|error| error.to_string()),
-        });
-        let dns = provider.status.dns().map(|dns| Dns::of(&dns.last(), Instant::now()));
-        let file = provider.status.file().map(|file| File::of(&file.last(), Instant::now()));
-        Self { kind: provider.kind.to_owned(), engine, dns, file }
-    }
-}
-
-impl File {
-    fn of(last: &file::Last, now: Instant) -> Self {
-        Self {
-            path: last.path.to_string(),
-            backends: last.backends,
-            applied_seconds_ago: last.applied.map(|at| now.saturating_duration_since(at).as_secs_f64()),
-            error: last.error.as_deref().map(str::to_owned),
-        }
-    }
-}
-
-impl Dns {
-    fn of(last: &dns::status::Last, now: Instant) -> Self {
-        let answered = last.answered.map(|at| now.saturating_duration_since(at).as_secs_f64());
-        Self {
-            question: last.question.to_string(),
-            backends: last.backends,
-            answered_seconds_ago: answered,
-            ttl_seconds: last.ttl.map(|ttl| ttl.as_secs_f64()),
-            next_in_seconds: last.next.saturating_duration_since(now).as_secs_f64(),
-            error: last.error.as_deref().map(str::to_owned),
         }
     }
 }

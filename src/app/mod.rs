@@ -24,6 +24,7 @@ mod context;
 mod error;
 mod inheritance;
 mod listeners;
+mod log_commands;
 mod offline;
 mod outlook;
 mod pools;

@@ -12,7 +12,7 @@ use crate::control::publisher::OnDown;
 use crate::labels::Label as _;
 use crate::proxy::key::KeyKind;
 use crate::proxy_header::{CRC32C, NOOP, SendProxy, Tlv, Version};
-use crate::ring::{MOST_POINTS, Parameters};
+use crate::ring::Parameters;
 
 pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let name = name(&mut section);
@@ -79,28 +79,6 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     }
     section.finish();
     pool
-}
-
-impl Pool {
-    /// Why the check or the agent cannot use its port, in words. The parser has checked the file; a command can add a backend.
-    pub fn check_port_fault(&self) -> Option<String> {
-        let of_check =
-            self.health_check.as_ref().and_then(|health| health.check.port).map(|port| ("health_check", port));
-        let (key, port) = of_check.or(self.agent.as_ref().map(|agent| ("agent", agent.port)))?;
-        let problem =
-            "needs backends with a TCP address, and a backend has a Unix socket: remove the backend, or the key";
-        self.provider.has_unix_sockets().then(|| format!("{key}.port {problem} (port {port})"))
-    }
-
-    /// Returns a fault text if the pool's ring would have too many points.
-    pub fn too_many_points(&self) -> Option<String> {
-        let points = weights(&self.provider).saturating_mul(u64::from(self.ring.virtual_nodes));
-        (points > MOST_POINTS).then(|| {
-            format!(
-                "the ring would have {points} points, but the maximum is {MOST_POINTS}: lower virtual_nodes, weights or the number of backends"
-            )
-        })
-    }
 }
 
 /// Adds a fault for each key that contradicts an exclusive pool.
@@ -241,12 +219,4 @@ fn ring(mut section: Section<'_>) -> Parameters {
     };
     section.finish();
     parameters
-}
-
-/// The expected sum of the weights of all backends.
-fn weights(provider: &Provider) -> u64 {
-    match provider {
-        Provider::Static(backends) => backends.iter().map(|backend| u64::from(backend.membership.weight)).sum(),
-        provider => provider.backends() as u64,
-    }
 }

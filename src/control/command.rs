@@ -5,14 +5,16 @@
 
 use std::fmt;
 use std::net::SocketAddr;
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
 
+pub use self::error::{CommandError, ErrorKind};
 use super::provider::Listed;
+
+mod error;
 
 /// Commands that may wait for their turn. Whoever sends one more waits too.
 const QUEUE: usize = 16;
@@ -176,134 +178,6 @@ pub struct Moved {
     pub pool: String,
     /// From 0 to 1.
     pub share: f64,
-}
-
-/// Why Ringway rejected a command. Nothing has changed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum CommandError {
-    /// No pool has this name.
-    #[error("pool {pool:?} does not exist; existing pools: {}", known.join(", "))]
-    UnknownPool {
-        /// As given.
-        pool: String,
-        /// The pools that there are.
-        known: Vec<String>,
-    },
-    /// The pool has no backend with this id.
-    #[error("pool {pool} has no backend {backend:?}; it has: {}", known.join(", "))]
-    UnknownBackend {
-        /// The pool.
-        pool: String,
-        /// As given.
-        backend: String,
-        /// The backends that there are.
-        known: Vec<String>,
-    },
-    /// The static pool has a backend with this id already.
-    #[error("pool {pool} already has a backend {backend:?}")]
-    BackendExists {
-        /// The pool.
-        pool: String,
-        /// The id.
-        backend: String,
-    },
-    /// A reload would move too many keys.
-    #[error(
-        "{moved} % of the keys of pool {pool} would move, and config_watch.max_keys_moved is {most} %: check the change with `ringway check --diff`, and apply it with `ringway reload`"
-    )]
-    TooManyKeys {
-        /// The pool.
-        pool: String,
-        /// The keys that would move, in percent.
-        moved: u8,
-        /// The most keys that may move, in percent.
-        most: u8,
-    },
-    /// The config or the file of the pool drains the backend.
-    #[error("{pool}/{backend} is drained by its entry in the list of backends: remove `state: drained` there")]
-    DrainedByList {
-        /// The pool.
-        pool: String,
-        /// The id.
-        backend: String,
-    },
-    /// Only static pools take or give up single backends.
-    #[error("pool {0} is not static: its provider decides which backends it has")]
-    NotStatic(String),
-    /// Only supervised pools have a number of replicas.
-    #[error("cannot scale pool {0}: Ringway does not start its backends")]
-    NotSupervised(String),
-    /// All backends of a pool of discovered containers have the same weight.
-    #[error("cannot set a weight in pool {0}: all its containers have the same weight")]
-    FixedWeight(String),
-    /// The port range of the pool is too small.
-    #[error("pool {pool} has too few ports ({first}-{last}) for {replicas} replicas: widen process.ports")]
-    TooFewPorts {
-        /// The pool.
-        pool: String,
-        /// First port of the range.
-        first: u16,
-        /// Last port of the range.
-        last: u16,
-        /// As given.
-        replicas: u32,
-    },
-    /// A number is out of range.
-    #[error("{number} is not a valid {what}: use {} to {}", range.start(), range.end())]
-    OutOfRange {
-        /// What the number is.
-        what: &'static str,
-        /// As given.
-        number: u32,
-        /// What is allowed.
-        range: RangeInclusive<u32>,
-    },
-    /// The log takes no such filter; the text says why.
-    #[error("{0}")]
-    BadFilter(String),
-    /// The config has faults; the text names them all.
-    #[error("{0}")]
-    BadConfig(String),
-    /// Something that the change needs is missing; the text names it with its key path.
-    #[error("{0}")]
-    CannotPrepare(String),
-    /// No successor took over; the text says why.
-    #[error("{0}")]
-    UpgradeFailed(String),
-    /// Ringway stops.
-    #[error("Ringway is stopping")]
-    Stopping,
-}
-
-/// Whose fault a [`CommandError`] is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ErrorKind {
-    /// The command names something that does not exist.
-    NotFound,
-    /// The command does not fit the current state.
-    Conflict,
-    /// The command is malformed.
-    Invalid,
-}
-
-impl CommandError {
-    /// Whose fault it is.
-    pub fn kind(&self) -> ErrorKind {
-        match self {
-            Self::UnknownPool { .. } | Self::UnknownBackend { .. } => ErrorKind::NotFound,
-            Self::OutOfRange { .. } | Self::BadConfig(_) | Self::BadFilter(_) => ErrorKind::Invalid,
-            Self::BackendExists { .. }
-            | Self::DrainedByList { .. }
-            | Self::TooManyKeys { .. }
-            | Self::NotStatic(_)
-            | Self::NotSupervised(_)
-            | Self::FixedWeight(_)
-            | Self::TooFewPorts { .. }
-            | Self::CannotPrepare(_)
-            | Self::UpgradeFailed(_)
-            | Self::Stopping => ErrorKind::Conflict,
-        }
-    }
 }
 
 /// Who sent a command.

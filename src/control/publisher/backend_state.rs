@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Settings;
+use super::drains::{Drains, begin_drain};
 use crate::address::Address;
 use crate::backend::{Admission, Backend, Drain, Eviction, Exit, Health, Live, Membership, Replica, State};
 use crate::control::Event;
@@ -80,21 +81,6 @@ struct Runs {
     any: bool,
     /// An event reported the last replica before it ended.
     is_seen: bool,
-}
-
-/// The drains of a backend. With any of them it gets no new connections.
-#[derive(Debug, Default, Clone, Copy)]
-struct Drains {
-    /// The backend leaves the pool.
-    leaving: Option<Drain>,
-    /// This replica will be stopped. The drain ends with the next replica.
-    retiring: Option<Drain>,
-    /// A command drains the backend.
-    ordered: Option<Drain>,
-    /// The provider says that the backend is drained.
-    listed: Option<Drain>,
-    /// The agent says so.
-    advised: Option<Drain>,
 }
 
 impl BackendState {
@@ -269,10 +255,9 @@ impl BackendState {
         self.crash_loop = crash_loop;
     }
 
-    /// Publishes the drain that an operator cares about most.
+    /// Publishes the drain.
     fn show_drain(&mut self) {
-        let Drains { leaving, retiring, ordered, listed, advised } = self.drains;
-        self.backend.drain = leaving.or(listed).or(ordered).or(retiring).or(advised);
+        self.backend.drain = self.drains.shown();
     }
 
     /// Publishes the fraction of its keys that the backend gets: what slow start gives it, and its agent advises.
@@ -293,12 +278,6 @@ impl BackendState {
 
     fn leaves(&self) -> bool {
         self.drains.leaving.is_some()
-    }
-
-    /// When Ringway resets the remaining connections: the earliest deadline of all drains.
-    fn deadline(&self) -> Option<Instant> {
-        let Drains { leaving, retiring, ordered, listed, advised } = self.drains;
-        [leaving, retiring, ordered, listed, advised].into_iter().flatten().filter_map(|drain| drain.deadline).min()
     }
 
     /// Clears what was known about the previous replica, because it does not apply to the next.
@@ -391,7 +370,7 @@ impl BackendState {
     /// Applies the passing of time: slow start returns keys, and Ringway resets connections whose drain deadline has
     /// passed.
     pub(super) fn pass(&mut self, settings: &Settings, now: Instant) -> Change {
-        if self.deadline().is_some_and(|deadline| deadline <= now) && self.active() > 0 {
+        if self.drains.deadline().is_some_and(|deadline| deadline <= now) && self.active() > 0 {
             self.backend.live.evictions.request(Eviction::Drained);
         }
         let Some(since) = self.warms_since else { return Change::Nothing };
@@ -411,7 +390,7 @@ impl BackendState {
 
     /// When to call [`pass`](Self::pass) again.
     pub(super) fn due(&self, settings: &Settings, now: Instant) -> Option<Instant> {
-        let drain = match self.deadline() {
+        let drain = match self.drains.deadline() {
             _ if self.leaves() => Some(now + LOOK),
             Some(deadline) if deadline > now => Some(deadline),
             Some(_) if self.active() > 0 => Some(now + LOOK),
@@ -447,9 +426,4 @@ impl BackendState {
             _ => tracing::info!(%pool, %id, was, check, "backend is {is}"),
         }
     }
-}
-
-/// A drain that begins now, or an existing drain with a new deadline.
-fn begin_drain(before: Option<Drain>, within: Option<Duration>, leaves: bool, now: Instant) -> Drain {
-    Drain { since: before.map_or(now, |before| before.since), deadline: within.map(|within| now + within), leaves }
 }
