@@ -120,8 +120,16 @@ pub struct Advice {
     pub is_drained: bool,
     /// It does not work, whatever its checks say.
     pub is_down: bool,
-    /// The last answer.
+    /// The answer that has last changed one of them.
     pub text: Arc<str>,
+}
+
+impl Advice {
+    /// Whether the other one has the same effect.
+    pub fn is_like(&self, other: &Self) -> bool {
+        let effect = |one: &Self| (one.part, one.max_connections, one.is_drained, one.is_down);
+        effect(self) == effect(other)
+    }
 }
 
 impl Default for Advice {

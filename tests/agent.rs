@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 
 use crate::harness::{Ringway, config, echoes, eventually, http, soon};
 use ringway::backend::State;
+use ringway::control::command::{Command, CommandError};
 
 /// A backend on an address of its own, and its agent. Both end when this is dropped.
 struct Server {
@@ -70,7 +71,7 @@ async fn pair() -> ([Server; 2], Ringway) {
     let entries: Vec<_> = std::iter::zip(["a", "b"], &servers)
         .map(|(id, server)| format!("{{ address: \"{}\", id: {id} }}", server.address))
         .collect();
-    let agent = format!("agent: {{ port: {port}, interval: 100ms, timeout: 5s, send: \"web/{{backend}}\\n\" }}");
+    let agent = format!("agent: {{ port: {port}, interval: 500ms, send: \"web/{{backend}}\\n\" }}");
     let yaml = config(
         &format!("static: [{}]", entries.join(", ")),
         "",
@@ -129,6 +130,9 @@ async fn an_agent_drains_stops_and_limits_its_backend() {
     assert_eq!(part(&ringway), 0.0);
     assert!(echoes(&mut open).await, "open connections go on");
     drop(open);
+    let undrain = Command::Undrain { pool: "echo".to_owned(), backend: "a".to_owned() };
+    let error = ringway.send(undrain).await.unwrap_err();
+    assert!(matches!(&error, CommandError::DrainedByAgent { said, .. } if said == "drain"), "{error}");
     a.says("ready down # disk full");
     eventually("down", || ringway.states()[0] == State::Unhealthy).await;
     let status: serde_json::Value =

@@ -303,3 +303,33 @@ async fn no_write_reaches_the_loser_of_a_failover() {
     eventually("b is gone", || ringway.states()[1] == State::Unhealthy).await;
     assert_eq!(up("\"b\"").await, 0.0);
 }
+
+#[tokio::test]
+async fn a_reload_keeps_the_holder_unless_the_check_asks_for_something_else() {
+    let (a, b) = (Switched::start("a").await, Switched::start("b").await);
+    b.set(false);
+    let yaml =
+        |more: &str| pool(&[a.entry("a", ""), b.entry("b", "")], &format!("tiers: {{ exclusive: true }}\n{more}"));
+    let ringway = Ringway::start(&yaml("")).await.ready().await;
+    let holds = || ringway.states() == [State::Healthy, State::Standby];
+    eventually("a holds the pool", holds).await;
+    let (mut open, _) = connect(&ringway).await.unwrap();
+    let report = ringway.reload(&yaml("").replace("interval: 50ms", "interval: 60ms")).await.unwrap();
+    assert_eq!((report.changes.len(), report.moved.len()), (1, 0), "{report:?}");
+    let passed = ringway.backend(0).live.checks_passed.load(Ordering::Relaxed);
+    let more = || ringway.backend(0).live.checks_passed.load(Ordering::Relaxed) > passed + 3;
+    while !more() {
+        assert!(holds(), "{:?}", ringway.states());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    assert!(echoes(&mut open).await, "a reload has reset the connections of the primary");
+
+    // Another check asks another question, and the one who answers it is the primary.
+    let other = yaml("").replace("CHECK\\n", "name").replace("\"YES\"", "b");
+    ringway.reload(&other).await.unwrap();
+    eventually("b holds the pool", || ringway.states() == [State::Standby, State::Healthy]).await;
+    assert_eq!(name(&ringway).await, "b");
+    // Whoever turns it off spreads the keys again.
+    let report = ringway.reload(&other.replace("exclusive: true", "exclusive: false")).await.unwrap();
+    assert!((0.2..0.8).contains(&report.moved[0].share), "{report:?}");
+}

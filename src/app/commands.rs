@@ -50,16 +50,14 @@ impl App {
             Command::Drain { pool, backend, within } => return self.plan_drain(pool, &backend, within),
             Command::Undrain { pool, backend } => {
                 self.check_backend(&pool, &backend)?;
-                let is_listed = self.is_drained_by_list(&pool, &backend);
+                let other = self.other_drain(&pool, &backend);
                 if !changes.of(&pool).drained.remove(&backend) {
-                    let error = CommandError::DrainedByList { pool, backend };
-                    return if is_listed { Err(error) } else { Ok(Planned::Report(Report::default())) };
+                    return other.map_or(Ok(Planned::Report(Report::default())), Err);
                 }
                 let event = Event::DrainCancelled { id: backend.as_str().into() };
-                let summary = if is_listed {
-                    format!("{pool}/{backend}: drained only by its entry in the list of backends")
-                } else {
-                    format!("{pool}/{backend}: accepting connections again")
+                let summary = match other {
+                    Some(other) => format!("no longer drained by a command, but {other}"),
+                    None => format!("{pool}/{backend}: accepting connections again"),
                 };
                 return Ok(Planned::Notify { pool, event, changes, summary });
             }
@@ -326,11 +324,17 @@ impl App {
         Err(CommandError::UnknownBackend { pool: pool.to_owned(), backend: id.to_owned(), known })
     }
 
-    /// Whether the list of the pool's backends drains this one. No command can end that.
-    fn is_drained_by_list(&self, pool: &str, id: &str) -> bool {
-        let running = self.pools.iter().find(|known| known.config().name == pool);
-        let table = running.map(|running| running.route.table.load());
-        table.is_some_and(|table| table.backends().find(id).is_some_and(|backend| backend.membership.is_drained))
+    /// Who else drains a backend, if anyone. No command can end that.
+    fn other_drain(&self, pool: &str, id: &str) -> Option<CommandError> {
+        let running = self.pools.iter().find(|known| known.config().name == pool)?;
+        let table = running.route.table.load();
+        let found = table.backends().find(id)?;
+        let (pool, backend) = (pool.to_owned(), id.to_owned());
+        if found.membership.is_drained {
+            return Some(CommandError::DrainedByList { pool, backend });
+        }
+        let advice = found.advice.as_ref().filter(|advice| advice.is_drained)?;
+        Some(CommandError::DrainedByAgent { pool, backend, said: advice.text.to_string() })
     }
 
     /// The backends of a static pool.

@@ -108,25 +108,27 @@ impl Running {
         let changed = config.pools.iter().filter_map(|pool| {
             let table = self.tables.get(&pool.name)?;
             let members = members(pool, changes, table);
-            let is_same = table.ring().parameters() == pool.parameters() && are_members(&members, table);
+            let is_same = table.ring().parameters() == pool.parameters()
+                && table.is_exclusive() == pool.is_exclusive
+                && are_members(&members, table);
             (!is_same).then_some((pool, table, members))
         });
         let changed: Vec<_> = changed.collect();
         let keys = (ALL_KEYS / changed.len().max(1)).clamp(LEAST_KEYS, MOST_KEYS) as u32;
         let moved = changed.into_iter().filter_map(|(pool, table, members)| {
-            if pool.is_exclusive {
-                // All keys go to the holder.
-                let holder = table.backends().iter().find(|backend| backend.state == State::Healthy)?;
-                let stays = members.iter().any(|(id, one)| **id == *holder.id && one.takes_keys());
-                return (!stays).then(|| Moved { pool: pool.name.clone(), share: 1.0 });
-            }
             let views: Vec<_> = members.iter().map(|(id, one)| Member { id, weight: one.weight }).collect();
             let ring = Ring::build(pool.parameters(), &views);
             let (old, new) = (table.owners(), Owners::new(&ring, members.iter().map(|(_, one)| *one)));
+            // All keys of an exclusive pool go to its holder: the backend that holds it now, or one that nobody knows yet.
+            let holder =
+                table.backends().iter().find(|backend| backend.state == State::Healthy).map(|backend| &*backend.id);
+            let stays = members.iter().any(|(id, one)| Some(&**id) == holder && one.takes_keys());
+            let next = holder.filter(|_| stays && table.is_exclusive());
             let moves = |key: &u32| {
                 let key = key.to_le_bytes();
-                let before = old.of(&key).map(|owner| &*table.backends()[owner].id);
-                before != new.of(&key).map(|owner| views[owner].id)
+                let owner = || old.of(&key).map(|owner| &*table.backends()[owner].id);
+                let before = if table.is_exclusive() { holder } else { owner() };
+                before != if pool.is_exclusive { next } else { new.of(&key).map(|owner| views[owner].id) }
             };
             let share = (0..keys).filter(moves).count() as f64 / f64::from(keys);
             if share == 0.0 {

@@ -80,7 +80,7 @@ pub(super) fn health_check(
         rise: narrow(section.integer("rise")),
         fall: narrow(section.integer("fall")),
         grace,
-        trusts: !is_exclusive,
+        is_exclusive,
     };
     section.finish();
     (kind != CheckKind::None).then_some(check)
@@ -95,7 +95,10 @@ fn send_proxy(section: &mut Section<'_>, kind: CheckKind, version: Option<Versio
     let Some(item) = section.item("send_proxy") else { return usual_header(version, port) };
     match kind {
         CheckKind::None => item.fault("there are no checks: set another kind, or remove this key"),
-        CheckKind::Tcp | CheckKind::Exec if item.value.is_bool() => {
+        CheckKind::Exec if item.value.as_str() != Some("auto") => {
+            item.fault("a check of this kind sends no bytes: set another kind, or remove this key");
+        }
+        CheckKind::Tcp if item.value.is_bool() => {
             item.fault("a check of this kind sends no bytes: set another kind, or remove this key");
         }
         _ => {}

@@ -1,6 +1,7 @@
 //! Parses the keys of a pool.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::parse_routes::RESET;
 use super::reader::{Item, Section, name, narrow, show};
@@ -170,6 +171,9 @@ fn send_proxy(item: &Item<'_>) -> Option<SendProxy> {
     Some(send)
 }
 
+/// How long Ringway waits for an agent if nothing else is set.
+const USUAL_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// The agents of the backends. `on_unix`: a backend has a Unix socket.
 fn agent(item: &Item<'_>, on_unix: bool) -> Option<agent::Settings> {
     if item.is_off() {
@@ -180,10 +184,15 @@ fn agent(item: &Item<'_>, on_unix: bool) -> Option<agent::Settings> {
     }
     let mut section = item.clone().section();
     let port = section.required("port", "the port on which the agents listen").and_then(|item| item.integer());
+    let interval = section.duration("interval");
+    let timeout = section.item("timeout").and_then(|item| item.duration());
+    if timeout.is_some_and(|timeout| timeout > interval) {
+        section.fault("timeout is longer than interval: set it to interval or shorter");
+    }
     let settings = agent::Settings {
         port: narrow(port.unwrap_or(1)),
-        interval: section.duration("interval"),
-        timeout: section.duration("timeout"),
+        interval,
+        timeout: timeout.unwrap_or(interval.min(USUAL_TIMEOUT)),
         send: section.item("send").and_then(|item| item.text()).unwrap_or_default(),
     };
     section.finish();

@@ -1,7 +1,7 @@
 //! Agents: programs beside the backends that say how many connections a backend should get, as in HAProxy.
 //!
-//! What an agent says only ever lowers what the weight, the checks and the operator allow. An agent that does not answer for
-//! [`PATIENCE`] intervals counts for nothing: its last words may be about a load that has gone.
+//! What an agent says only ever lowers what the weight, the checks and the operator allow. An agent that does not answer
+//! [`PATIENCE`] questions in a row counts for nothing: its last words may be about a load that has gone.
 //!
 //! # Layout
 //!
@@ -22,10 +22,11 @@ use tokio::task::JoinSet;
 
 use super::Event;
 use crate::address::Address;
-use crate::backend::Advice;
+use crate::backend::{Advice, ConnectFailure};
+use crate::labels::Label as _;
 use crate::table::{Members, TableCell};
 
-/// Intervals without an answer after which what an agent has said no longer counts.
+/// Questions in a row without an answer after which what an agent has said no longer counts.
 pub const PATIENCE: u32 = 3;
 
 /// Questions of one pool that wait for an answer at the same time. Others wait for their turn.
@@ -38,7 +39,7 @@ pub struct Settings {
     pub port: u16,
     /// Time from one question to the next.
     pub interval: Duration,
-    /// Longest wait for an answer.
+    /// Longest wait for an answer; at most the interval.
     pub timeout: Duration,
     /// What Ringway sends, with `{backend}` for the id; may be empty.
     pub send: String,
@@ -49,16 +50,41 @@ pub struct Settings {
 struct Agent {
     incarnation: u64,
     address: SocketAddr,
-    next: Instant,
-    /// When it answered last, or when Ringway began to ask.
-    answered: Instant,
+    /// When to ask next; `None` while it is asked.
+    next: Option<Instant>,
+    /// Questions in a row without an answer.
+    unanswered: u32,
     advice: Option<Advice>,
     /// Why the last question brought no advice.
     fault: Option<String>,
 }
 
-/// What came of a question: its backend and incarnation, and the line or the fault.
-type Answer = (Arc<str>, u64, Result<String, String>);
+/// What came of a question to the agent of a backend.
+#[derive(Debug)]
+struct Answer {
+    id: Arc<str>,
+    incarnation: u64,
+    /// The first line of the answer.
+    line: Result<String, Fault>,
+}
+
+/// Why a question brought no advice.
+#[derive(Debug)]
+enum Fault {
+    /// Ringway could not ask, which says nothing about the agent.
+    NotDone(ConnectFailure),
+    /// The agent has not answered, or not with words that Ringway knows.
+    Unanswered(String),
+}
+
+impl From<std::io::Error> for Fault {
+    fn from(error: std::io::Error) -> Self {
+        match ConnectFailure::of(&error) {
+            ours if ours.is_ours() => Self::NotDone(ours),
+            _ => Self::Unanswered(error.to_string()),
+        }
+    }
+}
 
 /// The agents of a pool. Pure.
 #[derive(Debug, Default)]
@@ -108,7 +134,7 @@ pub async fn ask_all(
             }
             Some(done) = running.join_next() => {
                 // A question that panicked is a bug, and ends this task too.
-                let answer: Answer = done.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+                let answer = done.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
                 let Some(settings) = &current else { continue };
                 if let Some(event) = agents.answered(&pool, answer, settings, Instant::now())
                     && events.send(event).await.is_err()
@@ -124,11 +150,8 @@ pub async fn ask_all(
                         // Nobody closes the semaphore.
                         let _turn = turns.acquire_owned().await;
                         let asked = tokio::time::timeout(settings.timeout, ask(address, &settings, &id)).await;
-                        let answer = match asked {
-                            Ok(answer) => answer.map_err(|error| error.to_string()),
-                            Err(_elapsed) => Err("timeout".to_owned()),
-                        };
-                        (id, incarnation, answer)
+                        let line = asked.unwrap_or_else(|_elapsed| Err(Fault::Unanswered("timeout".to_owned())));
+                        Answer { id, incarnation, line }
                     });
                 }
             }
@@ -137,17 +160,25 @@ pub async fn ask_all(
 }
 
 /// Asks one agent. Returns the first line of its answer.
-async fn ask(address: SocketAddr, settings: &Settings, id: &str) -> std::io::Result<String> {
+async fn ask(address: SocketAddr, settings: &Settings, id: &str) -> Result<String, Fault> {
     let mut stream = TcpStream::connect(address).await?;
-    stream.write_all(settings.send.replace("{backend}", id).as_bytes()).await?;
-    let mut answer = Vec::new();
-    while answer.len() < words::LONGEST && !answer.contains(&b'\n') {
-        if stream.read_buf(&mut answer).await? == 0 {
-            break;
-        }
+    // The system may pick a port on which nobody listens as our own source port: TCP then connects to itself.
+    if stream.local_addr().ok() == Some(address) {
+        return Err(Fault::from(std::io::Error::from(std::io::ErrorKind::ConnectionRefused)));
     }
+    // An agent may answer and close without reading the question. Its answer counts all the same.
+    let _ = stream.write_all(settings.send.replace("{backend}", id).as_bytes()).await;
+    let mut answer = Vec::new();
+    let end = loop {
+        match stream.read_buf(&mut answer).await {
+            Ok(0) => break "the agent closed the connection without an answer".to_owned(),
+            Ok(_) if answer.len() >= words::LONGEST || answer.contains(&b'\n') => break String::new(),
+            Ok(_) => {}
+            Err(error) => break error.to_string(),
+        }
+    };
     if answer.is_empty() {
-        return Err(std::io::Error::other("the agent closed the connection without an answer"));
+        return Err(Fault::Unanswered(end));
     }
     answer.truncate(words::LONGEST);
     Ok(words::first_line(&answer))
@@ -161,16 +192,17 @@ impl Agents {
         }
         let mut before = std::mem::take(&mut self.agents);
         for backend in members {
-            let Some(Address::Ip(address)) = &backend.address else { continue };
+            let Some(Address::Ip(mut address)) = backend.address.clone() else { continue };
+            address.set_port(settings.port);
             let known = before.remove(&backend.id).filter(|agent| agent.incarnation == backend.incarnation);
             let agent = known.unwrap_or_else(|| {
                 // Agents of one pool are not all asked at the same moment.
                 let chance = seahash::hash(backend.id.as_bytes()) as f64 / u64::MAX as f64;
                 Agent {
                     incarnation: backend.incarnation,
-                    address: SocketAddr::new(address.ip(), settings.port),
-                    next: now + settings.interval.mul_f64(chance).min(settings.interval / 4),
-                    answered: now,
+                    address,
+                    next: Some(now + settings.interval.mul_f64(chance / 4.0)),
+                    unanswered: 0,
                     advice: None,
                     fault: None,
                 }
@@ -189,19 +221,19 @@ impl Agents {
     /// Asks all at once, at another port perhaps.
     fn hurry(&mut self, now: Instant) {
         self.roster = None;
-        self.agents.values_mut().for_each(|agent| agent.next = now);
+        self.agents.values_mut().for_each(|agent| agent.next = Some(now));
     }
 
     /// When the next question is due.
     fn next(&self) -> Option<Instant> {
-        self.agents.values().map(|agent| agent.next).min()
+        self.agents.values().filter_map(|agent| agent.next).min()
     }
 
-    /// The agents to ask now.
+    /// The agents to ask now. Each is asked once at a time.
     fn due(&mut self, settings: &Settings, now: Instant) -> Vec<(Arc<str>, u64, SocketAddr)> {
-        let due = self.agents.iter_mut().filter(|(_, agent)| agent.next <= now);
+        let due = self.agents.iter_mut().filter(|(_, agent)| agent.next.is_some_and(|at| at <= now));
         due.map(|(id, agent)| {
-            agent.next = now + settings.interval.max(settings.timeout);
+            agent.next = None;
             agent.address.set_port(settings.port);
             (Arc::clone(id), agent.incarnation, agent.address)
         })
@@ -209,36 +241,44 @@ impl Agents {
     }
 
     /// Takes in an answer. Returns what the publisher does not know yet.
-    fn answered(
-        &mut self,
-        pool: &str,
-        (id, incarnation, answer): Answer,
-        settings: &Settings,
-        now: Instant,
-    ) -> Option<Event> {
+    fn answered(&mut self, pool: &str, answer: Answer, settings: &Settings, now: Instant) -> Option<Event> {
+        let Answer { id, incarnation, line } = answer;
         let agent = self.agents.get_mut(&id).filter(|agent| agent.incarnation == incarnation)?;
-        agent.next = agent.next.min(now + settings.interval);
+        agent.next = Some(now + settings.interval);
+        let advice = match line {
+            Ok(line) => words::advice(&line, agent.advice.as_ref()).map_err(Fault::Unanswered),
+            Err(fault) => Err(fault),
+        };
         let before = agent.advice.clone();
-        match answer.and_then(|line| words::advice(&line, before.as_ref())) {
+        match advice {
             Ok(advice) => {
                 if agent.fault.take().is_some() {
                     tracing::info!(%pool, %id, answer = &*advice.text, "the agent answers again");
                 }
-                agent.answered = now;
+                agent.unanswered = 0;
                 agent.advice = Some(advice);
             }
-            Err(fault) => {
+            Err(Fault::NotDone(why)) => {
+                tracing::debug!(%pool, %id, why = why.as_str(), "could not ask the agent");
+            }
+            Err(Fault::Unanswered(fault)) => {
                 if agent.fault.is_none() {
                     tracing::warn!(%pool, %id, address = %agent.address, "no advice from the agent: {fault}");
                 }
                 agent.fault = Some(fault);
-                if now.saturating_duration_since(agent.answered) >= settings.interval * PATIENCE {
+                agent.unanswered = agent.unanswered.saturating_add(1);
+                if agent.unanswered >= PATIENCE {
                     agent.advice = None;
                 }
             }
         }
-        let advice = agent.advice.clone();
-        (advice != before).then(|| Event::Advised { id, incarnation, advice: advice.map(Arc::new) })
+        // Another description changes nothing, and each event publishes a table.
+        let is_same = match (&before, &agent.advice) {
+            (Some(before), Some(advice)) => before.is_like(advice),
+            (before, advice) => before.is_none() && advice.is_none(),
+        };
+        let advice = agent.advice.clone().map(Arc::new);
+        (!is_same).then_some(Event::Advised { id, incarnation, advice })
     }
 }
 
@@ -251,7 +291,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn what_an_agent_has_said_counts_until_it_is_silent_for_three_intervals() {
+    fn what_an_agent_has_said_counts_until_three_questions_have_no_answer() {
         let settings = Settings { port: 9, interval: 2 * SECOND, timeout: SECOND, send: String::new() };
         let address = Address::Ip(([127, 0, 0, 1], 1).into());
         let known = [
@@ -262,26 +302,32 @@ mod tests {
         let (mut agents, begin) = (Agents::default(), Instant::now());
         agents.follow(publisher.table().load().backends(), &settings, begin);
         let mut now = begin;
-        let mut step = |answer: Result<&str, &str>| {
+        let answer = |line| Answer { id: "a".into(), incarnation: 1, line };
+        let mut step = |line: Result<&str, Fault>| {
             now = agents.next().unwrap();
             let due = agents.due(&settings, now);
             assert_eq!(due, [("a".into(), 1, ([127, 0, 0, 1], 9).into())]);
-            let answer = answer.map(str::to_owned).map_err(str::to_owned);
-            let event = agents.answered("p", ("a".into(), 1, answer), &settings, now)?;
+            assert!(agents.due(&settings, now + 9 * SECOND).is_empty(), "one question at a time");
+            let event = agents.answered("p", answer(line.map(str::to_owned)), &settings, now)?;
             let Event::Advised { advice, .. } = event else { panic!("{event:?}") };
             Some(advice.map(|advice| (advice.part.as_part(), advice.is_down)))
         };
-        assert_eq!(step(Err("refused")), None);
+        let silence = || Err(Fault::Unanswered("timeout".to_owned()));
+        let busy = || Err(Fault::NotDone(ConnectFailure::NoDescriptors));
+        assert_eq!(step(silence()), None);
         assert_eq!(step(Ok("50%")), Some(Some((0.5, false))));
-        assert_eq!(step(Ok("50%")), None);
+        assert_eq!(step(Ok("50% # load 0.3")), None, "a description is no news");
         assert_eq!(step(Ok("down")), Some(Some((0.5, true))));
-        assert_eq!(step(Err("timeout")), None);
+        assert_eq!(step(silence()), None);
         assert_eq!(step(Ok("what?")), None);
-        assert_eq!(step(Err("timeout")), Some(None));
-        assert_eq!(step(Err("timeout")), None);
+        for _ in 0..5 {
+            assert_eq!(step(busy()), None, "the agent is not silent");
+        }
+        assert_eq!(step(silence()), Some(None));
+        assert_eq!(step(silence()), None);
         assert_eq!(step(Ok("up")), Some(Some((1.0, false))), "nothing of the earlier words is left");
         let retired = agents.retire();
         assert!(matches!(&retired[..], [Event::Advised { advice: None, .. }]));
-        assert!(agents.answered("p", ("a".into(), 1, Ok("50%".to_owned())), &settings, now).is_none());
+        assert!(agents.answered("p", answer(Ok("50%".to_owned())), &settings, now).is_none());
     }
 }

@@ -28,6 +28,10 @@ use tokio_util::sync::CancellationToken;
 use crate::address::Address;
 use crate::backend::{Advice, Exit, Membership, Replica};
 
+/// Environment variables that are meant for Ringway alone, and not for the programs that it starts.
+const PRIVATE_VARIABLES: [&str; 6] =
+    ["RINGWAY_TOKEN", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID", "LISTEN_FDS", "LISTEN_PID"];
+
 /// One input to the publisher of a pool, from a provider, the supervisor, the health checks, ejection, or a command.
 ///
 /// In every variant `id` is the backend's identity on the ring. `incarnation` numbers the replicas and addresses that

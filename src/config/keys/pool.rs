@@ -273,7 +273,12 @@ const HEX: &[Key] = &[Key::required("hex", Form::Text, "pairs of hexadecimal dig
 const AGENT: &[Key] = &[
     Key::required("port", Form::Integer(1..=65_535), "port of the agents, at the addresses of the backends"),
     Key::duration("interval", ms(10)..=hours(1), seconds(2), "time between questions to one agent"),
-    Key::duration("timeout", ms(1)..=minutes(5), seconds(1), "timeout of one question"),
+    Key::optional(
+        "timeout",
+        Form::Duration(ms(1)..=hours(1)),
+        "(1s, or the interval)",
+        "timeout of one question, at most `interval`. The default is 1s, or the interval if that is shorter",
+    ),
     Key::optional("send", Form::Text, "(nothing)", "text to send first, with `{backend}`, like `\"{backend}\\n\"`"),
 ];
 

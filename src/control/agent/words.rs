@@ -5,6 +5,7 @@
 use std::sync::Arc;
 
 use crate::backend::{Admission, Advice};
+use crate::text::printable;
 
 /// Longest answer in bytes. What follows is not read.
 pub(super) const LONGEST: usize = 256;
@@ -15,7 +16,7 @@ const SEPARATORS: [char; 3] = [' ', '\t', ','];
 /// The first line of an answer, without its end.
 pub(super) fn first_line(answer: &[u8]) -> String {
     let end = answer.iter().position(|byte| matches!(byte, b'\r' | b'\n' | 0)).unwrap_or(answer.len());
-    String::from_utf8_lossy(&answer[..end]).into_owned()
+    printable(&String::from_utf8_lossy(&answer[..end]))
 }
 
 /// The advice that follows from an answer and the advice before it.
@@ -92,7 +93,7 @@ mod tests {
     #[test]
     fn only_the_first_line_counts() {
         assert_eq!(first_line(b"50% up\r\ndown\n"), "50% up");
-        assert_eq!(first_line(b"drain\n"), "drain");
+        assert_eq!(first_line(b"drain # \x1b[2J\n"), "drain # \\u{1b}[2J");
         assert_eq!(first_line(b"\n"), "");
     }
 

@@ -43,6 +43,16 @@ pub enum CommandError {
         /// The most keys that may move, in percent.
         most: u8,
     },
+    /// The agent of the backend drains it.
+    #[error("{pool}/{backend} is drained by its agent, which says {said:?}: let the agent say `ready`")]
+    DrainedByAgent {
+        /// The pool.
+        pool: String,
+        /// The id.
+        backend: String,
+        /// What the agent says.
+        said: String,
+    },
     /// The config or the file of the pool drains the backend.
     #[error("{pool}/{backend} is drained by its entry in the list of backends: remove `state: drained` there")]
     DrainedByList {
@@ -118,6 +128,7 @@ impl CommandError {
             Self::OutOfRange { .. } | Self::BadConfig(_) | Self::BadFilter(_) => ErrorKind::Invalid,
             Self::BackendExists { .. }
             | Self::DrainedByList { .. }
+            | Self::DrainedByAgent { .. }
             | Self::TooManyKeys { .. }
             | Self::NotStatic(_)
             | Self::NotSupervised(_)

@@ -12,6 +12,8 @@ use tokio::sync::Semaphore;
 use super::check::{Exec, Outcome, Reason};
 use crate::address::Address;
 use crate::backend::ConnectFailure;
+use crate::control::PRIVATE_VARIABLES;
+use crate::text::printable;
 
 /// Programs that run at the same time, for all pools together. Others wait for their turn, which does not count as their time.
 const MOST: usize = 32;
@@ -20,7 +22,7 @@ static TURNS: Semaphore = Semaphore::const_new(MOST);
 /// Longest text of a program that the status shows, in bytes.
 const LONGEST_TEXT: usize = 200;
 
-/// Reads of what a program has left in the pipe, which a pipe's capacity bounds unless a process that stays behind writes on.
+/// How often Ringway reads what a program has left in the pipe. A process that stays behind may write on without end.
 const MOST_READS: usize = 64;
 
 /// The exit code with which a program says that the backend works, but must not get connections.
@@ -78,7 +80,11 @@ impl Running {
             values.iter().fold(word.clone(), |word, (name, value)| word.replace(&format!("{{{name}}}"), value))
         };
         let words: Vec<_> = exec.command.iter().map(fill).collect();
-        let child = Command::new(&words[0])
+        let mut command = Command::new(&words[0]);
+        for name in PRIVATE_VARIABLES {
+            command.env_remove(name);
+        }
+        let child = command
             .args(&words[1..])
             .envs(values.iter().map(|(name, value)| (format!("RINGWAY_{}", name.to_uppercase()), value)))
             .stdin(Stdio::null())
@@ -116,8 +122,8 @@ impl Running {
             let Ok(read @ 1..) = self.output.try_read(&mut buffer) else { break };
             keep(&buffer[..read]);
         }
-        let text = String::from_utf8_lossy(&text).into_owned();
-        Ok((status, text.lines().next().unwrap_or_default().trim().to_owned()))
+        let text = printable(String::from_utf8_lossy(&text).lines().next().unwrap_or_default());
+        Ok((status, text.trim().to_owned()))
     }
 }
 

@@ -8,10 +8,10 @@ use crate::stream::Stream;
 /// Speaks to the server. The error is a short reason.
 pub(super) async fn speak(expect: &Expect, mut stream: Stream, heard: &Heard) -> Result<(), Reason> {
     let mut result = Ok(());
-    let (mut answer, mut read) = (Vec::new(), 0);
+    let (mut answer, mut total) = (Vec::new(), 0);
     for (n, step) in expect.steps.iter().enumerate() {
         let is_last = n + 1 == expect.steps.len();
-        result = step.speak(&mut stream, &mut answer, &mut read, is_last.then_some(heard)).await;
+        result = step.speak(&mut stream, &mut answer, &mut total, is_last.then_some(heard)).await;
         if let Err(reason) = result {
             result = Err(reason.of_step((expect.steps.len() > 1).then_some(n + 1), is_last));
             break;
@@ -22,7 +22,7 @@ pub(super) async fn speak(expect: &Expect, mut stream: Stream, heard: &Heard) ->
 }
 
 impl Step {
-    /// Makes the step. `answer` holds what the server has sent and no step has taken yet. `total` counts all bytes that it has sent.
+    /// Makes the step. `answer` holds what the server has sent and no step has taken yet. `total` counts all bytes that the server has sent.
     async fn speak(
         &self,
         stream: &mut Stream,
@@ -46,11 +46,12 @@ impl Step {
             }
             let can_become_right = !self.is_prefix || self.expect.starts_with(answer);
             before = answer.len();
-            if before > 0 {
-                heard.map(Heard::set);
-            }
             let read = if can_become_right { stream.read_buf(answer).await.map_err(broke)? } else { 0 };
             *total += read;
+            // The beginning of the expected answer is not another one.
+            if read > 0 && !self.is_prefix {
+                heard.map(Heard::set);
+            }
             if read == 0 || *total > MOST_READ {
                 let text = format!("unexpected answer {:?}", start_of(answer));
                 return Err(if answer.is_empty() { text.into() } else { Reason::answer(text) });

@@ -61,9 +61,16 @@ pub struct Settings {
     pub fall: u32,
     /// How long a new replica may fail its checks and still count as starting.
     pub grace: Duration,
-    /// A backend that serves by other settings counts as healthy until the checks say otherwise. False in an exclusive pool: other
-    /// checks do not say who the primary is.
-    pub trusts: bool,
+    /// At most one backend of the pool gets connections: the one whose check passes.
+    pub is_exclusive: bool,
+}
+
+impl Settings {
+    /// Whether what is known of the backends holds under these settings until the checks say otherwise. Other checks do not tell who
+    /// the primary of an exclusive pool is.
+    fn trust(&self, before: Option<&Self>) -> bool {
+        !self.is_exclusive || before.is_some_and(|before| before.is_exclusive && before.check == self.check)
+    }
 }
 
 /// Checks the backends of `table` until the task is dropped. New settings restart the checks of all backends.
@@ -75,12 +82,13 @@ pub async fn check_all(
 ) {
     let mut changes = table.watch();
     let mut current = settings.borrow_and_update().clone().map(Arc::new);
+    let mut trusts = current.as_ref().is_some_and(|settings| settings.trust(None));
     let mut schedule = Schedule::default();
     let mut running = JoinSet::new();
     let mut not_before = Instant::now();
     loop {
-        if let Some(settings) = &current {
-            schedule.follow(table.load().backends(), settings.trusts, Instant::now());
+        if current.is_some() {
+            schedule.follow(table.load().backends(), trusts, Instant::now());
         }
         let next = schedule.next().map(|at| at.max(not_before));
         let is_due = tokio::time::sleep_until(next.unwrap_or_else(Instant::now).into());
@@ -92,7 +100,9 @@ pub async fn check_all(
                 if changed.is_err() {
                     return;
                 }
+                let before = current;
                 current = settings.borrow_and_update().clone().map(Arc::new);
+                trusts = current.as_ref().is_some_and(|settings| settings.trust(before.as_deref()));
                 // Dropping the running checks ends them.
                 (schedule, running) = (Schedule::default(), JoinSet::new());
             }

@@ -164,7 +164,8 @@ impl Subject {
             rise_fall: RiseFall::new(verdict),
             since: now,
             checks: 0,
-            silent: None,
+            // A standby has answered.
+            silent: (backend.state == State::Standby).then_some(0),
             reported: None,
         }
     }
@@ -196,7 +197,7 @@ mod tests {
             rise: 2,
             fall: 3,
             grace: Duration::ZERO,
-            trusts: true,
+            is_exclusive: false,
         }
     }
 

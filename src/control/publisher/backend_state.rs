@@ -190,7 +190,9 @@ impl BackendState {
                 self.backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
             }
             Event::Advised { incarnation, advice, .. } => {
-                if self.backend.incarnation != incarnation || self.backend.advice == advice {
+                // The event is about an earlier replica, or the replica died meanwhile.
+                let is_late = self.backend.incarnation != incarnation || self.backend.address.is_none();
+                if is_late || self.backend.advice == advice {
                     return Change::Nothing;
                 }
                 let drains = advice.as_ref().is_some_and(|advice| advice.is_drained);
@@ -290,10 +292,11 @@ impl BackendState {
         self.backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
     }
 
-    /// Whether the replica works, regardless of drains; `None`: unknown.
+    /// Whether the replica works, regardless of drains; `None`: unknown. An agent that says `stopped` before a maintenance does not ask
+    /// for another replica.
     pub(super) fn well(&self, settings: &Settings) -> Option<bool> {
         self.backend.address.as_ref()?;
-        if self.backend.reported_bad || self.is_ejected || self.is_advised_down() {
+        if self.backend.reported_bad || self.is_ejected {
             return Some(false);
         }
         match self.verdict {

@@ -84,8 +84,8 @@ impl Holder {
         let is_here = |live: &Arc<Live>| backends.values().any(|one| Arc::ptr_eq(&one.backend.live, live));
         let gone = self.last.iter().map(|(_, live)| live).filter(|live| !is_here(live)).map(|live| (live, false));
         let others = backends.values().filter(|one| !stays(one)).map(|one| {
-            // A drain has a deadline of its own.
-            (&one.backend.live, one.backend.drain.is_some())
+            // A drain has a deadline of its own, as long as the server works.
+            (&one.backend.live, one.backend.drain.is_some() && one.backend.well == Some(true))
         });
         let mut have_ended = true;
         for (live, drains) in others.chain(gone) {

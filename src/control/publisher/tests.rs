@@ -462,6 +462,13 @@ fn the_connections_of_a_drained_holder_may_end_by_themselves() {
     drop(permit);
     pool.pass(SECOND);
     assert_eq!(pool.states(), [Draining, Standby, Healthy]);
+    // A server that dies during its drain holds up nobody.
+    let last = pool.connect(2);
+    pool.publisher.take([Event::DrainRequested { id: "c".into(), within: None }], pool.now);
+    pool.pass(SECOND);
+    assert_eq!(last.eviction(), None);
+    pool.publisher.take([checked("c", 3, false)], pool.now);
+    assert_eq!(last.eviction(), Some(Eviction::Down));
 }
 
 #[test]
@@ -573,7 +580,7 @@ fn an_agent_only_lowers_what_a_backend_gets() {
     assert_eq!(states(&publisher)[0], State::Draining);
     publisher.take([says(0.5, false, true)], now);
     assert_eq!(states(&publisher)[0], State::Unhealthy);
-    assert_eq!(publisher.table().load().backends()[0].well, Some(false));
+    assert_eq!(publisher.table().load().backends()[0].well, Some(true), "the supervisor does not replace it");
     // A recovered backend starts slowly, with a part of the part.
     publisher.take([says(0.5, false, false)], now);
     assert!(part(&publisher) < 0.1);
@@ -589,4 +596,11 @@ fn an_agent_only_lowers_what_a_backend_gets() {
     assert_eq!((states(&publisher)[0], part(&publisher)), (State::Starting, 1.0));
     publisher.take([says(0.5, true, false)], now);
     assert_eq!(states(&publisher)[0], State::Starting, "the answer is about an earlier replica");
+    let late = Event::Advised {
+        id: "a".into(),
+        incarnation: 3,
+        advice: Some(Advice { is_drained: true, ..Advice::default() }.into()),
+    };
+    publisher.take([stopped("a", false), late], now);
+    assert_eq!(states(&publisher)[0], State::Starting, "the replica is gone");
 }

@@ -146,7 +146,11 @@ fn why_skipped(backend: &Backend, now: Instant) -> String {
         State::Ejected => "connects to it kept failing".to_owned(),
         State::Draining => match backend.drain {
             Some(drain) if drain.leaves => format!("it has been leaving the pool for {}", since(drain.since)),
-            Some(drain) => format!("for {}", since(drain.since)),
+            Some(drain) => {
+                let agent = backend.advice.as_ref().filter(|advice| advice.is_drained);
+                let why = agent.map(|advice| format!(", its agent says {:?}", advice.text)).unwrap_or_default();
+                format!("for {}{why}", since(drain.since))
+            }
             None => "its replica stops".to_owned(),
         },
         State::CrashLoop => "its replicas keep dying".to_owned(),

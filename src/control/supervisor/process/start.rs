@@ -10,6 +10,7 @@ use tokio::process::Command;
 use super::lifeline::{Held, first_word};
 use super::{Processes, sockets};
 use crate::address::Address;
+use crate::control::PRIVATE_VARIABLES;
 use crate::control::supervisor::handover::{PORT, SLOT, SOCKET};
 
 /// The name that stands for Ringway's own binary in a command.
@@ -87,15 +88,11 @@ impl Processes {
         command
             .args(words)
             .envs(self.settings.spec.env.iter().map(|(name, value)| (name, fill(value))))
-            // Variables that are meant for Ringway alone.
-            .env_remove("RINGWAY_TOKEN")
-            .env_remove("NOTIFY_SOCKET")
-            .env_remove("WATCHDOG_USEC")
-            .env_remove("WATCHDOG_PID")
-            .env_remove("LISTEN_FDS")
-            .env_remove("LISTEN_PID")
             // Ctrl-C signals a terminal's whole process group; replicas must keep running while Ringway drains.
             .process_group(0);
+        for name in PRIVATE_VARIABLES {
+            command.env_remove(name);
+        }
         command
     }
 }
