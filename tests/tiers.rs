@@ -152,6 +152,7 @@ async fn an_entry_can_be_drained_or_without_weight_and_a_reload_changes_it() {
         assert_eq!(name(&ringway).await, "a");
     }
     assert!(echoes(&mut at_b).await && echoes(&mut at_c).await, "open connections go on");
+    drop((at_b, at_c));
     let weight = Command::Weight { pool: "echo".to_owned(), backend: "c".to_owned(), weight: 1 };
     ringway.send(weight).await.unwrap();
     eventually("c serves", || ringway.mapping().values().any(|owner| owner == "c")).await;
