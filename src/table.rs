@@ -12,17 +12,15 @@ pub use self::members::Members;
 use self::members::Tier;
 pub use self::owners::Owners;
 use crate::address::Address;
-use crate::backend::{Admission, Backend, State};
-use crate::ring::Ring;
+use crate::backend::{Backend, State};
+use crate::ring::{Ring, Walk};
 
 mod members;
 mod owners;
+mod shares;
 
 #[cfg(test)]
 mod tests;
-
-/// Points of the ring that one look at the shares may pass, several times. With more, the shares are estimates.
-const MOST_STEPS: usize = 1 << 22;
 
 /// A snapshot of one pool. Owner `i` of the ring is backend `i`.
 #[derive(Debug)]
@@ -104,73 +102,6 @@ impl Table {
         Self { generation, ring, backends, is_panic, rules, tiers, joined, shares_now: OnceLock::new() }
     }
 
-    /// The share of all keys that each backend gets now, in the order of the backends: those that get no connections have 0, and
-    /// the others have their keys. Shares during a slow start are estimates. The first call computes and caches them.
-    pub fn shares_now(&self) -> &[f64] {
-        self.shares_now.get_or_init(|| {
-            if let [one] = &self.tiers[..]
-                && one.count == self.backends.len()
-                && !one.spares_slow_ones
-            {
-                return self.ring.shares().to_vec();
-            }
-            let mut shares = vec![0.0; self.backends.len()];
-            let mut from = 0.0;
-            for to in self.levels() {
-                let of_level = self.shares_at(f64::midpoint(from, to));
-                std::iter::zip(&mut shares, of_level).for_each(|(sum, share)| *sum += (to - from) * share);
-                from = to;
-            }
-            shares
-        })
-    }
-
-    /// The admissions at which the shares change, up to 1. The same hash of a key decides for all backends whether they take it. Evenly
-    /// spaced ones if there are many, which makes the shares an estimate.
-    fn levels(&self) -> Vec<f64> {
-        let spare = self.tiers[..self.joined].iter().filter(|tier| tier.spares_slow_ones);
-        let mut levels: Vec<_> =
-            spare.flat_map(|tier| self.backends.admissions(tier.tier)).map(Admission::raw).collect();
-        levels.push(Admission::ALL.raw());
-        levels.sort_unstable();
-        levels.dedup();
-        let most = (MOST_STEPS / self.ring.points().max(1)).clamp(4, 64);
-        if levels.len() > most {
-            return (1..=most).map(|n| n as f64 / most as f64).collect();
-        }
-        levels.into_iter().map(|level| level as f64 / Admission::ALL.raw() as f64).collect()
-    }
-
-    /// The shares of those keys whose hash for admissions is here, from 0 to 1.
-    fn shares_at(&self, hash: f64) -> Vec<f64> {
-        let joined = &self.tiers[..self.joined];
-        let takes = |one: Admission| one.as_part() > hash;
-        // A key that all backends of the last tier spare goes to its own.
-        let spares: Vec<_> = joined
-            .iter()
-            .enumerate()
-            .map(|(n, tier)| {
-                tier.spares_slow_ones && (n + 1 < joined.len() || self.backends.admissions(tier.tier).any(takes))
-            })
-            .collect();
-        let tier = |owner: usize| joined.iter().position(|tier| tier.tier == self.backends[owner].membership.tier);
-        self.ring.shares_by_tier(joined.len(), tier, |owner| {
-            let number = tier(owner).filter(|&number| self.may(&joined[number], owner));
-            number.is_some_and(|number| !spares[number] || takes(self.backends[owner].admission))
-        })
-    }
-
-    /// The share of all keys that a backend would get if it were healthy, and the others take theirs as now.
-    pub fn share_if_it_took(&self, owner: usize) -> f64 {
-        if self.rules.is_exclusive && self.any_healthy() && self.backends[owner].state != State::Healthy {
-            return 0.0;
-        }
-        let mut backends = self.backends.clone();
-        let (state, admission, drain) = (State::Healthy, Admission::ALL, None);
-        backends.set(owner, Backend { state, admission, drain, ..backends[owner].clone() });
-        self.what_if(Arc::clone(&self.ring), backends).shares_now()[owner]
-    }
-
     /// The table that the pool would have with this ring and these backends.
     #[must_use]
     pub fn what_if(&self, ring: Arc<Ring>, backends: Members) -> Self {
@@ -205,6 +136,11 @@ impl Table {
     /// The tiers that get keys now, lowest first; empty if no backend does.
     pub fn joined_tiers(&self) -> impl Iterator<Item = u16> {
         self.tiers[..self.joined].iter().map(|tier| tier.tier)
+    }
+
+    /// Whether the backends on the ring have different tiers.
+    pub fn has_tiers(&self) -> bool {
+        self.backends.tiers().len() > 1
     }
 
     /// Whether backends beyond the lowest tier get keys.
@@ -262,10 +198,9 @@ impl Table {
     ///
     /// The backends of one tier come after those of another. A key whose backend in tier 0 is healthy and takes it begins there, also
     /// while tier 1 has joined. The other keys begin in tier 1.
-    pub fn candidates(&self, key: &[u8]) -> impl Iterator<Item = (&Backend, &Address)> {
+    pub fn candidates<'a>(&'a self, key: &'a [u8]) -> InOrder<'a> {
         let first = self.first_tier(key);
-        let others = self.tiers.iter().enumerate().filter(move |(n, _)| *n != first).map(|(_, tier)| tier);
-        self.tiers.get(first).into_iter().chain(others).flat_map(move |tier| self.in_tier(tier, key))
+        InOrder { table: self, key, first, tiers: 0, walk: None }
     }
 
     /// Where the candidates of a key begin: in the first joined tier that has a healthy backend for it, or else in the last one.
@@ -278,26 +213,9 @@ impl Table {
         self.tiers[..last].iter().position(takes).unwrap_or(last)
     }
 
-    /// The backends of a tier that may get the connection of `key`, in the order of the ring.
-    fn in_tier(&self, tier: &Candidates, key: &[u8]) -> impl Iterator<Item = (&Backend, &Address)> {
-        // The walk reads one bit of each backend that it passes, and ends with the last one that may.
-        let allowed = move || {
-            let walk = self.ring.walk(key).filter(|&owner| self.may(tier, owner) && self.is_in(tier, owner));
-            walk.take(tier.count)
-        };
-        let is_spared = move |owner: &usize| tier.spares(&self.backends[*owner], key);
-        let first = allowed().filter(move |owner| !is_spared(owner));
-        // A slow-starting backend is better than none, so these come last.
-        let spared = tier.spares_slow_ones.then(allowed).into_iter().flatten().filter(is_spared);
-        first.chain(spared).filter_map(|owner| {
-            let backend = &self.backends[owner];
-            Some((backend, backend.address.as_ref()?))
-        })
-    }
-
     /// Whether the backend is in the tier. Most pools have one tier.
     fn is_in(&self, tier: &Candidates, owner: usize) -> bool {
-        self.backends.tiers().len() == 1 || self.backends[owner].membership.tier == tier.tier
+        !self.has_tiers() || self.backends[owner].membership.tier == tier.tier
     }
 
     /// Whether a backend of the tier may get connections.
@@ -307,6 +225,77 @@ impl Table {
             Which::Unknown => self.backends.unknown.has(owner),
             Which::Reachable => self.backends.reachable.has(owner),
         }
+    }
+}
+
+/// Iterates over the candidates of a key. A connection holds it while it connects, so it is small.
+#[derive(Debug)]
+pub struct InOrder<'a> {
+    table: &'a Table,
+    key: &'a [u8],
+    /// The tier that comes first; the others follow, lowest first.
+    first: usize,
+    /// Tiers that have begun.
+    tiers: usize,
+    walk: Option<TierWalk<'a>>,
+}
+
+/// The walk past the candidates of one tier.
+#[derive(Debug)]
+struct TierWalk<'a> {
+    tier: &'a Candidates,
+    walk: Walk<'a>,
+    /// Candidates that the walk has not passed yet. It ends with the last one.
+    left: usize,
+    /// A second walk returns the backends that the key spares: a slow-starting backend is better than none, so these come last.
+    are_spared: bool,
+}
+
+impl<'a> Iterator for InOrder<'a> {
+    type Item = (&'a Backend, &'a Address);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(walk) = &mut self.walk {
+                if let Some(owner) = walk.next(self.table, self.key) {
+                    let backend = &self.table.backends[owner];
+                    let Some(address) = backend.address.as_ref() else { continue };
+                    return Some((backend, address));
+                }
+                if walk.tier.spares_slow_ones && !walk.are_spared {
+                    *walk = TierWalk::new(self.table, walk.tier, self.key, true);
+                    continue;
+                }
+            }
+            let number = match self.tiers {
+                0 => self.first,
+                n if n <= self.first => n - 1,
+                n => n,
+            };
+            let tier = self.table.tiers.get(number)?;
+            self.tiers += 1;
+            self.walk = Some(TierWalk::new(self.table, tier, self.key, false));
+        }
+    }
+}
+
+impl<'a> TierWalk<'a> {
+    fn new(table: &'a Table, tier: &'a Candidates, key: &[u8], are_spared: bool) -> Self {
+        Self { tier, walk: table.ring.walk(key), left: tier.count, are_spared }
+    }
+
+    /// The next backend. The walk reads one bit of each backend that it passes.
+    fn next(&mut self, table: &Table, key: &[u8]) -> Option<usize> {
+        while self.left > 0 {
+            let owner = self.walk.next()?;
+            if table.may(self.tier, owner) && table.is_in(self.tier, owner) {
+                self.left -= 1;
+                if self.tier.spares(&table.backends[owner], key) == self.are_spared {
+                    return Some(owner);
+                }
+            }
+        }
+        None
     }
 }
 

@@ -1,7 +1,7 @@
 use std::time::Instant;
 
 use super::*;
-use crate::backend::{Drain, Health, Live, Membership};
+use crate::backend::{Admission, Drain, Health, Live, Membership};
 use crate::labels::Label as _;
 use crate::ring::{Member, Parameters};
 
