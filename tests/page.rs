@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
-use crate::harness::backends::Server;
+use crate::harness::backends::{Refusing, Server};
 use crate::harness::browser::Browser;
 use crate::harness::program::Program;
 use crate::harness::{THREE_REPLICAS, config, eventually_async, get, http, http_with, soon, static_config};
@@ -115,6 +115,30 @@ async fn the_keyboard_alone_drains_a_backend_and_explains_a_choice() {
     browser
         .until("an explanation", "return /Key source/.test(document.getElementById('explanation').textContent)")
         .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn banners_tell_of_empty_pools_and_of_tiers_that_have_spilled() {
+    let (dead, spare) = (Refusing::new(), Server::echo("spare").await);
+    let list = format!(
+        "static: [{{ address: \"{}\", id: dead }}, {{ address: \"{}\", id: spare, tier: 1 }}]",
+        dead.address, spare.address
+    );
+    let yaml = config(&list, "", "health_check: { kind: tcp, interval: 50ms, fall: 1 }");
+    let program =
+        Program::start(&format!("{yaml}\n  - {{ name: none, provider: {{ static: [] }} }}")).await.ready().await;
+    let Some(browser) = opened(&program, 1000, 800).await else { return };
+    let banner = |text: &str| format!("return document.getElementById('banners').textContent.includes('{text}')");
+    browser
+        .until(
+            "the spilled tier",
+            &banner("Pool echo: too few backends of the lowest tier are healthy, so keys go to tier 1."),
+        )
+        .await;
+    browser.until("the empty pool", &banner("Pool none has no backends.")).await;
+    browser.until("the failing backend", &banner("1 of 2 backends fail: dead")).await;
+    assert_eq!(browser.script(&banner("Pool echo has no")).await, false, "it has a healthy backend");
+    assert_eq!(browser.complaints().await, [] as [&str; 0]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -309,13 +309,12 @@ async fn no_write_reaches_the_loser_of_a_failover() {
 async fn a_reload_keeps_the_holder_unless_the_check_asks_for_something_else() {
     let (a, b) = (Switched::start("a").await, Switched::start("b").await);
     b.set(false);
-    let yaml =
-        |more: &str| pool(&[a.entry("a", ""), b.entry("b", "")], &format!("tiers: {{ exclusive: true }}\n{more}"));
-    let ringway = Ringway::start(&yaml("")).await.ready().await;
+    let yaml = pool(&[a.entry("a", ""), b.entry("b", "")], "tiers: { exclusive: true }\ndrain: 1m");
+    let ringway = Ringway::start(&yaml).await.ready().await;
     let holds = || ringway.states() == [State::Healthy, State::Standby];
     eventually("a holds the pool", holds).await;
     let (mut open, _) = connect(&ringway).await.unwrap();
-    let report = ringway.reload(&yaml("").replace("interval: 50ms", "interval: 60ms")).await.unwrap();
+    let report = ringway.reload(&yaml.replace("interval: 50ms", "interval: 60ms")).await.unwrap();
     assert_eq!((report.changes.len(), report.moved.len()), (1, 0), "{report:?}");
     let passed = ringway.backend(0).live.checks_passed.load(Ordering::Relaxed);
     let more = || ringway.backend(0).live.checks_passed.load(Ordering::Relaxed) > passed + 3;
@@ -325,8 +324,20 @@ async fn a_reload_keeps_the_holder_unless_the_check_asks_for_something_else() {
     }
     assert!(echoes(&mut open).await, "a reload has reset the connections of the primary");
 
+    // Whoever drains the holder hears that nobody takes over before its connections have ended.
+    let drain = |backend: &str| Command::Drain { pool: "echo".to_owned(), backend: backend.to_owned(), within: None };
+    b.set(true);
+    eventually("b would take over", || ringway.backend(1).claims()).await;
+    let report = ringway.send(drain("a")).await.unwrap();
+    assert!(report.changes[0].starts_with("The pool is exclusive: no other backend"), "{report:?}");
+    eventually("nobody holds the pool", || ringway.states() == [State::Draining, State::Standby]).await;
+    ringway.send(Command::Undrain { pool: "echo".to_owned(), backend: "a".to_owned() }).await.unwrap();
+    eventually("a holds it again", holds).await;
+    assert!(echoes(&mut open).await);
+    b.set(false);
+
     // Another check asks another question, and the one who answers it is the primary.
-    let other = yaml("").replace("CHECK\\n", "name").replace("\"YES\"", "b");
+    let other = yaml.replace("CHECK\\n", "name").replace("\"YES\"", "b");
     ringway.reload(&other).await.unwrap();
     eventually("b holds the pool", || ringway.states() == [State::Standby, State::Healthy]).await;
     assert_eq!(name(&ringway).await, "b");

@@ -147,7 +147,10 @@ impl App {
         let position = |id: &str| table.backends().iter().position(|backend| *backend.id == *id);
         let share = match event {
             Event::DrainRequested { id, .. } => {
-                let takes = |other: &&Backend| other.id != *id && other.address.is_some() && other.drain.is_none();
+                let takes = |other: &&Backend| {
+                    let can_take = other.claims() || !table.is_exclusive();
+                    other.id != *id && other.address.is_some() && other.drain.is_none() && can_take
+                };
                 // Without another backend, the keys have nowhere to go.
                 table.backends().iter().find(takes).and_then(|_| position(id)).map(|at| table.shares_now()[at])
             }
@@ -205,10 +208,15 @@ impl App {
         let mut changes = self.changes.clone();
         changes.of(&pool).drained.insert(backend.to_owned());
         let event = Event::DrainRequested { id: backend.into(), within: Some(within) };
-        let last = "No other backend of the pool is healthy. ";
+        let note = if self.is_last_healthy(&pool, backend) {
+            "No other backend of the pool is healthy. "
+        } else if self.pool(&pool)?.is_exclusive {
+            "The pool is exclusive: no other backend gets connections before the last one of this backend has ended. "
+        } else {
+            ""
+        };
         let summary = format!(
-            "{}{pool}/{backend}: no new connections; after {}, Ringway resets those that are still open",
-            if self.is_last_healthy(&pool, backend) { last } else { "" },
+            "{note}{pool}/{backend}: no new connections; after {}, Ringway resets those that are still open",
             humantime::format_duration(within)
         );
         Ok(Planned::Notify { pool, event, changes, summary })

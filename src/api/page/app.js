@@ -201,7 +201,7 @@ function newRow(pool, id) {
     ask({ title: `${drained ? "Undrain" : "Drain"} ${pool.name}/${id}`, path: () => `${base}/${drained ? "undrain" : "drain"}` });
   });
   weight.addEventListener("click", () => ask({
-    title: `Weight of ${pool.name}/${id}`, label: "Weight", number: pool.members.get(id)?.weight || 1,
+    title: `Weight of ${pool.name}/${id}`, label: "Weight", number: pool.members.get(id)?.weight ?? 1, least: 0,
     path: () => `${base}/weight`, body: (number) => ({ weight: number }),
   }));
   cells[0].append(id, address, replica);
@@ -297,8 +297,8 @@ function showBanners(status, members) {
   for (const pool of status.pools) {
     const all = members(pool.name);
     if (pool.panic) lines.push(["bad", `Pool ${pool.name} is in panic: too few backends are healthy, so Ringway tries all of them.`]);
-    else if (!pool.backends.length) lines.push(["bad", `Pool ${pool.name} has no backends.`]);
-    else if (all.length && !all.some((one) => one.state === "healthy")) lines.push(["bad", `Pool ${pool.name} has no healthy backend.`]);
+    else if (!all.length) lines.push(["bad", `Pool ${pool.name} has no backends.`]);
+    else if (!all.some((one) => one.state === "healthy")) lines.push(["bad", `Pool ${pool.name} has no healthy backend.`]);
     if (pool.spilled && !pool.panic) lines.push(["warn", `Pool ${pool.name}: too few backends of the lowest tier are healthy, so keys go to tier ${pool.tiers.join(" and ")}.`]);
     const sick = all.filter((one) => ["unhealthy", "ejected"].includes(one.state)).map((one) => one.id);
     if (sick.length && !pool.panic) lines.push(["warn", `Pool ${pool.name}: ${sick.length} of ${counted(all.length, "backend")} fail: ${sick.slice(0, 5).join(", ")}${sick.length > 5 ? " and others" : ""}.`]);
@@ -487,7 +487,8 @@ function ask(wanted) {
   text($("dialog-title"), wanted.title);
   $("dialog-value").hidden = !wanted.label;
   text($("number-label"), wanted.label || "");
-  $("number").value = wanted.number || "";
+  $("number").min = wanted.least ?? 1;
+  $("number").value = wanted.number ?? "";
   $("preview").replaceChildren();
   $("dialog").showModal();
   (wanted.label ? $("number") : $("cancel")).focus();

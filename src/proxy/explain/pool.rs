@@ -106,6 +106,7 @@ fn walk(table: &Table, route: &Route, key: &[u8]) -> Vec<WalkStep> {
             (Some(Some(_)), Some(_)) => format!("next, if the connects before it fail{despite}"),
             (Some(Some(_)), None) => format!("not tried: connect.attempts is {}", route.connect_attempts),
         };
+        let why = if table.has_tiers() { format!("tier {}: {why}", backend.membership.tier) } else { why };
         WalkStep {
             backend: backend.id.to_string(),
             address: backend.address.as_ref().map(ToString::to_string),

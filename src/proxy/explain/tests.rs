@@ -120,6 +120,23 @@ fn each_backend_has_its_reason() {
 }
 
 #[test]
+fn reasons_name_the_tier_of_each_backend() {
+    let mut backends = healthy(4);
+    backends[0].state = State::Unhealthy;
+    backends[1].membership.weight = 0;
+    for backend in &mut backends[2..] {
+        backend.membership.tier = 1;
+    }
+    let step = pool(&route(KeyKind::SourceIp, backends, 50, 1, u64::MAX), &question("10.0.0.9"));
+    let why = |id: &str| step.walk.iter().find(|step| step.backend == id).unwrap().why.clone();
+    assert!(why("b1").starts_with("tier 0: for "), "{}", why("b1"));
+    assert_eq!(why("b2"), "tier 0: its weight is 0");
+    let mut others = [why("b3"), why("b4")];
+    others.sort();
+    assert_eq!(others, ["tier 1: gets the connection", "tier 1: not tried: connect.attempts is 1"]);
+}
+
+#[test]
 fn a_slow_starting_owner_says_why_its_key_is_elsewhere() {
     let mut backends = healthy(6);
     for backend in &mut backends {
