@@ -179,7 +179,7 @@ async fn mqtt() {
     passes("MQTT 3.1.1", at(port)).await;
 }
 
-/// The folder with the server's programs, of which only some are in the `PATH` on Debian.
+/// The folder with the server's programs. Debian has only some of them in the `PATH`.
 fn postgresql() -> Option<String> {
     let versions = std::fs::read_dir("/usr/lib/postgresql").ok()?;
     versions.filter_map(|entry| Some(entry.ok()?.path().join("bin").display().to_string())).max()

@@ -92,7 +92,7 @@ fn check_exclusive(section: &mut Section<'_>, has_check: bool) {
         item.fault("contradicts tiers.exclusive, which never lets two backends have connections: remove this key");
     }
     if !has_check {
-        section.fault("tiers.exclusive needs a health check, and health_check.kind is none: write a check that only the primary passes");
+        section.fault("tiers.exclusive needs a health check: set health_check to one that only the primary passes");
     }
 }
 
