@@ -10,7 +10,7 @@ use std::time::Instant;
 use divan::Bencher;
 use divan::counter::ItemsCount;
 use ringway::address::Address;
-use ringway::backend::{Admission, Backend, Health, Membership, State};
+use ringway::backend::{Backend, Membership, State};
 use ringway::ring::{Member, Parameters, Ring};
 use ringway::table::{Members, Rules, Table};
 
@@ -95,22 +95,11 @@ fn table(members: usize, down: usize) -> Table {
     let mut sorted = ids.clone();
     sorted.sort();
     let backends = sorted.iter().enumerate().map(|(n, id)| Backend {
-        id: id.as_str().into(),
         address: Some(Address::Ip(([127, 0, 0, 1], 1).into())),
-        membership: Membership::weighing(1),
         // Spread evenly: 7919 is prime.
         state: if n * 7919 % 1000 < down { State::Unhealthy } else { State::Healthy },
-        replica: None,
         incarnation: 1,
-        restarts: 0,
-        last_exit: None,
-        reported_bad: false,
-        health: Health { last: None, verdict: None, since: Instant::now() },
-        well: None,
-        admission: Admission::ALL,
-        advice: None,
-        drain: None,
-        live: Arc::default(),
+        ..Backend::new(id.as_str().into(), Membership::weighing(1), Instant::now())
     });
     Table::new(
         1,

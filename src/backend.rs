@@ -264,6 +264,27 @@ impl Admission {
 }
 
 impl Backend {
+    /// A backend that has just joined: it is nowhere yet.
+    pub fn new(id: Arc<str>, membership: Membership, now: Instant) -> Self {
+        Self {
+            id,
+            address: None,
+            membership,
+            state: State::Starting,
+            replica: None,
+            incarnation: 0,
+            restarts: 0,
+            last_exit: None,
+            reported_bad: false,
+            health: Health { last: None, verdict: None, since: now },
+            well: None,
+            admission: Admission::ALL,
+            advice: None,
+            drain: None,
+            live: Arc::default(),
+        }
+    }
+
     /// Maximum of open connections, where the pool allows `most` per backend.
     pub fn most_connections(&self, most: u64) -> u64 {
         let usual = self.membership.max_connections.map_or(most, u64::from);
@@ -283,7 +304,7 @@ impl Backend {
     pub fn claims(&self) -> bool {
         match self.state {
             State::Healthy => true,
-            State::Standby => self.health.verdict != Some(false),
+            State::Standby => self.membership.weight > 0 && self.health.verdict != Some(false),
             _ => false,
         }
     }

@@ -1,7 +1,7 @@
 use std::time::Instant;
 
 use super::*;
-use crate::backend::{Admission, Drain, Health, Live, Membership};
+use crate::backend::{Admission, Drain, Membership};
 use crate::labels::Label as _;
 use crate::ring::{Member, Parameters};
 
@@ -22,21 +22,9 @@ fn pool(backends: &[(State, bool, Membership)], rules: Rules) -> Table {
         std::iter::zip(&names, backends).map(|(id, (.., membership))| Member { id, weight: membership.weight });
     let ring = Ring::build(Parameters { virtual_nodes: 40, probes: 3, seed: 0 }, &members.collect::<Vec<_>>());
     let backends = std::iter::zip(&names, backends).map(|(id, &(state, has_address, membership))| Backend {
-        id: id.as_str().into(),
         address: has_address.then(|| Address::Ip(([127, 0, 0, 1], 1).into())),
-        membership,
         state,
-        replica: None,
-        incarnation: 0,
-        restarts: 0,
-        last_exit: None,
-        reported_bad: false,
-        health: Health { last: None, verdict: None, since: Instant::now() },
-        well: None,
-        admission: Admission::ALL,
-        advice: None,
-        drain: None,
-        live: Arc::new(Live::default()),
+        ..Backend::new(id.as_str().into(), membership, Instant::now())
     });
     Table::new(0, Arc::new(ring), Members::new(backends, 0), rules)
 }

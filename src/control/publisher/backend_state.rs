@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::Settings;
 use super::drains::{Drains, begin_drain};
 use crate::address::Address;
-use crate::backend::{Admission, Backend, Drain, Eviction, Exit, Health, Live, Membership, Replica, State};
+use crate::backend::{Admission, Backend, Drain, Eviction, Exit, Health, Membership, Replica, State};
 use crate::control::Event;
 use crate::labels::Label as _;
 use crate::ring::Member;
@@ -85,25 +85,8 @@ struct Runs {
 
 impl BackendState {
     pub(super) fn new(id: Arc<str>, is_first: bool, now: Instant) -> Self {
-        let backend = Backend {
-            id,
-            address: None,
-            membership: Membership::weighing(0),
-            state: State::Starting,
-            replica: None,
-            incarnation: 0,
-            restarts: 0,
-            last_exit: None,
-            reported_bad: false,
-            health: Health { last: None, verdict: None, since: now },
-            well: None,
-            admission: Admission::ALL,
-            advice: None,
-            drain: None,
-            live: Arc::new(Live::default()),
-        };
         Self {
-            backend,
+            backend: Backend::new(id, Membership::weighing(0), now),
             runs: Runs::default(),
             drains: Drains::default(),
             verdict: None,

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::address::Address;
-use crate::backend::{Admission, Backend, BackendPermit, Health, Live, Membership, State};
+use crate::backend::{Admission, Backend, BackendPermit, Health, Membership, State};
 use crate::proxy::connect;
 use crate::proxy::key::KeyKind;
 use crate::ring::{Member, Parameters, Ring};
@@ -15,21 +15,11 @@ use crate::table::{Members, Rules, Table, TableCell};
 
 fn backend(id: String, state: State, has_address: bool, part: f64) -> Backend {
     Backend {
-        id: id.into(),
         address: has_address.then(|| Address::Ip(([127, 0, 0, 1], 1).into())),
-        membership: Membership::weighing(1),
         state,
-        replica: None,
-        incarnation: 0,
-        restarts: 0,
-        last_exit: None,
-        reported_bad: false,
         health: Health { last: Some("connect refused".into()), verdict: None, since: Instant::now() },
-        well: None,
         admission: Admission::part(part),
-        advice: None,
-        drain: None,
-        live: Arc::new(Live::default()),
+        ..Backend::new(id.into(), Membership::weighing(1), Instant::now())
     }
 }
 
