@@ -54,9 +54,54 @@ impl Address {
         if let Self::Ip(address) = self { Some(*address) } else { None }
     }
 
+    /// The address with this port; `None`: with its own. A Unix socket has none.
+    #[must_use]
+    pub fn at_port(&self, port: Option<u16>) -> Self {
+        let mut other = self.clone();
+        if let (Self::Ip(ip), Some(port)) = (&mut other, port) {
+            ip.set_port(port);
+        }
+        other
+    }
+
+    /// The text of this address and of the next ones, for this number of ports: `0.0.0.0:5000-5149`.
+    pub fn with_ports(&self, ports: u16) -> String {
+        let last = self.ip().map(|ip| ip.port().saturating_add(ports.saturating_sub(1))).filter(|_| ports > 1);
+        last.map_or_else(|| self.to_string(), |last| format!("{self}-{last}"))
+    }
+
     /// Whether the system chooses the port.
     pub fn is_any_port(&self) -> bool {
         self.ip().is_some_and(|address| address.port() == 0)
+    }
+}
+
+/// Parses the IP address and the ports of a listener: `0.0.0.0:8000`, or a range like `0.0.0.0:5000-5149`. Returns the first
+/// address, and the number of ports.
+///
+/// # Errors
+/// What is wrong with the text, and the remedy.
+pub fn listen_ports(text: &str, most: u16) -> Result<(SocketAddr, u16), String> {
+    let range = text.rsplit_once(':').and_then(|(host, ports)| Some((host, ports.split_once('-')?)));
+    let Some((host, (first, last))) = range.filter(|(_, (first, _))| first.bytes().all(|byte| byte.is_ascii_digit()))
+    else {
+        return Ok((listen_ip(text)?, 1));
+    };
+    let address = listen_ip(&format!("{host}:{first}"))?;
+    let last: u16 = last.parse().ok().filter(|_| last.bytes().all(|byte| byte.is_ascii_digit())).ok_or_else(|| {
+        format!(
+            "{text:?} has {last:?} in place of the last port: write a range like {}",
+            Address::Ip(address).with_ports(150)
+        )
+    })?;
+    match last.checked_sub(address.port()) {
+        _ if address.port() == 0 => Err(format!("{text:?} begins with port 0: write a range like {host}:5000-5149")),
+        None => Err(format!("{text:?} ends before it begins: write {host}:{last}-{first}")),
+        Some(more) if more >= most => Err(format!(
+            "{text:?} has {} ports, and a listener has at most {most}: divide them among several listeners",
+            u32::from(more) + 1
+        )),
+        Some(more) => Ok((address, more + 1)),
     }
 }
 

@@ -11,6 +11,7 @@ pub use self::live::{BackendPermit, Eviction, Evictions, Failing, Live, Moved};
 pub use self::port_search::PortSearch;
 use crate::address::Address;
 use crate::label_enum;
+use crate::outgoing::Refused;
 
 mod live;
 mod port_search;
@@ -50,6 +51,8 @@ label_enum! {
         NoPorts => "no_ports",
         /// Local failure: no file descriptor or memory for the socket within one second.
         NoDescriptors => "no_descriptors",
+        /// Local failure: the system refuses a setting of the pool's section `connect`, like a source address.
+        Local => "local",
         /// The backend did not take the PROXY header.
         ProxyHeader => "proxy_header",
         /// Any other error; the debug log has the system's error message.
@@ -60,6 +63,9 @@ label_enum! {
 impl ConnectFailure {
     /// Classifies the system's error.
     pub fn of(error: &io::Error) -> Self {
+        if Refused::of(error).is_some() {
+            return Self::Local;
+        }
         // A Unix socket on which nobody listens may have no file.
         if matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound) {
             return Self::Refused;
@@ -77,7 +83,7 @@ impl ConnectFailure {
 
     /// Whether the failure is local and says nothing about the backend.
     pub fn is_ours(self) -> bool {
-        matches!(self, Self::NoPorts | Self::NoDescriptors)
+        matches!(self, Self::NoPorts | Self::NoDescriptors | Self::Local)
     }
 }
 

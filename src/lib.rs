@@ -18,7 +18,7 @@
 //! - [`config`]: the YAML file and its validation
 //!
 //! Several of these modules use [`address`], [`stream`], [`networks`], [`proxy_header`], [`client_hello`], [`http_client`],
-//! [`handover`], [`file_watch`], [`labels`], [`limits`], [`lossy_writer`] and [`text`].
+//! [`handover`], [`file_watch`], [`labels`], [`limits`], [`lossy_writer`], [`outgoing`] and [`text`].
 
 pub mod address;
 pub mod api;
@@ -36,6 +36,7 @@ pub mod limits;
 pub mod lossy_writer;
 pub mod metrics;
 pub mod networks;
+pub mod outgoing;
 pub mod proxy;
 pub mod proxy_header;
 pub mod ring;

@@ -81,6 +81,7 @@ metrics! {
     SPILLED: Gauge "pool_spilled" ["pool"] "1 while backends beyond the lowest tier of the pool get keys, else 0";
     PANIC_PICKS: Counter "pool_panic_picks_total" ["pool"] "Connections whose backend was picked in panic mode, regardless of its health";
     WALKED_PAST_FULL: Counter "backends_full_total" ["pool"] "Times a backend was skipped because it was at its connection limit";
+    SOURCES_SKIPPED: Counter "connect_source_skipped_total" ["pool", "source"] "Connects that a source address of the pool could not make: all its ports were taken, or the machine did not have it";
     CHANGED: Gauge "pool_runtime_changes" ["pool"] "Settings changed at run time that differ from the config";
     ENGINE_UP: Gauge "engine_up" ["pool"] "1 while the pool's Docker engine answers, else 0";
     ENGINE_STALE: Gauge "engine_staleness_seconds" ["pool"] "Age of the last complete container list";

@@ -45,7 +45,7 @@ async fn every_registered_metric_is_exported_once_there_was_a_connection() {
     let server = crate::harness::backends::Server::echo("a").await;
     // A cause of failed connects appears with the first failure.
     let refusing = crate::harness::backends::Refusing::new();
-    let extra = "health_check: { kind: none }\nkey: source";
+    let extra = "health_check: { kind: none }\nkey: source\nconnect: { source: 127.0.0.1 }";
     let yaml = crate::harness::static_config(&[server.address, refusing.address], extra)
         .replace("    pool: echo", "    proxy_protocol: { from: [127.0.0.0/8], required: false }\n    pool: echo")
         .replace("    pool: echo", "    routes: [{ tls: true, pool: echo, name: tls }]\n    pool: echo");
@@ -123,12 +123,13 @@ async fn open_metrics_are_answered_where_they_are_accepted() {
     }
     let all = ringway::metrics::ALL.iter().map(|metric| metric.name.strip_suffix("_total").unwrap_or(metric.name));
     let missing: Vec<_> = all.filter(|name| !families.contains(name)).collect();
-    // Nothing has failed, no listener accepts PROXY headers or has routes, and there is no engine and no name server.
+    // Nothing has failed, no pool has a source address, no listener accepts PROXY headers or has routes, and there is no engine and no name server.
     assert!(
         missing.iter().all(|name| name.contains("_engine_")
             || name.contains("_dns_")
             || name.contains("_provider_")
             || name.ends_with("connect_failures")
+            || name.ends_with("source_skipped")
             || name.ends_with("proxy_headers")
             || name.ends_with("routes")
             || name.ends_with("hellos")
@@ -200,12 +201,14 @@ fn defaults() -> BTreeMap<String, String> {
         ];
         for (check, listen) in checks {
             let agent = if listen == "unix:/s" { "off" } else { "{ port: 1 }" };
+            let interface = if listen == "unix:/s" { "" } else { "interface: eth0, " };
             let send = if listen == "unix:/s" { "off" } else { "{ version: v2, tlvs: [alpn], pass: [1] }" };
             let yaml = format!(
                 "access_log: {{ path: stdout }}\nconfig_watch: {{}}\napi: {{ token_file: t }}\n\
-                 listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }}, proxy_protocol: {{ from: [10.0.0.0/8] }}, \
+                 listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }}, {interface}proxy_protocol: {{ from: [10.0.0.0/8] }}, \
                  routes: [{{ sni: [a.b], alpn: [h2], from: [10.0.0.0/8], tls: true, pool: p }}] }}]\n\
-                 pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check}, send_proxy: {send}, agent: {agent} }}]"
+                 pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check}, send_proxy: {send}, agent: {agent}, \
+                 connect: {{ source: 10.0.0.1, interface: eth0, mark: 1, congestion: bbr }} }}]"
             );
             let config = Config::parse(&yaml, "test").unwrap();
             flatten("", &serde_yaml::from_str(&config.to_yaml()).unwrap(), &mut keys);

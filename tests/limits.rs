@@ -10,7 +10,10 @@ use tokio::net::TcpStream;
 
 use crate::harness::backends::{Server, Silent};
 use crate::harness::program::Program;
-use crate::harness::{Ringway, config, echoes, eventually, eventually_async, get, metric_in, soon, static_config};
+use crate::harness::{
+    Ringway, config, echoes, eventually, eventually_async, get, in_namespace, metric_in, served_from, soon,
+    static_config,
+};
 
 async fn metric(program: &Program, name: &str) -> f64 {
     metric_in(&get(program.api(), "/metrics").await.1, name, &[])
@@ -79,15 +82,6 @@ async fn an_idle_connection_costs_little_memory() {
     println!("{each} bytes for each of {CONNECTIONS} idle connections");
     assert!(each <= 2000, "{each} bytes");
     drop(open);
-}
-
-/// Connects from this address of the loopback network. `None` if Ringway resets the connection before or after the
-/// connect succeeds.
-async fn served_from(source: &str, target: std::net::SocketAddr) -> Option<TcpStream> {
-    let socket = tokio::net::TcpSocket::new_v4().unwrap();
-    socket.bind(std::net::SocketAddr::new(source.parse().unwrap(), 0)).unwrap();
-    let mut stream = soon("a connection or a reset", socket.connect(target)).await.ok()?;
-    soon("an answer or a reset", echoes(&mut stream)).await.then_some(stream)
 }
 
 #[tokio::test]
@@ -187,21 +181,8 @@ async fn a_connection_that_is_too_old_is_reset() {
 #[tokio::test]
 #[ignore = "needs root"]
 async fn without_ephemeral_ports_ringway_blames_no_backend_and_recovers() {
-    const INSIDE: &str = "RINGWAY_TEST_INSIDE";
-    const SETUP: &str =
-        "ip link set lo up && echo 40000 40031 > /proc/sys/net/ipv4/ip_local_port_range && exec \"$0\" \"$@\"";
     const NAME: &str = "limits::without_ephemeral_ports_ringway_blames_no_backend_and_recovers";
-    if std::env::var_os(INSIDE).is_none() {
-        let inside = tokio::process::Command::new("unshare")
-            .args(["--net", "sh", "-c", SETUP])
-            .arg(std::env::current_exe().unwrap())
-            .args(["--exact", NAME, "--ignored", "--nocapture"])
-            .env(INSIDE, "1")
-            .kill_on_drop(true)
-            .output();
-        let inside = soon("the test inside", inside).await.unwrap();
-        let said = String::from_utf8_lossy(&inside.stdout) + String::from_utf8_lossy(&inside.stderr);
-        assert!(inside.status.success() && said.contains("1 passed"), "{said}");
+    if !in_namespace(NAME, "echo 40000 40031 > /proc/sys/net/ipv4/ip_local_port_range").await {
         return;
     }
     let server = Server::echo("a").await;

@@ -38,6 +38,7 @@ mod service_manager;
 mod serving;
 mod sessions;
 mod side_port;
+mod sockets;
 mod stalls;
 mod terminal;
 mod tiers;

@@ -267,3 +267,44 @@ async fn ringway_notifies_the_service_manager() {
     kill_process(new, Signal::TERM).unwrap();
     told("STOPPING=1").await;
 }
+
+/// systemd sets `TCPCongestion=`, `IPTOS=`, `IPTTL=`, `ReceiveBuffer=` and `FreeBind=` of a socket unit in this way.
+#[tokio::test]
+async fn options_that_the_service_manager_has_set_survive_an_upgrade_and_a_reload() {
+    let server = Server::echo("a").await;
+    let web = TcpListener::bind("127.0.0.1:0").unwrap();
+    let api = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (web_address, api_address) = (web.local_addr().unwrap(), api.local_addr().unwrap());
+    let socket = socket2::SockRef::from(&web);
+    socket.set_tcp_congestion(b"reno").unwrap();
+    socket.set_tos_v4(0x10).unwrap();
+    socket.set_ttl_v4(9).unwrap();
+    socket.set_recv_buffer_size(99_000).unwrap();
+    socket.set_freebind_v4(true).unwrap();
+    let options = || {
+        let name = socket.tcp_congestion().unwrap();
+        let name: Vec<_> = name.into_iter().take_while(|&byte| byte != 0).collect();
+        let (tos, ttl) = (socket.tos_v4().unwrap(), socket.ttl_v4().unwrap());
+        (name, tos, ttl, socket.recv_buffer_size().unwrap(), socket.freebind_v4().unwrap())
+    };
+    let before = options();
+    assert_eq!((&before.0[..], before.1, before.2), (&b"reno"[..], 0x10, 9));
+    let yaml = static_config(&[server.address], "health_check: { kind: none }")
+        .replace("listen: 127.0.0.1:0", &format!("listen: {web_address}"))
+        .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api_address}\""));
+    let config = file(&yaml);
+    let first = start(&config, [&api, &web].map(|socket| OwnedFd::from(socket.try_clone().unwrap())).into());
+    for command in ["/api/reload", "/api/upgrade", "/api/reload"] {
+        let mut client = TcpStream::connect(web_address).await.unwrap();
+        assert!(soon("an echo", echoes(&mut client)).await);
+        assert_eq!(options(), before, "before {command}");
+        drop(client);
+        std::fs::write(config.path(), format!("{yaml}\ntcp: {{ user_timeout: 9s }}")).unwrap();
+        assert_eq!(http(api_address, "POST", command, b"").await.status(), 200);
+        assert_eq!(options(), before, "after {command}");
+    }
+    let pid =
+        serde_json::from_str::<serde_json::Value>(&get(api_address, "/api/status").await.1).unwrap()["pid"].clone();
+    kill_process(Pid::from_raw(i32::try_from(pid.as_i64().unwrap()).unwrap()).unwrap(), Signal::TERM).unwrap();
+    ended(first).await;
+}

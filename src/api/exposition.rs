@@ -103,6 +103,13 @@ fn for_pools<T>(text: &mut Text, pools: &[OfPool<'_>], differs: &[Vec<T>]) {
     each(&metrics::RING_DIGEST, &|pool| pool.table.ring().digest() >> 12);
     each(&metrics::TABLE_GENERATION, &|pool| pool.table.generation());
     each(&metrics::POOL_HEALTHY, &|pool| pool.table.healthy() as u64);
+    let mut skipped = text.metric(&metrics::SOURCES_SKIPPED);
+    for pool in pools {
+        for source in pool.route.outgoing.iter().flat_map(|outgoing| &outgoing.sources) {
+            let labels = Labels::new(&["pool", "source"], &[&pool.route.pool, &source.to_string()]);
+            skipped.add(&labels, pool.route.stats.source_skipped(*source));
+        }
+    }
     let mut changed = text.metric(&metrics::CHANGED);
     std::iter::zip(pools, differs).for_each(|(pool, differs)| changed.add(&pool.labels, differs.len()));
 }

@@ -247,8 +247,10 @@ pub struct ProviderView {
 pub struct ListenerView {
     /// Its name in the config.
     pub name: Arc<str>,
-    /// The bound address, with the real port.
+    /// The first bound address, with the real port.
     pub address: Address,
+    /// All of them in the form of the config: `0.0.0.0:5000-5149`.
+    pub addresses: String,
     /// Its routes.
     pub routing: Arc<Routing>,
     /// Counters.

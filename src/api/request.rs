@@ -96,7 +96,8 @@ fn find_pool<'a>(state: &'a View, wanted: Option<&str>) -> Result<&'a Route, Err
 /// Connects to the first backend in ring order that accepts, as the data plane does.
 async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<Connected, Error> {
     let header = |stream: &Stream| Cow::Owned(pool.own_header.bytes(|| stream.ends()));
-    let connected = proxy::connect(pool, || pool.table.load(), key, tcp, header, &mut Vec::new()).await;
+    let want = proxy::Want { key, port: None, tcp };
+    let connected = proxy::connect(pool, || pool.table.load(), want, header, &mut Vec::new()).await;
     connected.map_err(|reason| {
         let (status, what) = match reason {
             RefusalReason::NoBackend => (StatusCode::BAD_GATEWAY, "has no backend that accepts new connections"),

@@ -261,7 +261,7 @@ impl Listener {
         let connections = Connections { active: listener.stats.active(), total: listener.stats.accepted() };
         Self {
             name: listener.name.to_string(),
-            address: Some(listener.address.to_string()),
+            address: Some(listener.addresses.clone()),
             pool: listener.default_pool().unwrap_or(RESET).to_owned(),
             routes: RouteTaken::all(listener),
             connections,

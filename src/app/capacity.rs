@@ -41,8 +41,9 @@ pub(super) fn capacity(config: &Config, workers: usize) -> Result<Capacity, Star
         (true, None) => share,
         (true, Some(wanted)) => at_most("relay.max_pipes", wanted.min(limits::MOST_PIPES as usize), share),
     };
-    // Each worker needs a listening socket and a duplicate of it per listener, and descriptors for its runtime.
-    let sockets = workers * (2 * config.listeners.len() + 3);
+    // Each listening socket has a duplicate. Each worker needs descriptors for its runtime.
+    let listening: usize = config.listeners.iter().map(|listener| listener.sockets(workers)).sum();
+    let sockets = 2 * listening + 3 * workers;
     let needs = |provider: &Provider| provider.descriptors_per_backend() * provider.backends();
     let backends: usize = config.pools.iter().map(|pool| needs(&pool.provider)).sum();
     let others = (sockets + backends) as u64 + 2 * limits::side_port(open_files);

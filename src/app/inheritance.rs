@@ -236,14 +236,15 @@ impl Inheritance {
     }
 
     /// Takes the inherited sockets of a listener. Ringway matches by name and address, else by the address alone if its
-    /// port is not 0.
-    pub(super) fn sockets(&mut self, name: &str, listen: &Address) -> Sockets {
-        let is_same = |one: &Inherited| one.listen == *listen && one.name.as_deref() == Some(name);
+    /// port is not 0. Sockets that the service manager has opened may have any interface.
+    pub(super) fn sockets(&mut self, name: &str, listen: &Address, interface: Option<&str>) -> Sockets {
+        let fits = |one: &Inherited| one.is_managed || one.sockets.iter().all(|socket| socket.is_on(interface));
+        let is_same = |one: &Inherited| one.listen == *listen && one.name.as_deref() == Some(name) && fits(one);
         // systemd's `ListenStream=8000` is a socket for both families.
         let unspecified = listen.ip().filter(|listen| listen.ip().is_unspecified());
         let any = unspecified.map(|listen| Address::Ip((Ipv6Addr::UNSPECIFIED, listen.port()).into()));
         let is_any = |one: &Inherited| any.as_ref() == Some(&one.listen) && one.is_dual_stack();
-        let is_alike = |one: &Inherited| !listen.is_any_port() && (one.listen == *listen || is_any(one));
+        let is_alike = |one: &Inherited| !listen.is_any_port() && (one.listen == *listen || is_any(one)) && fits(one);
         let of_name = self.sockets.iter().any(is_same);
         let (taken, left) = std::mem::take(&mut self.sockets)
             .into_iter()

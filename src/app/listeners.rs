@@ -11,9 +11,10 @@ use crate::address::Address;
 use crate::api::ListenerView;
 use crate::config::{self, Config};
 use crate::metrics::{self, Exporter};
+use crate::outgoing::Refused;
 use crate::proxy::access_log::AccessLog;
 use crate::proxy::listening::{self, ListeningSocket, Wanted};
-use crate::proxy::socket::{self, Beside, overlap};
+use crate::proxy::socket::{self, Binding, overlap};
 use crate::proxy::stats::ListenerStats;
 use crate::proxy::{
     Condition, DEFAULT, Intercept, Limit, ListenerId, Proxy, Route, Routing, Rule, Serving, SourceLimits, Sources,
@@ -36,22 +37,27 @@ pub(super) struct ListenerContext<'a> {
 
 /// A listener that is bound but does not accept connections yet. Dropping it removes the file of a Unix socket that this
 /// process has created.
+#[derive(Debug, Default)]
 pub(super) struct Bound {
     sockets: Vec<ListeningSocket>,
-    /// Duplicates of the sockets, for a handover to a successor.
-    copies: Vec<ListeningSocket>,
-    address: Address,
+    addresses: Vec<Opened>,
+}
+
+/// One address of a listener, with duplicates of its sockets for a handover to a successor.
+#[derive(Debug)]
+pub(super) struct Opened {
+    /// The address as in the config, where the port can be 0.
+    pub(super) listen: Address,
+    pub(super) copies: Vec<ListeningSocket>,
     /// The service manager keeps the sockets open.
-    is_managed: bool,
+    pub(super) is_managed: bool,
     /// This process has opened them, and does not serve on them yet.
     is_new: bool,
 }
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        if self.is_new {
-            turn_away(&self.sockets, &self.address);
-        }
+        self.addresses.iter().filter(|address| address.is_new).for_each(|new| turn_away(&new.copies, &new.listen));
     }
 }
 
@@ -74,45 +80,50 @@ impl SidePort {
 pub(super) struct Listener {
     id: ListenerId,
     config: config::Listener,
-    /// The bound address. It has the real port where the config says port 0.
-    address: Address,
-    copies: Vec<ListeningSocket>,
-    is_managed: bool,
+    addresses: Vec<Opened>,
     serving: Serving,
     /// The counts of source addresses; kept while a reload turns their limits off.
     sources: Option<Arc<Sources>>,
 }
 
-/// Binds an address with one socket per worker, or adopts the inherited sockets if there are any. `own` are addresses on
-/// which this process listens, or its predecessor: the new one may overlap with them.
+/// Binds the addresses of a listener, each with one socket per worker, or one socket if there are several. Adopts inherited
+/// sockets where there are any. `own` are addresses on which this process listens, or its predecessor: the new ones may
+/// overlap with them. Key paths in errors start with `key_path`.
 pub(super) fn bind(
     key_path: &str,
     listener: &config::Listener,
     config: &Config,
     workers: usize,
-    inherited: Sockets,
+    mut inherited: impl FnMut(&Address) -> Sockets,
     own: &[SocketAddr],
 ) -> Result<Bound, StartError> {
-    let Sockets { list: mut inherited, is_managed } = inherited;
-    // A socket without its file gets no more clients. The old process accepts those that wait on it.
-    inherited.retain(|socket| is_managed || socket.is_reachable());
-    let wanted = Wanted { count: workers, backlog: listener.backlog, tcp: &config.tcp, mode: listener.mode };
-    let is_new = inherited.is_empty();
-    let bind = || {
-        let sockets = if is_new {
-            let is_own = listener.listen.ip().is_some_and(|ip| own.iter().any(|&own| overlap(own, ip)));
-            let beside = if is_own { Beside::OwnSockets } else { Beside::Nobody };
-            listening::listen(&listener.listen, beside, &wanted)?
-        } else {
-            listening::adopt(inherited, &wanted)?
+    let mut bound = Bound::default();
+    for address in listener.addresses() {
+        let binding = Binding {
+            beside_own: address.ip().is_some_and(|ip| own.iter().any(|&own| overlap(own, ip))),
+            ..binding(listener)
         };
-        let address = sockets[0].address()?;
-        let mut bound = Bound { sockets, copies: Vec::new(), address, is_managed, is_new };
-        bound.copies = bound.sockets.iter().map(ListeningSocket::try_clone).collect::<io::Result<_>>()?;
-        Ok(bound)
-    };
-    let failed = |error| StartError::Listen { key_path: key_path.to_owned(), address: listener.listen.clone(), error };
-    bind().map_err(failed)
+        let count = if listener.ports > 1 { 1 } else { workers };
+        let wanted = Wanted { count, backlog: listener.backlog, tcp: &config.tcp, binding, mode: listener.mode };
+        let opened = bound.add(&address, inherited(&address), &wanted);
+        opened.map_err(|error| cannot_listen(key_path, address, error))?;
+    }
+    Ok(bound)
+}
+
+/// How the sockets of a listener are bound.
+pub(super) fn binding(listener: &config::Listener) -> Binding<'_> {
+    Binding { beside_own: false, interface: listener.interface.as_deref(), freebind: listener.freebind }
+}
+
+/// The error of a listener whose key path this is.
+pub(super) fn cannot_listen(key_path: &str, address: Address, error: io::Error) -> StartError {
+    match Refused::of(&error) {
+        Some(refused) => {
+            StartError::Unfit { key_path: format!("{key_path}.{}", refused.key), problem: refused.to_string() }
+        }
+        None => StartError::Listen { key_path: format!("{key_path}.listen"), address, error },
+    }
 }
 
 /// Binds the side port, or adopts the inherited socket if there is one.
@@ -124,7 +135,7 @@ pub(super) fn side_port(config: &Config, inherited: Sockets) -> Result<SidePort,
         if let Some(socket) = inherited.into_iter().find_map(tcp) {
             socket::prepare(&socket, API_BACKLOG.into(), &config.tcp).map(|()| socket)
         } else {
-            let sockets = socket::listen(address, 1, API_BACKLOG.into(), &config.tcp, Beside::Nobody)?;
+            let sockets = socket::listen(address, 1, API_BACKLOG.into(), &config.tcp, Binding::default())?;
             sockets.into_iter().next().ok_or_else(|| io::ErrorKind::NotFound.into())
         }
     };
@@ -133,6 +144,29 @@ pub(super) fn side_port(config: &Config, inherited: Sockets) -> Result<SidePort,
 }
 
 impl Bound {
+    /// Adds the sockets of an address.
+    fn add(&mut self, listen: &Address, inherited: Sockets, wanted: &Wanted<'_>) -> io::Result<()> {
+        let Sockets { list: mut inherited, is_managed } = inherited;
+        // A socket without its file gets no more clients. The old process accepts those that wait on it.
+        inherited.retain(|socket| is_managed || socket.is_reachable());
+        let is_new = inherited.is_empty();
+        let sockets = if is_new { listening::listen(listen, wanted)? } else { listening::adopt(inherited, wanted)? };
+        let mut opened = Opened { listen: listen.clone(), copies: Vec::new(), is_managed, is_new };
+        let copies = sockets.iter().map(ListeningSocket::try_clone).collect::<io::Result<_>>();
+        match copies {
+            Ok(copies) => opened.copies = copies,
+            Err(error) => {
+                if is_new {
+                    turn_away(&sockets, listen);
+                }
+                return Err(error);
+            }
+        }
+        self.sockets.extend(sockets);
+        self.addresses.push(opened);
+        Ok(())
+    }
+
     /// Starts to accept connections.
     pub(super) fn open(
         mut self,
@@ -140,33 +174,56 @@ impl Bound {
         context: &ListenerContext<'_>,
         proxy: &mut Proxy,
     ) -> Listener {
-        if !self.is_new && !self.is_managed {
-            // Not before this process serves: the old one may have to go on.
-            set_mode(&self.copies, listener.mode, &self.address);
+        let mut addresses = std::mem::take(&mut self.addresses);
+        for address in &mut addresses {
+            if !address.is_new && !address.is_managed {
+                // Not before this process serves: the old one may have to go on.
+                address.set_mode(listener.mode);
+            }
+            address.is_new = false;
         }
-        self.is_new = false;
-        let (copies, address, is_managed) = (std::mem::take(&mut self.copies), self.address.clone(), self.is_managed);
         let serving = serving(listener, context, None);
         let id = proxy.open(std::mem::take(&mut self.sockets), &serving);
         let sources = serving.sources.clone();
-        Listener { id, config: listener.clone(), address, copies, is_managed, serving, sources }
+        Listener { id, config: listener.clone(), addresses, serving, sources }
+    }
+}
+
+impl Opened {
+    /// Whether clients can find all sockets.
+    fn is_reachable(&self) -> bool {
+        self.is_managed || self.copies.iter().all(ListeningSocket::is_reachable)
+    }
+
+    /// The bound address. It has the real port where the config says port 0.
+    fn bound(&self) -> Address {
+        let bound = self.copies.first().and_then(|socket| socket.address().ok());
+        bound.unwrap_or_else(|| self.listen.clone())
+    }
+
+    /// Sets the permissions of a Unix socket's file.
+    fn set_mode(&self, mode: u32) {
+        if let Some(Err(error)) = self.copies.first().map(|socket| socket.set_mode(mode)) {
+            tracing::warn!(address = %self.listen, %error, "cannot set the permissions of a Unix socket's file");
+        }
     }
 }
 
 impl Listener {
     /// Whether an update to `new` can keep the sockets. Otherwise `new` needs a new bind.
     pub(super) fn can_become(&self, new: &config::Listener) -> bool {
-        let is_reachable = self.is_managed || self.copies.iter().all(ListeningSocket::is_reachable);
-        let is_same = self.config.listen == new.listen && (!new.listen.is_any_port() || self.config.name == new.name);
-        is_same && is_reachable
+        let old = &self.config;
+        let is_same = old.listen == new.listen && (!new.listen.is_any_port() || old.name == new.name);
+        let is_alike = old.ports == new.ports && old.interface == new.interface;
+        is_same && is_alike && self.addresses.iter().all(Opened::is_reachable)
     }
 
     /// Applies the settings of `new` to connections that the listener accepts from now on.
     pub(super) fn update(&mut self, new: &config::Listener, context: &ListenerContext<'_>, proxy: &Proxy) {
         self.serving = serving(new, context, Some((&self.serving, self.sources.as_ref())));
         self.sources = self.serving.sources.clone().or(self.sources.take());
-        if self.config.mode != new.mode && !self.is_managed {
-            set_mode(&self.copies, new.mode, &self.address);
+        if self.config.mode != new.mode {
+            self.addresses.iter().filter(|address| !address.is_managed).for_each(|address| address.set_mode(new.mode));
         }
         self.config = new.clone();
         proxy.update(self.id, &self.serving);
@@ -174,10 +231,10 @@ impl Listener {
 
     /// Stops accepting. Open connections continue.
     pub(super) fn close(self, proxy: &Proxy) {
-        tracing::info!(listener = %self.config.name, address = %self.address, "listener closed");
+        tracing::info!(listener = %self.config.name, address = self.bound_text(), "listener closed");
         // The service manager would go on with sockets that take no client.
-        if !self.is_managed {
-            turn_away(&self.copies, &self.address);
+        for address in self.addresses.iter().filter(|address| !address.is_managed) {
+            turn_away(&address.copies, &address.listen);
         }
         proxy.close(self.id);
     }
@@ -185,38 +242,36 @@ impl Listener {
     /// Removes the file of a Unix socket, on which no process will listen. Ringway can still accept the connections in its
     /// queue.
     pub(super) fn remove_file(&self) {
-        if matches!(self.address, Address::Unix(_)) && !self.is_managed {
-            turn_away(&self.copies, &self.address);
-        }
+        let is_own_file = |address: &&Opened| address.listen.ip().is_none() && !address.is_managed;
+        self.addresses.iter().filter(is_own_file).for_each(|address| turn_away(&address.copies, &address.listen));
     }
 
-    /// The bound address.
-    pub(super) fn address(&self) -> &Address {
-        &self.address
+    /// The bound addresses, with real ports.
+    pub(super) fn bound(&self) -> impl Iterator<Item = Address> {
+        self.addresses.iter().map(Opened::bound)
     }
 
-    /// Returns the config and the duplicated sockets of the listener, and whether the service manager keeps them open.
-    pub(super) fn sockets(&self) -> (&config::Listener, &[ListeningSocket], bool) {
-        (&self.config, &self.copies, self.is_managed)
+    /// The bound addresses in the form of the config.
+    fn bound_text(&self) -> String {
+        self.addresses.first().map_or_else(String::new, |first| first.bound().with_ports(self.config.ports))
+    }
+
+    /// Returns the config and the sockets of the listener.
+    pub(super) fn sockets(&self) -> (&config::Listener, &[Opened]) {
+        (&self.config, &self.addresses)
     }
 
     /// Returns the view of the listener for the side port.
     pub(super) fn view(&self) -> ListenerView {
         ListenerView {
             name: Arc::clone(&self.serving.name),
-            address: self.address.clone(),
+            address: self.bound().next().unwrap_or_else(|| self.config.listen.clone()),
+            addresses: self.bound_text(),
             routing: Arc::clone(&self.serving.routing),
             stats: Arc::clone(&self.serving.stats),
             limit: Arc::clone(&self.serving.limit),
             sources: self.sources.clone(),
         }
-    }
-}
-
-/// Sets the permissions of a Unix socket's file.
-fn set_mode(sockets: &[ListeningSocket], mode: u32, address: &Address) {
-    if let Some(Err(error)) = sockets.first().map(|socket| socket.set_mode(mode)) {
-        tracing::warn!(%address, %error, "cannot set the permissions of a Unix socket's file");
     }
 }
 
@@ -261,6 +316,7 @@ fn serving(
         name: listener.name.as_str().into(),
         routing: Arc::new(routing(listener, context.routes, context.exporter, same)),
         stats: before.map_or_else(|| Arc::new(ListenerStats::new(context.workers)), |before| Arc::clone(&before.stats)),
+        keeps_port: listener.backend_port == config::BackendPort::Same,
         limit,
         sources,
         proxy_protocol: listener.proxy_protocol.clone().map(Arc::new),

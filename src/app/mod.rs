@@ -61,6 +61,7 @@ pub use self::offline::Offline;
 use self::pools::Pool;
 pub use self::probe::{Finding, probe};
 use self::tasks::Tasks;
+use crate::address::Address;
 use crate::api::{self, LogView, State, View};
 use crate::config::{self, Config};
 use crate::control::command::{CommandSender, PendingCommand};
@@ -223,14 +224,14 @@ impl App {
         });
         // Side by side: each may wait for a name server.
         let prepared = try_join_all(prepared.collect::<Vec<_>>()).await?;
-        let inherited = inheritance.sockets(inheritance::SIDE_PORT, &config.api.listen.into());
+        let inherited = inheritance.sockets(inheritance::SIDE_PORT, &config.api.listen.into(), None);
         let api_socket = listeners::side_port(&config, inherited)?;
         let api_address = api_socket.address().unwrap_or(config.api.listen);
         let mut bound = Vec::new();
         for listener in &config.listeners {
-            let inherited = inheritance.sockets(&listener.name, &listener.listen);
-            let key_path = format!("listeners[{}].listen", listener.name);
-            let own = inheritance.addresses();
+            let (key_path, own) = (format!("listeners[{}]", listener.name), inheritance.addresses());
+            let inherited =
+                |address: &Address| inheritance.sockets(&listener.name, address, listener.interface.as_deref());
             bound.push(listeners::bind(&key_path, listener, &config, workers, inherited, &own)?);
         }
         inheritance.close_leftovers();

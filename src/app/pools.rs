@@ -23,6 +23,7 @@ use crate::config::{self, Config};
 use crate::control::publisher::Publisher;
 use crate::control::supervisor::handover::Handed;
 use crate::control::{Event, agent, ejection, health};
+use crate::outgoing::Refused;
 use crate::proxy::Route;
 
 /// Capacity of the queue of reports about failing backends. A full queue drops the report, and the backend's next
@@ -74,6 +75,7 @@ pub(super) async fn prepare(
     taken_over: Vec<Handed>,
     context: &PoolContext<'_>,
 ) -> Result<Prepared, StartError> {
+    probe_outgoing(key_path, pool)?;
     let provider::Prepared { source, mut known, status, start } =
         provider::prepare(key_path, pool, changes, taken_over, context).await?;
     known.extend(changes.drained.iter().map(|id| Event::DrainRequested { id: id.as_str().into(), within: None }));
@@ -96,6 +98,15 @@ pub(super) async fn prepare(
         over: CancellationToken::new(),
     };
     Ok(Prepared { pool, publisher, reports: reported, start })
+}
+
+/// Tries out the settings of the sockets with which Ringway would connect to the backends.
+pub(super) fn probe_outgoing(key_path: &str, pool: &config::Pool) -> Result<(), StartError> {
+    let probed = pool.connect.outgoing.as_ref().map_or(Ok(()), |outgoing| outgoing.probe());
+    probed.map_err(|error| {
+        let key = Refused::of(&error).map_or(String::new(), |refused| format!(".{}", refused.key));
+        StartError::Unfit { key_path: format!("{key_path}.connect{key}"), problem: error.to_string() }
+    })
 }
 
 /// The routes of all pools, by name.
@@ -148,6 +159,10 @@ impl Pool {
         new: &config::Pool,
         changes: OfPool,
     ) -> Result<Update, StartError> {
+        // An address that has been there may have gone for a moment: only a change is tried.
+        if self.config.connect.outgoing != new.connect.outgoing {
+            probe_outgoing(key_path, new)?;
+        }
         let addresses = self.source.prepare_update(key_path, &self.config, new).await?;
         Ok(Update { config: new.clone(), changes, addresses })
     }

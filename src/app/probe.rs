@@ -6,15 +6,17 @@ use std::path::Path;
 
 use futures_util::future::join_all;
 use rustix::fs::{Access, access};
-use socket2::{Domain, Socket, Type};
 
 use super::access::guard;
 use super::capacity::capacity;
+use super::listeners::{binding, cannot_listen};
+use super::pools::probe_outgoing;
 use super::{StartError, engine, provider, reload, workers};
 use crate::address::Address;
 use crate::config::Config;
 use crate::control::docker::engine::Engine;
 use crate::proxy::access_log;
+use crate::proxy::socket::{Binding, TcpOptions, unbound};
 
 /// Something that a start would find missing.
 #[derive(Debug)]
@@ -66,6 +68,11 @@ pub async fn probe(config: &Config, docker_host: Option<&str>, token: Option<&st
         },
         None => None,
     };
+    for pool in &config.pools {
+        if let Err(problem) = probe_outgoing(&format!("pools[{}]", pool.name), pool) {
+            tell(true, problem);
+        }
+    }
     let pools = config.pools.iter().map(|pool| {
         let (key_path, engine) = (format!("pools[{}]", pool.name), engine.as_ref());
         async move { provider::probe(&key_path, pool, engine).await }
@@ -78,25 +85,23 @@ pub async fn probe(config: &Config, docker_host: Option<&str>, token: Option<&st
 
 /// The addresses on which Ringway may not listen. An address that is taken does not count: a running Ringway may have it.
 fn addresses(config: &Config) -> Vec<StartError> {
-    let listeners = config.listeners.iter();
-    let listeners = listeners.map(|listener| (format!("listeners[{}].listen", listener.name), listener.listen.clone()));
-    let all = std::iter::once(("api.listen".to_owned(), config.api.listen.into())).chain(listeners);
-    let refused = all.filter_map(|(key_path, address)| {
-        let error = bind(&address).err().filter(|error| error.kind() != ErrorKind::AddrInUse)?;
-        Some(StartError::Listen { key_path, address, error })
+    let of_listeners = config.listeners.iter().flat_map(|listener| {
+        let key_path = format!("listeners[{}]", listener.name);
+        listener.addresses().map(move |address| (key_path.clone(), address, binding(listener)))
+    });
+    let side_port = ("api".to_owned(), config.api.listen.into(), Binding::default());
+    let refused = std::iter::once(side_port).chain(of_listeners).filter_map(|(key_path, address, binding)| {
+        let error = bind(&address, binding).err().filter(|error| error.kind() != ErrorKind::AddrInUse)?;
+        Some(cannot_listen(&key_path, address, error))
     });
     refused.collect()
 }
 
 /// Binds an address without listening, so no client can connect. Creates no file of a Unix socket.
-fn bind(address: &Address) -> io::Result<()> {
+fn bind(address: &Address, binding: Binding<'_>) -> io::Result<()> {
     match address {
-        Address::Ip(ip) => {
-            let socket = Socket::new(Domain::for_address(*ip), Type::STREAM, None)?;
-            // A Ringway that starts at this moment can still bind the address.
-            socket.set_reuse_address(true)?;
-            socket.bind(&(*ip).into())
-        }
+        // A Ringway that starts at this moment can still bind the address.
+        Address::Ip(ip) => unbound(*ip, &TcpOptions::default(), binding)?.bind(&(*ip).into()),
         Address::Unix(path) => {
             if path.exists() && !std::fs::metadata(path)?.file_type().is_socket() {
                 return Err(ErrorKind::AlreadyExists.into());

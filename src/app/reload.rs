@@ -17,6 +17,7 @@ use super::outlook::Outlook;
 use super::pools::{self, Prepared, Update};
 use super::readiness::is_empty_on_purpose;
 use super::{App, Log, StartError, engine, open_log};
+use crate::address::Address;
 use crate::config::{Config, Fault};
 use crate::control::Event;
 use crate::control::command::Report;
@@ -83,13 +84,14 @@ impl App {
         });
         // Side by side: each may wait for a name server.
         let pools = try_join_all(pools.collect::<Vec<_>>()).await?;
-        let own: Vec<_> = self.listeners.iter().filter_map(|listener| listener.address().ip()).collect();
+        let own: Vec<_> =
+            self.listeners.iter().flat_map(|listener| listener.bound().filter_map(|bound| bound.ip())).collect();
         let mut listeners = Vec::new();
         for listener in &config.listeners {
             let is_open = self.listeners.iter().any(|open| open.can_become(listener));
-            let key_path = format!("listeners[{}].listen", listener.name);
-            let bind =
-                || listeners::bind(&key_path, listener, &config, self.state.workers.len(), Sockets::default(), &own);
+            let key_path = format!("listeners[{}]", listener.name);
+            let none = |_: &Address| Sockets::default();
+            let bind = || listeners::bind(&key_path, listener, &config, self.state.workers.len(), none, &own);
             listeners.push(if is_open { None } else { Some(bind()?) });
         }
         let log = match (&config.access_log, &self.access_log) {

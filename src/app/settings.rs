@@ -14,29 +14,11 @@ use crate::config::{self, Config};
 use crate::control::publisher;
 use crate::metrics::{self, Exporter};
 use crate::proxy::{self, Reports, Route};
-use crate::proxy_header::OwnHeader;
 use crate::table::{Rules, TableCell};
 
-/// The parts of a route that last as long as its pool: the table, the counters and the histogram. [`route`] adds the
-/// settings.
+/// The route of a new pool. [`route`] adds the settings.
 pub(super) fn base_route(pool: &config::Pool, table: TableCell, exporter: &Exporter) -> Route {
-    Route {
-        pool: pool.name.as_str().into(),
-        key: pool.key,
-        table,
-        most_per_backend: u64::MAX,
-        send_proxy: None,
-        own_header: OwnHeader::Absent,
-        connect_timeout: Duration::ZERO,
-        connect_attempts: 1,
-        idle: Duration::ZERO,
-        half_closed: Duration::ZERO,
-        max_age: None,
-        drain: Duration::ZERO,
-        connect_seconds: exporter.histogram(&metrics::CONNECT_SECONDS, &[&pool.name]),
-        failing: None,
-        stats: Arc::default(),
-    }
+    Route::new(pool.name.as_str().into(), table, exporter.histogram(&metrics::CONNECT_SECONDS, &[&pool.name]))
 }
 
 /// Returns the settings of the data plane.
@@ -66,7 +48,8 @@ pub(super) fn side_port(
     }
 }
 
-/// Builds the route of a pool. The table, the counters and the histogram carry over from `base`.
+/// Builds the route of a pool. What lasts as long as the pool carries over from `base`: the table, the counters and the
+/// histogram.
 pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Failing>) -> Route {
     Route {
         pool: Arc::clone(&base.pool),
@@ -75,6 +58,7 @@ pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Fa
         most_per_backend: pool.max_connections_per_backend.map_or(u64::MAX, Into::into),
         send_proxy: pool.send_proxy.clone().map(Arc::new),
         own_header: pool.own_header(),
+        outgoing: pool.connect.outgoing.clone(),
         connect_timeout: pool.connect.timeout,
         connect_attempts: pool.connect.attempts.into(),
         idle: pool.timeouts.idle.unwrap_or(Duration::MAX),

@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 
 use super::App;
 use super::inheritance::{FAILED, MESSAGE_TIMEOUT, Message, READY, SIDE_PORT};
+use super::listeners::Opened;
 use super::pools::Pool;
 use super::service_manager::notify;
 use crate::address::Address;
@@ -95,7 +96,8 @@ impl App {
     /// Lets all sockets take clients again: the successor may have turned them away before it failed.
     fn take_back_sockets(&self) {
         let of_listeners =
-            self.listeners.iter().flat_map(|listener| listener.sockets().1).map(ListeningSocket::take_back);
+            self.listeners.iter().flat_map(|listener| listener.sockets().1).flat_map(|address| &address.copies);
+        let of_listeners = of_listeners.map(ListeningSocket::take_back);
         let of_side_port = self.api_socket.iter().map(|side_port| take_back(&(&side_port.socket).into()));
         for error in of_listeners.chain(of_side_port).filter_map(io::Result::err) {
             tracing::warn!(%error, "cannot take back a listening socket after a failed upgrade");
@@ -118,9 +120,11 @@ impl App {
                 Ok(())
             };
         for listener in &self.listeners {
-            let (config, open, is_managed) = listener.sockets();
-            let file = open.first().and_then(ListeningSocket::file);
-            sockets(&config.name, &config.listen, &open.iter().map(AsFd::as_fd).collect::<Vec<_>>(), is_managed, file)?;
+            let (config, addresses) = listener.sockets();
+            for Opened { listen, copies, is_managed, .. } in addresses {
+                let file = copies.first().and_then(ListeningSocket::file);
+                sockets(&config.name, listen, &copies.iter().map(AsFd::as_fd).collect::<Vec<_>>(), *is_managed, file)?;
+            }
         }
         if let Some(side_port) = &self.api_socket {
             let listen = self.config.api.listen.into();

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use super::reader::Faults;
-use super::{Api, Listener, Pool, Process, Provider};
+use super::{Api, BackendPort, Listener, Pool, Process, Provider};
 use crate::address::Address;
 use crate::control::provider::Location;
 
@@ -50,9 +50,10 @@ pub(super) fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Liste
     };
     let mut taken: Vec<(String, u16, u16)> = Vec::new();
     let (of_listeners, of_pools) = (Paths::of_listeners(listeners), Paths::of_pools(pools));
-    let on_ip = listeners.iter().enumerate().filter_map(|(n, listener)| Some((n, listener.listen.ip()?)));
-    for (n, listen) in on_ip.filter(|&(_, listen)| on_loopback(listen)) {
-        taken.push((of_listeners.path(n) + ".listen", listen.port(), listen.port()));
+    let on_ip =
+        listeners.iter().enumerate().filter_map(|(n, listener)| Some((n, listener.listen.ip()?, listener.ports)));
+    for (n, listen, ports) in on_ip.filter(|&(_, listen, _)| on_loopback(listen)) {
+        taken.push((of_listeners.path(n) + ".listen", listen.port(), listen.port() + (ports - 1)));
     }
     if on_loopback(api.listen) {
         taken.push(("api.listen".to_owned(), api.listen.port(), api.listen.port()));
@@ -71,18 +72,26 @@ pub(super) fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Liste
 /// connection, and each health check, would cause another one without end.
 pub(super) fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
     // Groups the listeners by port. Listeners on Unix sockets have the key `None`.
-    let by_port = listeners.iter().fold(HashMap::<Option<u16>, Vec<&Listener>>::new(), |mut by_port, listener| {
-        by_port.entry(listener.listen.ip().map(|listen| listen.port())).or_default().push(listener);
-        by_port
-    });
+    let mut by_port = HashMap::<Option<u16>, Vec<&Listener>>::new();
+    for listener in listeners {
+        ports_of(listener).for_each(|port| by_port.entry(port).or_default().push(listener));
+    }
+    // For each pool: the ports of listeners that keep their clients' port. Every port of a backend can then be meant.
+    let kept = |pool: &Pool| {
+        let keeps = |listener: &&Listener| {
+            listener.backend_port == BackendPort::Same && listener.pools().any(|name| name == pool.name)
+        };
+        listeners.iter().filter(keeps).flat_map(ports_of).collect::<Vec<_>>()
+    };
     // For each pool: its backends that are listeners, with their places in the config and the pools behind them.
     let next: Vec<Vec<(usize, usize)>> = pools
         .iter()
         .map(|pool| {
+            let kept = kept(pool);
             let backends = pool.provider.static_backends().unwrap_or_default().iter().enumerate();
             let behind = backends.filter_map(|(n, backend)| {
                 let port = if let Location::Host { port, .. } = backend.location { Some(port) } else { None };
-                let mut alike = by_port.get(&port)?.iter();
+                let mut alike = std::iter::once(&port).chain(&kept).filter_map(|port| by_port.get(port)).flatten();
                 let listener = alike.find(|listener| is_here(&backend.location, &listener.listen))?;
                 let index = |name: &str| pools.iter().position(|pool| pool.name == name);
                 Some(listener.pools().filter_map(index).map(move |pool| (n, pool)).collect::<Vec<_>>())
@@ -109,6 +118,11 @@ pub(super) fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
     }
 }
 
+/// The ports of a listener; one `None` on a Unix socket.
+fn ports_of(listener: &Listener) -> impl Iterator<Item = Option<u16>> + use<'_> {
+    listener.addresses().map(|address| address.ip().map(|ip| ip.port()))
+}
+
 /// What stands for a static backend in key paths.
 fn backend_label(pool: &Pool, n: usize) -> &str {
     pool.provider.static_backends().and_then(|backends| backends.get(n)).map_or("", |backend| &backend.id)
@@ -128,24 +142,44 @@ fn is_here(backend: &Location, listen: &Address) -> bool {
     ip.is_some_and(is_same)
 }
 
+/// Where something listens.
+struct Taken<'a> {
+    path: String,
+    address: Address,
+    ports: u16,
+    interface: Option<&'a str>,
+}
+
+impl Taken<'_> {
+    /// Whether one socket would receive connections that are meant for the other.
+    fn clashes(&self, other: &Self) -> bool {
+        let (Some(one), Some(two)) = (self.address.ip(), other.address.ip()) else {
+            return self.address == other.address;
+        };
+        let is_any = one.ip().is_unspecified() || two.ip().is_unspecified();
+        let is_same_ip = one.ip() == two.ip() || is_any && one.is_ipv4() == two.is_ipv4();
+        let is_apart = self.interface.is_some() && other.interface.is_some() && self.interface != other.interface;
+        let last = |ip: SocketAddr, ports: u16| ip.port() + (ports - 1);
+        let share_a_port =
+            one.port() != 0 && one.port() <= last(two, other.ports) && two.port() <= last(one, self.ports);
+        share_a_port && is_same_ip && !is_apart
+    }
+}
+
 /// Reports listen addresses that clash: one socket would receive connections that are meant for the other.
 pub(super) fn clashing_addresses(faults: &Faults, listeners: &[Listener], api: &Api) {
     let paths = Paths::of_listeners(listeners);
-    let mut taken = vec![("api.listen".to_owned(), Address::Ip(api.listen))];
+    let side_port = Taken { path: "api.listen".to_owned(), address: api.listen.into(), ports: 1, interface: None };
+    let mut taken = vec![side_port];
     for (n, listener) in listeners.iter().enumerate() {
-        let (path, new) = (paths.path(n) + ".listen", listener.listen.clone());
-        let clash = taken.iter().find(|(_, old)| match (old.ip(), new.ip()) {
-            (Some(old), Some(new)) => {
-                let same_ip = old.ip() == new.ip()
-                    || (old.is_ipv4() == new.is_ipv4() && (old.ip().is_unspecified() || new.ip().is_unspecified()));
-                new.port() != 0 && old.port() == new.port() && same_ip
-            }
-            _ => *old == new,
-        });
-        if let Some((other, old)) = clash {
-            let what = if new.ip().is_some() { "port" } else { "path" };
-            faults.add(&path, format_args!("{new} clashes with {other} ({old}): choose another {what}"));
+        let (path, interface) = (paths.path(n) + ".listen", listener.interface.as_deref());
+        let new = Taken { path, address: listener.listen.clone(), ports: listener.ports, interface };
+        if let Some(old) = taken.iter().find(|old| new.clashes(old)) {
+            let what = if new.address.ip().is_some() { "port" } else { "path" };
+            let text = |one: &Taken<'_>| one.address.with_ports(one.ports);
+            let problem = format!("{} clashes with {} ({}): choose another {what}", text(&new), old.path, text(old));
+            faults.add(&new.path, problem);
         }
-        taken.push((path, new));
+        taken.push(new);
     }
 }

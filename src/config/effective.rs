@@ -15,6 +15,7 @@ use crate::control::agent;
 use crate::control::health::{self, Kind, Step};
 use crate::labels::Label as _;
 use crate::networks::Networks;
+use crate::outgoing::Outgoing;
 use crate::proxy::key::KeyKind;
 use crate::proxy::{Condition, HelloSettings, ProxyProtocol, Rate};
 use crate::proxy_header::{OwnHeader, SendProxy};
@@ -98,8 +99,13 @@ fn tcp(config: &Config) -> Value {
 }
 
 fn listener(listener: &Listener, lists: Lists) -> Value {
-    let mut entries = vec![("name", listener.name.as_str().into()), ("listen", listener.listen.to_string().into())];
+    let mut entries = vec![("name", listener.name.as_str().into()), ("listen", listener.listen_text().into())];
     entries.extend(listener.listen.ip().is_none().then(|| ("mode", format!("{:04o}", listener.mode).into())));
+    entries.extend(listener.interface.as_deref().map(|interface| ("interface", interface.into())));
+    if listener.listen.ip().is_some() {
+        entries.push(("freebind", listener.freebind.into()));
+        entries.push(("backend_port", listener.backend_port.as_str().into()));
+    }
     entries.extend([
         ("allow", off(listener.allow.as_ref().map(|list| access_list(list, lists)))),
         ("deny", off(listener.deny.as_ref().map(|list| access_list(list, lists)))),
@@ -187,7 +193,8 @@ fn pool(pool: &Pool) -> Value {
         ("probes", pool.ring.probes.into()),
         ("seed", pool.ring.seed.into()),
     ]);
-    let connect = map([("timeout", duration(pool.connect.timeout)), ("attempts", pool.connect.attempts.into())]);
+    let mut connect = vec![("timeout", duration(pool.connect.timeout)), ("attempts", pool.connect.attempts.into())];
+    connect.extend(pool.connect.outgoing.iter().flat_map(|outgoing| self::outgoing(outgoing)));
     let timeouts = map([
         ("idle", off(pool.timeouts.idle.map(duration))),
         ("half_closed", duration(pool.timeouts.half_closed)),
@@ -198,7 +205,7 @@ fn pool(pool: &Pool) -> Value {
         ("key", key(pool.key)),
         ("ring", ring),
         ("provider", provider(&pool.provider)),
-        ("connect", connect),
+        ("connect", map(connect)),
         ("send_proxy", off(pool.send_proxy.as_ref().map(send_proxy))),
         ("timeouts", timeouts),
         ("health_check", health_check(pool.health_check.as_ref(), pool.send_proxy.as_ref())),
@@ -211,6 +218,23 @@ fn pool(pool: &Pool) -> Value {
         ("max_connections_per_backend", off(pool.max_connections_per_backend.map(Into::into))),
         ("drain", duration(pool.drain)),
     ])
+}
+
+fn outgoing(outgoing: &Outgoing) -> Vec<(&'static str, Value)> {
+    let Outgoing { sources, interface, mark, congestion } = outgoing;
+    let sources = match &sources[..] {
+        [] => None,
+        [one] => Some(one.to_string().into()),
+        more => Some(list(more.iter().map(|source| source.to_string().into()))),
+    };
+    let text = |text: &Option<String>| text.as_deref().map(Value::from);
+    let keys = [
+        ("source", sources),
+        ("interface", text(interface)),
+        ("mark", mark.map(Into::into)),
+        ("congestion", text(congestion)),
+    ];
+    keys.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
 }
 
 fn relay(relay: &Relay) -> Value {

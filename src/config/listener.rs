@@ -4,8 +4,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::address::Address;
+use crate::label_enum;
 use crate::networks::Networks;
 use crate::proxy::{Condition, HelloSettings, ProxyProtocol, Rate};
+
+/// Most ports of a listener.
+pub const MOST_PORTS: u16 = 1024;
 
 /// An address that accepts clients.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,6 +18,14 @@ pub struct Listener {
     pub name: String,
     /// Listen address; port 0 lets the system choose a port.
     pub listen: Address,
+    /// Number of ports, beginning with that of `listen`; 1 to [`MOST_PORTS`].
+    pub ports: u16,
+    /// The network interface through which clients come; `None`: all.
+    pub interface: Option<String>,
+    /// Whether the machine need not have the address yet.
+    pub freebind: bool,
+    /// To which port of a backend connections go.
+    pub backend_port: BackendPort,
     /// Permissions of the file of a Unix socket. A user with write permission may connect.
     pub mode: u32,
     /// Clients that may connect; `None`: all.
@@ -67,7 +79,33 @@ pub struct PerSource {
     pub rate: Option<Rate>,
 }
 
+label_enum! {
+    /// To which port of a backend a listener's connections go.
+    pub enum BackendPort {
+        /// That of the backend's address.
+        Own => "own",
+        /// The one to which the client has connected.
+        Same => "same",
+    }
+}
+
 impl Listener {
+    /// The addresses on which it listens, one for each port.
+    pub fn addresses(&self) -> impl Iterator<Item = Address> + use<'_> {
+        let first = self.listen.ip().map(|ip| ip.port());
+        (0..self.ports).map(move |n| self.listen.at_port(first.map(|first| first.saturating_add(n))))
+    }
+
+    /// The addresses in the form of the config.
+    pub fn listen_text(&self) -> String {
+        self.listen.with_ports(self.ports)
+    }
+
+    /// Number of sockets, with this number of workers. Each port of a range has one, and workers take turns with them.
+    pub fn sockets(&self, workers: usize) -> usize {
+        if self.ports > 1 { self.ports.into() } else { workers }
+    }
+
     /// The names of all pools to which the listener leads, the default last. A name can be there twice.
     pub fn pools(&self) -> impl Iterator<Item = &str> {
         let of_routes = self.routes.iter().filter_map(|route| route.pool.as_deref());

@@ -48,7 +48,7 @@ use crate::proxy::socket::TcpOptions;
 
 pub use self::backends_file::FileFormat;
 pub use self::keys::markdown;
-pub use self::listener::{AccessList, Listener, PerSource, Route};
+pub use self::listener::{AccessList, BackendPort, Listener, MOST_PORTS, PerSource, Route};
 pub use self::pool::{Connect, Ejection, Pool, Timeouts};
 pub use self::provider::{BackendsFile, Containers, Discover, Process, Provider, Restart, StaticBackend};
 pub use self::schema::schema;

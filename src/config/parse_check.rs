@@ -72,7 +72,7 @@ pub(super) fn health_check(
     let fast_interval = section.item("fast_interval").and_then(|item| item.duration());
     let timeout = section.duration("timeout");
     let check = health::Settings {
-        check: Check { kind: wanted, port, send_proxy },
+        check: Check { kind: wanted, port, send_proxy, outgoing: None },
         interval,
         fast_interval: fast_interval.unwrap_or((interval / 4).max(Duration::from_millis(10))),
         jitter: narrow(section.integer("jitter")),

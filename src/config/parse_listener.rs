@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use super::parse_routes::{RESET, access_list, hello, networks, pool_name, routes};
-use super::reader::{Item, Section, name, narrow, show};
-use super::{Listener, PerSource, Pool, Relay};
-use crate::address::{Address, listen_ip};
+use super::reader::{Item, Section, kernel_name, name, narrow, show};
+use super::{BackendPort, Listener, MOST_PORTS, PerSource, Pool, Relay};
+use crate::address::{Address, listen_ports};
 use crate::label_enum;
 use crate::networks::Networks;
 use crate::proxy::{ProxyProtocol, Rate};
@@ -24,12 +24,25 @@ pub(super) fn listener(mut section: Section<'_>, pools: &[Pool], relay: &Relay) 
     let listen = section
         .required("listen", "an address like 0.0.0.0:8000 or unix:/run/ringway.sock")
         .and_then(|item| listen_address(&item));
+    let (listen, ports) = listen.unzip();
     let mode = section.item("mode").and_then(|item| {
         if matches!(listen, Some(Address::Ip(_))) {
             item.fault("applies only to a Unix socket: listen on unix:/path, or remove this key");
         }
         mode(&item)
     });
+    let on_unix = matches!(listen, Some(Address::Unix(_)));
+    let of_tcp = |item: &Item<'_>| {
+        if on_unix {
+            item.fault("applies only to TCP: listen on an IP address, or remove this key");
+        }
+    };
+    let interface = section.item("interface").inspect(of_tcp).and_then(|item| kernel_name(&item));
+    let freebind = section.item("freebind").inspect(of_tcp).and_then(|item| item.truth()).unwrap_or_default();
+    let backend_port = section.choice("backend_port");
+    if on_unix && backend_port == BackendPort::Same {
+        section.fault("backend_port: same applies only to TCP: listen on an IP address, or remove this key");
+    }
     let allow = access_list(&mut section, "allow");
     let deny = access_list(&mut section, "deny");
     let names: Vec<_> = pools.iter().map(|pool| pool.name.as_str()).collect();
@@ -43,6 +56,10 @@ pub(super) fn listener(mut section: Section<'_>, pools: &[Pool], relay: &Relay) 
     let listener = Listener {
         name,
         listen: listen.unwrap_or(Address::Ip(([0, 0, 0, 0], 0).into())),
+        ports: ports.unwrap_or(1),
+        interface,
+        freebind,
+        backend_port,
         mode: mode.unwrap_or(OWNER_ONLY),
         allow,
         deny,
@@ -120,10 +137,11 @@ fn proxy_protocol(mut section: Section<'_>) -> ProxyProtocol {
     ProxyProtocol { from, is_required, resets_others: others == Others::Reset, timeout }
 }
 
-/// The address of a listener: `ip:port` or `unix:/path`.
-fn listen_address(item: &Item<'_>) -> Option<Address> {
+/// The address of a listener: `ip:port`, `ip:first-last` or `unix:/path`, and its number of ports.
+fn listen_address(item: &Item<'_>) -> Option<(Address, u16)> {
     let text = text_of_address(item, "unix:/run/web.sock")?;
-    let address = Address::parse_unix(text).unwrap_or_else(|| listen_ip(text).map(Address::Ip));
+    let on_ip = || listen_ports(text, MOST_PORTS).map(|(ip, ports)| (Address::Ip(ip), ports));
+    let address = Address::parse_unix(text).map_or_else(on_ip, |unix| Ok((unix?, 1)));
     address.map_err(|problem| item.fault(problem)).ok()
 }
 

@@ -1,19 +1,24 @@
 //! Parses the keys of a pool.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::parse_routes::RESET;
-use super::reader::{Item, Section, name, narrow, show};
+use super::reader::{Item, Section, kernel_name, name, narrow, show};
 use super::remedy::hint;
 use super::{Connect, Ejection, Pool, Provider, Timeouts, parse_check, parse_provider};
 use crate::control::agent;
 use crate::control::ejection;
 use crate::control::publisher::OnDown;
 use crate::labels::Label as _;
+use crate::outgoing::Outgoing;
 use crate::proxy::key::KeyKind;
 use crate::proxy_header::{CRC32C, NOOP, SendProxy, Tlv, Version};
 use crate::ring::Parameters;
+
+/// Most source addresses of a pool.
+const MOST_SOURCES: usize = 64;
 
 pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let name = name(&mut section);
@@ -26,12 +31,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let provider = section.required("provider", parse_provider::KINDS);
     let provider = provider.map_or(Provider::Static(Arc::default()), |item| parse_provider::provider(item.section()));
     let (grace, on_unix) = (provider.start_grace(), provider.has_unix_sockets());
-    let mut connect = section.section("connect");
-    let connect = {
-        let settings = Connect { timeout: connect.duration("timeout"), attempts: narrow(connect.integer("attempts")) };
-        connect.finish();
-        settings
-    };
+    let connect = connect(section.section("connect"));
     let send_proxy = section.item("send_proxy").and_then(|item| send_proxy(&item));
     let version = send_proxy.as_ref().map(|send| send.version);
     let mut timeouts = section.section("timeouts");
@@ -48,7 +48,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let (spill_below, is_exclusive) = (narrow(tiers.integer("spill_below")), tiers.truth("exclusive"));
     tiers.finish();
     let checks = section.section("health_check");
-    let health_check = parse_check::health_check(checks, grace, on_unix, version, is_exclusive);
+    let mut health_check = parse_check::health_check(checks, grace, on_unix, version, is_exclusive);
     let (panic_threshold, on_down) = (narrow(section.integer("panic_threshold")), section.choice("on_down"));
     let (panic_threshold, on_down) = if is_exclusive {
         check_exclusive(&mut section, health_check.is_some());
@@ -56,6 +56,14 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     } else {
         (panic_threshold, on_down)
     };
+    let mut agent = section.item("agent").and_then(|item| agent(&item, on_unix));
+    // Whoever may not reach the backends from another address cannot check them from there.
+    if let Some(health) = &mut health_check {
+        health.check.outgoing.clone_from(&connect.outgoing);
+    }
+    if let Some(agent) = &mut agent {
+        agent.outgoing.clone_from(&connect.outgoing);
+    }
     let pool = Pool {
         name,
         key,
@@ -65,7 +73,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         send_proxy,
         timeouts,
         health_check,
-        agent: section.item("agent").and_then(|item| agent(&item, on_unix)),
+        agent,
         ejection: ejection(&mut section),
         panic_threshold,
         spill_below,
@@ -80,6 +88,44 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     }
     section.finish();
     pool
+}
+
+/// How Ringway connects to the backends.
+fn connect(mut section: Section<'_>) -> Connect {
+    let (timeout, attempts) = (section.duration("timeout"), narrow(section.integer("attempts")));
+    let outgoing = Outgoing {
+        sources: section.item("source").map_or(Vec::new(), |item| sources(&item)),
+        interface: section.item("interface").and_then(|item| kernel_name(&item)),
+        mark: section.item("mark").and_then(|item| item.integer()).map(narrow),
+        congestion: section.item("congestion").and_then(|item| kernel_name(&item)),
+    };
+    section.finish();
+    let outgoing = (outgoing != Outgoing::default()).then(|| Arc::new(outgoing));
+    Connect { timeout, attempts, outgoing }
+}
+
+/// One source address, or a list of them.
+fn sources(item: &Item<'_>) -> Vec<IpAddr> {
+    let mut sources = Vec::new();
+    let items = if item.value.is_sequence() { item.list() } else { vec![item.clone()] };
+    if items.is_empty() || items.len() > MOST_SOURCES {
+        item.fault(format_args!("has {} addresses: give 1 to {MOST_SOURCES}, or remove the key", items.len()));
+    }
+    for item in items {
+        let Some(text) = item.text() else { continue };
+        match text.parse::<IpAddr>() {
+            Err(_) => item.fault(format_args!("{text:?} is not an IP address: write it like 10.0.0.5, without a port")),
+            Ok(ip) if ip.to_canonical() != ip => {
+                item.fault(format_args!("{text:?} is an IPv4 address in IPv6 form: write {}", ip.to_canonical()));
+            }
+            Ok(ip) if ip.is_unspecified() || ip.is_multicast() => item.fault(format_args!(
+                "{text:?} is not an address of one network interface: write one that `ip address` lists, or remove the key"
+            )),
+            Ok(ip) if sources.contains(&ip) => item.fault(format_args!("{text:?} is there twice: remove one")),
+            Ok(ip) => sources.push(ip),
+        }
+    }
+    sources
 }
 
 /// Adds a fault for each key that contradicts an exclusive pool.
@@ -194,6 +240,7 @@ fn agent(item: &Item<'_>, on_unix: bool) -> Option<agent::Settings> {
         interval,
         timeout: timeout.unwrap_or(interval.min(USUAL_TIMEOUT)),
         send: section.item("send").and_then(|item| item.text()).unwrap_or_default(),
+        outgoing: None,
     };
     section.finish();
     Some(settings)

@@ -1,5 +1,6 @@
 //! A pool, and what it can have.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Listener, Provider, StaticBackend, conflicts, reader};
@@ -7,6 +8,7 @@ use crate::control::agent;
 use crate::control::ejection;
 use crate::control::health;
 use crate::control::publisher::OnDown;
+use crate::outgoing::Outgoing;
 use crate::proxy::key::KeyKind;
 use crate::proxy_header::{OwnHeader, SendProxy};
 use crate::ring::{MOST_POINTS, Parameters};
@@ -64,12 +66,14 @@ pub struct Ejection {
 }
 
 /// How Ringway connects to a backend.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Connect {
     /// Timeout of one connect attempt.
     pub timeout: Duration,
     /// Maximum number of backends that Ringway tries for one connection.
     pub attempts: u16,
+    /// Where connections come from, checks and questions to agents included; `None`: the kernel decides.
+    pub outgoing: Option<Arc<Outgoing>>,
 }
 
 /// Timeouts and the maximum age of a connection.

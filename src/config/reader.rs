@@ -309,6 +309,9 @@ fn not_in_table<T: ?Sized>(path: &str, instead: &'static T) -> &'static T {
     instead
 }
 
+/// Longest name of a network interface or a congestion control (`IFNAMSIZ` and `TCP_CA_NAME_MAX` in Linux, less the zero).
+const LONGEST_KERNEL_NAME: usize = 15;
+
 /// Longest text that a fault shows, in characters.
 const LONGEST_SHOWN: usize = 100;
 
@@ -376,4 +379,18 @@ pub(super) fn check_name(item: &Item<'_>, name: &str) {
 /// Converts a number to a smaller type. The caller has checked that the number fits.
 pub(super) fn narrow<T: TryFrom<u64> + Default>(number: u64) -> T {
     T::try_from(number).unwrap_or_default()
+}
+
+/// Reads the name of a network interface or of a congestion control.
+pub(super) fn kernel_name(item: &Item<'_>) -> Option<String> {
+    let name = item.text()?;
+    let is_fine = (1..=LONGEST_KERNEL_NAME).contains(&name.len())
+        && name.chars().all(|c| c.is_ascii_graphic() && c != '/')
+        && !matches!(&*name, "." | "..");
+    if !is_fine {
+        item.fault(format_args!(
+            "{name:?} is not a name of 1 to {LONGEST_KERNEL_NAME} letters, digits and signs without /"
+        ));
+    }
+    is_fine.then_some(name)
 }

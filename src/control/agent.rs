@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -24,6 +23,7 @@ use super::Event;
 use crate::address::Address;
 use crate::backend::{Advice, ConnectFailure};
 use crate::labels::Label as _;
+use crate::outgoing::{self, Outgoing};
 use crate::table::{Members, TableCell};
 
 /// Questions in a row without an answer after which what an agent has said no longer counts.
@@ -43,6 +43,8 @@ pub struct Settings {
     pub timeout: Duration,
     /// What Ringway sends, with `{backend}` for the id; may be empty.
     pub send: String,
+    /// Where the questions come from; `None`: the kernel decides.
+    pub outgoing: Option<Arc<Outgoing>>,
 }
 
 /// An agent that Ringway asks.
@@ -161,11 +163,7 @@ pub async fn ask_all(
 
 /// Asks one agent. Returns the first line of its answer.
 async fn ask(address: SocketAddr, settings: &Settings, id: &str) -> Result<String, Fault> {
-    let mut stream = TcpStream::connect(address).await?;
-    // The system may pick a port on which nobody listens as our own source port: TCP then connects to itself.
-    if stream.local_addr().ok() == Some(address) {
-        return Err(Fault::from(std::io::Error::from(std::io::ErrorKind::ConnectionRefused)));
-    }
+    let mut stream = outgoing::connect(address, settings.outgoing.as_deref(), id.as_bytes(), |_| ()).await?;
     // An agent may answer and close without reading the question. Its answer counts all the same.
     let _ = stream.write_all(settings.send.replace("{backend}", id).as_bytes()).await;
     let mut answer = Vec::new();
@@ -292,7 +290,7 @@ mod tests {
 
     #[test]
     fn what_an_agent_has_said_counts_until_three_questions_have_no_answer() {
-        let settings = Settings { port: 9, interval: 2 * SECOND, timeout: SECOND, send: String::new() };
+        let settings = Settings { port: 9, interval: 2 * SECOND, timeout: SECOND, send: String::new(), outgoing: None };
         let address = Address::Ip(([127, 0, 0, 1], 1).into());
         let known = [
             Event::Joined { id: "a".into(), membership: Membership::weighing(1) },

@@ -27,6 +27,17 @@ pub struct Try {
     pub failure: Option<ConnectFailure>,
 }
 
+/// What a connection to a backend is for.
+#[derive(Debug, Clone, Copy)]
+pub struct Want<'a> {
+    /// The key that chooses the backend and the source address.
+    pub key: &'a [u8],
+    /// The port of the backend; `None`: that of its address.
+    pub port: Option<u16>,
+    /// Options of the socket.
+    pub tcp: &'a TcpOptions,
+}
+
 /// An established connection to a backend.
 #[derive(Debug)]
 pub struct Connected {
@@ -40,7 +51,7 @@ pub struct Connected {
     pub stream: Stream,
 }
 
-/// Tries the backends that the ring offers for `key`, in order, and makes at most `connect_attempts` attempts. Counts
+/// Tries the backends that the ring offers for the key, in order, and makes at most `connect_attempts` attempts. Counts
 /// each attempt for its backend. A full backend is skipped and does not count as an attempt.
 ///
 /// `header` makes the bytes that Ringway sends first; empty: none. If Ringway cannot send them, the attempt fails.
@@ -54,8 +65,7 @@ pub struct Connected {
 pub async fn connect<'a, T: AsRef<Table>>(
     route: &Route,
     mut current: impl FnMut() -> T,
-    key: &[u8],
-    tcp: &TcpOptions,
+    want: Want<'_>,
     header: impl Fn(&Stream) -> Cow<'a, [u8]>,
     tries: &mut Vec<Try>,
 ) -> Result<Connected, RefusalReason> {
@@ -67,7 +77,7 @@ pub async fn connect<'a, T: AsRef<Table>>(
     }
     while left > 0 {
         let mut newer = None;
-        for (backend, address) in table.as_ref().candidates(key) {
+        for (backend, address) in table.as_ref().candidates(want.key) {
             if left == 0 {
                 break;
             }
@@ -81,12 +91,12 @@ pub async fn connect<'a, T: AsRef<Table>>(
                 continue;
             };
             left -= 1;
-            let attempt = attempt(backend, address, route, tcp, &header).await;
+            let attempt = attempt(backend, address, route, want, &header).await;
             let now = current();
             let is_stale = now.as_ref().generation() != table.as_ref().generation();
             let failure = match attempt {
                 Ok(stream) if !is_stale || now.as_ref().still_takes(&backend.id, backend.incarnation) => {
-                    let (backend, address) = (Arc::clone(&backend.id), address.clone());
+                    let (backend, address) = (Arc::clone(&backend.id), address.at_port(want.port));
                     return Ok(Connected { backend, address, permit, stream });
                 }
                 Ok(_to_one_that_has_left) => None,
@@ -119,13 +129,13 @@ async fn attempt<'a>(
     backend: &Backend,
     address: &Address,
     route: &Route,
-    tcp: &TcpOptions,
+    want: Want<'_>,
     header: &impl Fn(&Stream) -> Cow<'a, [u8]>,
 ) -> Result<Stream, ConnectFailure> {
     let live = &backend.live;
     live.attempts.fetch_add(1, Ordering::Relaxed);
     let began = Instant::now();
-    let dialed = dial(address, route.connect_timeout, tcp, &live.port_search).await;
+    let dialed = dial(address, route, want, &live.port_search).await;
     let sent = dialed.map_err(|error| (ConnectFailure::of(&error), error)).and_then(|stream| {
         let header = header(&stream);
         let sent = if header.is_empty() { Ok(()) } else { stream.send_first(&header) };
@@ -146,7 +156,8 @@ async fn attempt<'a>(
         Err((failure, error)) => {
             tracing::debug!(backend = %backend.id, %address, failure = failure.as_str(), %error, "cannot connect");
             live.failures.count(failure);
-            if !failure.is_ours() {
+            // One port of several says nothing about the others.
+            if !failure.is_ours() && want.port.is_none() {
                 report(backend, route);
             }
             Err(failure)

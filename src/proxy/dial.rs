@@ -1,4 +1,4 @@
-//! One attempt to connect: a socket, its source port, and the handshake.
+//! One attempt to connect: a socket, its source address and port, and the handshake.
 //!
 //! The kernel chooses source ports well until about half of them are in use towards one address. From then on it
 //! searches them one by one (`__inet_hash_connect` in Linux): a connect takes milliseconds, in which the worker serves
@@ -12,13 +12,16 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use socket2::SockRef;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
 
+use super::Route;
+use super::connect::Want;
 use super::socket::TcpOptions;
 use crate::address::Address;
 use crate::backend::{ConnectFailure, PortSearch};
+use crate::outgoing::{self, Outgoing};
 use crate::stream::Stream;
 
 /// Pause between attempts to get a descriptor, and the number of attempts: one second in total.
@@ -29,18 +32,18 @@ const TRIES: u32 = 50;
 /// ones, and a port that the kernel has chosen cannot be shared.
 const PORT_TRIES: u32 = 32;
 
-/// Connects to `address` within `timeout`.
+/// Connects to `address`.
 ///
 /// # Errors
-/// The system's error, or `ETIMEDOUT`.
-pub(super) async fn dial(
-    address: &Address,
-    timeout: Duration,
-    tcp: &TcpOptions,
-    search: &PortSearch,
-) -> io::Result<Stream> {
+/// The system's error, `ETIMEDOUT` after the route's timeout, or [`Refused`](crate::outgoing::Refused).
+pub(super) async fn dial(address: &Address, route: &Route, want: Want<'_>, search: &PortSearch) -> io::Result<Stream> {
+    let timeout = route.connect_timeout;
     match address {
-        Address::Ip(address) => dial_tcp(*address, timeout, tcp, search).await.map(Stream::Tcp),
+        Address::Ip(address) => {
+            let mut address = *address;
+            want.port.into_iter().for_each(|port| address.set_port(port));
+            dial_tcp(address, route, want, search).await.map(Stream::Tcp)
+        }
         Address::Unix(path) => {
             let connect = async || {
                 let connected = tokio::time::timeout(timeout, Stream::connect_unix(path)).await;
@@ -51,15 +54,11 @@ pub(super) async fn dial(
     }
 }
 
-async fn dial_tcp(
-    address: SocketAddr,
-    timeout: Duration,
-    tcp: &TcpOptions,
-    search: &PortSearch,
-) -> io::Result<TcpStream> {
+async fn dial_tcp(address: SocketAddr, route: &Route, want: Want<'_>, search: &PortSearch) -> io::Result<TcpStream> {
     // Starts the handshake.
-    let stream = with_descriptor(|| std::future::ready(start(address, tcp, search))).await?;
-    let connected = tokio::time::timeout(timeout, stream.ready(Interest::WRITABLE | Interest::ERROR)).await;
+    let stream = with_descriptor(|| std::future::ready(start(address, route, want, search))).await?;
+    let connected =
+        tokio::time::timeout(route.connect_timeout, stream.ready(Interest::WRITABLE | Interest::ERROR)).await;
     let ready = connected.map_err(|_elapsed| io::Error::from(Errno::TIMEDOUT))??;
     // Without an error event there is no error to fetch.
     if (ready.is_error() || ready.is_write_closed())
@@ -88,30 +87,60 @@ async fn with_descriptor<T, F: Future<Output = io::Result<T>>>(mut attempt: impl
     attempt().await
 }
 
-fn start(address: SocketAddr, tcp: &TcpOptions, search: &PortSearch) -> io::Result<TcpStream> {
+/// Begins to connect, from the first source address that has a free port.
+fn start(address: SocketAddr, route: &Route, want: Want<'_>, search: &PortSearch) -> io::Result<TcpStream> {
+    let outgoing = route.outgoing.as_deref();
+    let sources = outgoing::sources(outgoing, want.key, address.is_ipv4());
     if search.is_crowded() {
-        for n in 0..PORT_TRIES {
-            let port = ephemeral_ports().random(n < PORT_TRIES / 2);
-            match connect_from(Some(port), address, tcp) {
-                Err(error) if is_taken(&error) => {}
-                other => return other,
+        for source in sources.clone() {
+            for n in 0..PORT_TRIES {
+                let port = ephemeral_ports().random(n < PORT_TRIES / 2);
+                match connect_from(source, Some(port), address, outgoing, want.tcp) {
+                    Err(error) if is_taken(&error) => {}
+                    other => return other,
+                }
             }
         }
     }
-    let timer = search.begin();
-    let stream = connect_from(None, address, tcp);
-    search.end(&timer);
-    stream
+    let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+    for source in sources {
+        let timer = search.begin();
+        let started = connect_from(source, None, address, outgoing, want.tcp);
+        search.end(&timer);
+        match (started, source) {
+            (Err(error), Some(source)) if outgoing::is_of_source(&error) => {
+                route.stats.skip_source(source);
+                last = error;
+            }
+            (other, _) => return other,
+        }
+    }
+    Err(last)
 }
 
-fn connect_from(port: Option<u16>, address: SocketAddr, tcp: &TcpOptions) -> io::Result<TcpStream> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+/// Begins to connect from this address and port; `None`: the kernel chooses.
+fn connect_from(
+    source: Option<IpAddr>,
+    port: Option<u16>,
+    address: SocketAddr,
+    outgoing: Option<&Outgoing>,
+    tcp: &TcpOptions,
+) -> io::Result<TcpStream> {
+    let socket = outgoing::socket(address)?;
     tcp.apply_first(&SockRef::from(&socket))?;
-    if let Some(port) = port {
-        // Connections to different backends may share a port.
-        socket.set_reuse_address(true)?;
-        let any = if address.is_ipv4() { IpAddr::from(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
-        socket.bind(&SocketAddr::new(any, port).into())?;
+    if let Some(outgoing) = outgoing {
+        outgoing.apply(&SockRef::from(&socket))?;
+    }
+    match (source, port) {
+        (source, Some(port)) => {
+            // Connections to different backends may share a port.
+            socket.set_reuse_address(true)?;
+            let any =
+                if address.is_ipv4() { IpAddr::from(Ipv4Addr::UNSPECIFIED) } else { Ipv6Addr::UNSPECIFIED.into() };
+            socket.bind(&SocketAddr::new(source.unwrap_or(any), port).into())?;
+        }
+        (Some(source), None) => outgoing::bind(&socket, source)?,
+        (None, None) => {}
     }
     match socket.connect(&address.into()) {
         Err(error) if Errno::from_io_error(&error) != Some(Errno::INPROGRESS) => Err(error),
@@ -181,6 +210,8 @@ fn random() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ring::{Parameters, Ring};
+    use crate::table::{Members, Rules, Table, TableCell};
 
     #[test]
     fn random_ports_are_in_the_range_and_not_reserved() {
@@ -207,9 +238,17 @@ mod tests {
             while began.elapsed() < Duration::from_millis(2) {}
             search.end(&timer);
         }
+        let ring = Ring::build(Parameters { virtual_nodes: 1, probes: 1, seed: 0 }, &[]);
+        let rules = Rules { panic_below: 0, spill_below: 0, is_exclusive: false };
+        let table = TableCell::new(Table::new(0, ring.into(), Members::new(Vec::new(), 0), rules));
+        let route = Route {
+            connect_timeout: Duration::from_secs(5),
+            ..Route::new("p".into(), table, ::metrics::Histogram::noop())
+        };
+        let want = Want { key: b"key", port: None, tcp: &TcpOptions::default() };
         let mut streams = Vec::new();
         for _ in 0..50 {
-            let dialed = dial(&address, Duration::from_secs(5), &TcpOptions::default(), &search).await;
+            let dialed = dial(&address, &route, want, &search).await;
             let Stream::Tcp(stream) = dialed.unwrap() else { unreachable!() };
             streams.push(stream);
         }

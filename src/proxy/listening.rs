@@ -14,7 +14,7 @@ use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 
-use super::socket::{self, Beside, TcpOptions};
+use super::socket::{self, Binding, TcpOptions};
 use crate::address::Address;
 
 /// A listening socket that no worker has yet, or a duplicate of one.
@@ -47,6 +47,8 @@ pub struct Wanted<'a> {
     pub backlog: u16,
     /// Options of TCP sockets.
     pub tcp: &'a TcpOptions,
+    /// How TCP sockets are bound.
+    pub binding: Binding<'a>,
     /// Permissions of a Unix socket's file. A user with write permission may connect (unix(7)).
     pub mode: u32,
 }
@@ -74,6 +76,17 @@ impl ListeningSocket {
         match self {
             Self::Tcp(_) => true,
             Self::Unix(socket) => socket.has_file(),
+        }
+    }
+
+    /// Whether clients come through this network interface only; `None`: through all.
+    pub fn is_on(&self, interface: Option<&str>) -> bool {
+        match self {
+            Self::Tcp(listener) => {
+                let device = SockRef::from(listener).device().ok().flatten();
+                device.as_deref() == interface.map(str::as_bytes)
+            }
+            Self::Unix(_) => interface.is_none(),
         }
     }
 
@@ -168,10 +181,10 @@ fn file_at(path: &Path) -> Option<FileId> {
 ///
 /// # Errors
 /// The system's error from `bind` or `listen`; `AddrInUse` if another process listens there.
-pub fn listen(address: &Address, beside: Beside, wanted: &Wanted<'_>) -> io::Result<Vec<ListeningSocket>> {
+pub fn listen(address: &Address, wanted: &Wanted<'_>) -> io::Result<Vec<ListeningSocket>> {
     match address {
         Address::Ip(ip) => {
-            let sockets = socket::listen(*ip, wanted.count, wanted.backlog.into(), wanted.tcp, beside)?;
+            let sockets = socket::listen(*ip, wanted.count, wanted.backlog.into(), wanted.tcp, wanted.binding)?;
             Ok(sockets.into_iter().map(ListeningSocket::Tcp).collect())
         }
         Address::Unix(path) => {

@@ -59,7 +59,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use self::access_log::AccessLog;
-pub use self::connect::{Connected, Try, connect};
+pub use self::connect::{Connected, Try, Want, connect};
 pub use self::connection::ConnectionId;
 use self::deal::Peer;
 pub use self::limit::{ConnectionPermit, Limit};
@@ -102,6 +102,8 @@ pub struct Serving {
     pub routing: Arc<Routing>,
     /// The listener's counters.
     pub stats: Arc<ListenerStats>,
+    /// Whether a connection goes to the port of the backend to which its client has connected, in place of the backend's own.
+    pub keeps_port: bool,
     /// Limits the listener's open connections; further connections wait in the kernel's backlog.
     pub limit: Arc<Limit>,
     /// Limits per source address; `None`: unlimited.

@@ -13,6 +13,7 @@ use super::stats::{PoolStats, RefusalReason};
 use crate::backend::Failing;
 use crate::client_hello::{Hello, host_name};
 use crate::networks::Networks;
+use crate::outgoing::Outgoing;
 use crate::proxy_header::{OwnHeader, SendProxy, Tlv};
 use crate::stream::Client;
 use crate::table::TableCell;
@@ -285,6 +286,8 @@ pub struct Route {
     pub send_proxy: Option<Arc<SendProxy>>,
     /// The PROXY header with which the side port speaks to them.
     pub own_header: OwnHeader,
+    /// Where connections to the backends come from; `None`: the kernel decides.
+    pub outgoing: Option<Arc<Outgoing>>,
     /// Timeout of one connect attempt.
     pub connect_timeout: Duration,
     /// Maximum backends tried per connection; at least 1.
@@ -306,6 +309,28 @@ pub struct Route {
 }
 
 impl Route {
+    /// The route of a new pool, with the narrowest settings: one attempt, and no patience.
+    pub fn new(pool: Arc<str>, table: TableCell, connect_seconds: Histogram) -> Self {
+        Self {
+            pool,
+            key: KeyKind::Source,
+            table,
+            most_per_backend: u64::MAX,
+            send_proxy: None,
+            own_header: OwnHeader::Absent,
+            outgoing: None,
+            connect_timeout: Duration::ZERO,
+            connect_attempts: 1,
+            idle: Duration::ZERO,
+            half_closed: Duration::ZERO,
+            max_age: None,
+            drain: Duration::ZERO,
+            connect_seconds,
+            failing: None,
+            stats: Arc::default(),
+        }
+    }
+
     /// Whether the route reads a client's ClientHello.
     pub(super) fn needs_hello(&self) -> bool {
         self.key == KeyKind::Sni

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::account::{Account, Outcome};
 use super::admit::admit;
-use super::connect::connect;
+use super::connect::{Want, connect};
 use super::key::Key;
 use super::not_served::NotServed;
 use super::proxy_protocol::header_of;
@@ -51,8 +51,9 @@ async fn reach_backend(client: NotServed, account: &mut Account) -> Result<Relay
     let (nth, route) = route(client.stream(), &connection).await?;
     let key = Key::of(route.key, connection.client(), connection.server_name());
     let header = header_of(route.send_proxy.as_deref(), client.stream(), &connection);
-    let (table, tcp) = (|| listener.table(nth), &listener.serving.tcp);
-    let connect = connect(route, table, key.as_bytes(), tcp, |_| Cow::Borrowed(&header), &mut account.tries);
+    let port = listener.serving.keeps_port.then(|| client.stream().local_ip()).flatten().map(|local| local.port());
+    let want = Want { key: key.as_bytes(), port, tcp: &listener.serving.tcp };
+    let connect = connect(route, || listener.table(nth), want, |_| Cow::Borrowed(&header), &mut account.tries);
     let backend = tokio::select! {
         biased;
         backend = connect => backend?,

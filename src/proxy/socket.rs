@@ -5,7 +5,9 @@ use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use socket2::{Domain, Protocol, SockFilter, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{SockFilter, SockRef, Socket, TcpKeepalive};
+
+use crate::outgoing;
 
 /// TCP options of both sides of a connection. `TCP_NODELAY` is on from the second write at the latest, because the relay
 /// writes all bytes at once.
@@ -60,14 +62,17 @@ impl TcpOptions {
     }
 }
 
-/// Which sockets may have an address that overlaps with the one to bind.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Beside {
-    /// None: an overlap is an error.
-    Nobody,
-    /// Sockets of this process: a listener moves from 127.0.0.1 to 0.0.0.0, or back. The kernel gives new connections to
-    /// the socket with the more specific address while both listen.
-    OwnSockets,
+/// How a listening socket is bound to its address.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Binding<'a> {
+    /// The address may overlap with that of other sockets of this process: a listener moves from 127.0.0.1 to 0.0.0.0, or
+    /// back. The kernel gives new connections to the socket with the more specific address while both listen. False: an
+    /// overlap is an error.
+    pub beside_own: bool,
+    /// The network interface through which clients come (`SO_BINDTODEVICE`); `None`: all.
+    pub interface: Option<&'a str>,
+    /// The machine need not have the address yet (`IP_FREEBIND`).
+    pub freebind: bool,
 }
 
 /// Whether two addresses overlap, so that one of them cannot be bound after the other.
@@ -84,16 +89,16 @@ pub fn overlap(one: SocketAddr, other: SocketAddr) -> bool {
 /// Only then does it allow its siblings to share the port.
 ///
 /// # Errors
-/// The system's error from `bind` or `listen`.
+/// The system's error from `bind` or `listen`, or [`Refused`](crate::outgoing::Refused).
 pub fn listen(
     address: SocketAddr,
     count: usize,
     backlog: i32,
     options: &TcpOptions,
-    beside: Beside,
+    binding: Binding<'_>,
 ) -> io::Result<Vec<TcpListener>> {
-    let first = unbound(address, options)?;
-    if beside == Beside::OwnSockets {
+    let first = unbound(address, options, binding)?;
+    if binding.beside_own {
         first.set_reuse_port(true)?;
     }
     first.bind(&address.into())?;
@@ -102,7 +107,7 @@ pub fn listen(
     let address = first.local_addr()?;
     let mut sockets = vec![first.into()];
     for _ in 1..count {
-        let sibling = unbound(address.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?, options)?;
+        let sibling = unbound(address.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?, options, binding)?;
         sibling.set_reuse_port(true)?;
         sibling.bind(&address)?;
         sibling.listen(backlog)?;
@@ -157,9 +162,20 @@ pub fn take_back(socket: &SockRef<'_>) -> io::Result<()> {
     }
 }
 
-fn unbound(address: SocketAddr, options: &TcpOptions) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
-    socket.set_nonblocking(true)?;
+/// Opens a socket for this address that is not bound yet.
+///
+/// # Errors
+/// The system's error, or [`Refused`](crate::outgoing::Refused).
+pub fn unbound(address: SocketAddr, options: &TcpOptions, binding: Binding<'_>) -> io::Result<Socket> {
+    let socket = outgoing::socket(address)?;
+    if let Some(interface) = binding.interface {
+        outgoing::use_interface(&SockRef::from(&socket), interface)?;
+    }
+    match address {
+        _ if !binding.freebind => {}
+        SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+        SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
+    }
     // Connections of a previous run may still be in TIME_WAIT.
     socket.set_reuse_address(true)?;
     if address.is_ipv6() {
@@ -202,27 +218,29 @@ mod tests {
         user_timeout: Duration::from_secs(99),
     };
 
+    const BESIDE_OWN: Binding<'_> = Binding { beside_own: true, interface: None, freebind: false };
+
     fn any_port() -> SocketAddr {
         SocketAddr::from(([127, 0, 0, 1], 0))
     }
 
     #[test]
     fn workers_share_a_port_and_other_sockets_cannot_bind_it() {
-        let sockets = listen(any_port(), 3, 16, &OPTIONS, Beside::Nobody).unwrap();
+        let sockets = listen(any_port(), 3, 16, &OPTIONS, Binding::default()).unwrap();
         let address = sockets[0].local_addr().unwrap();
         assert!(sockets.iter().all(|socket| socket.local_addr().unwrap() == address));
-        let error = listen(address, 1, 16, &OPTIONS, Beside::Nobody).unwrap_err();
+        let error = listen(address, 1, 16, &OPTIONS, Binding::default()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::AddrInUse);
         drop(sockets);
-        listen(address, 2, 16, &OPTIONS, Beside::Nobody).unwrap();
+        listen(address, 2, 16, &OPTIONS, Binding::default()).unwrap();
     }
 
     #[test]
     fn only_one_of_several_concurrent_binds_succeeds() {
-        let address = listen(any_port(), 1, 16, &OPTIONS, Beside::Nobody).unwrap()[0].local_addr().unwrap();
+        let address = listen(any_port(), 1, 16, &OPTIONS, Binding::default()).unwrap()[0].local_addr().unwrap();
         let results: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> =
-                (0..8).map(|_| scope.spawn(|| listen(address, 2, 16, &OPTIONS, Beside::Nobody))).collect();
+                (0..8).map(|_| scope.spawn(|| listen(address, 2, 16, &OPTIONS, Binding::default()))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
@@ -230,7 +248,7 @@ mod tests {
 
     #[test]
     fn accepted_sockets_inherit_the_options() {
-        let sockets = listen(any_port(), 1, 16, &OPTIONS, Beside::Nobody).unwrap();
+        let sockets = listen(any_port(), 1, 16, &OPTIONS, Binding::default()).unwrap();
         sockets[0].set_nonblocking(false).unwrap();
         let _client = std::net::TcpStream::connect(sockets[0].local_addr().unwrap()).unwrap();
         let (accepted, _) = sockets[0].accept().unwrap();
@@ -242,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_socket_that_turns_clients_away_still_has_those_that_wait() {
-        let sockets = listen(any_port(), 1, 16, &OPTIONS, Beside::Nobody).unwrap();
+        let sockets = listen(any_port(), 1, 16, &OPTIONS, Binding::default()).unwrap();
         let address = sockets[0].local_addr().unwrap();
         let waiting = std::net::TcpStream::connect(address).unwrap();
         turn_away(&sockets[0]).unwrap();
@@ -271,14 +289,14 @@ mod tests {
     #[test]
     fn own_sockets_may_overlap_and_others_may_not() {
         // The system chooses a port that no other socket has on any address.
-        let any = listen(SocketAddr::from(([0, 0, 0, 0], 0)), 2, 16, &OPTIONS, Beside::Nobody).unwrap();
+        let any = listen(SocketAddr::from(([0, 0, 0, 0], 0)), 2, 16, &OPTIONS, Binding::default()).unwrap();
         let on_any = any[0].local_addr().unwrap();
         let on_loopback = SocketAddr::from(([127, 0, 0, 1], on_any.port()));
-        assert!(listen(on_loopback, 2, 16, &OPTIONS, Beside::Nobody).is_err());
-        let loopback = listen(on_loopback, 2, 16, &OPTIONS, Beside::OwnSockets).unwrap();
+        assert!(listen(on_loopback, 2, 16, &OPTIONS, Binding::default()).is_err());
+        let loopback = listen(on_loopback, 2, 16, &OPTIONS, BESIDE_OWN).unwrap();
         drop(any);
-        assert!(listen(on_any, 2, 16, &OPTIONS, Beside::Nobody).is_err());
-        listen(on_any, 2, 16, &OPTIONS, Beside::OwnSockets).unwrap();
+        assert!(listen(on_any, 2, 16, &OPTIONS, Binding::default()).is_err());
+        listen(on_any, 2, 16, &OPTIONS, BESIDE_OWN).unwrap();
         drop(loopback);
     }
 }

@@ -1,6 +1,9 @@
 //! The reasons why connections end, and the counters of listeners, pools and workers.
 
+use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use crate::label_enum;
 use crate::labels::Label as _;
@@ -295,6 +298,22 @@ pub struct PoolStats {
     pub walked_past_full: AtomicU64,
     /// Connections that Ringway reset at the deadline of a backend's drain, those of backends that have left included.
     pub cut_by_drain: AtomicU64,
+    /// Connects that a source address could not make, by address.
+    sources_skipped: Mutex<BTreeMap<IpAddr, u64>>,
+}
+
+impl PoolStats {
+    /// Connects that a source address could not make: all its ports were taken, or the machine did not have it.
+    pub fn source_skipped(&self, source: IpAddr) -> u64 {
+        let skipped = self.sources_skipped.lock().unwrap_or_else(PoisonError::into_inner);
+        skipped.get(&source).copied().unwrap_or_default()
+    }
+
+    /// Counts a connect that a source address could not make.
+    pub(super) fn skip_source(&self, source: IpAddr) {
+        let mut skipped = self.sources_skipped.lock().unwrap_or_else(PoisonError::into_inner);
+        *skipped.entry(source).or_default() += 1;
+    }
 }
 
 /// Counters of one worker. The alignment keeps those of two workers out of one cache line: processors fetch lines of 64

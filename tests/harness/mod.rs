@@ -19,6 +19,7 @@ use ringway::app::{App, Environment, Inheritance};
 use ringway::backend::{Backend, State as BackendState};
 use ringway::config::{Config, Source};
 use ringway::control::command::{Caller, Command, CommandError, Report};
+use ringway::outgoing::Outgoing;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
@@ -241,6 +242,36 @@ pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 pub(crate) async fn echoes(stream: &mut TcpStream) -> bool {
     let mut back = [0; 4];
     stream.write_all(b"ping").await.is_ok() && stream.read_exact(&mut back).await.is_ok() && &back == b"ping"
+}
+
+/// Connects from this address of the loopback network. `None` if Ringway resets the connection before or after the
+/// connect succeeds.
+pub(crate) async fn served_from(source: &str, target: SocketAddr) -> Option<TcpStream> {
+    // Otherwise the client would take a port for all addresses together.
+    let from = Outgoing { sources: vec![source.parse().unwrap()], ..Outgoing::default() };
+    let connecting = ringway::outgoing::connect(target, Some(&from), b"", |_| ());
+    let mut stream = soon("a connection or a reset", connecting).await.ok()?;
+    soon("an answer or a reset", echoes(&mut stream)).await.then_some(stream)
+}
+
+/// Runs a test again in a network namespace of its own, after this setup by a shell. True: the caller is the run inside.
+/// Needs root.
+pub(crate) async fn in_namespace(test: &str, setup: &str) -> bool {
+    const INSIDE: &str = "RINGWAY_TEST_INSIDE";
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let inside = tokio::process::Command::new("unshare")
+        .args(["--net", "sh", "-c", &format!("set -e; ip link set lo up; {setup}; exec \"$0\" \"$@\"")])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--ignored", "--nocapture"])
+        .env(INSIDE, "1")
+        .kill_on_drop(true)
+        .output();
+    let inside = soon("the test inside", inside).await.unwrap();
+    let said = String::from_utf8_lossy(&inside.stdout) + String::from_utf8_lossy(&inside.stderr);
+    assert!(inside.status.success() && said.contains("1 passed"), "{said}");
+    false
 }
 
 /// Whether `name` is in the `PATH`. A test returns early if it is not.

@@ -1,6 +1,7 @@
 //! The keys of listeners and their routes.
 
 use super::{Form, Key, NAME, minutes, names, seconds};
+use crate::config::BackendPort;
 use crate::config::parse_listener::Others;
 use crate::config::parse_routes::{HELLO_KIB, Undecided};
 
@@ -10,13 +11,30 @@ pub(super) const LISTENER: &[Key] = &[
     Key::required(
         "listen",
         Form::Quoted(""),
-        "address and port, or [`unix:/path`](#unix-sockets). `[::]:8000` is IPv6 only; add a second listener for IPv4",
+        "address and port, a [range of ports](#port-ranges) like `0.0.0.0:5000-5149`, or [`unix:/path`](#unix-sockets). `[::]:8000` is IPv6 only; add a second listener for IPv4",
     ),
     Key::usual(
         "mode",
         Form::Any(&[Form::Quoted("^0?[0-7]{3}$"), Form::Integer(100..=777)]),
         "0600",
         "permissions of the file of a Unix socket, in quotes: `\"0660\"`. A user with write permission on the file may connect",
+    ),
+    Key::optional(
+        "interface",
+        Form::Text,
+        "(all)",
+        "network interface through which clients come, like `eth0`, or a VRF. Ringway does not see other clients",
+    ),
+    Key::truth(
+        "freebind",
+        false,
+        "true: Ringway listens although the machine does not have the address yet, as with an address that moves between machines",
+    ),
+    Key::choice(
+        "backend_port",
+        names::<BackendPort>,
+        "own",
+        "to which port of a backend connections go. `own`: that of the backend's address. `same`: the port to which the client has connected, as a [range](#port-ranges) needs it",
     ),
     Key::usual(
         "allow",

@@ -122,6 +122,25 @@ const TIERS: &[Key] = &[
 const CONNECT: &[Key] = &[
     Key::duration("timeout", ms(1)..=minutes(5), seconds(2), "timeout of each try"),
     Key::integer("attempts", 1..=100, 3, "backends that Ringway tries for one connection"),
+    Key::optional(
+        "source",
+        Form::Any(&[Form::Text, Form::List(&Form::Text)]),
+        "(the kernel chooses)",
+        "address from which Ringway connects, or a list like `[10.0.0.4, 10.0.0.5]`. [Each one](#source-addresses) allows some 28,000 more connections to each backend. The key chooses the first one to try",
+    ),
+    Key::optional(
+        "interface",
+        Form::Text,
+        "(the route decides)",
+        "network interface that the packets to backends take, like `eth1`, or a VRF",
+    ),
+    Key::optional(
+        "mark",
+        Form::Integer(1..=u32::MAX as u64),
+        "(none)",
+        "mark of the packets to backends, for `ip rule` and nftables. Needs CAP_NET_ADMIN; since Linux 5.17, CAP_NET_RAW is enough",
+    ),
+    Key::optional("congestion", Form::Text, "(the system's)", "TCP congestion control towards backends, like `bbr`"),
 ];
 
 /// Section `pools[].send_proxy`.

@@ -5,6 +5,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -17,6 +18,7 @@ use super::{exec, expect, grpc, http, tls};
 use crate::address::Address;
 use crate::backend::ConnectFailure;
 use crate::labels::Label as _;
+use crate::outgoing::{self, Outgoing};
 use crate::proxy_header::OwnHeader;
 use crate::stream::Stream;
 
@@ -39,6 +41,8 @@ pub struct Check {
     pub port: Option<u16>,
     /// The PROXY header that a check sends first. A `tcp` check sends nothing.
     pub send_proxy: OwnHeader,
+    /// Where the check comes from; `None`: the kernel decides.
+    pub outgoing: Option<Arc<Outgoing>>,
 }
 
 /// What a check sends and expects.
@@ -186,14 +190,14 @@ impl Check {
             let _turn = exec::turn().await;
             within(timeout, exec::run(exec, id, address)).await
         } else {
-            within(timeout, self.check(address, &heard)).await
+            within(timeout, self.check(id, address, &heard)).await
         };
         let late = ConnectFailure::Timeout.as_str();
         checked.unwrap_or_else(|| Outcome::Failed(if heard.get() { Reason::answer(late) } else { late.into() }))
     }
 
-    async fn check(&self, address: &Address, heard: &Heard) -> Outcome {
-        let connected = self.kind.connect(address).await.and_then(|stream| {
+    async fn check(&self, id: &str, address: &Address, heard: &Heard) -> Outcome {
+        let connected = self.connect(id, address).await.and_then(|stream| {
             let own = if self.kind == Kind::Tcp { OwnHeader::Absent } else { self.send_proxy };
             let header = own.bytes(|| stream.ends());
             if !header.is_empty() {
@@ -231,27 +235,21 @@ impl Check {
             Err(reason) => Outcome::Failed(reason),
         }
     }
-}
 
-impl Kind {
-    async fn connect(&self, address: &Address) -> io::Result<Stream> {
+    async fn connect(&self, id: &str, address: &Address) -> io::Result<Stream> {
         let address = match address {
             Address::Ip(address) => *address,
             Address::Unix(path) => return Stream::connect_unix(path).await,
         };
-        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        if *self == Self::Tcp {
-            // The kernel then delays the last packet of the handshake (tcp(7), TCP_QUICKACK), and the check's reset comes
-            // first. The server never accepts the connection: it logs nothing, and MariaDB does not count it as aborted.
-            // HAProxy's checks do the same.
-            let _ = set_tcp_quickack(&socket, false);
-        }
-        let stream = socket.connect(address).await?;
-        // The system may pick a port on which nobody listens as our own source port: TCP then connects to itself.
-        if stream.local_addr().ok() == Some(address) {
-            return Err(io::ErrorKind::ConnectionRefused.into());
-        }
-        Ok(Stream::Tcp(stream))
+        let prepare = |socket: &TcpSocket| {
+            if self.kind == Kind::Tcp {
+                // The kernel then delays the last packet of the handshake (tcp(7), TCP_QUICKACK), and the check's reset
+                // comes first. The server never accepts the connection: it logs nothing, and MariaDB does not count it as
+                // aborted. HAProxy's checks do the same.
+                let _ = set_tcp_quickack(socket, false);
+            }
+        };
+        outgoing::connect(address, self.outgoing.as_deref(), id.as_bytes(), prepare).await.map(Stream::Tcp)
     }
 }
 
@@ -308,7 +306,7 @@ mod tests {
         });
         let step = Step { send: b"PING".to_vec(), expect: b"PONG".to_vec(), is_prefix: true };
         let expect = Expect { steps: vec![step], goodbye: Vec::new() };
-        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent };
+        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent, outgoing: None };
         let starve = async {
             tokio::task::yield_now().await;
             std::thread::sleep(Duration::from_secs(1));
@@ -322,7 +320,7 @@ mod tests {
         let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let step = Step { send: Vec::new(), expect: b"x".to_vec(), is_prefix: true };
         let expect = Expect { steps: vec![step], goodbye: Vec::new() };
-        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent };
+        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent, outgoing: None };
         let began = std::time::Instant::now();
         let outcome = check.run("b", &Address::Ip(silent.local_addr().unwrap()), Duration::from_millis(80)).await;
         assert!(matches!(outcome, Outcome::Failed(ref reason) if **reason == *"timeout"), "{outcome:?}");

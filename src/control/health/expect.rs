@@ -93,7 +93,7 @@ mod tests {
         let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = Address::Ip(server.local_addr().unwrap());
         let expect = Expect { steps, goodbye: goodbye.into() };
-        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent };
+        let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent, outgoing: None };
         let serve = async {
             let (mut stream, _) = server.accept().await.unwrap();
             stream.write_all(greeting.as_bytes()).await.unwrap();
@@ -151,7 +151,7 @@ mod tests {
         let address = Address::Ip(server.local_addr().unwrap());
         for (answer, is_answer) in [("role:side", true), ("", false)] {
             let expect = Expect { steps: vec![step("INFO\n", "role:main", false)], goodbye: Vec::new() };
-            let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent };
+            let check = Check { kind: Kind::Expect(expect), port: None, send_proxy: OwnHeader::Absent, outgoing: None };
             let serve = async {
                 let (mut stream, _) = server.accept().await.unwrap();
                 stream.write_all(answer.as_bytes()).await.unwrap();

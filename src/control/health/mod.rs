@@ -144,7 +144,7 @@ async fn check(ticket: Ticket, address: Address, settings: Arc<Settings>) -> (Ti
 /// Whether a server accepts connections at this address, found out without a trace in its logs.
 pub(super) async fn accepts(address: &Address, timeout: Duration) -> bool {
     matches!(
-        Check { kind: Kind::Tcp, port: None, send_proxy: crate::proxy_header::OwnHeader::Absent }
+        Check { kind: Kind::Tcp, port: None, send_proxy: crate::proxy_header::OwnHeader::Absent, outgoing: None }
             .run("", address, timeout)
             .await,
         Outcome::Passed

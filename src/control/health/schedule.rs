@@ -189,7 +189,12 @@ mod tests {
 
     fn settings() -> Settings {
         Settings {
-            check: Check { kind: Kind::Tcp, port: None, send_proxy: crate::proxy_header::OwnHeader::Absent },
+            check: Check {
+                kind: Kind::Tcp,
+                port: None,
+                send_proxy: crate::proxy_header::OwnHeader::Absent,
+                outgoing: None,
+            },
             interval: 2 * SECOND,
             fast_interval: SECOND,
             jitter: 0,

@@ -1,6 +1,6 @@
 use std::borrow::Cow;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ::metrics::Histogram;
 use proptest::prelude::*;
@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::address::Address;
 use crate::backend::{Admission, Backend, BackendPermit, Health, Membership, State};
-use crate::proxy::connect;
 use crate::proxy::key::KeyKind;
+use crate::proxy::{Want, connect};
 use crate::ring::{Member, Parameters, Ring};
 use crate::table::{Members, Rules, Table, TableCell};
 
@@ -33,21 +33,10 @@ fn route(key: KeyKind, backends: Vec<Backend>, panic_below: u8, attempts: usize,
         Rules { panic_below, spill_below: 50, is_exclusive: false },
     );
     Route {
-        pool: "p".into(),
         key,
-        table: TableCell::new(table),
         most_per_backend: most,
-        send_proxy: None,
-        own_header: crate::proxy_header::OwnHeader::Absent,
-        connect_timeout: Duration::from_secs(1),
         connect_attempts: attempts,
-        idle: Duration::from_secs(1),
-        half_closed: Duration::from_secs(1),
-        max_age: None,
-        drain: Duration::ZERO,
-        connect_seconds: Histogram::noop(),
-        failing: None,
-        stats: Arc::default(),
+        ..Route::new("p".into(), TableCell::new(table), Histogram::noop())
     }
 }
 
@@ -207,8 +196,8 @@ proptest! {
             let step = pool(&route, &question(&client.to_string()));
             // Nobody listens at the address, so the stage connect tries one backend after the other.
             let mut tries = Vec::new();
-            let bytes = key.to_be_bytes();
-            let connecting = connect(&route, || Arc::clone(&table), &bytes, &tcp, |_| Cow::Borrowed(&[]), &mut tries);
+            let want = Want { key: &key.to_be_bytes(), port: None, tcp: &tcp };
+            let connecting = connect(&route, || Arc::clone(&table), want, |_| Cow::Borrowed(&[]), &mut tries);
             runtime.block_on(connecting).unwrap_err();
             let mut attempts: Vec<_> = step.walk.iter().filter_map(|one| Some((one.attempt?, one.backend.as_str()))).collect();
             attempts.sort_unstable();

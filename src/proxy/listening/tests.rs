@@ -6,6 +6,7 @@ const WANTED: Wanted<'static> = Wanted {
     count: 2,
     backlog: 16,
     tcp: &TcpOptions { keepalive: None, user_timeout: std::time::Duration::ZERO },
+    binding: Binding { beside_own: false, interface: None, freebind: false },
     mode: 0o640,
 };
 
@@ -22,7 +23,7 @@ fn path_of(address: &Address) -> &Path {
 fn a_unix_socket_has_the_configured_mode_and_removes_its_file() {
     let folder = tempfile::tempdir().unwrap();
     let address = address_in(&folder);
-    let sockets = listen(&address, Beside::Nobody, &WANTED).unwrap();
+    let sockets = listen(&address, &WANTED).unwrap();
     assert_eq!(sockets.len(), 2);
     assert_eq!(sockets[1].address().unwrap(), address);
     let mode = || path_of(&address).metadata().unwrap().permissions().mode() & 0o777;
@@ -38,17 +39,17 @@ fn a_unix_socket_has_the_configured_mode_and_removes_its_file() {
 fn listen_replaces_only_a_stale_socket_file() {
     let folder = tempfile::tempdir().unwrap();
     let address = address_in(&folder);
-    let first = listen(&address, Beside::Nobody, &WANTED).unwrap();
-    let in_use = listen(&address, Beside::Nobody, &WANTED).unwrap_err();
+    let first = listen(&address, &WANTED).unwrap();
+    let in_use = listen(&address, &WANTED).unwrap_err();
     assert_eq!(in_use.kind(), io::ErrorKind::AddrInUse);
     UnixStream::connect(path_of(&address)).unwrap();
     // Like a process that was killed: the file stays.
     drop(first);
     assert!(path_of(&address).exists());
-    drop(listen(&address, Beside::Nobody, &WANTED).unwrap());
+    drop(listen(&address, &WANTED).unwrap());
     std::fs::remove_file(path_of(&address)).unwrap();
     std::fs::write(path_of(&address), "a file of the user").unwrap();
-    listen(&address, Beside::Nobody, &WANTED).unwrap_err();
+    listen(&address, &WANTED).unwrap_err();
     assert_eq!(std::fs::read_to_string(path_of(&address)).unwrap(), "a file of the user");
 }
 
@@ -56,9 +57,9 @@ fn listen_replaces_only_a_stale_socket_file() {
 fn the_file_of_a_successor_stays() {
     let folder = tempfile::tempdir().unwrap();
     let address = address_in(&folder);
-    let old = listen(&address, Beside::Nobody, &WANTED).unwrap();
+    let old = listen(&address, &WANTED).unwrap();
     std::fs::remove_file(path_of(&address)).unwrap();
-    let _new = listen(&address, Beside::Nobody, &WANTED).unwrap();
+    let _new = listen(&address, &WANTED).unwrap();
     old[0].turn_away().unwrap();
     old[0].set_mode(0o666).unwrap();
     assert!(!old[0].is_reachable());
@@ -71,9 +72,9 @@ fn only_one_of_several_concurrent_binds_replaces_a_stale_file() {
     for _ in 0..20 {
         let folder = tempfile::tempdir().unwrap();
         let address = address_in(&folder);
-        drop(listen(&address, Beside::Nobody, &WANTED).unwrap());
+        drop(listen(&address, &WANTED).unwrap());
         let results: Vec<_> = std::thread::scope(|scope| {
-            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| listen(&address, Beside::Nobody, &WANTED))).collect();
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(|| listen(&address, &WANTED))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         assert_eq!(results.iter().filter(|result| result.is_ok()).count(), 1, "{results:?}");
@@ -85,7 +86,7 @@ fn only_one_of_several_concurrent_binds_replaces_a_stale_file() {
 fn an_adopted_unix_socket_serves_those_who_wait_on_it() {
     let folder = tempfile::tempdir().unwrap();
     let address = address_in(&folder);
-    let sockets = listen(&address, Beside::Nobody, &WANTED).unwrap();
+    let sockets = listen(&address, &WANTED).unwrap();
     let _waiting = UnixStream::connect(path_of(&address)).unwrap();
     let descriptor = sockets[0].as_fd().try_clone_to_owned().unwrap();
     drop(sockets);

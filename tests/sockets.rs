@@ -1,0 +1,348 @@
+//! Sockets: where connections to backends come from, and where listeners listen.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex};
+
+use ringway::backend::State;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+
+use crate::harness::backends::Server;
+use crate::harness::program::{Killed, Program};
+use crate::harness::{Ringway, config, echoes, eventually, http, in_namespace, served_from, soon, static_config};
+
+/// A server that remembers from where clients come. It says hello and then echoes.
+struct Witness {
+    address: SocketAddr,
+    seen: Arc<Mutex<Vec<IpAddr>>>,
+    task: JoinHandle<()>,
+}
+
+impl Witness {
+    async fn start(hello: &'static str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (address, seen) = (listener.local_addr().unwrap(), Arc::new(Mutex::new(Vec::new())));
+        let witnessed = Arc::clone(&seen);
+        let task = tokio::spawn(async move {
+            while let Ok((mut stream, client)) = listener.accept().await {
+                witnessed.lock().unwrap().push(client.ip());
+                tokio::spawn(async move {
+                    let (mut reader, mut writer) = stream.split();
+                    let _ = writer.write_all(hello.as_bytes()).await;
+                    let _ = tokio::io::copy(&mut reader, &mut writer).await;
+                });
+            }
+        });
+        Self { address, seen, task }
+    }
+
+    /// Takes the addresses of the clients so far.
+    fn clients(&self) -> Vec<IpAddr> {
+        std::mem::take(&mut self.seen.lock().unwrap())
+    }
+}
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+#[tokio::test]
+async fn connections_checks_and_questions_come_from_the_pool_s_source_addresses() {
+    let (server, agent) = (Witness::start("").await, Witness::start("100%\n").await);
+    let agent_port = agent.address.port();
+    let yaml = |source: &str| {
+        let pool = format!(
+            "key: source_ip\nconnect: {{ source: {source} }}\nhealth_check: {{ kind: expect, send: \"?\", expect: \"?\", interval: 100ms }}\n\
+             agent: {{ port: {agent_port}, interval: 100ms }}"
+        );
+        static_config(&[server.address], &pool)
+    };
+    let ringway = Ringway::start(&yaml("[127.0.0.7, 127.0.0.8]")).await.all_healthy().await;
+    let ours: BTreeSet<IpAddr> = ["127.0.0.7", "127.0.0.8"].map(|ip| ip.parse().unwrap()).into();
+    eventually("an answer of the agent", || ringway.backend(0).advice.is_some()).await;
+    let checks: BTreeSet<_> = server.clients().into_iter().collect();
+    assert!(checks.is_subset(&ours) && checks.len() == 1, "the checks of a backend have one source: {checks:?}");
+    assert!(agent.clients().iter().all(|ip| ours.contains(ip)));
+
+    // Without checks, only connections are left.
+    let without =
+        |source: &str| yaml(source).replace("kind: expect, send: \"?\", expect: \"?\", interval: 100ms", "kind: none");
+    ringway.reload(&without("[127.0.0.7, 127.0.0.8]")).await.unwrap();
+    server.clients();
+    let mut of_client = BTreeMap::new();
+    for round in 0..2 {
+        for n in 1..=30_u8 {
+            drop(served_from(&format!("127.0.5.{n}"), ringway.web()).await.expect("an echo"));
+            // A check that was on its way may have come before it.
+            let source = server.clients().pop().unwrap();
+            let before = of_client.insert(n, source);
+            assert!(round == 0 || before == Some(source), "a client keeps its source address");
+        }
+    }
+    assert_eq!(of_client.values().copied().collect::<BTreeSet<_>>(), ours, "clients are spread over the addresses");
+
+    // An address that this machine does not have is an error, and the old one stays.
+    let error = ringway.reload(&without("198.51.100.1")).await.unwrap_err().to_string();
+    assert!(
+        error.contains("pools[echo].connect.source: 198.51.100.1: this machine does not have that address"),
+        "{error}"
+    );
+    drop(served_from("127.0.5.1", ringway.web()).await.expect("an echo"));
+    assert_eq!(server.clients(), [of_client[&1]]);
+    ringway.reload(&without("127.0.0.9")).await.unwrap();
+    drop(served_from("127.0.5.1", ringway.web()).await.expect("an echo"));
+    assert_eq!(server.clients(), ["127.0.0.9".parse::<IpAddr>().unwrap()]);
+    let error = Ringway::try_start(&without("[127.0.0.1, 198.51.100.1]")).await.err().unwrap();
+    assert!(error.contains("pools[echo].connect.source: 198.51.100.1: this machine"), "{error}");
+}
+
+/// Each backend has 100 ports for each of 3 source addresses. Ports that were taken for all backends together would allow 300
+/// connections to both.
+#[tokio::test]
+#[ignore = "needs root"]
+async fn each_source_address_has_all_ports_for_each_backend() {
+    const NAME: &str = "sockets::each_source_address_has_all_ports_for_each_backend";
+    if !in_namespace(NAME, ":").await {
+        return;
+    }
+    let servers = [Server::echo("a").await, Server::echo("b").await];
+    let pool = "connect: { source: [127.0.2.1, 127.0.2.2, 127.0.2.3] }\nhealth_check: { kind: none }";
+    let ringway = Ringway::start(&static_config(&servers.each_ref().map(|server| server.address), pool)).await;
+    // The ports on which somebody listens are not among these.
+    std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", "20000 20099").unwrap();
+    let web = ringway.web();
+    let mut clients = JoinSet::new();
+    for n in 0..600_u16 {
+        clients.spawn(async move { served_from(&format!("127.0.{}.{}", 3 + n / 200, 1 + n % 200), web).await });
+    }
+    let mut open: Vec<_> = soon("600 connections", clients.join_all()).await.into_iter().flatten().collect();
+    assert_eq!(open.len(), 600);
+    for stream in &mut open {
+        assert!(soon("an echo", echoes(stream)).await);
+    }
+    // There is no port left. The metric names the addresses that were tried.
+    assert!(served_from("127.0.9.1", web).await.is_none());
+    for source in ["127.0.2.1", "127.0.2.2", "127.0.2.3"] {
+        assert!(ringway.metric("ringway_connect_source_skipped_total", &[source]).await >= 2.0, "{source}");
+    }
+    assert!(ringway.metric("ringway_connect_failures_total", &["no_ports"]).await >= 1.0);
+    assert_eq!(ringway.states(), [State::Healthy; 2]);
+    drop(open);
+    crate::harness::eventually_async("room again", async || served_from("127.0.9.1", web).await.is_some()).await;
+}
+
+/// In the namespace, packets with the mark 7 have no route, and d0 is an interface behind which nobody is.
+#[tokio::test]
+#[ignore = "needs root"]
+async fn packets_to_backends_have_the_pool_s_mark_interface_and_congestion_control() {
+    const NAME: &str = "sockets::packets_to_backends_have_the_pool_s_mark_interface_and_congestion_control";
+    const SETUP: &str = "ip rule add pref 20 lookup local; ip rule del pref 0; ip rule add pref 10 fwmark 7 unreachable; \
+                         ip link add d0 type veth peer name d1; ip link set d0 up; ip link set d1 up; ip address add 10.9.0.1/24 dev d0";
+    if !in_namespace(NAME, SETUP).await {
+        return;
+    }
+    let server = Server::echo("a").await;
+    for (connect, state, cause) in [
+        ("mark: 7", State::Unhealthy, "unreachable"),
+        ("mark: 8", State::Healthy, ""),
+        ("interface: d0", State::Unhealthy, "unreachable"),
+        ("interface: lo", State::Healthy, ""),
+        ("congestion: reno", State::Healthy, ""),
+        ("mark: 8, interface: lo, congestion: reno, source: 127.0.0.9", State::Healthy, ""),
+    ] {
+        let pool = format!(
+            "connect: {{ {connect}, timeout: 500ms }}\npanic_threshold: 0\nhealth_check: {{ kind: tcp, interval: 100ms, timeout: 100ms, fall: 1 }}"
+        );
+        let ringway = Ringway::start(&static_config(&[server.address], &pool)).await;
+        eventually(connect, || ringway.states() == [state]).await;
+        // The data plane does as the checks do.
+        let ringway = Ringway::start(&static_config(
+            &[server.address],
+            &pool.replace("kind: tcp, interval: 100ms, timeout: 100ms, fall: 1", "kind: none"),
+        ))
+        .await;
+        let served = served_from("127.0.0.1", ringway.web()).await;
+        assert_eq!(served.is_some(), state == State::Healthy, "{connect}");
+        if state == State::Unhealthy {
+            let failures = async || ringway.metric("ringway_connect_failures_total", &[]).await;
+            assert!(failures().await >= 1.0 && !cause.is_empty(), "{connect}");
+        }
+        if connect.contains("congestion") {
+            let sockets =
+                std::process::Command::new("ss").args(["-tin", &format!("dport = {}", server.address.port())]).output();
+            let text = String::from_utf8(sockets.unwrap().stdout).unwrap();
+            assert!(text.contains(" reno "), "{connect}: {text}");
+        }
+    }
+}
+
+/// Addresses of the loopback network that no other test process uses: the ports of a range must all be free.
+fn own_address(last: u8) -> String {
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    format!("127.{}.{low}.{last}", 100 + high % 100)
+}
+
+/// Sends nothing, and returns what the server sends first; empty if Ringway or the server closes the connection.
+async fn answer(address: &str) -> String {
+    let mut text = String::new();
+    let read = async {
+        let mut stream = TcpStream::connect(address).await?;
+        stream.read_to_string(&mut text).await
+    };
+    let _ = soon("an answer", read).await;
+    text
+}
+
+/// A server that tells its address and closes.
+async fn telling(address: String) -> Server {
+    let listener = TcpListener::bind(&address).await.unwrap();
+    Server::on(listener, move |mut stream| {
+        let address = address.clone();
+        async move {
+            let _ = stream.write_all(address.as_bytes()).await;
+        }
+    })
+}
+
+#[tokio::test]
+async fn a_range_of_ports_leads_to_the_same_ports_of_the_client_s_backend() {
+    let (web, backends) = (own_address(1), [own_address(2), own_address(3)]);
+    let mut servers = Vec::new();
+    for backend in &backends {
+        // Nobody listens on the last ports.
+        for port in 5000..5030 {
+            servers.push(telling(format!("{backend}:{port}")).await);
+        }
+    }
+    let yaml = |ports: &str| {
+        let [a, b] = &backends;
+        config(
+            &format!("static: [{{ address: \"{a}:5000\", id: a }}, {{ address: \"{b}:5000\", id: b }}]"),
+            "backend_port: same",
+            "key: source_ip\nhealth_check: { kind: tcp, interval: 100ms }\nejection: { after: 1 }",
+        )
+        .replace("listen: 127.0.0.1:0", &format!("listen: \"{web}:{ports}\""))
+    };
+    let mut program = Program::start(&yaml("5000-5039")).await.ready().await;
+    assert_eq!(program.status().await["listeners"][0]["address"], format!("{web}:5000-5039"));
+    let check = async |served: std::ops::Range<u16>, all: std::ops::Range<u16>| {
+        let first = answer(&format!("{web}:{}", served.start)).await;
+        let backend = first.rsplit_once(':').unwrap().0;
+        for port in all {
+            let expected = if served.contains(&port) { format!("{backend}:{port}") } else { String::new() };
+            assert_eq!(answer(&format!("{web}:{port}")).await, expected, "port {port}");
+        }
+    };
+    // That a port of a backend refuses says nothing about the others.
+    check(5000..5030, 5000..5040).await;
+    let status = program.status().await;
+    assert!(
+        status["pools"][0]["backends"].as_array().unwrap().iter().all(|one| one["state"] == "healthy"),
+        "{status:#}"
+    );
+    // Each port has one socket, and a duplicate of it for a successor.
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", program.pid().as_raw_nonzero())).unwrap().count();
+    assert!((2 * 40..2 * 40 + 60).contains(&descriptors), "{descriptors} descriptors");
+
+    program.upgrade().await;
+    check(5000..5030, 5000..5040).await;
+    // A reload makes the range shorter, and an upgrade longer.
+    program.write_config(&yaml("5010-5019"));
+    assert_eq!(http(program.api(), "POST", "/api/reload", b"").await.status(), 200);
+    check(5010..5020, 5000..5040).await;
+    program.write_config(&yaml("5005-5024"));
+    program.upgrade().await;
+    check(5005..5025, 5000..5040).await;
+}
+
+/// In the namespace, d0 leads to another host, in a namespace of its own.
+#[tokio::test]
+#[ignore = "needs root"]
+async fn listeners_on_two_interfaces_share_an_address() {
+    const NAME: &str = "sockets::listeners_on_two_interfaces_share_an_address";
+    const SETUP: &str = "ip link add d0 type veth peer name d1; ip link set d0 up; ip address add 10.9.0.1/24 dev d0";
+    if !in_namespace(NAME, SETUP).await {
+        return;
+    }
+    let sleep = std::process::Command::new("unshare").args(["--net", "sleep", "60"]).spawn().unwrap();
+    let host = Killed(sleep);
+    let pid = host.0.id().to_string();
+    let on_host = async |script: &str| {
+        let output = tokio::process::Command::new("nsenter").args(["-t", &pid, "-n", "bash", "-c", script]).output();
+        String::from_utf8_lossy(&soon("the other host", output).await.unwrap().stdout).into_owned()
+    };
+    let is_apart = async || {
+        let (own, other) = ("/proc/self/ns/net".to_owned(), format!("/proc/{pid}/ns/net"));
+        std::fs::read_link(own).unwrap() != std::fs::read_link(other).unwrap()
+    };
+    crate::harness::eventually_async("the other namespace", is_apart).await;
+    let moved = std::process::Command::new("ip").args(["link", "set", "d1", "netns", &pid]).status().unwrap();
+    assert!(moved.success());
+    on_host("ip address add 10.9.0.2/24 dev d1; ip link set d1 up").await;
+
+    let servers = [telling("127.0.0.1:1001".to_owned()).await, telling("127.0.0.1:1002".to_owned()).await];
+    let yaml = |outside: &str| {
+        format!(
+            "api: {{ listen: \"127.0.0.1:0\" }}\n\
+             listeners:\n  - {{ name: inside, listen: 0.0.0.0:800, interface: lo, pool: one }}\n\
+             \u{20} - {{ name: outside, listen: 0.0.0.0:800, interface: {outside}, pool: two }}\n\
+             pools:\n  - {{ name: one, provider: {{ static: [{{ address: \"{}\" }}] }}, health_check: {{ kind: none }} }}\n\
+             \u{20} - {{ name: two, provider: {{ static: [{{ address: \"{}\" }}] }}, health_check: {{ kind: none }} }}",
+            servers[0].address, servers[1].address
+        )
+    };
+    let from_outside = async || on_host("exec 3<>/dev/tcp/10.9.0.1/800 && timeout 5 cat <&3").await;
+    let mut program = Program::start(&yaml("d0")).await.ready().await;
+    for _ in 0..2 {
+        assert_eq!(answer("127.0.0.1:800").await, "127.0.0.1:1001");
+        assert_eq!(
+            answer("10.9.0.1:800").await,
+            "127.0.0.1:1002",
+            "a client of this host comes through the address's interface"
+        );
+        assert_eq!(from_outside().await, "127.0.0.1:1002");
+        program.upgrade().await;
+    }
+    // A wrong name changes nothing.
+    program.write_config(&yaml("d9"));
+    let answered = http(program.api(), "POST", "/api/reload", b"").await;
+    assert_ne!(answered.status(), 200);
+    let text = String::from_utf8_lossy(answered.body()).into_owned();
+    assert!(text.contains("listeners[outside].interface: d9: this machine has no network interface"), "{text}");
+    assert_eq!(from_outside().await, "127.0.0.1:1002");
+    // Another interface needs new sockets.
+    program.write_config(&yaml("lo").replace("interface: lo, pool: one", "interface: d0, pool: one"));
+    program.upgrade().await;
+    assert_eq!(answer("127.0.0.1:800").await, "127.0.0.1:1002");
+    assert_eq!(from_outside().await, "127.0.0.1:1001");
+}
+
+#[tokio::test]
+#[ignore = "needs root"]
+async fn a_listener_waits_for_an_address_that_comes_later() {
+    const NAME: &str = "sockets::a_listener_waits_for_an_address_that_comes_later";
+    if !in_namespace(NAME, ":").await {
+        return;
+    }
+    let server = telling("127.0.0.1:1001".to_owned()).await;
+    for (late, mask) in [("198.51.100.7", 32), ("[2001:db8::7]", 128)] {
+        let yaml = static_config(&[server.address], "health_check: { kind: none }")
+            .replace("listen: 127.0.0.1:0", &format!("listen: \"{late}:800\"\n    freebind: true"));
+        let error = Ringway::try_start(&yaml.replace("freebind: true", "freebind: false")).await.err().unwrap();
+        assert!(error.contains("listeners[web].listen: cannot listen on"), "{error}");
+        let ringway = Ringway::start(&yaml).await.ready().await;
+        assert_eq!(answer(&format!("{late}:800")).await, "");
+        let address = format!("{}/{mask}", late.trim_matches(['[', ']']));
+        let added = std::process::Command::new("ip").args(["address", "add", &address, "dev", "lo"]).status();
+        assert!(added.unwrap().success());
+        crate::harness::eventually_async("an answer", async || {
+            answer(&format!("{late}:800")).await == "127.0.0.1:1001"
+        })
+        .await;
+        drop(ringway);
+    }
+}
