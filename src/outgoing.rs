@@ -124,6 +124,18 @@ pub fn is_of_source(error: &io::Error) -> bool {
         || Refused::of(error).is_some_and(|refused| refused.key == SOURCE)
 }
 
+/// The error of a connect from a source address. `EINVAL` says that no packet from there can reach `address`, as from
+/// 127.0.0.1 to another machine.
+pub fn of_connect(error: io::Error, source: Option<IpAddr>, address: SocketAddr) -> io::Error {
+    match source.filter(|_| Errno::from_io_error(&error) == Some(Errno::INVAL)) {
+        Some(source) => {
+            let problem = format!("packets from there cannot reach {}: choose another address", address.ip());
+            Refused { key: SOURCE, value: source.to_string(), problem }.into()
+        }
+        None => error,
+    }
+}
+
 /// Connects to `address` for Ringway's own questions: checks and agents. `key` chooses the source address. `prepare` is
 /// called for each socket before it connects.
 ///
@@ -146,7 +158,7 @@ pub async fn connect(
             Ok(()) => {
                 let socket = TcpSocket::from_std_stream(socket.into());
                 prepare(&socket);
-                socket.connect(address).await
+                socket.connect(address).await.map_err(|error| of_connect(error, source, address))
             }
             Err(error) => Err(error),
         };
@@ -258,6 +270,16 @@ mod tests {
         let error = connect(address, Some(&outgoing(&["198.51.100.1"])), b"key", |_| ()).await.unwrap_err();
         assert!(error.to_string().starts_with("198.51.100.1: this machine does not have"), "{error}");
         assert_eq!(crate::backend::ConnectFailure::of(&error), crate::backend::ConnectFailure::Local);
+    }
+
+    #[test]
+    fn a_source_from_which_nothing_reaches_the_backend_is_not_the_backend_s_fault() {
+        let (source, address) = (Some(Ipv4Addr::LOCALHOST.into()), ([198, 51, 100, 1], 80).into());
+        let invalid = || io::Error::from(Errno::INVAL);
+        let error = of_connect(invalid(), source, address);
+        assert!(is_of_source(&error) && error.to_string().contains("cannot reach 198.51.100.1"), "{error}");
+        assert!(!is_of_source(&of_connect(invalid(), None, address)));
+        assert!(!is_of_source(&of_connect(Errno::CONNREFUSED.into(), source, address)));
     }
 
     #[test]

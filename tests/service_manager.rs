@@ -308,3 +308,53 @@ async fn options_that_the_service_manager_has_set_survive_an_upgrade_and_a_reloa
     kill_process(Pid::from_raw(i32::try_from(pid.as_i64().unwrap()).unwrap()).unwrap(), Signal::TERM).unwrap();
     ended(first).await;
 }
+
+#[tokio::test]
+async fn sockets_of_the_service_manager_go_to_the_listeners_with_their_interface() {
+    let servers = [Server::echo("a").await, Server::echo("b").await];
+    let api = TcpListener::bind("127.0.0.1:0").unwrap();
+    let api_address = api.local_addr().unwrap();
+    // A unit with BindToDevice=lo, and one without.
+    let on_lo = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    on_lo.bind_device(Some(b"lo")).unwrap();
+    on_lo.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    on_lo.listen(16).unwrap();
+    let on_lo: TcpListener = on_lo.into();
+    let anywhere = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (lo_address, any_address) = (on_lo.local_addr().unwrap(), anywhere.local_addr().unwrap());
+    let yaml = |interface_of_any: &str| {
+        static_config(&servers.each_ref().map(|server| server.address), "health_check: { kind: none }")
+            .replace("listen: 127.0.0.1:0", &format!("listen: {lo_address}\n    interface: lo"))
+            .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api_address}\""))
+            .replace(
+                "pools:",
+                &format!("  - {{ name: any, listen: \"{any_address}\", pool: echo{interface_of_any} }}\npools:"),
+            )
+    };
+    let sockets = || [&api, &on_lo, &anywhere].map(|socket| OwnedFd::from(socket.try_clone().unwrap())).into();
+    let problem =
+        format!("listeners[any].interface: the service manager has opened {any_address} for other interfaces");
+    // The listener would be open to everybody.
+    let (code, log) = ended(start(&file(&yaml(", interface: lo")), sockets())).await;
+    assert!(code == Some(1) && log.contains(&problem), "{code:?} {log}");
+
+    let config = file(&yaml(""));
+    let ringway = start(&config, sockets());
+    for address in [lo_address, any_address] {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        assert!(soon("an echo", echoes(&mut client)).await);
+    }
+    std::fs::write(config.path(), yaml(", interface: lo")).unwrap();
+    let answer = http(api_address, "POST", "/api/reload", b"").await;
+    let text = String::from_utf8_lossy(answer.body()).into_owned();
+    assert!(answer.status() != 200 && text.contains(&problem), "{text}");
+    // A unit may name an interface that the config does not.
+    std::fs::write(config.path(), yaml("").replace("\n    interface: lo", "")).unwrap();
+    assert_eq!(http(api_address, "POST", "/api/reload", b"").await.status(), 200);
+    for address in [lo_address, any_address] {
+        let mut client = TcpStream::connect(address).await.unwrap();
+        assert!(soon("an echo", echoes(&mut client)).await);
+    }
+    stop(&ringway);
+    ended(ringway).await;
+}

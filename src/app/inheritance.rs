@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 use tokio::sync::watch;
 
+use super::StartError;
 use super::changes::Changes;
 use super::listeners::turn_away;
 use super::pools::Pool;
@@ -149,6 +150,17 @@ impl Inherited {
     }
 }
 
+/// The error of a listener whose interface is not that of the service manager's socket.
+pub(super) fn other_interface(name: &str, listen: &Address, interface: &str) -> StartError {
+    StartError::Unfit {
+        key_path: format!("listeners[{name}].interface"),
+        problem: format!(
+            "the service manager has opened {listen} for other interfaces: write BindToDevice={interface} in the socket \
+             unit, or remove this key"
+        ),
+    }
+}
+
 /// A listening socket that the service manager has opened, and its address.
 fn of_service_manager(passed: &mut listenfd::ListenFd, n: usize) -> io::Result<(Address, ListeningSocket)> {
     // If the descriptor is not a Unix socket, it stays there for the next call.
@@ -235,24 +247,48 @@ impl Inheritance {
         self.sockets.iter().filter_map(|one| one.sockets.first()?.address().ok()?.ip()).collect()
     }
 
-    /// Takes the inherited sockets of a listener. Ringway matches by name and address, else by the address alone if its
-    /// port is not 0. Sockets that the service manager has opened may have any interface.
-    pub(super) fn sockets(&mut self, name: &str, listen: &Address, interface: Option<&str>) -> Sockets {
-        let fits = |one: &Inherited| one.is_managed || one.sockets.iter().all(|socket| socket.is_on(interface));
-        let is_same = |one: &Inherited| one.listen == *listen && one.name.as_deref() == Some(name) && fits(one);
+    /// Takes the inherited sockets of an address of a listener. Ringway matches by name and address, else by the address
+    /// alone if its port is not 0.
+    ///
+    /// # Errors
+    /// When the service manager has opened the address for other interfaces than the listener has.
+    pub(super) fn sockets(
+        &mut self,
+        name: &str,
+        listen: &Address,
+        interface: Option<&str>,
+    ) -> Result<Sockets, StartError> {
+        let is_same = |one: &Inherited| one.listen == *listen && one.name.as_deref() == Some(name);
         // systemd's `ListenStream=8000` is a socket for both families.
         let unspecified = listen.ip().filter(|listen| listen.ip().is_unspecified());
         let any = unspecified.map(|listen| Address::Ip((Ipv6Addr::UNSPECIFIED, listen.port()).into()));
         let is_any = |one: &Inherited| any.as_ref() == Some(&one.listen) && one.is_dual_stack();
-        let is_alike = |one: &Inherited| !listen.is_any_port() && (one.listen == *listen || is_any(one)) && fits(one);
-        let of_name = self.sockets.iter().any(is_same);
-        let (taken, left) = std::mem::take(&mut self.sockets)
-            .into_iter()
-            .partition(|one| if of_name { is_same(one) } else { is_alike(one) });
-        self.sockets = left;
-        let taken: Vec<Inherited> = taken;
-        let is_managed = taken.iter().any(|one| one.is_managed);
-        Sockets { list: taken.into_iter().flat_map(|one| one.sockets).collect(), is_managed }
+        let is_alike = |one: &Inherited| !listen.is_any_port() && (one.listen == *listen || is_any(one));
+        let fits = |one: &Inherited| match interface {
+            // A socket unit may name an interface that the config does not.
+            None if one.is_managed => true,
+            interface => one.sockets.iter().all(|socket| socket.is_on(interface)),
+        };
+        let of_name = self.sockets.iter().any(|one| is_same(one) && fits(one));
+        let is_wanted = |one: &Inherited| if of_name { is_same(one) } else { is_alike(one) };
+        let (mut list, mut is_managed, mut is_elsewhere) = (Vec::new(), false, false);
+        for n in (0..self.sockets.len()).rev() {
+            let one = &self.sockets[n];
+            if !is_wanted(one) {
+                continue;
+            }
+            if fits(one) {
+                let taken = self.sockets.swap_remove(n);
+                is_managed |= taken.is_managed;
+                list.extend(taken.sockets);
+            } else {
+                is_elsewhere |= one.is_managed;
+            }
+        }
+        match interface.filter(|_| list.is_empty() && is_elsewhere) {
+            Some(interface) => Err(other_interface(name, listen, interface)),
+            None => Ok(Sockets { list, is_managed }),
+        }
     }
 
     /// Takes the inherited replicas of a pool.

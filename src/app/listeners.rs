@@ -1,12 +1,12 @@
 //! Binds, updates and closes the listeners of the app.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 
 use super::StartError;
-use super::inheritance::Sockets;
+use super::inheritance::{Sockets, other_interface};
 use crate::address::Address;
 use crate::api::ListenerView;
 use crate::config::{self, Config};
@@ -86,15 +86,15 @@ pub(super) struct Listener {
     sources: Option<Arc<Sources>>,
 }
 
-/// Binds the addresses of a listener, each with one socket per worker, or one socket if there are several. Adopts inherited
-/// sockets where there are any. `own` are addresses on which this process listens, or its predecessor: the new ones may
+/// Binds the addresses of a listener, each with one socket per worker, or one socket if there are several. Adopts the sockets
+/// that `inherited` has for an address. `own` are addresses on which this process listens, or its predecessor: the new ones may
 /// overlap with them. Key paths in errors start with `key_path`.
 pub(super) fn bind(
     key_path: &str,
     listener: &config::Listener,
     config: &Config,
     workers: usize,
-    mut inherited: impl FnMut(&Address) -> Sockets,
+    mut inherited: impl FnMut(&Address) -> Result<Sockets, StartError>,
     own: &[SocketAddr],
 ) -> Result<Bound, StartError> {
     let mut bound = Bound::default();
@@ -105,7 +105,7 @@ pub(super) fn bind(
         };
         let count = if listener.ports > 1 { 1 } else { workers };
         let wanted = Wanted { count, backlog: listener.backlog, tcp: &config.tcp, binding, mode: listener.mode };
-        let opened = bound.add(&address, inherited(&address), &wanted);
+        let opened = bound.add(&address, inherited(&address)?, &wanted);
         opened.map_err(|error| cannot_listen(key_path, address, error))?;
     }
     Ok(bound)
@@ -167,6 +167,11 @@ impl Bound {
         Ok(())
     }
 
+    /// The addresses whose sockets this process or another one had before.
+    pub(super) fn adopted(&self) -> impl Iterator<Item = &Address> {
+        self.addresses.iter().filter(|address| !address.is_new).map(|address| &address.listen)
+    }
+
     /// Starts to accept connections.
     pub(super) fn open(
         mut self,
@@ -190,9 +195,15 @@ impl Bound {
 }
 
 impl Opened {
-    /// Whether clients can find all sockets.
-    fn is_reachable(&self) -> bool {
-        self.is_managed || self.copies.iter().all(ListeningSocket::is_reachable)
+    /// Whether clients find the sockets, through this interface. The interface of a socket is lost with the interface,
+    /// also if another one gets its name.
+    fn serves(&self, interface: Option<&str>) -> bool {
+        let is_on = || self.copies.iter().all(|socket| socket.is_on(interface));
+        match interface {
+            // A socket unit may name an interface that the config does not.
+            None if self.is_managed => true,
+            _ => is_on() && (self.is_managed || self.copies.iter().all(ListeningSocket::is_reachable)),
+        }
     }
 
     /// The bound address. It has the real port where the config says port 0.
@@ -214,8 +225,30 @@ impl Listener {
     pub(super) fn can_become(&self, new: &config::Listener) -> bool {
         let old = &self.config;
         let is_same = old.listen == new.listen && (!new.listen.is_any_port() || old.name == new.name);
-        let is_alike = old.ports == new.ports && old.interface == new.interface;
-        is_same && is_alike && self.addresses.iter().all(Opened::is_reachable)
+        let serves = |address: &Opened| address.serves(new.interface.as_deref());
+        is_same && old.ports == new.ports && old.interface == new.interface && self.addresses.iter().all(serves)
+    }
+
+    /// Duplicates the sockets of an address, if this listener has it: another listener may go on with them, so that no
+    /// client in their queues is lost. `name` and `interface` are those of the other listener.
+    pub(super) fn share(
+        &self,
+        name: &str,
+        wanted: &Address,
+        interface: Option<&str>,
+    ) -> Option<Result<Sockets, StartError>> {
+        let is_wanted = |address: &&Opened| address.listen == *wanted && !wanted.is_any_port();
+        let address = self.addresses.iter().find(is_wanted)?;
+        if !address.serves(interface) {
+            return address
+                .is_managed
+                .then_some(interface)
+                .flatten()
+                .map(|interface| Err(other_interface(name, wanted, interface)));
+        }
+        let copies = address.copies.iter().map(ListeningSocket::try_clone).collect::<io::Result<_>>();
+        let shared = copies.map(|list| Sockets { list, is_managed: address.is_managed });
+        Some(shared.map_err(|error| cannot_listen(&format!("listeners[{name}]"), wanted.clone(), error)))
     }
 
     /// Applies the settings of `new` to connections that the listener accepts from now on.
@@ -229,12 +262,15 @@ impl Listener {
         proxy.update(self.id, &self.serving);
     }
 
-    /// Stops accepting. Open connections continue.
-    pub(super) fn close(self, proxy: &Proxy) {
+    /// Stops accepting. Open connections continue. Other listeners go on with the sockets of the addresses in `kept`, on these
+    /// interfaces.
+    pub(super) fn close(self, proxy: &Proxy, kept: &HashSet<(Address, Option<String>)>) {
         tracing::info!(listener = %self.config.name, address = self.bound_text(), "listener closed");
         // The service manager would go on with sockets that take no client.
         for address in self.addresses.iter().filter(|address| !address.is_managed) {
-            turn_away(&address.copies, &address.listen);
+            if !kept.contains(&(address.listen.clone(), self.config.interface.clone())) {
+                turn_away(&address.copies, &address.listen);
+            }
         }
         proxy.close(self.id);
     }

@@ -224,7 +224,7 @@ impl App {
         });
         // Side by side: each may wait for a name server.
         let prepared = try_join_all(prepared.collect::<Vec<_>>()).await?;
-        let inherited = inheritance.sockets(inheritance::SIDE_PORT, &config.api.listen.into(), None);
+        let inherited = inheritance.sockets(inheritance::SIDE_PORT, &config.api.listen.into(), None)?;
         let api_socket = listeners::side_port(&config, inherited)?;
         let api_address = api_socket.address().unwrap_or(config.api.listen);
         let mut bound = Vec::new();

@@ -85,16 +85,16 @@ pub async fn probe(config: &Config, docker_host: Option<&str>, token: Option<&st
 
 /// The addresses on which Ringway may not listen. An address that is taken does not count: a running Ringway may have it.
 fn addresses(config: &Config) -> Vec<StartError> {
-    let of_listeners = config.listeners.iter().flat_map(|listener| {
-        let key_path = format!("listeners[{}]", listener.name);
-        listener.addresses().map(move |address| (key_path.clone(), address, binding(listener)))
-    });
-    let side_port = ("api".to_owned(), config.api.listen.into(), Binding::default());
-    let refused = std::iter::once(side_port).chain(of_listeners).filter_map(|(key_path, address, binding)| {
+    let refused = |key_path: &str, address: Address, binding: Binding<'_>| {
         let error = bind(&address, binding).err().filter(|error| error.kind() != ErrorKind::AddrInUse)?;
-        Some(cannot_listen(&key_path, address, error))
+        Some(cannot_listen(key_path, address, error))
+    };
+    let of_listeners = config.listeners.iter().filter_map(|listener| {
+        let key_path = format!("listeners[{}]", listener.name);
+        // What one port of a range lacks, the others lack too.
+        listener.addresses().find_map(|address| refused(&key_path, address, binding(listener)))
     });
-    refused.collect()
+    refused("api", config.api.listen.into(), Binding::default()).into_iter().chain(of_listeners).collect()
 }
 
 /// Binds an address without listening, so no client can connect. Creates no file of a Unix socket.

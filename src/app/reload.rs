@@ -1,7 +1,7 @@
 //! Reload: moves the app from the running config to another one. Ringway first prepares the whole change, then applies
 //! it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -90,8 +90,12 @@ impl App {
         for listener in &config.listeners {
             let is_open = self.listeners.iter().any(|open| open.can_become(listener));
             let key_path = format!("listeners[{}]", listener.name);
-            let none = |_: &Address| Sockets::default();
-            let bind = || listeners::bind(&key_path, listener, &config, self.state.workers.len(), none, &own);
+            let (name, interface) = (listener.name.as_str(), listener.interface.as_deref());
+            let shared = |address: &Address| {
+                let shared = self.listeners.iter().find_map(|open| open.share(name, address, interface));
+                shared.unwrap_or_else(|| Ok(Sockets::default()))
+            };
+            let bind = || listeners::bind(&key_path, listener, &config, self.state.workers.len(), shared, &own);
             listeners.push(if is_open { None } else { Some(bind()?) });
         }
         let log = match (&config.access_log, &self.access_log) {
@@ -158,6 +162,11 @@ impl App {
         };
         let _ = hurry.run_until_cancelled(tokio::time::timeout(FRESH, all_healthy)).await;
 
+        let kept = std::iter::zip(&config.listeners, &listeners).flat_map(|(listener, bound)| {
+            let adopted = bound.iter().flat_map(Bound::adopted);
+            adopted.map(|address| (address.clone(), listener.interface.clone()))
+        });
+        let kept: HashSet<_> = kept.collect();
         let routes = pools::routes(&self.pools);
         let mut open: Vec<Listener> = std::mem::take(&mut self.listeners);
         for (listener, bound) in std::iter::zip(&config.listeners, listeners) {
@@ -181,7 +190,7 @@ impl App {
             });
         }
         for listener in open {
-            listener.close(&self.proxy);
+            listener.close(&self.proxy, &kept);
         }
         gone.extend(old.into_values());
         for pool in gone {

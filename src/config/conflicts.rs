@@ -71,36 +71,27 @@ pub(super) fn clashing_ports(faults: &Faults, pools: &[Pool], listeners: &[Liste
 /// Reports static backends that lead back to the listener that they serve, directly or through other pools. Each
 /// connection, and each health check, would cause another one without end.
 pub(super) fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
-    // Groups the listeners by port. Listeners on Unix sockets have the key `None`.
-    let mut by_port = HashMap::<Option<u16>, Vec<&Listener>>::new();
-    for listener in listeners {
-        ports_of(listener).for_each(|port| by_port.entry(port).or_default().push(listener));
-    }
-    // For each pool: the ports of listeners that keep their clients' port. Every port of a backend can then be meant.
-    let kept = |pool: &Pool| {
-        let keeps = |listener: &&Listener| {
-            listener.backend_port == BackendPort::Same && listener.pools().any(|name| name == pool.name)
-        };
-        listeners.iter().filter(keeps).flat_map(ports_of).collect::<Vec<_>>()
-    };
     // For each pool: its backends that are listeners, with their places in the config and the pools behind them.
     let next: Vec<Vec<(usize, usize)>> = pools
         .iter()
         .map(|pool| {
-            let kept = kept(pool);
+            // The ports of listeners that keep their clients' port. Every port of a backend can then be meant.
+            let keeps = |listener: &&Listener| {
+                listener.backend_port == BackendPort::Same && listener.pools().any(|name| name == pool.name)
+            };
+            let kept: Vec<_> = listeners.iter().filter(keeps).filter_map(ports_of).collect();
+            let index = |name: &str| pools.iter().position(|pool| pool.name == name);
             let backends = pool.provider.static_backends().unwrap_or_default().iter().enumerate();
-            let behind = backends.filter_map(|(n, backend)| {
-                let port = if let Location::Host { port, .. } = backend.location { Some(port) } else { None };
-                let mut alike = std::iter::once(&port).chain(&kept).filter_map(|port| by_port.get(port)).flatten();
-                let listener = alike.find(|listener| is_here(&backend.location, &listener.listen))?;
-                let index = |name: &str| pools.iter().position(|pool| pool.name == name);
-                Some(listener.pools().filter_map(index).map(move |pool| (n, pool)).collect::<Vec<_>>())
+            let behind = backends.flat_map(|(n, backend)| {
+                let alike = listeners.iter().filter(|listener| leads_to(&backend.location, &kept, listener));
+                alike.flat_map(Listener::pools).filter_map(index).map(|pool| (n, pool)).collect::<Vec<_>>()
             });
-            behind.flatten().collect()
+            behind.collect()
         })
         .collect();
     let paths = Paths::of_pools(pools);
     for (n, ways) in next.iter().enumerate() {
+        let mut told = None;
         for &(backend, behind) in ways {
             let (mut seen, mut open) = (HashSet::new(), vec![behind]);
             while let Some(pool) = open.pop() {
@@ -108,7 +99,8 @@ pub(super) fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
                     open.extend(next[pool].iter().map(|(_, behind)| behind));
                 }
             }
-            if seen.contains(&n) {
+            // One backend can lead to several pools.
+            if seen.contains(&n) && told.replace(backend) != Some(backend) {
                 faults.add(
                     &format!("{}.provider.static[{}].address", paths.path(n), backend_label(&pools[n], backend)),
                     "is a listener of this config that leads back to this pool: connections would loop forever",
@@ -118,9 +110,10 @@ pub(super) fn loops(faults: &Faults, pools: &[Pool], listeners: &[Listener]) {
     }
 }
 
-/// The ports of a listener; one `None` on a Unix socket.
-fn ports_of(listener: &Listener) -> impl Iterator<Item = Option<u16>> + use<'_> {
-    listener.addresses().map(|address| address.ip().map(|ip| ip.port()))
+/// The first and the last port of a listener; `None` on a Unix socket.
+fn ports_of(listener: &Listener) -> Option<(u16, u16)> {
+    let first = listener.listen.ip()?.port();
+    Some((first, first + (listener.ports - 1)))
 }
 
 /// What stands for a static backend in key paths.
@@ -128,18 +121,26 @@ fn backend_label(pool: &Pool, n: usize) -> &str {
     pool.provider.static_backends().and_then(|backends| backends.get(n)).map_or("", |backend| &backend.id)
 }
 
-/// Whether a backend's address leads to this listener. Paths must be equal. For hosts, the caller has compared the ports.
-fn is_here(backend: &Location, listen: &Address) -> bool {
-    let (host, listen) = match (backend, listen) {
-        (Location::Host { host, .. }, Address::Ip(listen)) => (host, listen),
+/// Whether a backend's address leads to this listener, at its own port or at one of the `kept` ones.
+fn leads_to(backend: &Location, kept: &[(u16, u16)], listener: &Listener) -> bool {
+    let (host, port, listen) = match (backend, &listener.listen) {
+        (Location::Host { host, port }, Address::Ip(listen)) => (host, *port, listen),
         (Location::Unix { address }, listen) => return address == listen,
         (Location::Host { .. }, Address::Unix(_)) => return false,
     };
+    let has = |&(first, last): &(u16, u16)| {
+        ports_of(listener).is_some_and(|(of_first, of_last)| first <= of_last && of_first <= last)
+    };
+    if !has(&(port, port)) && !kept.iter().any(has) {
+        return false;
+    }
     let ip = if host.eq_ignore_ascii_case("localhost") { Some(Ipv4Addr::LOCALHOST.into()) } else { host.parse().ok() };
     let is_same = |ip: IpAddr| {
         ip == listen.ip() || listen.ip().is_unspecified() && ip.is_loopback() && ip.is_ipv4() == listen.is_ipv4()
     };
-    ip.is_some_and(is_same)
+    // Loopback has an interface of its own.
+    let is_through = |ip: IpAddr| !ip.is_loopback() || listener.interface.as_deref().is_none_or(|name| name == "lo");
+    ip.is_some_and(|ip| is_same(ip) && is_through(ip))
 }
 
 /// Where something listens.

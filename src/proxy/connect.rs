@@ -156,8 +156,9 @@ async fn attempt<'a>(
         Err((failure, error)) => {
             tracing::debug!(backend = %backend.id, %address, failure = failure.as_str(), %error, "cannot connect");
             live.failures.count(failure);
-            // One port of several says nothing about the others.
-            if !failure.is_ours() && want.port.is_none() {
+            // That one port of several refuses says nothing about the others.
+            let is_of_port = matches!(failure, ConnectFailure::Refused | ConnectFailure::Reset) && want.port.is_some();
+            if !failure.is_ours() && !is_of_port {
                 report(backend, route);
             }
             Err(failure)

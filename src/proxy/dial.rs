@@ -21,7 +21,7 @@ use super::connect::Want;
 use super::socket::TcpOptions;
 use crate::address::Address;
 use crate::backend::{ConnectFailure, PortSearch};
-use crate::outgoing::{self, Outgoing};
+use crate::outgoing::{self, Outgoing, Refused};
 use crate::stream::Stream;
 
 /// Pause between attempts to get a descriptor, and the number of attempts: one second in total.
@@ -32,10 +32,13 @@ const TRIES: u32 = 50;
 /// ones, and a port that the kernel has chosen cannot be shared.
 const PORT_TRIES: u32 = 32;
 
+/// Source addresses without a free port at which one attempt lets the kernel search. A full search takes milliseconds.
+const MOST_SEARCHES: u32 = 4;
+
 /// Connects to `address`.
 ///
 /// # Errors
-/// The system's error, `ETIMEDOUT` after the route's timeout, or [`Refused`](crate::outgoing::Refused).
+/// The system's error, `ETIMEDOUT` after the route's timeout, or [`Refused`].
 pub(super) async fn dial(address: &Address, route: &Route, want: Want<'_>, search: &PortSearch) -> io::Result<Stream> {
     let timeout = route.connect_timeout;
     match address {
@@ -92,9 +95,10 @@ fn start(address: SocketAddr, route: &Route, want: Want<'_>, search: &PortSearch
     let outgoing = route.outgoing.as_deref();
     let sources = outgoing::sources(outgoing, want.key, address.is_ipv4());
     if search.is_crowded() {
+        let tries = PORT_TRIES / outgoing.map_or(1, |outgoing| outgoing.sources.len().clamp(1, 8) as u32);
         for source in sources.clone() {
-            for n in 0..PORT_TRIES {
-                let port = ephemeral_ports().random(n < PORT_TRIES / 2);
+            for n in 0..tries {
+                let port = ephemeral_ports().random(n < tries / 2);
                 match connect_from(source, Some(port), address, outgoing, want.tcp) {
                     Err(error) if is_taken(&error) => {}
                     other => return other,
@@ -102,17 +106,33 @@ fn start(address: SocketAddr, route: &Route, want: Want<'_>, search: &PortSearch
             }
         }
     }
+    // One timer for all searches: a quick one at a second address must not hide a slow one at the first.
+    let timer = search.begin();
+    let started = from_kernels_choice(address, route, want, sources);
+    search.end(&timer);
+    started
+}
+
+/// Begins to connect from the first of these source addresses at which the kernel finds a free port.
+fn from_kernels_choice(
+    address: SocketAddr,
+    route: &Route,
+    want: Want<'_>,
+    sources: impl Iterator<Item = Option<IpAddr>>,
+) -> io::Result<TcpStream> {
+    let mut searches = 0;
     let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
     for source in sources {
-        let timer = search.begin();
-        let started = connect_from(source, None, address, outgoing, want.tcp);
-        search.end(&timer);
-        match (started, source) {
+        match (connect_from(source, None, address, route.outgoing.as_deref(), want.tcp), source) {
             (Err(error), Some(source)) if outgoing::is_of_source(&error) => {
                 route.stats.skip_source(source);
+                searches += u32::from(Refused::of(&error).is_none());
                 last = error;
             }
             (other, _) => return other,
+        }
+        if searches == MOST_SEARCHES {
+            break;
         }
     }
     Err(last)
@@ -143,7 +163,9 @@ fn connect_from(
         (None, None) => {}
     }
     match socket.connect(&address.into()) {
-        Err(error) if Errno::from_io_error(&error) != Some(Errno::INPROGRESS) => Err(error),
+        Err(error) if Errno::from_io_error(&error) != Some(Errno::INPROGRESS) => {
+            Err(outgoing::of_connect(error, source, address))
+        }
         _ => TcpStream::from_std(socket.into()),
     }
 }

@@ -41,7 +41,7 @@ pub type FileId = (u64, u64);
 /// Settings of a listener's sockets.
 #[derive(Debug, Clone, Copy)]
 pub struct Wanted<'a> {
-    /// Number of sockets: one per worker.
+    /// Number of sockets: one per worker, or one for each port of a range.
     pub count: usize,
     /// Length of the kernel's queue of connections that are not accepted yet.
     pub backlog: u16,

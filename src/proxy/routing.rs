@@ -309,7 +309,7 @@ pub struct Route {
 }
 
 impl Route {
-    /// The route of a new pool, with the narrowest settings: one attempt, and no patience.
+    /// The route of a new pool: it makes one attempt, and all its times are zero.
     pub fn new(pool: Arc<str>, table: TableCell, connect_seconds: Histogram) -> Self {
         Self {
             pool,
