@@ -158,7 +158,36 @@ pub enum Replica {
         id: Arc<str>,
         /// The container's name.
         name: Arc<str>,
+        /// How its labels say that it is checked; `None`: as the pool says.
+        check: Option<OwnCheck>,
     },
+}
+
+impl Replica {
+    /// How the replica itself says that it is checked; `None`: as the pool says.
+    pub fn own_check(&self) -> Option<&OwnCheck> {
+        if let Self::Container { check, .. } = self { check.as_ref() } else { None }
+    }
+}
+
+/// The check of a single replica, in place of its pool's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnCheck {
+    /// What the check does.
+    pub way: CheckWay,
+    /// The port; `None`: that of the backend.
+    pub port: Option<u16>,
+}
+
+/// What the check of a single replica does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CheckWay {
+    /// Nothing: the replica counts as healthy.
+    Off,
+    /// Connects.
+    Tcp,
+    /// An HTTP `GET` of this path and query.
+    Http(Arc<str>),
 }
 
 /// How the last replica of a slot ended, or why no replica could be started.

@@ -20,6 +20,18 @@ fn files(folder: &str) -> Vec<PathBuf> {
     files
 }
 
+/// The configs among the examples.
+fn examples() -> Vec<PathBuf> {
+    let mut examples = files("examples");
+    examples.retain(|file| file.extension().is_some_and(|extension| extension == "yaml"));
+    assert!(!examples.is_empty(), "examples/ contains no config");
+    examples.extend(
+        ["labels"]
+            .map(|folder| Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("examples/{folder}/ringway.yaml"))),
+    );
+    examples
+}
+
 /// The faults of a config file, each with its line.
 fn faults(file: &Path) -> Vec<String> {
     let own = format!("{}:", file.display());
@@ -63,8 +75,7 @@ fn valid_configs_load_and_survive_being_printed() {
 
 #[test]
 fn every_config_to_start_from_names_its_schema_for_editors() {
-    let mut configs = files("examples");
-    configs.retain(|file| file.extension().is_some_and(|extension| extension == "yaml"));
+    let mut configs = examples();
     configs.extend(["config.yaml", "docker/ringway.yaml"].map(PathBuf::from));
     for file in configs {
         let text = std::fs::read_to_string(&file).unwrap();
@@ -74,10 +85,7 @@ fn every_config_to_start_from_names_its_schema_for_editors() {
 
 #[test]
 fn every_example_is_valid() {
-    let mut examples = files("examples");
-    examples.retain(|file| file.extension().is_some_and(|extension| extension == "yaml"));
-    assert!(!examples.is_empty(), "examples/ contains no config");
-    for file in examples {
+    for file in examples() {
         if let Err(error) = Config::load(&file) {
             panic!("{}: {error}", file.display());
         }

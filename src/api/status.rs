@@ -378,7 +378,7 @@ impl Replica {
     fn of(replica: &backend::Replica) -> Self {
         match replica {
             backend::Replica::Process { pid } => Self::Process { pid: *pid },
-            backend::Replica::Container { id, name } => {
+            backend::Replica::Container { id, name, .. } => {
                 Self::Container { container: id.to_string(), name: name.to_string() }
             }
         }

@@ -173,16 +173,26 @@ fn network(item: &Item<'_>) -> Option<String> {
 }
 
 fn discover_of(mut section: Section<'_>, network: Option<String>) -> Discover {
-    let label = section.required("label", "a label of the containers, like app=web").and_then(|item| {
+    let reads_labels = section.truth("labels");
+    let label = if reads_labels {
+        section.item("label")
+    } else {
+        section.required("label", "a label of the containers, like app=web")
+    };
+    let label = label.and_then(|item| {
         let label = item.text()?;
         if label.is_empty() || label.starts_with('=') {
             item.fault(format_args!("{label:?} is not a label: write it like app or app=web"));
         }
         Some(label)
     });
-    let port = port(&mut section);
+    let port = if reads_labels {
+        section.item("port").and_then(|item| item.integer()).map(narrow)
+    } else {
+        Some(port(&mut section))
+    };
     section.finish();
-    Discover { label: label.unwrap_or_default(), port, network }
+    Discover { label, reads_labels, port, network }
 }
 
 fn dns_of(mut section: Section<'_>) -> dns::Settings {

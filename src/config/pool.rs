@@ -98,6 +98,11 @@ impl Pool {
         (MOST_POINTS / u64::from(self.ring.virtual_nodes.max(1))).min(MOST_FOUND) as usize
     }
 
+    /// The largest sum of weights for which the ring has room.
+    pub fn most_weight(&self) -> u64 {
+        MOST_POINTS / u64::from(self.parameters().virtual_nodes.max(1))
+    }
+
     /// Whether the pool can have these backends.
     ///
     /// # Errors

@@ -108,10 +108,12 @@ pub struct Containers {
 /// Settings of a pool of containers that something else runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Discover {
-    /// Label that selects the containers: `name` or `name=value`.
-    pub label: String,
-    /// TCP port on which the containers listen.
-    pub port: u16,
+    /// Label that selects the containers: `name` or `name=value`. `None`: `ringway.pool` with the name of the pool.
+    pub label: Option<String>,
+    /// Whether labels of the containers say how they take part, and how they are checked.
+    pub reads_labels: bool,
+    /// TCP port on which the containers listen; `None`: the only one that a container exposes.
+    pub port: Option<u16>,
     /// Docker network on which Ringway reaches the containers; `None`: the network that Ringway itself is on.
     pub network: Option<String>,
 }

@@ -104,8 +104,13 @@ pub enum Event {
     Retiring {
         /// Ring identity.
         id: Arc<str>,
-        /// Time until Ringway resets the connections that are still open.
-        within: Duration,
+        /// Time until Ringway resets the connections that are still open; `None`: never.
+        within: Option<Duration>,
+    },
+    /// The replica that was to be stopped stays.
+    Spared {
+        /// Ring identity.
+        id: Arc<str>,
     },
     /// A command ends the drain: the backend may get connections again.
     DrainCancelled {
@@ -157,6 +162,7 @@ impl Event {
             | Self::Readmitted { id, .. }
             | Self::DrainRequested { id, .. }
             | Self::Retiring { id, .. }
+            | Self::Spared { id }
             | Self::DrainCancelled { id }
             | Self::Leaving { id, .. }
             | Self::Advised { id, .. }

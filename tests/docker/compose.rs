@@ -53,6 +53,22 @@ impl Project {
         Self { name, folder, owner }
     }
 
+    /// Creates a project of the compose file in this folder of the examples.
+    async fn of_example(folder: &str) -> Self {
+        let owner = Owner::new().await;
+        let (name, root) =
+            (owner.name.replace('-', "x"), Path::new(env!("CARGO_MANIFEST_DIR")).join("examples").join(folder));
+        let read = |file: &str| std::fs::read_to_string(root.join(file)).unwrap();
+        let files = tempfile::tempdir().unwrap();
+        let yaml =
+            read("compose.yaml").replace("./ringway.yaml", &root.join("ringway.yaml").display().to_string()).replace(
+                "\"8000:8000\", \"7000:7000\", \"127.0.0.1:8001:8001\"",
+                "\"127.0.0.1::8000\", \"127.0.0.1::7000\", \"127.0.0.1::8001\"",
+            );
+        std::fs::write(files.path().join("compose.yaml"), yaml).unwrap();
+        Self { name, folder: files, owner }
+    }
+
     fn compose(&self, words: &[&str]) -> String {
         let (done, said) = self.try_compose(words);
         assert!(done, "compose {words:?}: {said}");
@@ -199,4 +215,39 @@ async fn the_containers_have_few_privileges_and_report_their_health() {
     println!("the image has {:.1} MB", size as f64 / 1e6);
     assert!(size < 20_000_000);
     project.compose(&["down"]);
+}
+
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn labels_in_a_compose_file_describe_the_backends() {
+    let project = Project::of_example("labels").await;
+    project.compose(&["up", "-d", "--scale", "web=2"]);
+    let (web, api) = (project.port("8000"), project.port("8001"));
+    let mut members = Vec::new();
+    eventually_async("three and one healthy backends", async || {
+        if tokio::net::TcpStream::connect(api).await.is_err() {
+            return false;
+        }
+        let status: serde_json::Value = serde_json::from_str(&get(api, "/api/status").await.1).unwrap_or_default();
+        members = (0..2)
+            .flat_map(|n| status["pools"][n]["backends"].as_array().cloned().unwrap_or_default())
+            .filter(|one| one["state"] == "healthy")
+            .map(|one| (one["id"].as_str().unwrap().to_owned(), one["weight"].as_u64(), one["tier"].as_u64()))
+            .collect();
+        members.len() == 4
+    })
+    .await;
+    let of = |service: &str| members.iter().filter(|(id, ..)| id.contains(service)).collect::<Vec<_>>();
+    assert_eq!(of("web").len(), 2, "{members:?}");
+    assert!(matches!(of("spare")[..], [(_, Some(1), Some(1))]), "{members:?}");
+    assert!(matches!(of("raw")[..], [(_, Some(3), Some(0))]), "{members:?}");
+    let answer = http(web, "POST", "/api/request", b"{}").await;
+    let body = String::from_utf8(answer.body().to_vec()).unwrap();
+    assert!(body.contains("\"server\":\"web\""), "{body}");
+    project.compose(&["stop", "web"]);
+    eventually_async("the spare takes over", async || {
+        let answer = http(web, "POST", "/api/request", b"{}").await;
+        String::from_utf8_lossy(answer.body()).contains("\"server\":\"spare\"")
+    })
+    .await;
 }

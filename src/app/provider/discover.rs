@@ -8,6 +8,7 @@ use crate::app::context::PoolContext;
 use crate::app::tasks::until;
 use crate::config;
 use crate::control::Event;
+use crate::control::docker::label;
 use crate::control::provider::discover::{Settings, follow};
 
 /// A pool of discovered containers has nothing to update: other settings make another pool.
@@ -22,10 +23,12 @@ pub(super) fn prepare(
     let (engine, engine_status) = watched(context.engine)?;
     let settings = Settings {
         pool: pool.name.as_str().into(),
-        label: discover.label.clone(),
+        label: discover.label.clone().unwrap_or_else(|| format!("{}={}", label::POOL, pool.name)),
+        reads_labels: discover.reads_labels,
         port: discover.port,
         scope: scope(context.config, discover.network.as_ref()),
         resync: context.config.docker.resync,
+        most_weight: pool.most_weight(),
     };
     let status = Arc::clone(&engine_status);
     Ok(Prepared {

@@ -27,7 +27,10 @@ pub(super) fn provider(provider: &Provider) -> Value {
         Provider::Process(settings) => map([("process", process(settings))]),
         Provider::Containers(settings) => map([("docker", containers(settings))]),
         Provider::Discover(settings) => {
-            let discover = map([("label", settings.label.as_str().into()), ("port", settings.port.into())]);
+            let mut discover = vec![("labels", settings.reads_labels.into())];
+            discover.extend(settings.label.as_deref().map(|label| ("label", label.into())));
+            discover.extend(settings.port.map(|port| ("port", port.into())));
+            let discover = map(discover);
             let network = auto_text(settings.network.as_deref());
             map([("docker", map([("discover", discover), ("network", network)]))])
         }

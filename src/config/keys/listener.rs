@@ -23,7 +23,7 @@ pub(super) const LISTENER: &[Key] = &[
         "interface",
         Form::Text,
         "(all)",
-        "network interface through which clients come, like `eth0`, or a VRF. Ringway does not see other clients",
+        "network interface through which clients come, like `eth0`, or a VRF. Other clients do not reach the listener",
     ),
     Key::truth(
         "freebind",
@@ -34,7 +34,7 @@ pub(super) const LISTENER: &[Key] = &[
         "backend_port",
         names::<BackendPort>,
         "own",
-        "to which port of a backend connections go. `own`: that of the backend's address. `same`: the port to which the client has connected, as a [range](#port-ranges) needs it",
+        "to which port of a backend connections go. `own`: that of the backend's address. `same`: the port of this listener to which the client has connected, as a [range](#port-ranges) needs it. A PROXY header does not change it",
     ),
     Key::usual(
         "allow",

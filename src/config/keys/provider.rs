@@ -219,12 +219,23 @@ const FOUND: &[Key] = &[
 
 /// Section `pools[].provider.docker.discover`.
 const DISCOVER: &[Key] = &[
-    Key::required(
+    Key::truth(
+        "labels",
+        false,
+        "true: [labels of the containers](docker.md#labels) name their port, weight, tier and check. `label` and `port` may then be absent",
+    ),
+    Key::optional(
         "label",
         Form::Text,
-        "label, `name` or `name=value`. The running containers with this label are the backends. With `discover`, `network` is the only other `docker` key that the pool may have",
+        "(required without `labels`)",
+        "label, `name` or `name=value`. With `labels`, the default is `ringway.pool` with the name of the pool. The running containers with this label are the backends. With `discover`, `network` is the only other `docker` key that the pool may have",
     ),
-    Key::required("port", Form::Integer(1..=65_535), "port on which the containers listen"),
+    Key::optional(
+        "port",
+        Form::Integer(1..=65_535),
+        "(required without `labels`)",
+        "port on which the containers listen. With `labels`, the default is the only TCP port that the container exposes",
+    ),
 ];
 
 /// Section `pools[].provider.docker.resources`.

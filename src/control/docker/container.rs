@@ -1,10 +1,10 @@
 //! A container as a full list of the engine shows it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use bollard::models::{ContainerSummary, ContainerSummaryStateEnum, EndpointSettings};
+use bollard::models::{ContainerSummary, ContainerSummaryStateEnum, EndpointSettings, PortSummaryTypeEnum};
 
 /// A container.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,6 +22,10 @@ pub struct Container {
     pub healthy: Option<bool>,
     /// The container's address on each network.
     pub addresses: HashMap<String, IpAddr>,
+    /// The TCP ports that the container exposes, in order.
+    pub ports: Vec<u16>,
+    /// The container still runs, but has got the signal to stop.
+    pub is_stopping: bool,
 }
 
 /// The state of a container.
@@ -54,6 +58,10 @@ impl From<ContainerSummary> for Container {
             _ => State::Running,
         };
         let is_paused = summary.state == Some(ContainerSummaryStateEnum::PAUSED);
+        let of_tcp =
+            summary.ports.unwrap_or_default().into_iter().filter(|port| port.typ == Some(PortSummaryTypeEnum::TCP));
+        // A port that is published on IPv4 and IPv6 is there twice.
+        let ports: BTreeSet<_> = of_tcp.map(|port| port.private_port).collect();
         let networks = summary.network_settings.and_then(|settings| settings.networks).unwrap_or_default();
         Self {
             id: summary.id.unwrap_or_default().into(),
@@ -65,6 +73,8 @@ impl From<ContainerSummary> for Container {
                 .into_iter()
                 .filter_map(|(network, endpoint)| Some((network, address(&endpoint)?)))
                 .collect(),
+            ports: ports.into_iter().collect(),
+            is_stopping: false,
         }
     }
 }
@@ -86,7 +96,8 @@ mod tests {
     #[test]
     fn ringway_reads_the_list_of_an_engine_with_api_1_41() {
         let json = r#"[{"Id": "d43c", "Names": ["/ringway-echo-1"], "Image": "ringway:latest", "ImageID": "sha256:1", "Command": "/ringway",
-            "Created": 1790000000, "Ports": [], "Labels": {"ringway.slot": "echo-1"}, "State": "running",
+            "Created": 1790000000, "Ports": [{"IP": "0.0.0.0", "PrivatePort": 80, "PublicPort": 8080, "Type": "tcp"},
+            {"IP": "::", "PrivatePort": 80, "PublicPort": 8080, "Type": "tcp"}, {"PrivatePort": 53, "Type": "udp"}], "Labels": {"ringway.slot": "echo-1"}, "State": "running",
             "Status": "Up 3 minutes (unhealthy)", "HostConfig": {"NetworkMode": "net"}, "Mounts": [],
             "NetworkSettings": {"Networks": {"net": {"IPAddress": "172.18.0.2", "GlobalIPv6Address": ""}, "off": {"IPAddress": ""}}}}]"#;
         let summaries: Vec<ContainerSummary> = serde_json::from_str(json).unwrap();
@@ -95,6 +106,7 @@ mod tests {
         assert_eq!((&*container.id, &*container.name), ("d43c", "ringway-echo-1"));
         assert_eq!((container.label("ringway.slot"), container.label("other")), ("echo-1", ""));
         assert_eq!((container.state, container.healthy), (State::Running, Some(false)));
+        assert_eq!((&container.ports[..], container.is_stopping), (&[80][..], false));
         assert_eq!(container.addresses, HashMap::from([("net".to_owned(), IpAddr::from([172, 18, 0, 2]))]));
     }
 

@@ -9,11 +9,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwapOption;
+use bollard::models::EventMessage;
 use futures_util::stream::StreamExt as _;
+use rustix::process::Signal;
 use tokio::sync::{Notify, watch};
 
 use super::container::{Container, State};
 use super::engine::{Engine, EngineError};
+use super::signals;
 
 /// Wait before the first retry of an unreachable engine; doubles with each retry.
 const FIRST_RETRY: Duration = Duration::from_millis(250);
@@ -29,6 +32,10 @@ const TOGETHER: Duration = Duration::from_millis(10);
 /// list and the moment the new subscription takes effect.
 const FURTHER: [Duration; 4] =
     [Duration::from_millis(40), Duration::from_millis(160), Duration::from_millis(640), Duration::from_millis(2560)];
+
+/// How long a container may go on after the signal to stop until Ringway takes the signal for something else. The engine
+/// itself kills it after 10 s, unless it was told another time.
+const STOPPING: Duration = Duration::from_secs(60);
 
 /// A full list.
 #[derive(Debug, Clone)]
@@ -139,12 +146,43 @@ pub struct Watch {
     pub poke: Arc<Notify>,
 }
 
+/// The containers that have got the signal to stop.
+#[derive(Debug, Default)]
+struct Stopping(HashMap<Arc<str>, Instant>);
+
+impl Stopping {
+    fn add(&mut self, id: Arc<str>, now: Instant) {
+        self.0.insert(id, now);
+    }
+
+    /// Forgets a container that starts again.
+    fn forget(&mut self, event: &EventMessage) {
+        let id = event.actor.as_ref().and_then(|actor| actor.id.as_deref());
+        id.and_then(|id| self.0.remove(id));
+    }
+
+    /// Forgets the containers that have ended, and those that go on in spite of the signal.
+    fn follow(&mut self, containers: &[Container], now: Instant) {
+        let runs = |id: &Arc<str>| containers.iter().any(|one| one.id == *id && one.state == State::Running);
+        self.0.retain(|id, since| runs(id) && now.saturating_duration_since(*since) < STOPPING);
+    }
+
+    /// Marks the containers among these. Returns whether that is news.
+    fn mark(&self, containers: &mut [Container]) -> bool {
+        let mut is_news = false;
+        for container in containers.iter_mut().filter(|one| self.0.contains_key(&one.id)) {
+            is_news |= !std::mem::replace(&mut container.is_stopping, true);
+        }
+        is_news
+    }
+}
+
 impl Watch {
     /// Sends every list to `seen`. Ends when no receiver is left.
     pub async fn run(self, seen: watch::Sender<Option<Seen>>) {
-        let mut retry = Retry::default();
+        let (mut retry, mut stopping) = (Retry::default(), Stopping::default());
         while !seen.is_closed() {
-            match self.follow(&seen, &mut retry).await {
+            match self.follow(&seen, &mut stopping, &mut retry).await {
                 Ok(()) => tracing::debug!(pool = %self.pool, "the engine's event stream ended"),
                 Err(error) => self.engine_status.failed(&self.pool, &error),
             }
@@ -156,8 +194,26 @@ impl Watch {
         }
     }
 
+    /// The container that an event tells to stop: by SIGTERM, SIGKILL, or the signal that its image names for that.
+    async fn told_to_stop(&self, event: &EventMessage) -> Option<Arc<str>> {
+        let actor = event.actor.as_ref().filter(|_| event.action.as_deref() == Some("kill"))?;
+        let (id, signal) = (actor.id.as_deref()?, actor.attributes.as_ref()?.get("signal")?);
+        let is_usual = [Signal::TERM, Signal::KILL].iter().any(|usual| usual.as_raw().to_string() == *signal);
+        if !is_usual {
+            let details = self.engine.inspect(id).await.ok()?;
+            let of_image = details.config?.stop_signal.filter(|name| !name.is_empty())?;
+            signals::number(&of_image).filter(|number| number.to_string() == *signal)?;
+        }
+        Some(id.into())
+    }
+
     /// Follows one subscription until it ends.
-    async fn follow(&self, seen: &watch::Sender<Option<Seen>>, retry: &mut Retry) -> Result<(), EngineError> {
+    async fn follow(
+        &self,
+        seen: &watch::Sender<Option<Seen>>,
+        stopping: &mut Stopping,
+        retry: &mut Retry,
+    ) -> Result<(), EngineError> {
         let mut events = self.engine.events(&self.labels)?;
         let mut next = Instant::now();
         let mut further = FURTHER.iter();
@@ -171,7 +227,7 @@ impl Watch {
                 () = seen.closed() => return Ok(()),
                 event = events.next() => match event {
                     Some(Ok(event)) => {
-                        let action = event.action.unwrap_or_default();
+                        let action = event.action.as_deref().unwrap_or_default();
                         tracing::debug!(pool = %self.pool, action, "received an event of the Docker engine");
                         // Each run of a container's health check causes three events.
                         if action.starts_with("exec_") {
@@ -180,6 +236,14 @@ impl Watch {
                         next = next.min(Instant::now() + TOGETHER);
                         further = FURTHER.iter();
                         unchanged = None;
+                        if event.action.as_deref() == Some("start") {
+                            stopping.forget(&event);
+                        }
+                        if let Some(id) = self.told_to_stop(&event).await {
+                            stopping.add(id, Instant::now());
+                            // The list would come too late: the container may stop accepting at once.
+                            seen.send_if_modified(|seen| seen.as_mut().is_some_and(|seen| stopping.mark(&mut seen.containers)));
+                        }
                     }
                     // The next subscription shows whether the engine is still reachable.
                     Some(Err(error)) if is_subscribed => {
@@ -195,7 +259,9 @@ impl Watch {
                 }
                 () = tokio::time::sleep_until(next.into()) => {
                     let as_of = Instant::now();
-                    let containers = self.engine.list(&self.labels).await?;
+                    let mut containers = self.engine.list(&self.labels).await?;
+                    stopping.follow(&containers, as_of);
+                    stopping.mark(&mut containers);
                     self.engine_status.succeeded(&self.pool, as_of);
                     *retry = Retry::default();
                     let states = containers.iter().map(|container| (Arc::clone(&container.id), container.state));

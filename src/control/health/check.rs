@@ -16,7 +16,7 @@ use tokio::net::TcpSocket;
 
 use super::{exec, expect, grpc, http, tls};
 use crate::address::Address;
-use crate::backend::ConnectFailure;
+use crate::backend::{CheckWay, ConnectFailure, OwnCheck};
 use crate::labels::Label as _;
 use crate::outgoing::{self, Outgoing};
 use crate::proxy_header::OwnHeader;
@@ -175,12 +175,29 @@ pub(super) enum Outcome {
     Passed,
     /// A short reason.
     Failed(Reason),
-    /// Ringway could not make the check because it lacks descriptors, memory or ports. This is not the backend's fault
+    /// Ringway could not make the check because it lacks descriptors, memory or ports, or may not use the pool's source
+    /// address. This is not the backend's fault
     /// and does not count against it.
     NotDone(ConnectFailure),
 }
 
 impl Check {
+    /// This check, as a single replica wants it.
+    pub(super) fn of(&self, own: &OwnCheck) -> Self {
+        let kind = match (&own.way, &self.kind) {
+            (CheckWay::Off, kind) => kind.clone(),
+            (CheckWay::Tcp, _) => Kind::Tcp,
+            (CheckWay::Http(path), kind) => {
+                // The labels were checked: this is a path.
+                let path = path.parse().unwrap_or_default();
+                let usual = Http { path: Uri::default(), host: None, status: 200..=399, body: None };
+                let http = if let Kind::Http(http) = kind { http.clone() } else { usual };
+                Kind::Http(Http { path, ..http })
+            }
+        };
+        Self { kind, port: own.port, ..self.clone() }
+    }
+
     /// Checks the backend `id` at `address`, for at most `timeout`.
     pub(super) async fn run(&self, id: &str, address: &Address, timeout: Duration) -> Outcome {
         let elsewhere = address.ip().zip(self.port).map(|(ip, port)| Address::Ip(SocketAddr::new(ip.ip(), port)));

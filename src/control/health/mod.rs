@@ -30,6 +30,7 @@ pub use self::not_done::NotDone;
 use self::schedule::{Schedule, Ticket};
 use super::Event;
 use crate::address::Address;
+use crate::backend::{CheckWay, OwnCheck};
 use crate::table::TableCell;
 
 /// Checks that start in one turn.
@@ -123,9 +124,9 @@ pub async fn check_all(
             () = is_due, if next.is_some() => {
                 let now = Instant::now();
                 for _ in 0..STARTS_PER_TURN {
-                    let Some((ticket, address)) = schedule.start(now) else { break };
+                    let Some((ticket, address, own)) = schedule.start(now) else { break };
                     let Some(settings) = current.clone() else { break };
-                    running.spawn(check(ticket, address, settings));
+                    running.spawn(check(ticket, address, own, settings));
                 }
                 if running.len() >= MANY {
                     not_before = now + PAUSE;
@@ -136,8 +137,12 @@ pub async fn check_all(
     }
 }
 
-async fn check(ticket: Ticket, address: Address, settings: Arc<Settings>) -> (Ticket, Outcome) {
-    let outcome = settings.check.run(ticket.id(), &address, settings.timeout).await;
+async fn check(ticket: Ticket, address: Address, own: Option<OwnCheck>, settings: Arc<Settings>) -> (Ticket, Outcome) {
+    let outcome = match own {
+        None => settings.check.run(ticket.id(), &address, settings.timeout).await,
+        Some(OwnCheck { way: CheckWay::Off, .. }) => Outcome::Passed,
+        Some(own) => settings.check.of(&own).run(ticket.id(), &address, settings.timeout).await,
+    };
     (ticket, outcome)
 }
 

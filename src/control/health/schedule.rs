@@ -10,7 +10,7 @@ use super::Settings;
 use super::check::Outcome;
 use super::rise_fall::RiseFall;
 use crate::address::Address;
-use crate::backend::{Backend, Live, State};
+use crate::backend::{Backend, Live, OwnCheck, Replica, State};
 use crate::control::Event;
 use crate::table::Members;
 
@@ -43,6 +43,8 @@ struct Subject {
     number: u64,
     incarnation: u64,
     address: Address,
+    /// How the replica itself says that it is checked.
+    own: Option<OwnCheck>,
     live: Arc<Live>,
     rise_fall: RiseFall,
     since: Instant,
@@ -86,12 +88,12 @@ impl Schedule {
         self.due.peek().map(|Reverse((at, _))| *at)
     }
 
-    /// Takes a check that is due, and returns the address to check.
-    pub(super) fn start(&mut self, now: Instant) -> Option<(Ticket, Address)> {
+    /// Takes a check that is due. Returns the address to check, and how the replica itself says that it is checked.
+    pub(super) fn start(&mut self, now: Instant) -> Option<(Ticket, Address, Option<OwnCheck>)> {
         while self.next().is_some_and(|at| at <= now) {
             let Reverse((_, ticket)) = self.due.pop()?;
             if let Some(subject) = self.subjects.get(&ticket.id).filter(|subject| subject.number == ticket.number) {
-                return Some((ticket, subject.address.clone()));
+                return Some((ticket, subject.address.clone(), subject.own.clone()));
             }
         }
         None
@@ -160,6 +162,7 @@ impl Subject {
             number,
             incarnation: backend.incarnation,
             address: address.clone(),
+            own: backend.replica.as_ref().and_then(Replica::own_check).cloned(),
             live: Arc::clone(&backend.live),
             rise_fall: RiseFall::new(verdict),
             since: now,
@@ -228,7 +231,7 @@ mod tests {
         let (mut schedule, mut now, settings) = (Schedule::default(), Instant::now(), settings());
         schedule.follow(&members(&[("a", 1)]), true, now);
         let mut step = |outcome: Outcome| {
-            let (ticket, _) = schedule.start(now).unwrap();
+            let (ticket, ..) = schedule.start(now).unwrap();
             assert!(schedule.start(now).is_none(), "one check at a time");
             let event = schedule.finish(&ticket, outcome, &settings, now);
             let wait = schedule.next().unwrap() - now;
@@ -254,13 +257,13 @@ mod tests {
     fn the_result_of_a_replica_that_has_gone_counts_for_nothing() {
         let (mut schedule, now, settings) = (Schedule::default(), Instant::now(), settings());
         schedule.follow(&members(&[("a", 1), ("b", 2)]), true, now);
-        let (old, _) = schedule.start(now).unwrap();
+        let (old, ..) = schedule.start(now).unwrap();
         let replaced = Members::new(members(&[("b", 3)]).iter().cloned(), 99);
         schedule.follow(&replaced, true, now + SECOND);
         assert!(schedule.finish(&old, failed(), &settings, now).is_none());
         let later = now + 10 * SECOND;
         let mut started = Vec::new();
-        while let Some((ticket, address)) = schedule.start(later) {
+        while let Some((ticket, address, _)) = schedule.start(later) {
             started.push((ticket.id, address.ip().unwrap().port()));
         }
         assert_eq!(started, [("b".into(), 3)], "only the new replica is checked");
@@ -271,7 +274,7 @@ mod tests {
         let (mut schedule, mut now, settings) = (Schedule::default(), Instant::now(), settings());
         schedule.follow(&members(&[("a", 1)]), false, now);
         let mut step = |outcome: Outcome| {
-            let (ticket, _) = schedule.start(now).expect("a check is due");
+            let (ticket, ..) = schedule.start(now).expect("a check is due");
             let event = schedule.finish(&ticket, outcome, &settings, now);
             now = schedule.next().unwrap();
             match event {

@@ -1,6 +1,8 @@
 //! Discovers containers that Ringway does not run itself: running containers with a certain label are the pool's
 //! backends. Ringway does not start or stop them.
 
+mod labels;
+
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -12,6 +14,7 @@ use crate::backend::{Membership, Replica};
 use crate::control::Event;
 use crate::control::docker::container::{Container, State};
 use crate::control::docker::engine::Engine;
+use crate::control::docker::label;
 use crate::control::docker::scope::{self, ScopeSettings};
 use crate::control::docker::watch::{EngineStatus, Watch};
 
@@ -22,20 +25,27 @@ pub struct Settings {
     pub pool: Arc<str>,
     /// The label that a backend must have: `name` or `name=value`.
     pub label: String,
-    /// The port on which the containers listen.
-    pub port: u16,
+    /// Whether labels of the containers say how they take part, and how they are checked.
+    pub reads_labels: bool,
+    /// The port on which the containers listen; `None`: the only one that a container exposes. A label may name another.
+    pub port: Option<u16>,
     /// The network on which Ringway reaches the containers.
     pub scope: ScopeSettings,
     /// Longest time between two full lists.
     pub resync: std::time::Duration,
+    /// The largest sum of weights for which the ring has room.
+    pub most_weight: u64,
 }
 
 /// A backend as last reported to the publisher.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Reported {
+    membership: Membership,
     replica: Replica,
     address: Address,
     is_bad: bool,
+    /// The container has got the signal to stop.
+    is_stopping: bool,
 }
 
 /// Reports changes of the labeled containers until the task is dropped.
@@ -52,17 +62,17 @@ pub async fn follow(settings: Settings, engine: Engine, events: mpsc::Sender<Eve
     };
     let watching = watch.run(sender);
     let following = async {
-        let (mut reported, mut unreachable) = (HashMap::new(), HashSet::new());
+        let (mut reported, mut told) = (HashMap::new(), HashSet::new());
         while seen.changed().await.is_ok() {
             let Some(now) = seen.borrow_and_update().clone() else { continue };
-            let members = members(&settings, &scope.network, &now.containers);
+            let (members, problems) = members(&settings, &scope.network, &now.containers);
             for event in news(&reported, &members) {
                 if events.send(event).await.is_err() {
                     return;
                 }
             }
             reported = members;
-            tell_of_unreachable(&settings, &scope.network, &now.containers, &mut unreachable);
+            tell(&settings.pool, &now.containers, problems, &mut told);
         }
     };
     tokio::select! {
@@ -71,27 +81,89 @@ pub async fn follow(settings: Settings, engine: Engine, events: mpsc::Sender<Eve
     }
 }
 
-/// The running containers. A container's name is its identity on the ring: it stays when the container is recreated.
-fn members(settings: &Settings, network: &str, containers: &[Container]) -> HashMap<Arc<str>, Reported> {
-    let running = containers.iter().filter(|container| container.state == State::Running);
-    let member = |container: &Container| {
-        let &ip = container.addresses.get(network)?;
-        let replica = Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name) };
-        let address = Address::Ip(SocketAddr::new(ip, settings.port));
-        Some((Arc::clone(&container.name), Reported { replica, address, is_bad: container.healthy == Some(false) }))
-    };
-    running.filter_map(member).collect()
+/// What is wrong with a container.
+#[derive(Debug, PartialEq, Eq)]
+struct Problem<'a> {
+    container: &'a Container,
+    text: String,
+    /// The container is no backend because of it.
+    is_ignored: bool,
 }
 
-/// Logs a warning, once per container, for running containers that have the label but are not on the network.
-fn tell_of_unreachable(settings: &Settings, network: &str, containers: &[Container], reported: &mut HashSet<Arc<str>>) {
-    reported.retain(|id| containers.iter().any(|container| container.id == *id));
-    for container in containers.iter().filter(|container| container.state == State::Running) {
-        if !container.addresses.contains_key(network) && reported.insert(Arc::clone(&container.id)) {
-            let (pool, name, networks) =
-                (&settings.pool, &container.name, container.addresses.keys().collect::<Vec<_>>());
-            tracing::warn!(%pool, container = %name, network, ?networks,
-                "ignored a container: it is not on the network on which Ringway reaches backends");
+/// The running containers. A container's name is its identity on the ring: it stays when the container is recreated.
+fn members<'a>(
+    settings: &Settings,
+    network: &str,
+    containers: &'a [Container],
+) -> (HashMap<Arc<str>, Reported>, Vec<Problem<'a>>) {
+    let (mut members, mut problems, mut weight) = (HashMap::new(), Vec::new(), 0);
+    let is_candidate = |container: &&Container| {
+        // Ringway's own containers have labels of the same names.
+        let is_replica = settings.reads_labels && container.labels.contains_key(label::OWNER);
+        container.state == State::Running && !is_replica
+    };
+    let mut running: Vec<_> = containers.iter().filter(is_candidate).collect();
+    running.sort_by(|one, two| one.name.cmp(&two.name));
+    for container in running {
+        let member = member(settings, network, container).and_then(|member| {
+            let with_it = weight + u64::from(member.membership.weight);
+            if with_it > settings.most_weight {
+                let most = settings.most_weight;
+                return Err(format!(
+                    "with it, the weights of the pool would be {with_it} together, and {most} is the most: lower them"
+                ));
+            }
+            weight = with_it;
+            Ok(member)
+        });
+        match member {
+            Ok(member) => drop(members.insert(Arc::clone(&container.name), member)),
+            Err(text) => problems.push(Problem { container, text, is_ignored: true }),
+        }
+        if settings.reads_labels {
+            let unknown = labels::unknown(&container.labels).join(", ");
+            let text = format!("Ringway does not know its labels {unknown}: correct or remove them");
+            problems.extend((!unknown.is_empty()).then_some(Problem { container, text, is_ignored: false }));
+        }
+    }
+    (members, problems)
+}
+
+/// A container as a backend.
+///
+/// # Errors
+/// Why it cannot be one.
+fn member(settings: &Settings, network: &str, container: &Container) -> Result<Reported, String> {
+    let &ip = container.addresses.get(network).ok_or_else(|| {
+        let networks: Vec<_> = container.addresses.keys().collect();
+        format!(
+            "it is on the networks {networks:?}, and Ringway reaches backends on {network}: connect it to that network"
+        )
+    })?;
+    let labeled = if settings.reads_labels { Some(labels::read(&container.labels)?) } else { None };
+    let of_label = labeled.as_ref().and_then(|labeled| labeled.port);
+    let only = if let [port] = container.ports[..] { Some(port) } else { None };
+    let port = of_label.or(settings.port).or(only).ok_or_else(|| {
+        format!("it exposes the ports {:?}, and Ringway needs one: give it the label {}", container.ports, label::PORT)
+    })?;
+    let (id, name) = (Arc::clone(&container.id), Arc::clone(&container.name));
+    let membership = labeled.as_ref().map_or(Membership::weighing(1), |labeled| labeled.membership);
+    Ok(Reported {
+        membership,
+        replica: Replica::Container { id, name, check: labeled.and_then(|labeled| labeled.check) },
+        address: Address::Ip(SocketAddr::new(ip, port)),
+        is_bad: container.healthy == Some(false),
+        is_stopping: container.is_stopping,
+    })
+}
+
+/// Logs each problem once per container.
+fn tell(pool: &str, containers: &[Container], problems: Vec<Problem<'_>>, told: &mut HashSet<(Arc<str>, String)>) {
+    told.retain(|(id, _)| containers.iter().any(|container| container.id == *id));
+    for Problem { container, text, is_ignored } in problems {
+        if told.insert((Arc::clone(&container.id), text.clone())) {
+            let what = if is_ignored { "ignored a container" } else { "a container has unknown labels" };
+            tracing::warn!(%pool, container = %container.name, "{what}: {text}");
         }
     }
 }
@@ -105,16 +177,23 @@ fn news(before: &HashMap<Arc<str>, Reported>, now: &HashMap<Arc<str>, Reported>)
     for (id, member) in now {
         let known = before.get(id);
         let mut was_bad = known.is_some_and(|known| known.is_bad);
+        let mut was_stopping = known.is_some_and(|known| known.is_stopping);
+        if known.is_none_or(|known| known.membership != member.membership) {
+            news.push(Event::Joined { id: Arc::clone(id), membership: member.membership });
+        }
         if known.is_none_or(|known| (&known.replica, &known.address) != (&member.replica, &member.address)) {
-            was_bad = false;
-            if known.is_none() {
-                news.push(Event::Joined { id: Arc::clone(id), membership: Membership::weighing(1) });
-            }
+            // A drain for a stop ends with the replica that stops.
+            (was_bad, was_stopping) = (false, false);
             let replica = Some(member.replica.clone());
             news.push(Event::Started { id: Arc::clone(id), address: member.address.clone(), replica });
         }
         if was_bad != member.is_bad {
             news.push(Event::Reported { id: Arc::clone(id), healthy: !member.is_bad });
+        }
+        if was_stopping != member.is_stopping {
+            let id = Arc::clone(id);
+            // The container itself decides how long its connections may take.
+            news.push(if member.is_stopping { Event::Retiring { id, within: None } } else { Event::Spared { id } });
         }
     }
     news
@@ -125,8 +204,9 @@ mod tests {
     use super::*;
 
     fn reported(id: &str, port: u16, is_bad: bool) -> (Arc<str>, Reported) {
-        let replica = Replica::Container { id: format!("{id}{port}").into(), name: id.into() };
-        (id.into(), Reported { replica, address: Address::Ip(([10, 0, 0, 1], port).into()), is_bad })
+        let replica = Replica::Container { id: format!("{id}{port}").into(), name: id.into(), check: None };
+        let (membership, address) = (Membership::weighing(1), Address::Ip(([10, 0, 0, 1], port).into()));
+        (id.into(), Reported { membership, replica, address, is_bad, is_stopping: false })
     }
 
     fn words(before: &[(Arc<str>, Reported)], now: &[(Arc<str>, Reported)]) -> Vec<String> {
@@ -138,6 +218,8 @@ mod tests {
                 Event::Started { id, address, .. } => format!("{id} started {}", address.ip().unwrap().port()),
                 Event::Left { id } => format!("{id} left"),
                 Event::Reported { id, healthy } => format!("{id} healthy {healthy}"),
+                Event::Retiring { id, within: None } => format!("{id} retires"),
+                Event::Spared { id } => format!("{id} stays"),
                 other => format!("{other:?}"),
             })
             .collect();
@@ -159,5 +241,74 @@ mod tests {
             ["a started 3"],
             "a new replica is not unhealthy yet"
         );
+    }
+
+    #[test]
+    fn a_container_that_is_told_to_stop_retires_until_it_starts_again() {
+        let at = |is_stopping| (reported("a", 1, false).0, Reported { is_stopping, ..reported("a", 1, false).1 });
+        assert_eq!(words(&[at(false)], &[at(true)]), ["a retires"]);
+        assert_eq!(words(&[at(true)], &[at(true)]), Vec::<String>::new());
+        assert_eq!(words(&[at(true)], &[at(false)]), ["a stays"]);
+        assert_eq!(words(&[at(true)], &[reported("a", 3, false)]), ["a started 3"], "a new replica does not retire");
+    }
+
+    fn container(name: &str, labels: &[(&str, &str)], ports: &[u16]) -> Container {
+        Container {
+            id: format!("id of {name}").into(),
+            name: name.into(),
+            labels: labels.iter().map(|(name, value)| (format!("ringway.{name}"), (*value).to_owned())).collect(),
+            state: State::Running,
+            healthy: None,
+            addresses: HashMap::from([("net".to_owned(), [10, 0, 0, 9].into())]),
+            ports: ports.to_vec(),
+            is_stopping: false,
+        }
+    }
+
+    fn settings(reads_labels: bool, port: Option<u16>) -> Settings {
+        Settings {
+            pool: "p".into(),
+            label: "l".to_owned(),
+            reads_labels,
+            port,
+            scope: ScopeSettings { owner: None, network: None },
+            resync: std::time::Duration::ZERO,
+            most_weight: 10,
+        }
+    }
+
+    #[test]
+    fn the_port_is_that_of_the_label_else_of_the_pool_else_the_only_one() {
+        let port = |settings: &Settings, container: &Container| {
+            let member = member(settings, "net", container);
+            member.map(|member| member.address.ip().unwrap().port())
+        };
+        let labeled = container("a", &[("port", "1")], &[3]);
+        assert_eq!(port(&settings(true, Some(2)), &labeled), Ok(1));
+        assert_eq!(port(&settings(false, Some(2)), &labeled), Ok(2), "labels are not read");
+        assert_eq!(port(&settings(true, None), &container("a", &[], &[3])), Ok(3));
+        let problem = port(&settings(true, None), &container("a", &[], &[3, 4])).unwrap_err();
+        assert!(problem.contains("the ports [3, 4]") && problem.contains("ringway.port"), "{problem}");
+        let elsewhere = member(&settings(true, None), "other", &labeled).unwrap_err();
+        assert!(elsewhere.contains("on the networks [\"net\"]"), "{elsewhere}");
+    }
+
+    #[test]
+    fn containers_with_wrong_labels_or_too_much_weight_are_ignored_and_told_of() {
+        let containers = [
+            container("c", &[("weight", "4")], &[80]),
+            container("a", &[("weight", "7")], &[80]),
+            container("b", &[("weight", "x")], &[80]),
+            container("d", &[("wieght", "2"), ("weight", "3")], &[80]),
+            container("own", &[("owner", "ringway"), ("slot", "own-1")], &[80]),
+        ];
+        let settings = settings(true, None);
+        let (members, problems) = super::members(&settings, "net", &containers);
+        let mut names: Vec<_> = members.keys().map(|name| &**name).collect();
+        names.sort_unstable();
+        let told: Vec<_> = problems.iter().map(|one| (&*one.container.name, one.is_ignored)).collect();
+        assert_eq!(names, ["a", "d"], "c does not fit beside a: {told:?}");
+        assert_eq!(told, [("b", true), ("c", true), ("d", false)]);
+        assert_eq!(members["a"].membership.weight, 7);
     }
 }

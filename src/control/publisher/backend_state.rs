@@ -197,7 +197,13 @@ impl BackendState {
                 self.show_drain();
             }
             Event::Retiring { within, .. } => {
-                self.drains.retiring = Some(begin_drain(self.drains.retiring, Some(within), false, now));
+                self.drains.retiring = Some(begin_drain(self.drains.retiring, within, false, now));
+                self.show_drain();
+            }
+            Event::Spared { .. } => {
+                if self.drains.retiring.take().is_none() {
+                    return Change::Nothing;
+                }
                 self.show_drain();
             }
             Event::Leaving { within, .. } => {

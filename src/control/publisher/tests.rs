@@ -154,7 +154,7 @@ fn a_drained_backend_keeps_its_points_and_serves_the_same_keys_after_undrain() {
 #[test]
 fn retiring_ends_with_the_next_replica_and_a_drain_command_does_not() {
     let mut publisher = publisher(false, vec![joined("a"), started("a", 1)]);
-    let retiring = || Event::Retiring { id: "a".into(), within: SECOND };
+    let retiring = || Event::Retiring { id: "a".into(), within: Some(SECOND) };
     publisher.take([retiring()], Instant::now());
     assert_eq!(states(&publisher), [State::Draining]);
     publisher.take([Event::DrainCancelled { id: "a".into() }], Instant::now());

@@ -262,7 +262,7 @@ fn drain_event(slot: &Arc<str>, why: Why, within: Duration) -> Event {
     let id = Arc::clone(slot);
     match why {
         Why::Surplus => Event::Leaving { id, within },
-        Why::Outdated | Why::Unhealthy => Event::Retiring { id, within },
+        Why::Outdated | Why::Unhealthy => Event::Retiring { id, within: Some(within) },
     }
 }
 

@@ -163,7 +163,8 @@ impl Containers {
         slots[slot].running(is_outdated, now);
         self.backoff.clear(&slot);
         slots.note_start();
-        let replica = Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name) };
+        let replica =
+            Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name), check: None };
         let spec = container.label(label::SPEC).to_owned();
         self.known.insert(slot, Known { id: Arc::clone(&container.id), replica, spec, address: None, is_bad: false });
     }
