@@ -26,7 +26,7 @@ fn examples() -> Vec<PathBuf> {
     examples.retain(|file| file.extension().is_some_and(|extension| extension == "yaml"));
     assert!(!examples.is_empty(), "examples/ contains no config");
     examples.extend(
-        ["labels"]
+        ["labels", "swarm", "kubernetes"]
             .map(|folder| Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("examples/{folder}/ringway.yaml"))),
     );
     examples

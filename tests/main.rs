@@ -23,6 +23,7 @@ mod engine;
 mod explain;
 mod failover;
 mod house;
+mod kubernetes;
 mod limits;
 mod names;
 mod openapi;

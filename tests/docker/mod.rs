@@ -10,3 +10,4 @@ mod packages;
 mod process_one;
 mod replacement;
 mod rivals;
+mod swarm;
