@@ -27,7 +27,7 @@ fn main() -> ExitCode {
         Some(Command::Sessions(ref list)) => cli::sessions::list(&arguments.common, list),
         Some(Command::Kill(ref kill)) => cli::sessions::kill(&arguments.common, kill),
         Some(Command::Reap(ref options)) => cli::reap::reap(&arguments.common, options),
-        Some(Command::Healthcheck) => cli::healthcheck::healthcheck(),
+        Some(Command::Healthcheck { live }) => cli::healthcheck::healthcheck(live),
         Some(Command::Runtime(command)) => cli::commands::run(&arguments.common, command),
         Some(Command::EchoServer(options)) => cli::echo_server(options),
         Some(Command::Shim(ref shim)) => cli::shim(shim),

@@ -23,7 +23,7 @@ fn documents(file: &str) -> Vec<Value> {
 fn manifests() -> Vec<String> {
     let kustomization = &documents("kustomization.yaml")[0];
     let listed = kustomization["resources"].as_sequence().unwrap().iter().map(|file| file.as_str().unwrap().to_owned());
-    listed.chain(["deployment.yaml".to_owned()]).collect()
+    listed.chain(["deployment.yaml", "podmonitor.yaml"].map(str::to_owned)).collect()
 }
 
 /// The only document of this kind.
@@ -74,16 +74,25 @@ fn both_variants_run_the_same_pod() {
 
 #[test]
 fn a_pod_of_ringway_has_no_privileges_and_time_to_drain() {
+    // The pods of the namespace, those of the backends included.
+    let all = manifests().into_iter().flat_map(|file| documents(&file));
+    let pods: Vec<_> = all.map(|one| one["spec"]["template"]["spec"].clone()).filter(|pod| !pod.is_null()).collect();
+    assert_eq!(pods.len(), 3);
+    for spec in pods {
+        let container = &spec["containers"][0];
+        for host in ["hostNetwork", "hostPID", "hostIPC"] {
+            assert!(spec[host].is_null(), "{host}");
+        }
+        assert!(container["ports"].as_sequence().unwrap().iter().all(|port| port["hostPort"].is_null()));
+        assert_eq!(spec["automountServiceAccountToken"], false);
+        assert_eq!(spec["securityContext"]["runAsNonRoot"], true);
+        assert_eq!(spec["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+        assert_eq!(container["securityContext"]["readOnlyRootFilesystem"], true);
+        assert_eq!(container["securityContext"]["allowPrivilegeEscalation"], false);
+        assert_eq!(container["securityContext"]["capabilities"]["drop"][0], "ALL");
+    }
     let (config, spec) = (config(), of_kind("DaemonSet")["spec"]["template"]["spec"].clone());
     let container = &spec["containers"][0];
-    for host in ["hostNetwork", "hostPID", "hostIPC"] {
-        assert!(spec[host].is_null(), "{host}");
-    }
-    assert!(container["ports"].as_sequence().unwrap().iter().all(|port| port["hostPort"].is_null()));
-    assert_eq!(spec["automountServiceAccountToken"], false);
-    assert_eq!(spec["securityContext"]["runAsNonRoot"], true);
-    assert_eq!(container["securityContext"]["allowPrivilegeEscalation"], false);
-    assert_eq!(container["securityContext"]["capabilities"]["drop"][0], "ALL");
     assert_eq!(of_kind("Namespace")["metadata"]["labels"]["pod-security.kubernetes.io/enforce"], "restricted");
 
     let seconds = |value: &Value| Duration::from_secs(value.as_u64().unwrap());

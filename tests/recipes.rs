@@ -10,8 +10,8 @@ use tempfile::TempDir;
 use tonic_health::ServingStatus;
 
 use crate::harness::backends::free_ports;
-use crate::harness::program::is_alive;
-use crate::harness::{Ringway, config, eventually, require_tool, static_config};
+use crate::harness::program::{Program, is_alive};
+use crate::harness::{Ringway, config, eventually, eventually_async, require_tool, static_config};
 use ringway::backend::State;
 use ringway::config::Config;
 
@@ -351,4 +351,20 @@ async fn at_most_32_programs_run_at_the_same_time() {
     assert_eq!(counts.len(), 100);
     let most = counts.into_iter().max().unwrap();
     assert!((2..=32).contains(&most), "{most}");
+}
+
+#[tokio::test]
+async fn a_program_does_not_get_the_secrets_of_ringway() {
+    let (_folder, path) = script("test -z \"$RINGWAY_TOKEN$NOTIFY_SOCKET\" && test \"$OF_THE_USER\" = x");
+    let check = format!("health_check: {{ kind: exec, command: [{path}], interval: 100ms, rise: 1, fall: 1 }}");
+    let yaml = config("static: [{ address: \"127.0.0.1:1\" }]", "", &check);
+    let environment = [("RINGWAY_TOKEN", "a-token-of-the-side-port"), ("OF_THE_USER", "x")];
+    let program = Program::start_with(&yaml, &environment).await;
+    eventually_async("a result", async || {
+        let status = program.status().await;
+        let backend = &status["pools"][0]["backends"][0];
+        assert_ne!(backend["state"], "unhealthy", "{backend:#}");
+        backend["state"] == "healthy"
+    })
+    .await;
 }

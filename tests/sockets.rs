@@ -11,7 +11,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use crate::harness::backends::{Server, Silent};
 use crate::harness::program::{Killed, Program};
-use crate::harness::{Ringway, config, echoes, eventually, http, in_namespace, served_from, soon, static_config};
+use crate::harness::{Ringway, config, echoes, eventually, get, http, in_namespace, served_from, soon, static_config};
 
 /// A server that remembers from where clients come. It says hello and then echoes.
 struct Witness {
@@ -247,6 +247,9 @@ async fn a_range_of_ports_leads_to_the_same_ports_of_the_client_s_backend() {
     let descriptors = std::fs::read_dir(format!("/proc/{}/fd", program.pid().as_raw_nonzero())).unwrap().count();
     assert!((2 * 40..2 * 40 + 60).contains(&descriptors), "{descriptors} descriptors");
 
+    let explained = get(program.api(), "/api/explain?listener=web&from=10.0.0.9").await.1;
+    assert!(explained.contains(&format!("{}, the client's port", backends[0])), "{explained}");
+
     program.upgrade().await;
     check(5000..5030, 5000..5040).await;
     // A reload makes the range shorter, and an upgrade longer.
@@ -328,6 +331,39 @@ async fn listeners_on_two_interfaces_share_an_address() {
     program.upgrade().await;
     assert_eq!(answer("127.0.0.1:800").await, "127.0.0.1:1002");
     assert_eq!(from_outside().await, "127.0.0.1:1001");
+}
+
+/// The sockets stay bound to the interface that has gone.
+#[tokio::test]
+#[ignore = "needs root"]
+async fn a_reload_opens_the_sockets_of_an_interface_that_has_come_back() {
+    const NAME: &str = "sockets::a_reload_opens_the_sockets_of_an_interface_that_has_come_back";
+    if !in_namespace(NAME, "ip link add d0 type veth peer name d1; ip link set d0 up").await {
+        return;
+    }
+    let server = telling("127.0.0.1:1001".to_owned()).await;
+    let ip = |words: &str| assert!(std::process::Command::new("ip").args(words.split(' ')).status().unwrap().success());
+    let yaml = |listener: &str| {
+        static_config(&[server.address], "health_check: { kind: none }")
+            .replace("listen: 127.0.0.1:0", &format!("listen: 0.0.0.0:800\n{listener}"))
+    };
+    let on_d0 = yaml("    interface: d0\n");
+    let ringway = Ringway::start(&on_d0).await.ready().await;
+    let devices = || {
+        let listed = std::process::Command::new("ss").args(["-tlnH", "sport = 800"]).output().unwrap();
+        let text = String::from_utf8(listed.stdout).unwrap();
+        text.lines().map(|line| line.split_whitespace().nth(3).unwrap().to_owned()).collect::<BTreeSet<_>>()
+    };
+    assert_eq!(devices(), ["0.0.0.0%d0:800".to_owned()].into());
+    ip("link del d0");
+    ip("link add d0 type veth peer name d1");
+    ringway.reload(&on_d0).await.unwrap();
+    eventually("the new interface", || devices() == ["0.0.0.0%d0:800".to_owned()].into()).await;
+    // Without the key, the listener must not go on with a socket whose interface has gone.
+    ip("link del d0");
+    ringway.reload(&yaml("")).await.unwrap();
+    eventually("all interfaces", || devices() == ["0.0.0.0:800".to_owned()].into()).await;
+    assert_eq!(answer("127.0.0.1:800").await, "127.0.0.1:1001");
 }
 
 #[tokio::test]

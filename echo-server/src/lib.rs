@@ -37,7 +37,7 @@ pub struct Options {
     #[arg(long, default_value = "127.0.0.1:9000")]
     pub listen: Listen,
     /// Name in answers and in the header `x-server`
-    #[arg(long, default_value = "echo")]
+    #[arg(long, env = "ECHO_SERVER_NAME", default_value = "echo")]
     pub name: String,
     /// Wait this many milliseconds before each HTTP answer (simulated work)
     #[arg(long, default_value_t = 0, value_name = "MS")]

@@ -12,8 +12,8 @@ use socket2::SockRef;
 use tokio::sync::watch;
 
 use super::StartError;
+use super::bound::{fits_managed, turn_away};
 use super::changes::Changes;
-use super::listeners::turn_away;
 use super::pools::Pool;
 use crate::address::Address;
 use crate::backend::{Membership, State};
@@ -140,6 +140,8 @@ pub(super) struct Sockets {
     pub(super) list: Vec<ListeningSocket>,
     /// The service manager has opened them, and keeps them open.
     pub(super) is_managed: bool,
+    /// Another listener of this process has them too.
+    pub(super) is_shared: bool,
 }
 
 impl Inherited {
@@ -264,30 +266,21 @@ impl Inheritance {
         let any = unspecified.map(|listen| Address::Ip((Ipv6Addr::UNSPECIFIED, listen.port()).into()));
         let is_any = |one: &Inherited| any.as_ref() == Some(&one.listen) && one.is_dual_stack();
         let is_alike = |one: &Inherited| !listen.is_any_port() && (one.listen == *listen || is_any(one));
-        let fits = |one: &Inherited| match interface {
-            // A socket unit may name an interface that the config does not.
-            None if one.is_managed => true,
-            interface => one.sockets.iter().all(|socket| socket.is_on(interface)),
+        let fits = |one: &Inherited| {
+            let is_on = |socket: &ListeningSocket| socket.is_on(interface).unwrap_or(false);
+            if one.is_managed { fits_managed(&one.sockets, interface) } else { one.sockets.iter().all(is_on) }
         };
         let of_name = self.sockets.iter().any(|one| is_same(one) && fits(one));
         let is_wanted = |one: &Inherited| if of_name { is_same(one) } else { is_alike(one) };
-        let (mut list, mut is_managed, mut is_elsewhere) = (Vec::new(), false, false);
-        for n in (0..self.sockets.len()).rev() {
-            let one = &self.sockets[n];
-            if !is_wanted(one) {
-                continue;
-            }
-            if fits(one) {
-                let taken = self.sockets.swap_remove(n);
-                is_managed |= taken.is_managed;
-                list.extend(taken.sockets);
-            } else {
-                is_elsewhere |= one.is_managed;
-            }
+        let mut sockets = Sockets::default();
+        for taken in self.sockets.extract_if(.., |one| is_wanted(one) && fits(one)) {
+            sockets.is_managed |= taken.is_managed;
+            sockets.list.extend(taken.sockets);
         }
-        match interface.filter(|_| list.is_empty() && is_elsewhere) {
+        let is_elsewhere = || self.sockets.iter().any(|one| one.is_managed && is_wanted(one));
+        match interface.filter(|_| sockets.list.is_empty() && is_elsewhere()) {
             Some(interface) => Err(other_interface(name, listen, interface)),
-            None => Ok(Sockets { list, is_managed }),
+            None => Ok(sockets),
         }
     }
 

@@ -4,7 +4,8 @@
 //! # Layout
 //!
 //! - this file: the start of the app; [`run`]: serving, commands and shutdown
-//! - [`pools`], [`listeners`]: the parts, and how they start, change and end; [`context`]: what pools start with
+//! - [`pools`], [`listeners`]: the parts, and how they start, change and end; [`context`]: what pools start with; [`bound`]: the
+//!   sockets of listeners
 //! - [`tasks`]: the tasks of the control plane; [`threads`]: the threads that they run on
 //! - [`provider`]: where the backends of a pool come from, one file for each kind
 //! - [`access`]: who may change something by the side port; [`readiness`]: when `/readyz` succeeds
@@ -16,6 +17,7 @@
 //! - [`service_manager`]: notifications to systemd; [`error`]: why the app could not start, or ended early
 
 mod access;
+mod bound;
 mod capacity;
 mod changes;
 mod commands;
@@ -51,12 +53,13 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::AbortOnDropHandle;
 
+use self::bound::{Bound, SidePort};
 use self::capacity::capacity;
 use self::changes::Changes;
 use self::context::PoolContext;
 pub use self::error::{RunError, StartError};
 pub use self::inheritance::{Inheritance, TAKE_OVER, report_failure};
-use self::listeners::{Bound, Listener};
+use self::listeners::Listener;
 pub use self::offline::Offline;
 use self::pools::Pool;
 pub use self::probe::{Finding, probe};
@@ -136,7 +139,7 @@ pub struct App {
     access_log: Option<Log>,
     api_address: SocketAddr,
     /// The socket of the side port.
-    api_socket: Option<listeners::SidePort>,
+    api_socket: Option<SidePort>,
     /// Listeners that are not open yet, because the predecessor still serves.
     bound: Vec<Bound>,
     inheritance: Inheritance,
@@ -225,14 +228,14 @@ impl App {
         // Side by side: each may wait for a name server.
         let prepared = try_join_all(prepared.collect::<Vec<_>>()).await?;
         let inherited = inheritance.sockets(inheritance::SIDE_PORT, &config.api.listen.into(), None)?;
-        let api_socket = listeners::side_port(&config, inherited)?;
+        let api_socket = bound::side_port(&config, inherited)?;
         let api_address = api_socket.address().unwrap_or(config.api.listen);
         let mut bound = Vec::new();
         for listener in &config.listeners {
             let (key_path, own) = (format!("listeners[{}]", listener.name), inheritance.addresses());
             let inherited =
                 |address: &Address| inheritance.sockets(&listener.name, address, listener.interface.as_deref());
-            bound.push(listeners::bind(&key_path, listener, &config, workers, inherited, &own)?);
+            bound.push(bound::bind(&key_path, listener, &config, workers, inherited, &own)?);
         }
         inheritance.close_leftovers();
         let access_log = config.access_log.as_ref().map(open_log).transpose()?;
@@ -303,7 +306,7 @@ impl App {
             workers: self.state.workers.len(),
         };
         for (listener, bound) in std::iter::zip(&self.config.listeners, self.bound.drain(..)) {
-            self.listeners.push(bound.open(listener, &context, &mut self.proxy));
+            self.listeners.push(Listener::open(bound, listener, &context, &mut self.proxy));
         }
     }
 

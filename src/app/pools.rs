@@ -19,7 +19,7 @@ use super::tasks::{Tasks, until};
 use super::{Environment, StartError};
 use crate::api::ProviderView;
 use crate::backend::Failing;
-use crate::config::{self, Config};
+use crate::config::{self, Config, Provider};
 use crate::control::publisher::Publisher;
 use crate::control::supervisor::handover::Handed;
 use crate::control::{Event, agent, ejection, health};
@@ -149,7 +149,10 @@ impl Pool {
 
     /// Whether new settings are enough to turn this pool into `new`. Otherwise a new pool must replace it.
     pub(super) fn can_become(&self, new: &config::Pool) -> bool {
-        provider::can_become(&self.config.provider, &new.provider)
+        // The one who looks for containers knows how many the ring has room for.
+        let has_same_room =
+            !matches!(new.provider, Provider::Discover(_)) || self.config.most_weight() == new.most_weight();
+        has_same_room && provider::can_become(&self.config.provider, &new.provider)
     }
 
     /// Runs the fallible steps of an update. Changes nothing.

@@ -8,8 +8,8 @@ use futures_util::future::join_all;
 use rustix::fs::{Access, access};
 
 use super::access::guard;
+use super::bound::{binding, cannot_listen};
 use super::capacity::capacity;
-use super::listeners::{binding, cannot_listen};
 use super::pools::probe_outgoing;
 use super::{StartError, engine, provider, reload, workers};
 use crate::address::Address;

@@ -8,11 +8,12 @@ use std::time::Duration;
 use futures_util::future::{join_all, try_join_all};
 use tokio_util::sync::CancellationToken;
 
+use super::bound::{self, Bound};
 use super::capacity::{Capacity, capacity};
 use super::changes::Changes;
 use super::context::PoolContext;
 use super::inheritance::Sockets;
-use super::listeners::{self, Bound, Listener};
+use super::listeners::{self, Listener};
 use super::outlook::Outlook;
 use super::pools::{self, Prepared, Update};
 use super::readiness::is_empty_on_purpose;
@@ -95,7 +96,7 @@ impl App {
                 let shared = self.listeners.iter().find_map(|open| open.share(name, address, interface));
                 shared.unwrap_or_else(|| Ok(Sockets::default()))
             };
-            let bind = || listeners::bind(&key_path, listener, &config, self.state.workers.len(), shared, &own);
+            let bind = || bound::bind(&key_path, listener, &config, self.state.workers.len(), shared, &own);
             listeners.push(if is_open { None } else { Some(bind()?) });
         }
         let log = match (&config.access_log, &self.access_log) {
@@ -163,8 +164,8 @@ impl App {
         let _ = hurry.run_until_cancelled(tokio::time::timeout(FRESH, all_healthy)).await;
 
         let kept = std::iter::zip(&config.listeners, &listeners).flat_map(|(listener, bound)| {
-            let adopted = bound.iter().flat_map(Bound::adopted);
-            adopted.map(|address| (address.clone(), listener.interface.clone()))
+            let shared = bound.iter().flat_map(Bound::shared);
+            shared.map(|address| (address.clone(), listener.interface.clone()))
         });
         let kept: HashSet<_> = kept.collect();
         let routes = pools::routes(&self.pools);
@@ -180,7 +181,7 @@ impl App {
             };
             let position = open.iter().position(|open| open.can_become(listener));
             self.listeners.push(match (bound, position) {
-                (Some(bound), _) => bound.open(listener, &context, &mut self.proxy),
+                (Some(bound), _) => Listener::open(bound, listener, &context, &mut self.proxy),
                 (None, Some(position)) => {
                     let mut known = open.swap_remove(position);
                     known.update(listener, &context, &self.proxy);

@@ -13,8 +13,8 @@ use tokio::process::{Child, Command};
 use tokio::sync::oneshot;
 
 use super::App;
+use super::bound::Opened;
 use super::inheritance::{FAILED, MESSAGE_TIMEOUT, Message, READY, SIDE_PORT};
-use super::listeners::Opened;
 use super::pools::Pool;
 use super::service_manager::notify;
 use crate::address::Address;

@@ -7,7 +7,8 @@ use echo_server::Listen;
 
 use super::{Arguments, Command, Failure, runtime, side_port};
 
-pub(crate) fn healthcheck() -> Result<(), Failure> {
+/// `is_live`: Ringway need not be ready.
+pub(crate) fn healthcheck(is_live: bool) -> Result<(), Failure> {
     let line = std::fs::read("/proc/1/cmdline").context("cannot read /proc/1/cmdline")?;
     let line = String::from_utf8_lossy(&line);
     let words: Vec<&str> = line.trim_end_matches('\0').split('\0').collect();
@@ -16,7 +17,9 @@ pub(crate) fn healthcheck() -> Result<(), Failure> {
         format!("process 1 is not Ringway but {program}: healthcheck is for Ringway's containers")
     })?;
     let (address, path) = match arguments.command {
-        None | Some(Command::Run) => (arguments.common.source().api()?.listen, "/readyz"),
+        None | Some(Command::Run) => {
+            (arguments.common.source().api()?.listen, if is_live { "/healthz" } else { "/readyz" })
+        }
         Some(Command::EchoServer(options)) => match options.listen {
             Listen::Ip(listen) => (listen, "/heartbeat"),
             Listen::Unix(path) => {

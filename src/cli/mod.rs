@@ -103,7 +103,11 @@ pub(crate) enum Command {
     /// Remove the containers that Ringway created
     Reap(reap::Options),
     /// Exit with 0 if process 1 of this container is ready
-    Healthcheck,
+    Healthcheck {
+        /// Ringway need not be ready: exit with 0 if it is alive
+        #[arg(long)]
+        live: bool,
+    },
     /// Write a commented config to start from
     Init(new_config::Options),
     /// Print a JSON Schema of the config, for editors

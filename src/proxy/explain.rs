@@ -219,7 +219,14 @@ pub fn explain(target: Target<'_>, question: &Question) -> Result<Explanation, U
         }
     };
     let refused = refused.map(|refusal| refusal.as_str().to_owned());
-    let pool = route.map(|route| PoolStep::of(route, question)).transpose()?;
+    let mut pool = route.map(|route| PoolStep::of(route, question)).transpose()?;
+    if let (Target::Listener(Routing { keeps_port: true, .. }), Some(pool)) = (target, &mut pool) {
+        for address in pool.walk.iter_mut().filter_map(|step| step.address.as_mut()) {
+            // No port of the config is meant.
+            let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+            *address = format!("{host}, the client's port");
+        }
+    }
     let client = question.client.map(|client| match client {
         Client::Ip(address) if !question.has_port => address.ip().to_string(),
         Client::Unix { user, .. } => format!("unix:{user}"),

@@ -79,15 +79,16 @@ impl ListeningSocket {
         }
     }
 
-    /// Whether clients come through this network interface only; `None`: through all.
-    pub fn is_on(&self, interface: Option<&str>) -> bool {
-        match self {
-            Self::Tcp(listener) => {
-                let device = SockRef::from(listener).device().ok().flatten();
-                device.as_deref() == interface.map(str::as_bytes)
-            }
+    /// Whether clients come through this network interface only; `None`: through all. `Err`: the interface of the socket is
+    /// gone, also if there is a new one of its name.
+    ///
+    /// # Errors
+    /// The system's error.
+    pub fn is_on(&self, interface: Option<&str>) -> io::Result<bool> {
+        Ok(match self {
+            Self::Tcp(listener) => SockRef::from(listener).device()?.as_deref() == interface.map(str::as_bytes),
             Self::Unix(_) => interface.is_none(),
-        }
+        })
     }
 
     /// The bound address. It has the real port where the wanted one was 0.
@@ -223,7 +224,10 @@ pub fn adopt(mut sockets: Vec<ListeningSocket>, wanted: &Wanted<'_>) -> io::Resu
 }
 
 /// Duplicates sockets until there are `count`.
-fn share(mut sockets: Vec<ListeningSocket>, count: usize) -> io::Result<Vec<ListeningSocket>> {
+///
+/// # Errors
+/// When the process has no free descriptor.
+pub fn share(mut sockets: Vec<ListeningSocket>, count: usize) -> io::Result<Vec<ListeningSocket>> {
     let own = sockets.len().max(1);
     for n in sockets.len()..count {
         sockets.push(sockets[n % own].try_clone()?);

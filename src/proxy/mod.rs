@@ -102,8 +102,6 @@ pub struct Serving {
     pub routing: Arc<Routing>,
     /// The listener's counters.
     pub stats: Arc<ListenerStats>,
-    /// Whether a connection goes to the port of the backend to which its client has connected, in place of the backend's own.
-    pub keeps_port: bool,
     /// Limits the listener's open connections; further connections wait in the kernel's backlog.
     pub limit: Arc<Limit>,
     /// Limits per source address; `None`: unlimited.

@@ -24,6 +24,8 @@ pub const DEFAULT: &str = "default";
 /// What a listener decides for its connections.
 #[derive(Debug)]
 pub struct Routing {
+    /// Whether a connection goes to the port of the backend to which its client has connected, in place of the backend's own.
+    pub keeps_port: bool,
     /// Clients that may connect; `None`: all.
     pub allow: Option<Arc<Networks>>,
     /// Clients that may not connect; `None`: nobody. It wins over `allow`.

@@ -51,7 +51,8 @@ async fn reach_backend(client: NotServed, account: &mut Account) -> Result<Relay
     let (nth, route) = route(client.stream(), &connection).await?;
     let key = Key::of(route.key, connection.client(), connection.server_name());
     let header = header_of(route.send_proxy.as_deref(), client.stream(), &connection);
-    let port = listener.serving.keeps_port.then(|| client.stream().local_ip()).flatten().map(|local| local.port());
+    let port =
+        listener.serving.routing.keeps_port.then(|| client.stream().local_ip()).flatten().map(|local| local.port());
     let want = Want { key: key.as_bytes(), port, tcp: &listener.serving.tcp };
     let connect = connect(route, || listener.table(nth), want, |_| Cow::Borrowed(&header), &mut account.tries);
     let backend = tokio::select! {

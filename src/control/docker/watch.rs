@@ -1,6 +1,8 @@
 //! Fetches a full list of the containers with certain labels whenever something may have changed.
 //!
-//! An event only triggers a list: a lost, doubled or late event changes when Ringway fetches one, and nothing else.
+//! An event only triggers a list: a lost, doubled or late event changes when Ringway fetches one, and nothing else. The
+//! exception is the signal to stop, which no list shows: Ringway marks the container until it ends, starts again, or has
+//! taken too long.
 //! Ringway fetches a list at start, after every event and every reconnect, every `resync`, and on request.
 
 use std::collections::HashMap;
@@ -13,6 +15,7 @@ use bollard::models::EventMessage;
 use futures_util::stream::StreamExt as _;
 use rustix::process::Signal;
 use tokio::sync::{Notify, watch};
+use tokio::task::JoinSet;
 
 use super::container::{Container, State};
 use super::engine::{Engine, EngineError};
@@ -33,9 +36,15 @@ const TOGETHER: Duration = Duration::from_millis(10);
 const FURTHER: [Duration; 4] =
     [Duration::from_millis(40), Duration::from_millis(160), Duration::from_millis(640), Duration::from_millis(2560)];
 
-/// How long a container may go on after the signal to stop until Ringway takes the signal for something else. The engine
-/// itself kills it after 10 s, unless it was told another time.
+/// How long a container may go on after the signal to stop until Ringway takes the signal for something else, unless the
+/// container was created with a longer stop time. By default, the engine kills it after 10 s.
 const STOPPING: Duration = Duration::from_secs(60);
+
+/// Added to the stop time of a container.
+const LATE: Duration = Duration::from_secs(10);
+
+/// Containers that Ringway inspects at the same time. Without an inspection, the usual signals and times count.
+const MOST_INSPECTIONS: usize = 32;
 
 /// A full list.
 #[derive(Debug, Clone)]
@@ -129,6 +138,11 @@ impl Retry {
     }
 }
 
+/// Marks the containers of the last list that have got the signal to stop.
+fn tell(seen: &watch::Sender<Option<Seen>>, stopping: &Stopping) {
+    seen.send_if_modified(|seen| seen.as_mut().is_some_and(|seen| stopping.mark(&mut seen.containers)));
+}
+
 /// Watches an engine as long as a receiver exists.
 #[derive(Debug)]
 pub struct Watch {
@@ -144,27 +158,35 @@ pub struct Watch {
     pub engine_status: Arc<EngineStatus>,
     /// Requests a list.
     pub poke: Arc<Notify>,
+    /// Whether to mark containers that have got the signal to stop.
+    pub notices_stops: bool,
 }
 
-/// The containers that have got the signal to stop.
+/// The containers that have got the signal to stop, and until when they may take to do so.
 #[derive(Debug, Default)]
 struct Stopping(HashMap<Arc<str>, Instant>);
 
 impl Stopping {
-    fn add(&mut self, id: Arc<str>, now: Instant) {
-        self.0.insert(id, now);
+    /// A container may take this long.
+    fn add(&mut self, id: Arc<str>, time: Duration, now: Instant) {
+        let until = self.0.entry(id).or_insert(now);
+        *until = (*until).max(now + time);
     }
 
     /// Forgets a container that starts again.
-    fn forget(&mut self, event: &EventMessage) {
-        let id = event.actor.as_ref().and_then(|actor| actor.id.as_deref());
-        id.and_then(|id| self.0.remove(id));
+    fn forget(&mut self, id: &str) {
+        self.0.remove(id);
     }
 
     /// Forgets the containers that have ended, and those that go on in spite of the signal.
     fn follow(&mut self, containers: &[Container], now: Instant) {
         let runs = |id: &Arc<str>| containers.iter().any(|one| one.id == *id && one.state == State::Running);
-        self.0.retain(|id, since| runs(id) && now.saturating_duration_since(*since) < STOPPING);
+        self.0.retain(|id, until| runs(id) && now < *until);
+    }
+
+    /// When the first of them has taken too long.
+    fn next(&self) -> Option<Instant> {
+        self.0.values().min().copied()
     }
 
     /// Marks the containers among these. Returns whether that is news.
@@ -175,6 +197,26 @@ impl Stopping {
         }
         is_news
     }
+}
+
+/// The signal of an event that has sent one to a container, and the container's id.
+fn signal_of(event: &EventMessage) -> Option<(Arc<str>, i32)> {
+    let actor = event.actor.as_ref().filter(|_| event.action.as_deref() == Some("kill"))?;
+    Some((actor.id.as_deref()?.into(), actor.attributes.as_ref()?.get("signal")?.parse().ok()?))
+}
+
+/// Whether a signal stops a container, and how long the container may take, as it was created.
+async fn stop_time(engine: Engine, id: Arc<str>, signal: i32) -> Option<(Arc<str>, i32, Duration)> {
+    let config = engine.inspect(&id).await.ok()?.config?;
+    let stops = is_usual(signal) || config.stop_signal.as_deref().and_then(signals::number) == Some(signal);
+    let time =
+        config.stop_timeout.and_then(|seconds| u64::try_from(seconds).ok()).map_or(STOPPING, Duration::from_secs);
+    stops.then_some((id, signal, STOPPING.max(time + LATE)))
+}
+
+/// Whether the signal stops a container, whatever its image says.
+fn is_usual(signal: i32) -> bool {
+    [Signal::TERM, Signal::KILL].map(Signal::as_raw).contains(&signal)
 }
 
 impl Watch {
@@ -194,19 +236,6 @@ impl Watch {
         }
     }
 
-    /// The container that an event tells to stop: by SIGTERM, SIGKILL, or the signal that its image names for that.
-    async fn told_to_stop(&self, event: &EventMessage) -> Option<Arc<str>> {
-        let actor = event.actor.as_ref().filter(|_| event.action.as_deref() == Some("kill"))?;
-        let (id, signal) = (actor.id.as_deref()?, actor.attributes.as_ref()?.get("signal")?);
-        let is_usual = [Signal::TERM, Signal::KILL].iter().any(|usual| usual.as_raw().to_string() == *signal);
-        if !is_usual {
-            let details = self.engine.inspect(id).await.ok()?;
-            let of_image = details.config?.stop_signal.filter(|name| !name.is_empty())?;
-            signals::number(&of_image).filter(|number| number.to_string() == *signal)?;
-        }
-        Some(id.into())
-    }
-
     /// Follows one subscription until it ends.
     async fn follow(
         &self,
@@ -218,6 +247,7 @@ impl Watch {
         let mut next = Instant::now();
         let mut further = FURTHER.iter();
         let mut is_subscribed = false;
+        let mut inspections = JoinSet::new();
         // The states in the previous list, set while no change is expected.
         let mut unchanged: Option<HashMap<Arc<str>, State>> = None;
         loop {
@@ -236,13 +266,19 @@ impl Watch {
                         next = next.min(Instant::now() + TOGETHER);
                         further = FURTHER.iter();
                         unchanged = None;
-                        if event.action.as_deref() == Some("start") {
-                            stopping.forget(&event);
+                        let id = event.actor.as_ref().and_then(|actor| actor.id.as_deref());
+                        if let (Some("start"), Some(id)) = (event.action.as_deref(), id) {
+                            stopping.forget(id);
                         }
-                        if let Some(id) = self.told_to_stop(&event).await {
-                            stopping.add(id, Instant::now());
-                            // The list would come too late: the container may stop accepting at once.
-                            seen.send_if_modified(|seen| seen.as_mut().is_some_and(|seen| stopping.mark(&mut seen.containers)));
+                        if let Some((id, signal)) = signal_of(&event).filter(|_| self.notices_stops) {
+                            if is_usual(signal) {
+                                stopping.add(Arc::clone(&id), STOPPING, Instant::now());
+                                // A list would come too late: the container may stop accepting at once.
+                                tell(seen, stopping);
+                            }
+                            if inspections.len() < MOST_INSPECTIONS {
+                                inspections.spawn(stop_time(self.engine.clone(), id, signal));
+                            }
                         }
                     }
                     // The next subscription shows whether the engine is still reachable.
@@ -253,6 +289,13 @@ impl Watch {
                     Some(Err(error)) => return Err(error),
                     None => return Ok(()),
                 },
+                Some(Ok(Some((id, signal, time)))) = inspections.join_next() => {
+                    // The container may have started again meanwhile.
+                    if !is_usual(signal) || stopping.0.contains_key(&id) {
+                        stopping.add(id, time, Instant::now());
+                        tell(seen, stopping);
+                    }
+                }
                 () = self.poke.notified() => {
                     next = next.min(Instant::now());
                     unchanged = None;
@@ -275,8 +318,72 @@ impl Watch {
                     // Events may still arrive until the additional lists are done.
                     unchanged = further.as_slice().is_empty().then_some(states);
                     next = as_of + further.next().copied().unwrap_or(self.resync);
+                    next = stopping.next().map_or(next, |until| next.min(until));
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn container(id: &str, state: State) -> Container {
+        Container {
+            id: id.into(),
+            name: id.into(),
+            labels: HashMap::new(),
+            state,
+            healthy: None,
+            addresses: HashMap::new(),
+            ports: Vec::new(),
+            is_stopping: false,
+        }
+    }
+
+    #[test]
+    fn a_container_stops_until_it_ends_starts_again_or_has_taken_too_long() {
+        let begin = Instant::now();
+        let after = |seconds| begin + Duration::from_secs(seconds);
+        let mut list = ["a", "b", "c", "d"].map(|id| container(id, State::Running));
+        let mut stopping = Stopping::default();
+        assert!(!stopping.mark(&mut list) && stopping.next().is_none());
+        stopping.add("a".into(), STOPPING, begin);
+        stopping.add("b".into(), STOPPING, begin);
+        stopping.add("c".into(), STOPPING, begin);
+        assert!(stopping.mark(&mut list));
+        assert!(!stopping.mark(&mut list), "it is no news any more");
+        assert_eq!(list.each_ref().map(|one| one.is_stopping), [true, true, true, false]);
+        // Its stop time is longer than usual.
+        stopping.add("a".into(), Duration::from_secs(310), begin);
+        stopping.add("a".into(), STOPPING, begin);
+        stopping.forget("b");
+        assert_eq!(stopping.next(), Some(after(60)));
+        let left = |stopping: &Stopping| {
+            let mut left: Vec<_> = stopping.0.keys().map(ToString::to_string).collect();
+            left.sort();
+            left
+        };
+        stopping.follow(&list, after(59));
+        assert_eq!(left(&stopping), ["a", "c"]);
+        list[2].state = State::Dead;
+        stopping.follow(&list, after(59));
+        assert_eq!((left(&stopping), stopping.next()), (vec!["a".to_owned()], Some(after(310))));
+        stopping.follow(&list, after(310));
+        assert!(left(&stopping).is_empty());
+    }
+
+    #[test]
+    fn only_a_kill_event_has_a_signal() {
+        let event = |action: &str, signal: &str| -> EventMessage {
+            let json = serde_json::json!({ "Type": "container", "Action": action,
+                "Actor": { "ID": "c1", "Attributes": { "signal": signal } } });
+            serde_json::from_value(json).unwrap()
+        };
+        assert_eq!(signal_of(&event("kill", "15")), Some(("c1".into(), 15)));
+        assert_eq!(signal_of(&event("die", "15")), None);
+        assert_eq!(signal_of(&event("kill", "TERM")), None);
+        assert_eq!(signal_of(&EventMessage::default()), None);
     }
 }

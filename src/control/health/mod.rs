@@ -138,7 +138,8 @@ pub async fn check_all(
 }
 
 async fn check(ticket: Ticket, address: Address, own: Option<OwnCheck>, settings: Arc<Settings>) -> (Ticket, Outcome) {
-    let outcome = match own {
+    // In an exclusive pool, only the pool's check tells who the primary is.
+    let outcome = match own.filter(|_| !settings.is_exclusive) {
         None => settings.check.run(ticket.id(), &address, settings.timeout).await,
         Some(OwnCheck { way: CheckWay::Off, .. }) => Outcome::Passed,
         Some(own) => settings.check.of(&own).run(ticket.id(), &address, settings.timeout).await,

@@ -3,7 +3,7 @@
 
 mod labels;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
@@ -53,6 +53,7 @@ pub async fn follow(settings: Settings, engine: Engine, events: mpsc::Sender<Eve
     let scope = scope::wait_for(&engine, &settings.scope, &settings.pool, &engine_status).await;
     let (sender, mut seen) = watch::channel(None);
     let watch = Watch {
+        notices_stops: true,
         engine,
         pool: Arc::clone(&settings.pool),
         labels: vec![settings.label.clone()],
@@ -65,7 +66,7 @@ pub async fn follow(settings: Settings, engine: Engine, events: mpsc::Sender<Eve
         let (mut reported, mut told) = (HashMap::new(), HashSet::new());
         while seen.changed().await.is_ok() {
             let Some(now) = seen.borrow_and_update().clone() else { continue };
-            let (members, problems) = members(&settings, &scope.network, &now.containers);
+            let (members, problems) = members(&settings, &scope.network, &now.containers, &reported);
             for event in news(&reported, &members) {
                 if events.send(event).await.is_err() {
                     return;
@@ -90,11 +91,13 @@ struct Problem<'a> {
     is_ignored: bool,
 }
 
-/// The running containers. A container's name is its identity on the ring: it stays when the container is recreated.
+/// The running containers. A container's name is its identity on the ring: it stays when the container is recreated. If the
+/// ring has no room for all, those that are backends already come first.
 fn members<'a>(
     settings: &Settings,
     network: &str,
     containers: &'a [Container],
+    before: &HashMap<Arc<str>, Reported>,
 ) -> (HashMap<Arc<str>, Reported>, Vec<Problem<'a>>) {
     let (mut members, mut problems, mut weight) = (HashMap::new(), Vec::new(), 0);
     let is_candidate = |container: &&Container| {
@@ -103,7 +106,7 @@ fn members<'a>(
         container.state == State::Running && !is_replica
     };
     let mut running: Vec<_> = containers.iter().filter(is_candidate).collect();
-    running.sort_by(|one, two| one.name.cmp(&two.name));
+    running.sort_by_key(|container| (!before.contains_key(&container.name), &container.name));
     for container in running {
         let member = member(settings, network, container).and_then(|member| {
             let with_it = weight + u64::from(member.membership.weight);
@@ -121,8 +124,8 @@ fn members<'a>(
             Err(text) => problems.push(Problem { container, text, is_ignored: true }),
         }
         if settings.reads_labels {
-            let unknown = labels::unknown(&container.labels).join(", ");
-            let text = format!("Ringway does not know its labels {unknown}: correct or remove them");
+            let unknown = labels::unknown(&container.labels);
+            let text = format!("Ringway does not know its labels {unknown:?}: correct or remove them");
             problems.extend((!unknown.is_empty()).then_some(Problem { container, text, is_ignored: false }));
         }
     }
@@ -135,7 +138,7 @@ fn members<'a>(
 /// Why it cannot be one.
 fn member(settings: &Settings, network: &str, container: &Container) -> Result<Reported, String> {
     let &ip = container.addresses.get(network).ok_or_else(|| {
-        let networks: Vec<_> = container.addresses.keys().collect();
+        let networks: Vec<_> = container.addresses.keys().collect::<BTreeSet<_>>().into_iter().collect();
         format!(
             "it is on the networks {networks:?}, and Ringway reaches backends on {network}: connect it to that network"
         )
@@ -157,11 +160,11 @@ fn member(settings: &Settings, network: &str, container: &Container) -> Result<R
     })
 }
 
-/// Logs each problem once per container.
-fn tell(pool: &str, containers: &[Container], problems: Vec<Problem<'_>>, told: &mut HashSet<(Arc<str>, String)>) {
+/// Logs each kind of problem once per container.
+fn tell(pool: &str, containers: &[Container], problems: Vec<Problem<'_>>, told: &mut HashSet<(Arc<str>, bool)>) {
     told.retain(|(id, _)| containers.iter().any(|container| container.id == *id));
     for Problem { container, text, is_ignored } in problems {
-        if told.insert((Arc::clone(&container.id), text.clone())) {
+        if told.insert((Arc::clone(&container.id), is_ignored)) {
             let what = if is_ignored { "ignored a container" } else { "a container has unknown labels" };
             tracing::warn!(%pool, container = %container.name, "{what}: {text}");
         }
@@ -303,12 +306,18 @@ mod tests {
             container("own", &[("owner", "ringway"), ("slot", "own-1")], &[80]),
         ];
         let settings = settings(true, None);
-        let (members, problems) = super::members(&settings, "net", &containers);
+        let (members, problems) = super::members(&settings, "net", &containers, &HashMap::new());
         let mut names: Vec<_> = members.keys().map(|name| &**name).collect();
         names.sort_unstable();
         let told: Vec<_> = problems.iter().map(|one| (&*one.container.name, one.is_ignored)).collect();
         assert_eq!(names, ["a", "d"], "c does not fit beside a: {told:?}");
         assert_eq!(told, [("b", true), ("c", true), ("d", false)]);
         assert_eq!(members["a"].membership.weight, 7);
+        // A newcomer does not displace a backend.
+        let before = HashMap::from([("c".into(), members["a"].clone()), ("d".into(), members["d"].clone())]);
+        let (members, _) = super::members(&settings, "net", &containers, &before);
+        let mut names: Vec<_> = members.keys().map(|name| &**name).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["c", "d"]);
     }
 }

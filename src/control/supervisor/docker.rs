@@ -88,6 +88,7 @@ pub async fn supervise(
     };
     let poke = Arc::new(Notify::new());
     let watch = Watch {
+        notices_stops: false,
         engine: engine.clone(),
         pool: Arc::clone(&pool),
         labels: scope.labels(&pool),

@@ -23,6 +23,7 @@ fn routing(conditions: &[Condition]) -> Routing {
         matched: Arc::default(),
     });
     Routing {
+        keeps_port: false,
         allow: None,
         deny: None,
         rules: rules.collect(),

@@ -12,6 +12,9 @@ const TIERS: RangeInclusive<u64> = 0..=65_535;
 const CONNECTIONS: RangeInclusive<u64> = 1..=1_000_000;
 const PORTS: RangeInclusive<u64> = 1..=65_535;
 
+/// Most unknown labels that a message names.
+const MOST_NAMED: usize = 5;
+
 /// What the labels of a container say.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Labeled {
@@ -68,12 +71,13 @@ fn is_path(text: &str) -> bool {
     text.starts_with('/') && text.parse::<hyper::Uri>().is_ok()
 }
 
-/// The labels with Ringway's prefix that it does not know.
+/// The first labels with Ringway's prefix that it does not know.
 pub(super) fn unknown(labels: &HashMap<String, String>) -> Vec<&str> {
     let known = |name: &str| label::OF_BACKENDS.contains(&name) || label::OF_REPLICAS.contains(&name);
     let mut unknown: Vec<_> =
         labels.keys().map(String::as_str).filter(|name| name.starts_with(label::PREFIX) && !known(name)).collect();
     unknown.sort_unstable();
+    unknown.truncate(MOST_NAMED);
     unknown
 }
 
