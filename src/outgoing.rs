@@ -14,8 +14,7 @@ use tokio::net::{TcpSocket, TcpStream};
 /// Settings of the TCP sockets with which Ringway connects to the backends of a pool.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Outgoing {
-    /// Source addresses, at least one of the machine's own. A backend of a family that has none here gets the address that
-    /// the kernel chooses.
+    /// Source addresses of the machine. For a backend of a family that has none here, the kernel chooses.
     pub sources: Vec<IpAddr>,
     /// Network interface that the packets take (`SO_BINDTODEVICE`); `None`: the route decides.
     pub interface: Option<String>,

@@ -364,6 +364,21 @@ async fn a_reload_opens_the_sockets_of_an_interface_that_has_come_back() {
     ringway.reload(&yaml("")).await.unwrap();
     eventually("all interfaces", || devices() == ["0.0.0.0:800".to_owned()].into()).await;
     assert_eq!(answer("127.0.0.1:800").await, "127.0.0.1:1001");
+
+    // A reload that fails leaves the options of the sockets alone, too.
+    let backlogs = || {
+        let listed = std::process::Command::new("ss").args(["-tlnH", "sport = 800"]).output().unwrap();
+        let text = String::from_utf8(listed.stdout).unwrap();
+        text.lines().map(|line| line.split_whitespace().nth(2).unwrap().to_owned()).collect::<BTreeSet<_>>()
+    };
+    let before = backlogs();
+    let taken = TcpListener::bind("127.0.0.1:805").await.unwrap();
+    let range = yaml("    backlog: 7\n").replace("0.0.0.0:800", "0.0.0.0:800-809");
+    ringway.reload(&range).await.unwrap_err();
+    assert_eq!(backlogs(), before);
+    drop(taken);
+    ringway.reload(&range).await.unwrap();
+    eventually("the new backlog", || backlogs() == ["7".to_owned()].into()).await;
 }
 
 #[tokio::test]

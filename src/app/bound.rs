@@ -127,7 +127,14 @@ impl Bound {
         // A socket without its file gets no more clients. The old process accepts those that wait on it.
         inherited.retain(|socket| is_managed || socket.is_reachable());
         let is_new = inherited.is_empty();
-        let sockets = if is_new { listening::listen(listen, wanted)? } else { listening::adopt(inherited, wanted)? };
+        let sockets = if is_new {
+            listening::listen(listen, wanted)?
+        } else if is_shared {
+            // If the reload fails, the other listener goes on with them as they are.
+            listening::share(inherited, wanted.count)?
+        } else {
+            listening::adopt(inherited, wanted)?
+        };
         let mut opened = Opened { listen: listen.clone(), copies: Vec::new(), is_managed, is_new, is_shared };
         let copies = sockets.iter().map(ListeningSocket::try_clone).collect::<io::Result<_>>();
         match copies {

@@ -4,9 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::io;
 use std::sync::Arc;
 
-use super::StartError;
-use super::bound::{Bound, Opened, cannot_listen, turn_away};
-use super::inheritance::{Sockets, other_interface};
+use super::bound::{Bound, Opened, turn_away};
+use super::inheritance::Sockets;
 use crate::address::Address;
 use crate::api::ListenerView;
 use crate::config::{self, Config};
@@ -68,26 +67,24 @@ impl Listener {
         is_same && old.ports == new.ports && old.interface == new.interface && self.addresses.iter().all(serves)
     }
 
-    /// Duplicates the sockets of an address, if this listener has it: another listener may go on with them, so that no
-    /// client in their queues is lost. `name` and `interface` are those of the other listener.
-    pub(super) fn share(
-        &self,
-        name: &str,
-        wanted: &Address,
-        interface: Option<&str>,
-    ) -> Option<Result<Sockets, StartError>> {
-        let is_wanted = |address: &&Opened| address.listen == *wanted && !wanted.is_any_port();
-        let address = self.addresses.iter().find(is_wanted)?;
-        if !address.serves(interface) {
-            return address
-                .is_managed
-                .then_some(interface)
-                .flatten()
-                .map(|interface| Err(other_interface(name, wanted, interface)));
-        }
+    /// Duplicates the sockets of an address, if they serve clients through this interface: another listener may go on with
+    /// them, so that no client in their queues is lost.
+    ///
+    /// # Errors
+    /// When the process has no free descriptor.
+    pub(super) fn share(&self, wanted: &Address, interface: Option<&str>) -> Option<io::Result<Sockets>> {
+        let address = self.address(wanted).filter(|address| address.serves(interface))?;
         let copies = address.copies.iter().map(ListeningSocket::try_clone).collect::<io::Result<_>>();
-        let shared = copies.map(|list| Sockets { list, is_managed: address.is_managed, is_shared: true });
-        Some(shared.map_err(|error| cannot_listen(&format!("listeners[{name}]"), wanted.clone(), error)))
+        Some(copies.map(|list| Sockets { list, is_managed: address.is_managed, is_shared: true }))
+    }
+
+    /// Whether the service manager has opened this address, so that Ringway cannot.
+    pub(super) fn is_managed_at(&self, wanted: &Address) -> bool {
+        self.address(wanted).is_some_and(|address| address.is_managed)
+    }
+
+    fn address(&self, wanted: &Address) -> Option<&Opened> {
+        self.addresses.iter().find(|address| address.listen == *wanted && !wanted.is_any_port())
     }
 
     /// Applies the settings of `new` to connections that the listener accepts from now on.

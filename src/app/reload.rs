@@ -8,11 +8,11 @@ use std::time::Duration;
 use futures_util::future::{join_all, try_join_all};
 use tokio_util::sync::CancellationToken;
 
-use super::bound::{self, Bound};
+use super::bound::{self, Bound, cannot_listen};
 use super::capacity::{Capacity, capacity};
 use super::changes::Changes;
 use super::context::PoolContext;
-use super::inheritance::Sockets;
+use super::inheritance::{Sockets, other_interface};
 use super::listeners::{self, Listener};
 use super::outlook::Outlook;
 use super::pools::{self, Prepared, Update};
@@ -93,8 +93,13 @@ impl App {
             let key_path = format!("listeners[{}]", listener.name);
             let (name, interface) = (listener.name.as_str(), listener.interface.as_deref());
             let shared = |address: &Address| {
-                let shared = self.listeners.iter().find_map(|open| open.share(name, address, interface));
-                shared.unwrap_or_else(|| Ok(Sockets::default()))
+                let shared = self.listeners.iter().find_map(|open| open.share(address, interface));
+                let is_managed = || self.listeners.iter().any(|open| open.is_managed_at(address));
+                match (shared, interface) {
+                    (Some(shared), _) => shared.map_err(|error| cannot_listen(&key_path, address.clone(), error)),
+                    (None, Some(interface)) if is_managed() => Err(other_interface(name, address, interface)),
+                    (None, _) => Ok(Sockets::default()),
+                }
             };
             let bind = || bound::bind(&key_path, listener, &config, self.state.workers.len(), shared, &own);
             listeners.push(if is_open { None } else { Some(bind()?) });

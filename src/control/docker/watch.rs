@@ -40,6 +40,9 @@ const FURTHER: [Duration; 4] =
 /// container was created with a longer stop time. By default, the engine kills it after 10 s.
 const STOPPING: Duration = Duration::from_secs(60);
 
+/// Longest stop time of a container that Ringway waits for.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
 /// Added to the stop time of a container.
 const LATE: Duration = Duration::from_secs(10);
 
@@ -209,9 +212,10 @@ fn signal_of(event: &EventMessage) -> Option<(Arc<str>, i32)> {
 async fn stop_time(engine: Engine, id: Arc<str>, signal: i32) -> Option<(Arc<str>, i32, Duration)> {
     let config = engine.inspect(&id).await.ok()?.config?;
     let stops = is_usual(signal) || config.stop_signal.as_deref().and_then(signals::number) == Some(signal);
-    let time =
-        config.stop_timeout.and_then(|seconds| u64::try_from(seconds).ok()).map_or(STOPPING, Duration::from_secs);
-    stops.then_some((id, signal, STOPPING.max(time + LATE)))
+    // Negative: the engine waits without end.
+    let time = config.stop_timeout.map(|seconds| Duration::from_secs(seconds.try_into().unwrap_or(u64::MAX)));
+    let time = time.map_or(STOPPING, |time| time.min(LONGEST) + LATE);
+    stops.then_some((id, signal, STOPPING.max(time)))
 }
 
 /// Whether the signal stops a container, whatever its image says.

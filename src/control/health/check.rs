@@ -182,10 +182,10 @@ pub(super) enum Outcome {
 }
 
 impl Check {
-    /// This check, as a single replica wants it.
-    pub(super) fn of(&self, own: &OwnCheck) -> Self {
+    /// This check, as a single replica wants it; `None`: none.
+    pub(super) fn of(&self, own: &OwnCheck) -> Option<Self> {
         let kind = match (&own.way, &self.kind) {
-            (CheckWay::Off, kind) => kind.clone(),
+            (CheckWay::Off, _) => return None,
             (CheckWay::Tcp, _) => Kind::Tcp,
             (CheckWay::Http(path), kind) => {
                 // The labels were checked: this is a path.
@@ -195,7 +195,7 @@ impl Check {
                 Kind::Http(Http { path, ..http })
             }
         };
-        Self { kind, port: own.port, ..self.clone() }
+        Some(Self { kind, port: own.port, ..self.clone() })
     }
 
     /// Checks the backend `id` at `address`, for at most `timeout`.

@@ -30,7 +30,7 @@ pub use self::not_done::NotDone;
 use self::schedule::{Schedule, Ticket};
 use super::Event;
 use crate::address::Address;
-use crate::backend::{CheckWay, OwnCheck};
+use crate::backend::OwnCheck;
 use crate::table::TableCell;
 
 /// Checks that start in one turn.
@@ -139,10 +139,10 @@ pub async fn check_all(
 
 async fn check(ticket: Ticket, address: Address, own: Option<OwnCheck>, settings: Arc<Settings>) -> (Ticket, Outcome) {
     // In an exclusive pool, only the pool's check tells who the primary is.
-    let outcome = match own.filter(|_| !settings.is_exclusive) {
-        None => settings.check.run(ticket.id(), &address, settings.timeout).await,
-        Some(OwnCheck { way: CheckWay::Off, .. }) => Outcome::Passed,
-        Some(own) => settings.check.of(&own).run(ticket.id(), &address, settings.timeout).await,
+    let own = own.filter(|_| !settings.is_exclusive).map(|own| settings.check.of(&own));
+    let outcome = match own.as_ref().map_or(Some(&settings.check), Option::as_ref) {
+        Some(check) => check.run(ticket.id(), &address, settings.timeout).await,
+        None => Outcome::Passed,
     };
     (ticket, outcome)
 }
