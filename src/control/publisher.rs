@@ -3,11 +3,13 @@
 //! - this file: the queue, the ring and the table
 //! - [`mod@backend_state`]: the state of one backend and the facts it follows from
 //! - [`mod@drains`]: why it drains
+//! - [`mod@warmth`]: its slow start
 //! - [`mod@holder`]: the one backend of an exclusive pool that gets connections
 
 mod backend_state;
 mod drains;
 mod holder;
+mod warmth;
 
 #[cfg(test)]
 mod tests;

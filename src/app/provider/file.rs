@@ -85,8 +85,8 @@ pub(super) async fn prepare(
     let known: HashMap<&str, _> = inherited.iter().map(|known| (&*known.id, known.address)).collect();
     let known = |backend: &StaticBackend| known.get(backend.id.as_str()).map(|&address| Address::Ip(address));
     let key_path = format!("{key_path}.provider.file");
-    let addresses = resolve(&key_path, &backends, |_| context.is_start, known).await?;
-    let (list, known) = List::new(&backends, addresses);
+    let addresses = resolve(&key_path, &backends, &pool.connect.outgoing, |_| context.is_start, known).await?;
+    let (list, known) = List::new(&backends, &pool.connect.outgoing, addresses);
     let (current, receiver) = watch::channel(current);
     let name: Arc<str> = pool.name.as_str().into();
     let (file, started, followed) = (file.clone(), list.clone(), Arc::clone(&status));
@@ -107,7 +107,7 @@ pub(super) async fn prepare(
 /// What Ringway would find wrong with the file now.
 pub(super) async fn faults(key_path: &str, pool: &config::Pool, file: &BackendsFile) -> Vec<StartError> {
     match read(file.clone(), Arc::new(Current { pool: pool.clone(), listeners: Vec::new() })).await.1 {
-        Ok(backends) => unknown_names(&format!("{key_path}.provider.file"), &backends).await,
+        Ok(backends) => unknown_names(&format!("{key_path}.provider.file"), &backends, &pool.connect.outgoing).await,
         Err(problem) => vec![unfit(key_path, format!("{problem}; the pool would start without backends"))],
     }
 }
@@ -180,15 +180,16 @@ impl Follower {
         let had_error = self.status.last().error.clone();
         match read {
             Ok(backends) => {
-                if is_known && had_error.is_none() {
+                let outgoing = &pool.connect.outgoing;
+                if is_known && had_error.is_none() && self.list.comes_from(outgoing) {
                     return Vec::new();
                 }
                 self.seen = text;
                 let known = self.list.known();
                 let known = |backend: &StaticBackend| known.address(backend);
                 // Unknown names are no error here.
-                let found = resolve("provider.file", &backends, |_| true, known).await.unwrap_or_default();
-                let events = self.list.change(&backends, &found, pool.drain);
+                let found = resolve("provider.file", &backends, outgoing, |_| true, known).await.unwrap_or_default();
+                let events = self.list.change(&backends, outgoing, &found, pool.drain);
                 self.count(&pool.name, &backends);
                 self.backends = backends;
                 events

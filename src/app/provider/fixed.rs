@@ -23,8 +23,8 @@ pub(super) async fn prepare(
 ) -> Result<Prepared, StartError> {
     // A machine may start before its name server. A reload has a person who can mend the name.
     let (key_path, known) = (format!("{key_path}.provider.static"), inherited(&pool.name, context));
-    let addresses = resolve(&key_path, backends, |_| context.is_start, known).await?;
-    let (list, known) = List::new(backends, addresses);
+    let addresses = resolve(&key_path, backends, &pool.connect.outgoing, |_| context.is_start, known).await?;
+    let (list, known) = List::new(backends, &pool.connect.outgoing, addresses);
     let (pool, started) = (pool.name.as_str().into(), list.clone());
     Ok(Prepared {
         source: Box::new(Fixed(list)),
@@ -46,13 +46,14 @@ impl Source for Fixed {
             // A name that did not change keeps its address while the name server is away.
             let key_path = format!("{key_path}.provider.static");
             let known = self.0.known();
-            resolve(&key_path, backends, |backend| known.has(backend), |backend| known.address(backend)).await
+            let address = |backend: &StaticBackend| known.address(backend);
+            resolve(&key_path, backends, &new.connect.outgoing, |backend| known.has(backend), address).await
         })
     }
 
     fn update(&mut self, update: &Update<'_>) -> Vec<Event> {
         let backends = update.pool.provider.static_backends().unwrap_or_default();
-        let events = self.0.change(backends, &update.addresses, update.pool.drain);
+        let events = self.0.change(backends, &update.pool.connect.outgoing, &update.addresses, update.pool.drain);
         // The run-time changes of a backend end with it, and a drain is one of them.
         let undrained = events.iter().filter_map(|event| match event {
             Event::Leaving { id, .. } => Some(Event::DrainCancelled { id: Arc::clone(id) }),

@@ -16,6 +16,10 @@ use crate::config::StaticBackend;
 use crate::control::Event;
 use crate::control::provider::Location;
 use crate::control::provider::names::{Addresses, Name, REFRESH, SharedAddresses, follow, resolve_all};
+use crate::outgoing::Outgoing;
+
+/// Where connections to the backends of a pool come from.
+type From<'a> = &'a Option<Arc<Outgoing>>;
 
 /// The addresses of the backends, and where the task that repeats look-ups finds their names.
 #[derive(Debug, Clone)]
@@ -26,7 +30,7 @@ pub(super) struct List {
 
 impl List {
     /// The list at the start of a pool, and the events that announce its backends.
-    pub(super) fn new(backends: &[StaticBackend], addresses: Addresses) -> (Self, Vec<Event>) {
+    pub(super) fn new(backends: &[StaticBackend], outgoing: From<'_>, addresses: Addresses) -> (Self, Vec<Event>) {
         let mut known = Vec::new();
         for backend in backends {
             let id: Arc<str> = backend.id.as_str().into();
@@ -35,7 +39,7 @@ impl List {
             known.extend(address.map(|address| Event::Started { id, address, replica: None }));
         }
         let addresses = Arc::new(Mutex::new(addresses));
-        (Self { addresses, names: watch::Sender::new(names(backends)) }, known)
+        (Self { addresses, names: watch::Sender::new(names(backends, outgoing)) }, known)
     }
 
     /// Starts the task that repeats look-ups.
@@ -52,10 +56,21 @@ impl List {
         Known(names.iter().map(known).collect())
     }
 
+    /// Whether all look-ups try addresses from there.
+    pub(super) fn comes_from(&self, outgoing: From<'_>) -> bool {
+        self.names.borrow().iter().all(|name| name.outgoing == *outgoing)
+    }
+
     /// Changes the list. Returns what the publisher must hear of it.
-    pub(super) fn change(&self, backends: &[StaticBackend], found: &Addresses, drain: Duration) -> Vec<Event> {
+    pub(super) fn change(
+        &self,
+        backends: &[StaticBackend],
+        outgoing: From<'_>,
+        found: &Addresses,
+        drain: Duration,
+    ) -> Vec<Event> {
         let mut addresses = self.addresses.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = self.names.send_replace(names(backends));
+        let before = self.names.send_replace(names(backends, outgoing));
         let events = changed_backends(&before, &addresses, found, backends, drain);
         addresses.clone_from(found);
         events
@@ -115,11 +130,13 @@ fn changed_backends(
     events
 }
 
-fn name(backend: &StaticBackend) -> Name {
-    Name { id: backend.id.as_str().into(), location: backend.location.clone(), resolve: backend.resolve }
-}
-
-fn names(backends: &[StaticBackend]) -> Vec<Name> {
+fn names(backends: &[StaticBackend], outgoing: From<'_>) -> Vec<Name> {
+    let name = |backend: &StaticBackend| Name {
+        id: backend.id.as_str().into(),
+        location: backend.location.clone(),
+        resolve: backend.resolve,
+        outgoing: outgoing.clone(),
+    };
     backends.iter().map(name).collect()
 }
 
@@ -128,11 +145,12 @@ fn names(backends: &[StaticBackend]) -> Vec<Name> {
 pub(super) async fn resolve(
     key_path: &str,
     backends: &[StaticBackend],
+    outgoing: From<'_>,
     may_miss: impl Fn(&StaticBackend) -> bool,
     known: impl Fn(&StaticBackend) -> Option<Address>,
 ) -> Result<Addresses, StartError> {
     let current: HashMap<_, _> = backends.iter().filter_map(|one| Some((&*one.id, known(one)?.ip()?))).collect();
-    let results = resolve_all(&names(backends), |name| current.get(&*name.id).copied()).await;
+    let results = resolve_all(&names(backends, outgoing), |name| current.get(&*name.id).copied()).await;
     let mut found = Addresses::new();
     for (backend, result) in std::iter::zip(backends, results) {
         let address = match result {
@@ -153,8 +171,8 @@ pub(super) async fn resolve(
 }
 
 /// The backends whose names cannot be resolved now, each as the error that names its key path.
-pub(super) async fn unknown_names(key_path: &str, backends: &[StaticBackend]) -> Vec<StartError> {
-    let results = std::iter::zip(backends, resolve_all(&names(backends), |_| None).await);
+pub(super) async fn unknown_names(key_path: &str, backends: &[StaticBackend], outgoing: From<'_>) -> Vec<StartError> {
+    let results = std::iter::zip(backends, resolve_all(&names(backends, outgoing), |_| None).await);
     results.filter_map(|(backend, result)| Some(unresolved(key_path, backend, result.err()?))).collect()
 }
 

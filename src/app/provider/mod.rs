@@ -51,7 +51,8 @@ pub(super) async fn probe(key_path: &str, pool: &config::Pool, engine: Option<&E
     match &pool.provider {
         Provider::Static(backends) => {
             let key_path = format!("{key_path}.provider.static");
-            list::unknown_names(&key_path, backends).await.into_iter().map(|error| (false, error)).collect()
+            let unknown = list::unknown_names(&key_path, backends, &pool.connect.outgoing).await;
+            unknown.into_iter().map(|error| (false, error)).collect()
         }
         Provider::Process(process) => {
             let missing = process::check_program(&format!("{key_path}.provider.process"), process).err();

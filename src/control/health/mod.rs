@@ -31,6 +31,8 @@ use self::schedule::{Schedule, Ticket};
 use super::Event;
 use crate::address::Address;
 use crate::backend::OwnCheck;
+use crate::outgoing::Outgoing;
+use crate::proxy_header::OwnHeader;
 use crate::table::TableCell;
 
 /// Checks that start in one turn.
@@ -148,11 +150,7 @@ async fn check(ticket: Ticket, address: Address, own: Option<OwnCheck>, settings
 }
 
 /// Whether a server accepts connections at this address, found out without a trace in its logs.
-pub(super) async fn accepts(address: &Address, timeout: Duration) -> bool {
-    matches!(
-        Check { kind: Kind::Tcp, port: None, send_proxy: crate::proxy_header::OwnHeader::Absent, outgoing: None }
-            .run("", address, timeout)
-            .await,
-        Outcome::Passed
-    )
+pub(super) async fn accepts(address: &Address, outgoing: Option<Arc<Outgoing>>, timeout: Duration) -> bool {
+    let check = Check { kind: Kind::Tcp, port: None, send_proxy: OwnHeader::Absent, outgoing };
+    matches!(check.run("", address, timeout).await, Outcome::Passed)
 }

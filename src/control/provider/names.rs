@@ -23,6 +23,7 @@ use crate::backend::State;
 use crate::control::provider::Location;
 use crate::control::{Event, health};
 use crate::label_enum;
+use crate::outgoing::Outgoing;
 use crate::table::{Table, TableCell};
 
 /// Longest time for all look-ups of a start or a reload, which run side by side.
@@ -72,6 +73,8 @@ pub struct Name {
     pub location: Location,
     /// How often Ringway looks it up.
     pub resolve: Resolve,
+    /// Where connections to it come from; `None`: the kernel decides.
+    pub outgoing: Option<Arc<Outgoing>>,
 }
 
 impl Name {
@@ -97,9 +100,10 @@ pub async fn resolve_all(names: &[Name], current: impl Fn(&Name) -> Option<Socke
         let address = name.address();
         if let Err((host, port)) = address {
             let (at_once, host, current) = (Arc::clone(&at_once), host.to_owned(), current(name));
+            let outgoing = name.outgoing.clone();
             lookups.spawn(async move {
                 let _permit = at_once.acquire().await;
-                (n, resolve(&host, port, current).await.map(Address::Ip))
+                (n, resolve(&host, port, current, outgoing).await.map(Address::Ip))
             });
         }
         found.push(address.map_err(|_| {
@@ -117,7 +121,12 @@ pub async fn resolve_all(names: &[Name], current: impl Fn(&Name) -> Option<Socke
 
 /// The current address, if the name still has it; else the first that accepts a connection; if none does, the first. IPv4
 /// comes before IPv6, so that instances on one network agree.
-async fn resolve(host: &str, port: u16, current: Option<SocketAddr>) -> io::Result<SocketAddr> {
+async fn resolve(
+    host: &str,
+    port: u16,
+    current: Option<SocketAddr>,
+    outgoing: Option<Arc<Outgoing>>,
+) -> io::Result<SocketAddr> {
     let mut addresses: Vec<SocketAddr> = tokio::net::lookup_host((host, port)).await?.collect();
     if let Some(current) = current.filter(|current| addresses.contains(current)) {
         return Ok(current);
@@ -130,7 +139,10 @@ async fn resolve(host: &str, port: u16, current: Option<SocketAddr>) -> io::Resu
     }
     let mut tries: Vec<_> = addresses
         .iter()
-        .map(|&address| tokio::spawn(async move { health::accepts(&Address::Ip(address), ACCEPTS).await }))
+        .map(|&address| {
+            let outgoing = outgoing.clone();
+            tokio::spawn(async move { health::accepts(&Address::Ip(address), outgoing, ACCEPTS).await })
+        })
         .collect();
     for (address, accepts) in std::iter::zip(&addresses, &mut tries) {
         if accepts.await.unwrap_or_default() {
@@ -206,7 +218,7 @@ pub async fn follow(
             if is_current || (!is_down(name) && missing.insert(Arc::clone(&name.id))) {
                 continue;
             }
-            if !is_down(name) && !health::accepts(&address, ACCEPTS).await {
+            if !is_down(name) && !health::accepts(&address, name.outgoing.clone(), ACCEPTS).await {
                 continue;
             }
             missing.remove(&name.id);
@@ -246,7 +258,7 @@ mod tests {
     const EVERY: Duration = Duration::from_millis(20);
 
     /// The first event of a pool with a healthy backend at an address that its name, `localhost`, does not have.
-    async fn first_event(resolve: Resolve, patience: Duration) -> Option<Event> {
+    async fn first_event(resolve: Resolve, outgoing: Option<Arc<Outgoing>>, patience: Duration) -> Option<Event> {
         let id: Arc<str> = "a".into();
         let old = Address::Ip(([127, 0, 0, 99], 80).into());
         let started = Event::Started { id: Arc::clone(&id), address: old.clone(), replica: None };
@@ -256,7 +268,7 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let location = Location::parse(&format!("localhost:{port}")).unwrap();
-        let (_names, receiver) = watch::channel(vec![Name { id: Arc::clone(&id), location, resolve }]);
+        let (_names, receiver) = watch::channel(vec![Name { id: Arc::clone(&id), location, resolve, outgoing }]);
         let addresses: SharedAddresses = Arc::new(Mutex::new([(id, old)].into()));
         let (sender, mut events) = mpsc::channel(8);
         let following = follow("p".into(), EVERY, receiver, addresses, publisher.table(), sender);
@@ -269,14 +281,22 @@ mod tests {
 
     #[tokio::test]
     async fn a_healthy_backend_follows_its_name() {
-        let event = first_event(Resolve::Refresh, Duration::from_secs(60)).await;
+        let event = first_event(Resolve::Refresh, None, Duration::from_secs(60)).await;
         let Some(Event::Started { address, .. }) = event else { panic!("{event:?}") };
         assert!(address.ip().unwrap().ip().is_loopback() && address.ip().unwrap() != ([127, 0, 0, 99], 80).into());
     }
 
     #[tokio::test]
     async fn a_name_that_is_looked_up_once_changes_nothing_while_the_backend_is_healthy() {
-        let event = first_event(Resolve::Once, 20 * EVERY).await;
+        let event = first_event(Resolve::Once, None, 20 * EVERY).await;
+        assert!(event.is_none(), "{event:?}");
+    }
+
+    #[tokio::test]
+    async fn a_healthy_backend_moves_only_to_an_address_that_accepts_connections_from_the_pool_s_source() {
+        // A documentation address, which no machine has (RFC 5737).
+        let outgoing = Outgoing { sources: vec![[198, 51, 100, 1].into()], ..Outgoing::default() };
+        let event = first_event(Resolve::Refresh, Some(Arc::new(outgoing)), 20 * EVERY).await;
         assert!(event.is_none(), "{event:?}");
     }
 }

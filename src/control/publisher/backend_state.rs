@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::Settings;
 use super::drains::{Drains, begin_drain};
+use super::warmth::Warmth;
 use crate::address::Address;
 use crate::backend::{Admission, Backend, Drain, Eviction, Exit, Health, Membership, Replica, State};
 use crate::control::Event;
@@ -18,9 +19,6 @@ pub(super) const LOOK: Duration = Duration::from_millis(100);
 
 /// How long after a drain's deadline a connect that began before it may still complete.
 const LATE: Duration = Duration::from_secs(60);
-
-/// Number of steps in which slow start gives a backend its keys back.
-const STEPS: u32 = 20;
 
 /// Which part of the published table has changed. A greater value includes the smaller ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -44,10 +42,8 @@ pub(super) struct BackendState {
     pub(super) claim: Option<Claim>,
     /// The backend joined a pool without healthy backends and has not been healthy yet. It skips slow start.
     is_first: bool,
-    /// When slow start began.
-    warms_since: Option<Instant>,
-    /// The fraction of its keys that slow start gives to the backend.
-    warmth: Admission,
+    /// How far its slow start is.
+    warmth: Warmth,
     /// The backend's position in the published list.
     pub(super) position: usize,
     /// When something is due at the backend, as the publisher has noted it.
@@ -94,8 +90,7 @@ impl BackendState {
             is_ejected: false,
             claim: None,
             is_first,
-            warms_since: None,
-            warmth: Admission::ALL,
+            warmth: Warmth::default(),
             position: 0,
             next: None,
         }
@@ -254,7 +249,7 @@ impl BackendState {
     /// Publishes the fraction of its keys that the backend gets: what slow start gives it, and its agent advises.
     fn show_admission(&mut self) {
         let advised = self.backend.advice.as_ref().map_or(Admission::ALL, |advice| advice.part);
-        self.backend.admission = self.warmth.of(advised);
+        self.backend.admission = self.warmth.part.of(advised);
     }
 
     /// Whether the agent says that the backend does not work.
@@ -308,7 +303,7 @@ impl BackendState {
     pub(super) fn settle(&mut self, settings: &Settings) {
         let state = self.state(settings);
         if state == State::Healthy && self.backend.state != State::Healthy {
-            (self.warms_since, self.warmth) = (None, Admission::ALL);
+            self.warmth = Warmth::default();
             self.show_admission();
         }
         self.backend.state = state;
@@ -354,8 +349,7 @@ impl BackendState {
     pub(super) fn begin(&mut self, others_serve: bool, settings: &Settings, now: Instant) {
         let is_first = std::mem::take(&mut self.is_first);
         let is_slow = others_serve && !is_first && !settings.slow_start.is_zero();
-        self.warms_since = is_slow.then_some(now);
-        self.warmth = if is_slow { Admission::part(1.0 / f64::from(STEPS)) } else { Admission::ALL };
+        self.warmth = if is_slow { Warmth::begin(now) } else { Warmth::default() };
         self.show_admission();
     }
 
@@ -365,15 +359,7 @@ impl BackendState {
         if self.drains.deadline().is_some_and(|deadline| deadline <= now) && self.active() > 0 {
             self.backend.live.evictions.request(Eviction::Drained);
         }
-        let Some(since) = self.warms_since else { return Change::Nothing };
-        let passed = now.saturating_duration_since(since);
-        let step = (settings.slow_start / STEPS).max(Duration::from_millis(1));
-        let steps = u32::try_from(passed.as_nanos() / step.as_nanos()).unwrap_or(STEPS) + 1;
-        let warmth = if steps >= STEPS { Admission::ALL } else { Admission::part(f64::from(steps) / f64::from(STEPS)) };
-        if warmth == Admission::ALL || self.backend.state != State::Healthy {
-            self.warms_since = None;
-        }
-        if std::mem::replace(&mut self.warmth, warmth) == warmth {
+        if !self.warmth.pass(settings.slow_start, self.backend.state == State::Healthy, now) {
             return Change::Nothing;
         }
         self.show_admission();
@@ -390,8 +376,7 @@ impl BackendState {
             Some(deadline) if now < deadline + LATE => Some(now + LATE / 60),
             _ => None,
         };
-        let step = self.warms_since.map(|_| now + settings.slow_start / STEPS);
-        drain.into_iter().chain(step).min()
+        drain.into_iter().chain(self.warmth.due(settings.slow_start, now)).min()
     }
 
     /// The backend leaves, and it has no connections left.
