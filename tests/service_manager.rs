@@ -358,3 +358,39 @@ async fn sockets_of_the_service_manager_go_to_the_listeners_with_their_interface
     stop(&ringway);
     ended(ringway).await;
 }
+
+/// As systemd opens it with `SocketProtocol=mptcp`.
+#[tokio::test]
+async fn a_socket_of_mptcp_serves_and_survives_a_reload_and_an_upgrade() {
+    let (family, protocol) = (socket2::Domain::IPV4, socket2::Protocol::MPTCP);
+    let Ok(web) = socket2::Socket::new(family, socket2::Type::STREAM, Some(protocol)) else {
+        // The kernel may have been built without it.
+        println!("no MPTCP: nothing checked");
+        return;
+    };
+    web.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    web.listen(16).unwrap();
+    let (web, api) = (TcpListener::from(web), TcpListener::bind("127.0.0.1:0").unwrap());
+    let (web_address, api_address) = (web.local_addr().unwrap(), api.local_addr().unwrap());
+    let server = Server::echo("a").await;
+    let yaml = static_config(&[server.address], "health_check: { kind: none }")
+        .replace("listen: 127.0.0.1:0", &format!("listen: {web_address}"))
+        .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api_address}\""));
+    let config = file(&yaml);
+    let first = start(&config, [&api, &web].map(|socket| OwnedFd::from(socket.try_clone().unwrap())).into());
+    for command in ["/api/reload", "/api/upgrade", "/api/reload"] {
+        // A client with MPTCP.
+        let client = socket2::Socket::new(family, socket2::Type::STREAM, Some(protocol)).unwrap();
+        client.connect(&web_address.into()).unwrap();
+        client.set_nonblocking(true).unwrap();
+        let mut client = TcpStream::from_std(client.into()).unwrap();
+        assert!(soon("an echo", echoes(&mut client)).await);
+        std::fs::write(config.path(), format!("{yaml}\ntcp: {{ user_timeout: 9s }}")).unwrap();
+        assert_eq!(http(api_address, "POST", command, b"").await.status(), 200, "{command}");
+        assert!(soon("an echo", echoes(&mut client)).await);
+    }
+    let pid =
+        serde_json::from_str::<serde_json::Value>(&get(api_address, "/api/status").await.1).unwrap()["pid"].clone();
+    kill_process(Pid::from_raw(i32::try_from(pid.as_i64().unwrap()).unwrap()).unwrap(), Signal::TERM).unwrap();
+    ended(first).await;
+}

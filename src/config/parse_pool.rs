@@ -57,7 +57,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         (panic_threshold, on_down)
     };
     let mut agent = section.item("agent").and_then(|item| agent(&item, on_unix));
-    // Whoever may not reach the backends from another address cannot check them from there.
+    // A check from elsewhere would not tell whether connections get through.
     if let Some(health) = &mut health_check {
         health.check.outgoing.clone_from(&connect.outgoing);
     }

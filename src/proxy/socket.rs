@@ -157,7 +157,8 @@ pub fn turn_away(socket: &TcpListener) -> io::Result<()> {
 /// The system's error from `setsockopt`.
 pub fn take_back(socket: &SockRef<'_>) -> io::Result<()> {
     match socket.detach_filter() {
-        Err(error) if Errno::from_io_error(&error) == Some(Errno::NOENT) => Ok(()),
+        // A socket of MPTCP has no filters.
+        Err(error) if matches!(Errno::from_io_error(&error), Some(Errno::NOENT | Errno::OPNOTSUPP)) => Ok(()),
         other => other,
     }
 }
@@ -198,15 +199,18 @@ pub(super) fn reconfigure(socket: &tokio::net::TcpListener, options: &TcpOptions
     socket.listen(backlog.into())
 }
 
-/// Sets options on a socket that may already have other options.
+/// Sets options on a listening socket that may already have other options. A socket of MPTCP, which systemd can open, has no
+/// `TCP_USER_TIMEOUT`.
 fn reset(socket: &SockRef<'_>, options: &TcpOptions) -> io::Result<()> {
     if options.keepalive.is_none() {
         socket.set_keepalive(false)?;
     }
-    if options.user_timeout.is_zero() {
-        socket.set_tcp_user_timeout(None)?;
+    match socket.set_tcp_user_timeout(Some(options.user_timeout).filter(|timeout| !timeout.is_zero())) {
+        Err(error) if Errno::from_io_error(&error) == Some(Errno::NOPROTOOPT) => {}
+        other => other?,
     }
-    options.apply(socket)
+    socket.set_tcp_nodelay(true)?;
+    options.enable_keepalive(socket)
 }
 
 #[cfg(test)]
