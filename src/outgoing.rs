@@ -176,7 +176,7 @@ pub async fn connect(
 /// Makes all packets of a socket leave and come in through this network interface.
 ///
 /// # Errors
-/// When there is none, or the system does not allow it.
+/// When the machine lacks it, or the system does not allow it.
 pub fn use_interface(socket: &SockRef<'_>, interface: &str) -> Result<(), Refused> {
     socket.bind_device(Some(interface.as_bytes())).map_err(|error| {
         let problem = match Errno::from_io_error(&error) {
