@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_yaml::Value;
@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use crate::harness::backends::free_ports;
 use crate::harness::engine::{IMAGE, Owner};
 use crate::harness::program::Killed;
-use crate::harness::{echoes, eventually, eventually_async, get, http, metric_in, skip};
+use crate::harness::{echoes, eventually, get, http, metric_in, skip};
 
 /// A second engine, on a network of its own that leads to this machine.
 struct Node {
@@ -99,6 +99,16 @@ impl Drop for Node {
     }
 }
 
+/// Waits as [`eventually_async`](crate::harness::eventually_async) does, but longer: an engine can take ten seconds to start a
+/// container, and Swarm starts one after the other.
+async fn patiently(what: &str, mut condition: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(300);
+    while !condition().await {
+        assert!(Instant::now() < deadline, "not within five minutes: {what}");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
 fn run_shell(script: &str) {
     assert!(Command::new("sh").args(["-c", script]).stdout(Stdio::null()).status().unwrap().success(), "{script}");
 }
@@ -129,6 +139,7 @@ impl Stack {
         stack["configs"]["ringway"]["file"] = root.join("ringway.yaml").display().to_string().into();
         // The test waits for each task.
         stack["services"]["web"]["deploy"]["update_config"]["delay"] = "1s".into();
+        stack["services"]["web"]["deploy"]["update_config"]["parallelism"] = 2.into();
         for (n, port) in [web, api].into_iter().enumerate() {
             stack["services"]["ringway"]["ports"][n]["published"] = port.into();
         }
@@ -150,7 +161,7 @@ impl Stack {
 
     /// Waits until both Ringways have this number of backends, all healthy, and equal rings.
     async fn settles(&self, backends: usize) {
-        eventually_async(&format!("{backends} backends in two equal rings"), async || {
+        patiently(&format!("{backends} backends in two equal rings"), async || {
             let mut digests = Vec::new();
             for (_, api) in self.ports {
                 let Some(status) = status(api).await else { return false };
@@ -252,7 +263,7 @@ async fn two_ringways_of_a_swarm_agree_and_follow_a_service_that_scales_and_is_u
     let tasks = || stack.owner.docker(&["service", "ps", "-q", "--filter", "desired-state=running", &service]);
     let before: Vec<String> = tasks().lines().map(str::to_owned).collect();
     stack.owner.docker(&["service", "update", "-d", "--force", &service]);
-    eventually("new tasks", || {
+    patiently("new tasks", async || {
         let now = tasks();
         now.lines().count() == 5 && !before.iter().any(|old| now.contains(old.as_str()))
     })
