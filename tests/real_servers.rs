@@ -10,7 +10,7 @@ use ringway::proxy::stats::HelloResult;
 
 use crate::harness::backends::{certificate, free_ports};
 use crate::harness::program::{Killed, file};
-use crate::harness::{Ringway, eventually, require_tool, soon, static_config};
+use crate::harness::{Ringway, eventually, in_namespace, require_tool, soon, static_config};
 
 /// The address of the server with a limit for errors. MariaDB counts no aborted connects from loopback.
 const ADDRESS: &str = "10.77.0.1:3306";
@@ -74,27 +74,14 @@ fn client(arguments: &[&str]) -> Result<String, String> {
 #[tokio::test]
 #[ignore = "needs root and MariaDB"]
 async fn tcp_checks_do_not_lock_ringway_out_of_mariadb() {
-    const INSIDE: &str = "RINGWAY_TEST_INSIDE";
     const NAME: &str = "real_servers::tcp_checks_do_not_lock_ringway_out_of_mariadb";
-    const SETUP: &str = "ip link set lo up && ip address add 10.77.0.1/24 dev lo \
-                         && mount --bind \"$0\" /etc/hosts && exec \"$@\"";
     if !require_tool("mariadbd") {
         return;
     }
-    if std::env::var_os(INSIDE).is_none() {
-        // MariaDB counts errors only of hosts whose name it knows.
-        let hosts = file("127.0.0.1 localhost\n10.77.0.1 balancer.test\n");
-        let inside = tokio::process::Command::new("unshare")
-            .args(["--net", "--mount", "sh", "-c", SETUP])
-            .arg(hosts.path())
-            .arg(std::env::current_exe().unwrap())
-            .args(["--exact", NAME, "--ignored", "--nocapture"])
-            .env(INSIDE, "1")
-            .kill_on_drop(true)
-            .output();
-        let inside = soon("the test inside", inside).await.unwrap();
-        let said = String::from_utf8_lossy(&inside.stdout) + String::from_utf8_lossy(&inside.stderr);
-        assert!(inside.status.success() && said.contains("1 passed"), "{said}");
+    // MariaDB counts errors only of hosts whose name it knows.
+    let hosts = file("127.0.0.1 localhost\n10.77.0.1 balancer.test\n");
+    let mount = format!("ip address add 10.77.0.1/24 dev lo; mount --bind {} /etc/hosts", hosts.path().display());
+    if !in_namespace(NAME, &mount).await {
         return;
     }
     let (folder, address) = (tempfile::tempdir().unwrap(), ADDRESS.parse().unwrap());

@@ -1,6 +1,6 @@
 //! Sockets from a service manager, and notifications to it.
 
-use std::net::{TcpListener, UdpSocket};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::process::{Command, Stdio};
 
@@ -31,6 +31,20 @@ fn stop(ringway: &Killed) {
     kill_process(Pid::from_child(&ringway.0), Signal::TERM).unwrap();
 }
 
+/// Stops the process that serves now, perhaps after an upgrade.
+async fn stop_serving(api: SocketAddr) {
+    let status: serde_json::Value = serde_json::from_str(&get(api, "/api/status").await.1).unwrap();
+    let pid = i32::try_from(status["pid"].as_i64().unwrap()).unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
+}
+
+/// A config of these backends, whose listener has this value of `listen`. The side port is at `api`.
+fn listening(backends: &[SocketAddr], listen: &str, api: SocketAddr) -> String {
+    static_config(backends, "health_check: { kind: none }")
+        .replace("listen: 127.0.0.1:0", &format!("listen: {listen}"))
+        .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api}\""))
+}
+
 /// Waits for the end, and returns the exit code and the log.
 async fn ended(mut ringway: Killed) -> (Option<i32>, String) {
     let wait = tokio::task::spawn_blocking(move || {
@@ -48,9 +62,7 @@ async fn listening_sockets_come_from_the_service_manager() {
     let api = TcpListener::bind("127.0.0.1:0").unwrap();
     let stray = TcpListener::bind("127.0.0.1:0").unwrap();
     let (web_address, api_address) = (web.local_addr().unwrap(), api.local_addr().unwrap());
-    let yaml = static_config(&[server.address], "health_check: { kind: none }")
-        .replace("listen: 127.0.0.1:0", &format!("listen: {web_address}"))
-        .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api_address}\""));
+    let yaml = listening(&[server.address], &web_address.to_string(), api_address);
     // The connection waits in the backlog until Ringway starts.
     let mut early = TcpStream::connect(web_address).await.unwrap();
     let config = file(&yaml);
@@ -78,11 +90,7 @@ async fn a_listener_that_moves_leaves_the_socket_of_the_service_manager_usable()
     let web = TcpListener::bind("127.0.0.1:0").unwrap();
     let api = TcpListener::bind("127.0.0.1:0").unwrap();
     let (web_address, api_address) = (web.local_addr().unwrap(), api.local_addr().unwrap());
-    let yaml = |listen: &str| {
-        static_config(&[server.address], "health_check: { kind: none }")
-            .replace("listen: 127.0.0.1:0", &format!("listen: {listen}"))
-            .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api_address}\""))
-    };
+    let yaml = |listen: &str| listening(&[server.address], listen, api_address);
     let config = file(&yaml(&web_address.to_string()));
     let sockets = || [&api, &web].map(|socket| OwnedFd::from(socket.try_clone().unwrap())).into();
     for command in ["/api/reload", "/api/upgrade"] {
@@ -93,10 +101,7 @@ async fn a_listener_that_moves_leaves_the_socket_of_the_service_manager_usable()
         drop(client);
         std::fs::write(config.path(), yaml("127.0.0.2:0")).unwrap();
         assert_eq!(http(api_address, "POST", command, b"").await.status(), 200);
-        let pid = serde_json::from_str::<serde_json::Value>(&get(api_address, "/api/status").await.1).unwrap()["pid"]
-            .as_i64()
-            .unwrap();
-        kill_process(Pid::from_raw(i32::try_from(pid).unwrap()).unwrap(), Signal::TERM).unwrap();
+        stop_serving(api_address).await;
         ended(first).await;
         // The queue of the manager's socket still takes clients.
         let client = tokio::time::timeout(std::time::Duration::from_secs(5), TcpStream::connect(web_address)).await;
@@ -289,9 +294,7 @@ async fn options_that_the_service_manager_has_set_survive_an_upgrade_and_a_reloa
     };
     let before = options();
     assert_eq!((&before.0[..], before.1, before.2), (&b"reno"[..], 0x10, 9));
-    let yaml = static_config(&[server.address], "health_check: { kind: none }")
-        .replace("listen: 127.0.0.1:0", &format!("listen: {web_address}"))
-        .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api_address}\""));
+    let yaml = listening(&[server.address], &web_address.to_string(), api_address);
     let config = file(&yaml);
     let first = start(&config, [&api, &web].map(|socket| OwnedFd::from(socket.try_clone().unwrap())).into());
     for command in ["/api/reload", "/api/upgrade", "/api/reload"] {
@@ -303,9 +306,7 @@ async fn options_that_the_service_manager_has_set_survive_an_upgrade_and_a_reloa
         assert_eq!(http(api_address, "POST", command, b"").await.status(), 200);
         assert_eq!(options(), before, "after {command}");
     }
-    let pid =
-        serde_json::from_str::<serde_json::Value>(&get(api_address, "/api/status").await.1).unwrap()["pid"].clone();
-    kill_process(Pid::from_raw(i32::try_from(pid.as_i64().unwrap()).unwrap()).unwrap(), Signal::TERM).unwrap();
+    stop_serving(api_address).await;
     ended(first).await;
 }
 
@@ -323,13 +324,11 @@ async fn sockets_of_the_service_manager_go_to_the_listeners_with_their_interface
     let anywhere = TcpListener::bind("127.0.0.1:0").unwrap();
     let (lo_address, any_address) = (on_lo.local_addr().unwrap(), anywhere.local_addr().unwrap());
     let yaml = |interface_of_any: &str| {
-        static_config(&servers.each_ref().map(|server| server.address), "health_check: { kind: none }")
-            .replace("listen: 127.0.0.1:0", &format!("listen: {lo_address}\n    interface: lo"))
-            .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api_address}\""))
-            .replace(
-                "pools:",
-                &format!("  - {{ name: any, listen: \"{any_address}\", pool: echo{interface_of_any} }}\npools:"),
-            )
+        let backends = servers.each_ref().map(|server| server.address);
+        listening(&backends, &format!("{lo_address}\n    interface: lo"), api_address).replace(
+            "pools:",
+            &format!("  - {{ name: any, listen: \"{any_address}\", pool: echo{interface_of_any} }}\npools:"),
+        )
     };
     let sockets = || [&api, &on_lo, &anywhere].map(|socket| OwnedFd::from(socket.try_clone().unwrap())).into();
     let problem =
@@ -373,9 +372,7 @@ async fn a_socket_of_mptcp_serves_and_survives_a_reload_and_an_upgrade() {
     let (web, api) = (TcpListener::from(web), TcpListener::bind("127.0.0.1:0").unwrap());
     let (web_address, api_address) = (web.local_addr().unwrap(), api.local_addr().unwrap());
     let server = Server::echo("a").await;
-    let yaml = static_config(&[server.address], "health_check: { kind: none }")
-        .replace("listen: 127.0.0.1:0", &format!("listen: {web_address}"))
-        .replace("listen: \"127.0.0.1:0\"", &format!("listen: \"{api_address}\""));
+    let yaml = listening(&[server.address], &web_address.to_string(), api_address);
     let config = file(&yaml);
     let first = start(&config, [&api, &web].map(|socket| OwnedFd::from(socket.try_clone().unwrap())).into());
     for command in ["/api/reload", "/api/upgrade", "/api/reload"] {
@@ -389,8 +386,6 @@ async fn a_socket_of_mptcp_serves_and_survives_a_reload_and_an_upgrade() {
         assert_eq!(http(api_address, "POST", command, b"").await.status(), 200, "{command}");
         assert!(soon("an echo", echoes(&mut client)).await);
     }
-    let pid =
-        serde_json::from_str::<serde_json::Value>(&get(api_address, "/api/status").await.1).unwrap()["pid"].clone();
-    kill_process(Pid::from_raw(i32::try_from(pid.as_i64().unwrap()).unwrap()).unwrap(), Signal::TERM).unwrap();
+    stop_serving(api_address).await;
     ended(first).await;
 }

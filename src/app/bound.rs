@@ -81,8 +81,8 @@ pub(super) fn bind(
     Ok(bound)
 }
 
-/// Whether sockets of the service manager can serve a listener with this interface. Ringway cannot open them anew if their
-/// interface is gone, so they stay.
+/// Whether sockets of the service manager can serve a listener with this interface. They stay if their interface is gone:
+/// Ringway cannot open others in their place.
 pub(super) fn fits_managed(sockets: &[ListeningSocket], interface: Option<&str>) -> bool {
     // A socket unit may name an interface that the config does not.
     interface.is_none() || sockets.iter().all(|socket| socket.is_on(interface).unwrap_or(true))

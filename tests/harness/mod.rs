@@ -254,7 +254,7 @@ pub(crate) async fn served_from(source: &str, target: SocketAddr) -> Option<TcpS
     soon("an answer or a reset", echoes(&mut stream)).await.then_some(stream)
 }
 
-/// Runs a test again in a network namespace of its own, after this setup by a shell. True: the caller is the run inside.
+/// Runs a test again with a network and mounts of its own, after this setup by a shell. True: the caller is the run inside.
 /// Needs root.
 pub(crate) async fn in_namespace(test: &str, setup: &str) -> bool {
     const INSIDE: &str = "RINGWAY_TEST_INSIDE";
@@ -262,7 +262,7 @@ pub(crate) async fn in_namespace(test: &str, setup: &str) -> bool {
         return true;
     }
     let inside = tokio::process::Command::new("unshare")
-        .args(["--net", "sh", "-c", &format!("set -e; ip link set lo up; {setup}; exec \"$0\" \"$@\"")])
+        .args(["--net", "--mount", "sh", "-c", &format!("set -e; ip link set lo up; {setup}; exec \"$0\" \"$@\"")])
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", test, "--ignored", "--nocapture"])
         .env(INSIDE, "1")

@@ -19,7 +19,7 @@ use crate::control::provider::names::{Addresses, Name, REFRESH, SharedAddresses,
 use crate::outgoing::Outgoing;
 
 /// Where connections to the backends of a pool come from.
-type From<'a> = &'a Option<Arc<Outgoing>>;
+type Origin<'a> = &'a Option<Arc<Outgoing>>;
 
 /// The addresses of the backends, and where the task that repeats look-ups finds their names.
 #[derive(Debug, Clone)]
@@ -30,7 +30,7 @@ pub(super) struct List {
 
 impl List {
     /// The list at the start of a pool, and the events that announce its backends.
-    pub(super) fn new(backends: &[StaticBackend], outgoing: From<'_>, addresses: Addresses) -> (Self, Vec<Event>) {
+    pub(super) fn new(backends: &[StaticBackend], outgoing: Origin<'_>, addresses: Addresses) -> (Self, Vec<Event>) {
         let mut known = Vec::new();
         for backend in backends {
             let id: Arc<str> = backend.id.as_str().into();
@@ -57,7 +57,7 @@ impl List {
     }
 
     /// Whether all look-ups try addresses from there.
-    pub(super) fn comes_from(&self, outgoing: From<'_>) -> bool {
+    pub(super) fn comes_from(&self, outgoing: Origin<'_>) -> bool {
         self.names.borrow().iter().all(|name| name.outgoing == *outgoing)
     }
 
@@ -65,7 +65,7 @@ impl List {
     pub(super) fn change(
         &self,
         backends: &[StaticBackend],
-        outgoing: From<'_>,
+        outgoing: Origin<'_>,
         found: &Addresses,
         drain: Duration,
     ) -> Vec<Event> {
@@ -130,7 +130,7 @@ fn changed_backends(
     events
 }
 
-fn names(backends: &[StaticBackend], outgoing: From<'_>) -> Vec<Name> {
+fn names(backends: &[StaticBackend], outgoing: Origin<'_>) -> Vec<Name> {
     let name = |backend: &StaticBackend| Name {
         id: backend.id.as_str().into(),
         location: backend.location.clone(),
@@ -145,7 +145,7 @@ fn names(backends: &[StaticBackend], outgoing: From<'_>) -> Vec<Name> {
 pub(super) async fn resolve(
     key_path: &str,
     backends: &[StaticBackend],
-    outgoing: From<'_>,
+    outgoing: Origin<'_>,
     may_miss: impl Fn(&StaticBackend) -> bool,
     known: impl Fn(&StaticBackend) -> Option<Address>,
 ) -> Result<Addresses, StartError> {
@@ -171,7 +171,7 @@ pub(super) async fn resolve(
 }
 
 /// The backends whose names cannot be resolved now, each as the error that names its key path.
-pub(super) async fn unknown_names(key_path: &str, backends: &[StaticBackend], outgoing: From<'_>) -> Vec<StartError> {
+pub(super) async fn unknown_names(key_path: &str, backends: &[StaticBackend], outgoing: Origin<'_>) -> Vec<StartError> {
     let results = std::iter::zip(backends, resolve_all(&names(backends, outgoing), |_| None).await);
     results.filter_map(|(backend, result)| Some(unresolved(key_path, backend, result.err()?))).collect()
 }
