@@ -221,6 +221,15 @@ async fn the_containers_have_few_privileges_and_report_their_health() {
 #[ignore = "needs a Docker engine"]
 async fn labels_in_a_compose_file_describe_the_backends() {
     let project = Project::of_example("labels").await;
+    // Ringway is alive, and not ready: it has no backend yet.
+    project.compose(&["up", "-d", "ringway"]);
+    let check = |more: &[&str]| {
+        let words = [&["exec", "-T", "ringway", "/ringway", "healthcheck"], more].concat();
+        project.try_compose(&words)
+    };
+    eventually("a Ringway that is alive", || check(&["--live"]).0).await;
+    let (is_ready, said) = check(&[]);
+    assert!(!is_ready && said.contains("/readyz: 503"), "{said}");
     project.compose(&["up", "-d", "--scale", "web=2"]);
     let (web, api) = (project.port("8000"), project.port("8001"));
     let mut members = Vec::new();
