@@ -132,6 +132,21 @@ async fn an_upgrade_closes_a_removed_listener_and_opens_a_new_one() {
 }
 
 #[tokio::test]
+async fn the_successor_serves_who_connects_after_the_answer_to_an_upgrade() {
+    let servers = [Server::echo("a").await, Server::start(async |stream| drop(stream)).await];
+    let yaml = |server: &Server| static_config(&[server.address], "health_check: { kind: none }");
+    let mut program = Program::start(&yaml(&servers[0])).await.ready().await;
+    for n in 1..=20 {
+        program.write_config(&yaml(&servers[n % 2]));
+        let upgraded = soon("an upgrade", http(program.api(), "POST", "/api/upgrade", b"")).await;
+        assert_eq!(upgraded.status(), 200);
+        let echoed = echoes(&mut TcpStream::connect(program.web()).await.unwrap()).await;
+        assert_eq!(echoed, n % 2 == 0, "upgrade {n}");
+        program.follow().await;
+    }
+}
+
+#[tokio::test]
 async fn an_upgrade_stops_removed_replicas_after_the_drain() {
     let yaml = replicas_config().replace("drain: 10s", "drain: 1s");
     let mut program = Program::start(&yaml).await.ready().await;

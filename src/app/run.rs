@@ -19,7 +19,8 @@ use crate::control::command::{Caller, Command, CommandError, PendingCommand, Rep
 use crate::limits;
 use crate::proxy::WorkersEnded;
 
-/// How long open calls to the side port may go on after a successor has taken over.
+/// How long open calls to the side port, and the accepting of connections that are already queued, may go on after a successor has
+/// taken over.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
 /// Why [`App::serve`] returned.
@@ -192,6 +193,10 @@ impl App {
                         side_port.over.cancel();
                         self.state.stopping.cancel();
                         side_port.closed.cancelled().await;
+                        // And only the successor serves who connects after the answer.
+                        self.listeners.clear();
+                        self.proxy.stop();
+                        let _ = tokio::time::timeout(LAST_ANSWERS, self.proxy.stopped()).await;
                         let changes = vec![format!("process {pid} has taken over")];
                         self.answer(&command, caller, Ok(Report { changes, ..Report::default() }), outcome);
                         return Ok(RunOutcome::Succeeded);

@@ -57,6 +57,7 @@ use std::time::Duration;
 use ::metrics::Histogram;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use self::access_log::AccessLog;
 pub use self::connect::{Connected, Try, Want, connect};
@@ -152,6 +153,8 @@ pub struct Intercepted {
 #[derive(Debug)]
 pub struct Proxy {
     stop: CancellationToken,
+    /// Has a token of each worker that accepts.
+    accepting: TaskTracker,
     limit: Arc<Limit>,
     workers: Arc<[Peer]>,
     next_listener: u64,
@@ -193,6 +196,7 @@ impl Proxy {
             .unzip();
         let proxy = Self {
             stop: CancellationToken::new(),
+            accepting: TaskTracker::new(),
             limit: Arc::new(Limit::new(Some(settings.max_connections))),
             workers: peers.into(),
             next_listener: 0,
@@ -209,6 +213,7 @@ impl Proxy {
                 commands,
                 searches,
                 stop: proxy.stop.clone(),
+                accepts: proxy.accepting.token(),
                 ended: ended_sender.clone(),
             };
             // On an error, `proxy` is dropped, which stops the workers that have started.
@@ -261,6 +266,12 @@ impl Proxy {
     /// Stops accepting. Open connections may finish until their pool's `drain` time has passed.
     pub fn stop(&self) {
         self.stop.cancel();
+        self.accepting.close();
+    }
+
+    /// Waits after [`Proxy::stop`] until no worker accepts any more.
+    pub async fn stopped(&self) {
+        self.accepting.wait().await;
     }
 }
 

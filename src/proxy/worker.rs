@@ -11,6 +11,7 @@ use tokio::runtime::{Builder, LocalOptions};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::accept::{AcceptSocket, Acceptor, accept, spawn_connection};
 use super::connection::ConnectionId;
@@ -45,6 +46,8 @@ pub(super) struct Setup {
     pub(super) commands: mpsc::UnboundedReceiver<WorkerCommand>,
     pub(super) searches: mpsc::UnboundedReceiver<Search>,
     pub(super) stop: CancellationToken,
+    /// Dropped when the worker does not accept any more.
+    pub(super) accepts: TaskTrackerToken,
     pub(super) ended: mpsc::UnboundedSender<usize>,
 }
 
@@ -165,6 +168,7 @@ async fn serve(mut setup: Setup) {
     drop(acceptors);
     accepting.close();
     accepting.wait().await;
+    drop(setup.accepts);
     sessions.close();
     // The timeout task ends connections that outlive their drain. Connect timeouts and this timeout bound the rest.
     let _ = tokio::time::timeout(drain + 2 * worker.tick.get() + LEAVE, sessions.wait()).await;
