@@ -12,7 +12,7 @@ use divan::counter::ItemsCount;
 use ringway::address::Address;
 use ringway::backend::{Backend, Membership, State};
 use ringway::ring::{Member, Parameters, Ring};
-use ringway::table::{Members, Rules, Table};
+use ringway::table::{Bound, Members, Rules, Table};
 
 /// Points per member, and probes.
 const SHAPES: [(u32, u32); 4] = [(160, 1), (160, 3), (512, 3), (1000, 1)];
@@ -110,7 +110,7 @@ fn table(members: usize, down: usize) -> Table {
 }
 
 /// The first candidate of a key, as a connection takes it.
-#[divan::bench(args = [(1000, 0), (1000, 500), (10_000, 0), (10_000, 500), (10_000, 990)])]
+#[divan::bench(args = [(3, 0), (10, 0), (64, 0), (1000, 0), (1000, 500), (10_000, 0), (10_000, 500), (10_000, 990)])]
 fn pick(bencher: Bencher<'_, '_>, (members, down): (usize, usize)) {
     let table = table(members, down);
     let keys: Vec<_> = (0..100_000).map(key).collect();
@@ -118,6 +118,32 @@ fn pick(bencher: Bencher<'_, '_>, (members, down): (usize, usize)) {
     bencher.counter(ItemsCount::new(LOOKUPS)).bench_local(|| {
         for key in next.by_ref().take(LOOKUPS) {
             black_box(table.candidates(black_box(key)).next());
+        }
+    });
+}
+
+/// The same with a bound: adds up the connections, and compares those of the owner with its limit.
+#[divan::bench(args = [3, 10, 64, 1000])]
+fn pick_with_a_bound(bencher: Bencher<'_, '_>, members: usize) {
+    let (table, bound) = (table(members, 0), Bound::new(125));
+    let keys: Vec<_> = (0..100_000).map(key).collect();
+    let mut next = keys.iter().cycle();
+    bencher.counter(ItemsCount::new(LOOKUPS)).bench_local(|| {
+        for key in next.by_ref().take(LOOKUPS) {
+            let load = bound.at_pick(&table);
+            let first = table.candidates(black_box(key)).next();
+            black_box(first.map(|(backend, _)| table.limit(backend, load)));
+        }
+    });
+}
+
+/// The backend with the fewest connections.
+#[divan::bench(args = [3, 10, 64, 1000])]
+fn least_connections(bencher: Bencher<'_, '_>, members: usize) {
+    let table = table(members, 0);
+    bencher.counter(ItemsCount::new(LOOKUPS)).bench_local(|| {
+        for _ in 0..LOOKUPS {
+            black_box(table.least_loaded(|_| true));
         }
     });
 }

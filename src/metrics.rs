@@ -81,6 +81,9 @@ metrics! {
     SPILLED: Gauge "pool_spilled" ["pool"] "1 while backends beyond the lowest tier of the pool get keys, else 0";
     PANIC_PICKS: Counter "pool_panic_picks_total" ["pool"] "Connections whose backend was picked in panic mode, regardless of its health";
     WALKED_PAST_FULL: Counter "backends_full_total" ["pool"] "Times a backend was skipped because it was at its connection limit";
+    POOL_BOUND: Gauge "pool_bound" ["pool"] "The most connections of a backend, in percent of its fair share; only for pools with a bound";
+    BOUND_DISPLACED: Counter "bound_displaced_total" ["pool", "backend"] "Connections that went to another backend because this one, to which their keys lead, was at its bound; only for pools with a bound";
+    BACKEND_LIMIT: Gauge "backend_connection_limit" ["pool", "backend"] "The most connections that a backend may have now; only for backends with a limit or a bound";
     SOURCES_SKIPPED: Counter "connect_source_skipped_total" ["pool", "source"] "Connects that a source address of the pool could not make: all its ports were taken, or the machine did not have it";
     CHANGED: Gauge "pool_runtime_changes" ["pool"] "Settings changed at run time that differ from the config";
     ENGINE_UP: Gauge "engine_up" ["pool"] "1 while the pool's Docker engine answers, else 0";

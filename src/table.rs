@@ -8,13 +8,15 @@ use arc_swap::ArcSwap;
 use arc_swap::cache::Cache;
 use tokio::sync::watch;
 
+pub use self::load::{Bound, EXACT, Load};
 pub use self::members::Members;
-use self::members::Tier;
+use self::members::{Bits, Tier};
 pub use self::owners::Owners;
 use crate::address::Address;
 use crate::backend::{Backend, State};
 use crate::ring::{Ring, Walk};
 
+mod load;
 mod members;
 mod owners;
 mod shares;
@@ -56,6 +58,8 @@ struct Candidates {
     /// Some backends take only a part of their keys, because they start slowly or their agents say so, and others can take the rest.
     spares_slow_ones: bool,
     count: usize,
+    /// The sum of their weights, in parts of an [`Admission`](crate::backend::Admission).
+    weight: u64,
 }
 
 /// The backends of a tier that may get connections.
@@ -84,19 +88,19 @@ impl Table {
         let mut tiers = Vec::new();
         let (mut joined, mut has_spilled) = (0, true);
         for tier in backends.tiers() {
-            let (which, count) = match tier.healthy {
-                _ if is_panic => (Which::Reachable, tier.reachable),
-                0 if panic_below > 0 && !any_healthy => (Which::Reachable, tier.reachable),
+            let (which, count, weight) = match tier.healthy {
+                _ if is_panic => (Which::Reachable, tier.reachable, tier.reachable_weight),
+                0 if panic_below > 0 && !any_healthy => (Which::Reachable, tier.reachable, tier.reachable_weight),
                 // Backends that have not been judged yet are tried before a higher tier.
-                0 if panic_below > 0 => (Which::Unknown, tier.unknown),
-                healthy => (Which::Healthy, healthy),
+                0 if panic_below > 0 => (Which::Unknown, tier.unknown, tier.unknown_weight),
+                healthy => (Which::Healthy, healthy, tier.healthy_weight),
             };
             if count > 0 {
                 joined += usize::from(has_spilled);
                 has_spilled &= tier.is_below(spill_below);
                 let is_slow = which == Which::Healthy && tier.slow > 0;
                 let spares_slow_ones = is_slow && (has_spilled || backends.admissions_differ(tier));
-                tiers.push(Candidates { tier: tier.number, which, spares_slow_ones, count });
+                tiers.push(Candidates { tier: tier.number, which, spares_slow_ones, count, weight });
             }
         }
         Self { generation, ring, backends, is_panic, rules, tiers, joined, shares_now: OnceLock::new() }
@@ -198,7 +202,7 @@ impl Table {
     ///
     /// The backends of one tier come after those of another. A key whose backend in tier 0 is healthy and takes it begins there, also
     /// while tier 1 has joined. The other keys begin in tier 1.
-    pub fn candidates<'a>(&'a self, key: &'a [u8]) -> InOrder<'a> {
+    pub fn candidates<'a, 'k>(&'a self, key: &'k [u8]) -> InOrder<'a, 'k> {
         let first = self.first_tier(key);
         InOrder { table: self, key, first, tiers: 0, walk: None }
     }
@@ -220,19 +224,23 @@ impl Table {
 
     /// Whether a backend of the tier may get connections.
     fn may(&self, tier: &Candidates, owner: usize) -> bool {
-        match tier.which {
-            Which::Healthy => self.backends.healthy.has(owner),
-            Which::Unknown => self.backends.unknown.has(owner),
-            Which::Reachable => self.backends.reachable.has(owner),
+        self.backends_of(tier.which).has(owner)
+    }
+
+    fn backends_of(&self, which: Which) -> &Bits {
+        match which {
+            Which::Healthy => &self.backends.healthy,
+            Which::Unknown => &self.backends.unknown,
+            Which::Reachable => &self.backends.reachable,
         }
     }
 }
 
-/// Iterates over the candidates of a key. A connection holds it while it connects, so it is small.
+/// Iterates over the candidates of a key.
 #[derive(Debug)]
-pub struct InOrder<'a> {
+pub struct InOrder<'a, 'k> {
     table: &'a Table,
-    key: &'a [u8],
+    key: &'k [u8],
     /// The tier that comes first; the others follow, lowest first.
     first: usize,
     /// Tiers that have begun.
@@ -251,7 +259,7 @@ struct TierWalk<'a> {
     are_spared: bool,
 }
 
-impl<'a> Iterator for InOrder<'a> {
+impl<'a> Iterator for InOrder<'a, '_> {
     type Item = (&'a Backend, &'a Address);
 
     fn next(&mut self) -> Option<Self::Item> {

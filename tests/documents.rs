@@ -45,7 +45,7 @@ async fn every_registered_metric_is_exported_once_there_was_a_connection() {
     let server = crate::harness::backends::Server::echo("a").await;
     // A cause of failed connects appears with the first failure.
     let refusing = crate::harness::backends::Refusing::new();
-    let extra = "health_check: { kind: none }\nkey: source\nconnect: { source: 127.0.0.1 }";
+    let extra = "health_check: { kind: none }\nkey: source\nring: { bound: 125 }\nconnect: { source: 127.0.0.1 }";
     let yaml = crate::harness::static_config(&[server.address, refusing.address], extra)
         .replace("    pool: echo", "    proxy_protocol: { from: [127.0.0.0/8], required: false }\n    pool: echo")
         .replace("    pool: echo", "    routes: [{ tls: true, pool: echo, name: tls }]\n    pool: echo");
@@ -94,7 +94,7 @@ async fn promtool_is_content_with_the_metrics() {
 #[tokio::test]
 async fn open_metrics_are_answered_where_they_are_accepted() {
     let server = crate::harness::backends::Server::echo("a").await;
-    let yaml = crate::harness::static_config(&[server.address], "");
+    let yaml = crate::harness::static_config(&[server.address], "ring: { bound: 125 }");
     let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
     crate::harness::http(ringway.web(), "GET", "/heartbeat", b"").await;
     let headers = [("host", "localhost"), ("accept", "application/openmetrics-text; version=1.0.0")];

@@ -9,6 +9,7 @@ mod health;
 
 mod agent;
 mod backends_file;
+mod balance;
 mod bytes;
 mod changes;
 mod closing;

@@ -136,16 +136,16 @@ pub async fn large(options: &Options) -> anyhow::Result<()> {
 }
 
 /// A balancer with a config of its own. It ends when it is dropped.
-struct Running {
+pub(crate) struct Running {
     child: RefCell<Child>,
     pid: u32,
-    began: Instant,
+    pub(crate) began: Instant,
     files: TempDir,
 }
 
 impl Running {
     /// Starts a balancer on this processor, or on all.
-    fn start(kind: Kind, program: &Path, config: &str, processor: Option<usize>) -> anyhow::Result<Self> {
+    pub(crate) fn start(kind: Kind, program: &Path, config: &str, processor: Option<usize>) -> anyhow::Result<Self> {
         let files = TempDir::new().context("cannot make a directory for configs")?;
         let path = files.path().join("config");
         std::fs::write(&path, config)?;
@@ -186,7 +186,7 @@ impl Running {
     }
 
     /// Waits for a condition, and returns the time since `began`.
-    async fn when(
+    pub(crate) async fn when(
         &self,
         what: &str,
         began: Instant,
@@ -218,7 +218,7 @@ impl Drop for Running {
 }
 
 /// The sum of a metric; `None` while the side port does not answer.
-async fn metric(side_port: SidePort, name: &str) -> Option<f64> {
+pub(crate) async fn metric(side_port: SidePort, name: &str) -> Option<f64> {
     let text = side_port.metrics().await.ok()?;
     let of_name = |line: &&str| line.strip_prefix(name).is_some_and(|rest| rest.starts_with([' ', '{']));
     Some(text.lines().filter(of_name).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())

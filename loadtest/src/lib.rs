@@ -12,6 +12,7 @@
 
 pub mod balancers;
 pub mod compare;
+pub mod even;
 pub mod findings;
 pub mod large;
 pub mod load;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use loadtest::{compare, large, run, scale, soak, tune};
+use loadtest::{compare, even, large, run, scale, soak, tune};
 
 #[derive(Debug, Parser)]
 #[command(version, about)]
@@ -24,6 +24,8 @@ enum Command {
     Scale(scale::Options),
     /// Measure Ringway with thousands of backends, a thousand pools, and several workers
     Large(large::Options),
+    /// Measure how evenly long connections are spread over backends
+    Even(even::Options),
     /// Run a long mixed load with reloads, upgrades and kills, and measure whether memory or descriptors grow
     Soak(soak::Options),
 }
@@ -37,6 +39,7 @@ async fn main() -> ExitCode {
             Command::Tune(options) => tune::tune(&options).await,
             Command::Scale(options) => scale::scale(&options).await,
             Command::Large(options) => large::large(&options).await,
+            Command::Even(options) => even::even(&options).await,
             Command::Soak(options) => soak::soak(&options).await,
         }
     };

@@ -32,6 +32,7 @@ pub(super) fn text(state: &State, format: Format) -> Vec<Bytes> {
     files(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.status.file()?))));
     changes(&mut text, of_pools.filter_map(|(pool, view)| Some((&pool.labels, view.status.changes()?))));
     backends(&mut text, &pools, view.per_backend);
+    limits_of_backends(&mut text, &pools, view.per_backend);
     workers(&mut text, state);
     process(&mut text, state);
     state.exporter.write(&mut text);
@@ -103,6 +104,10 @@ fn for_pools<T>(text: &mut Text, pools: &[OfPool<'_>], differs: &[Vec<T>]) {
     each(&metrics::RING_DIGEST, &|pool| pool.table.ring().digest() >> 12);
     each(&metrics::TABLE_GENERATION, &|pool| pool.table.generation());
     each(&metrics::POOL_HEALTHY, &|pool| pool.table.healthy() as u64);
+    let mut bounds = text.metric(&metrics::POOL_BOUND);
+    for pool in pools {
+        pool.route.bound.iter().for_each(|bound| bounds.add(&pool.labels, bound.percent()));
+    }
     let mut skipped = text.metric(&metrics::SOURCES_SKIPPED);
     for pool in pools {
         for source in pool.route.outgoing.iter().flat_map(|outgoing| &outgoing.sources) {
@@ -194,6 +199,27 @@ fn backends(text: &mut Text, pools: &[OfPool<'_>], per_backend: PerBackend) {
             samples.add_with(&labels, "spliced", load(spliced));
         }
     });
+}
+
+/// What bounds the connections of single backends. A pool without such a limit has none of these.
+fn limits_of_backends(text: &mut Text, pools: &[OfPool<'_>], per_backend: PerBackend) {
+    let labels =
+        |pool: &OfPool<'_>, backend: &Backend| Labels::new(&["pool", "backend"], &[&pool.route.pool, &backend.id]);
+    if per_backend.shows(&metrics::BACKEND_LIMIT) {
+        let mut limits = text.metric(&metrics::BACKEND_LIMIT);
+        for pool in pools {
+            let of_pool = std::iter::zip(pool.table.backends(), pool.route.limits(&pool.table));
+            of_pool
+                .for_each(|(backend, limit)| limit.iter().for_each(|&limit| limits.add(&labels(pool, backend), limit)));
+        }
+    }
+    if per_backend.shows(&metrics::BOUND_DISPLACED) {
+        let mut displaced = text.metric(&metrics::BOUND_DISPLACED);
+        for pool in pools.iter().filter(|pool| pool.route.bound.is_some()) {
+            let backends = pool.table.backends().iter();
+            backends.for_each(|backend| displaced.add(&labels(pool, backend), load(&backend.live.displaced)));
+        }
+    }
 }
 
 fn workers(text: &mut Text, state: &State) {

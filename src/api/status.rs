@@ -84,6 +84,10 @@ pub struct Connections {
 pub struct Pool {
     pub name: String,
     pub key: String,
+    #[serde(default)]
+    pub balance: String,
+    #[serde(default)]
+    pub bound: Option<u16>,
     pub provider: Provider,
     pub ring: Ring,
     pub table_generation: u64,
@@ -121,6 +125,9 @@ pub struct Member {
     /// `None`: as the pool says.
     #[serde(default)]
     pub max_connections: Option<u32>,
+    /// `None`: any number.
+    #[serde(default)]
+    pub limit: Option<u64>,
     pub share: f64,
     #[serde(default)]
     pub now: f64,
@@ -171,6 +178,8 @@ pub struct BackendConnections {
     pub active: u64,
     pub total: u64,
     pub failed: u64,
+    #[serde(default)]
+    pub displaced: u64,
     #[serde(default)]
     pub cut_by_drain: u64,
 }
@@ -294,10 +303,12 @@ impl Pool {
             probes: parameters.probes,
             seed: parameters.seed,
         };
-        let backends = members(&table);
+        let backends = members(&table, pool);
         Self {
             name: pool.pool.to_string(),
             key: pool.key.as_str().to_owned(),
+            balance: pool.balance.as_str().to_owned(),
+            bound: pool.bound.as_ref().map(|bound| bound.percent()),
             provider: Provider::of(provider),
             ring,
             table_generation: table.generation(),
@@ -312,11 +323,13 @@ impl Pool {
     }
 }
 
-fn members(table: &Table) -> Vec<Member> {
+fn members(table: &Table, pool: &Route) -> Vec<Member> {
     let now = Instant::now();
     let shares = std::iter::zip(table.ring().shares(), table.shares_now());
-    let members = std::iter::zip(table.backends(), shares);
-    members.map(|(backend, (&share, &share_now))| Member::of(backend, share, share_now, now)).collect()
+    let members = std::iter::zip(std::iter::zip(table.backends(), pool.limits(table)), shares);
+    let member =
+        |((backend, limit), (&share, &now_share))| Member { limit, ..Member::of(backend, share, now_share, now) };
+    members.map(member).collect()
 }
 
 impl Member {
@@ -329,6 +342,7 @@ impl Member {
             weight: backend.membership.weight,
             tier: backend.membership.tier,
             max_connections: backend.membership.max_connections,
+            limit: None,
             share: four_digits(share),
             now: four_digits(share_now),
             replica: backend.replica.as_ref().map(Replica::of),
@@ -344,6 +358,7 @@ impl Member {
                 active: live.active.load(Ordering::Relaxed),
                 total: live.total.load(Ordering::Relaxed),
                 failed: live.failures.total(),
+                displaced: live.displaced.load(Ordering::Relaxed),
                 cut_by_drain: live.cut_by_drain.load(Ordering::Relaxed),
             },
             bytes: Moved { from_client: live.from_client.total(), to_client: live.to_client.total() },

@@ -14,7 +14,7 @@ use crate::config::{self, Config};
 use crate::control::publisher;
 use crate::metrics::{self, Exporter};
 use crate::proxy::{self, Reports, Route};
-use crate::table::{Rules, TableCell};
+use crate::table::{Bound, Rules, TableCell};
 
 /// The route of a new pool. [`route`] adds the settings.
 pub(super) fn base_route(pool: &config::Pool, table: TableCell, exporter: &Exporter) -> Route {
@@ -54,6 +54,8 @@ pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Fa
     Route {
         pool: Arc::clone(&base.pool),
         key: pool.key,
+        balance: pool.balance,
+        bound: pool.bound.map(|percent| Arc::new(Bound::new(percent))),
         table: base.table.clone(),
         most_per_backend: pool.max_connections_per_backend.map_or(u64::MAX, Into::into),
         send_proxy: pool.send_proxy.clone().map(Arc::new),

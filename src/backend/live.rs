@@ -24,6 +24,8 @@ pub struct Live {
     pub failures: Tally<ConnectFailure>,
     /// Consecutive failed connects, without local failures. A successful connect resets it.
     pub failed_in_a_row: AtomicU32,
+    /// Connections that went to another backend because this one, to which their keys lead, was at its bound.
+    pub displaced: AtomicU64,
     /// How often the backend was ejected.
     pub ejections: AtomicU64,
     /// Requests to end the backend's connections.

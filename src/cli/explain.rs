@@ -115,6 +115,12 @@ fn in_words(explanation: &Explanation) -> String {
 
 fn pool_in_words(text: &mut String, pool: &PoolStep) {
     let _ = writeln!(text, "pool     {}, table {}, ring {}", pool.name, pool.table_generation, pool.ring_digest);
+    if pool.balance == "least_connections" {
+        let _ = writeln!(text, "balance  least_connections: the key decides nothing");
+    }
+    if let Some(bound) = pool.bound {
+        let _ = writeln!(text, "bound    {bound} % of the fair share");
+    }
     let _ = writeln!(text, "key      {} {}, hash {}", pool.key.kind, pool.key.bytes, pool.key.hash);
     for probe in &pool.probes {
         let sign = if probe.wins { "->" } else { "  " };
@@ -138,7 +144,8 @@ fn pool_in_words(text: &mut String, pool: &PoolStep) {
     if hidden > 0 {
         let _ = writeln!(text, "walk     … and {hidden} more; --json shows all");
     }
-    let result = pool.backend.as_deref().unwrap_or("none: Ringway resets the connection");
+    let none = if pool.random { "chance decides" } else { "none: Ringway resets the connection" };
+    let result = pool.backend.as_deref().unwrap_or(none);
     let _ = writeln!(text, "result   {result}");
     if let Some(what_if) = &pool.what_if {
         let backend = what_if.backend.as_deref().unwrap_or("none: Ringway would reset the connection");

@@ -192,6 +192,7 @@ fn pool(pool: &Pool) -> Value {
         ("virtual_nodes", pool.ring.virtual_nodes.into()),
         ("probes", pool.ring.probes.into()),
         ("seed", pool.ring.seed.into()),
+        ("bound", off(pool.bound.map(Into::into))),
     ]);
     let mut connect = vec![("timeout", duration(pool.connect.timeout)), ("attempts", pool.connect.attempts.into())];
     connect.extend(pool.connect.outgoing.iter().flat_map(|outgoing| self::outgoing(outgoing)));
@@ -203,6 +204,7 @@ fn pool(pool: &Pool) -> Value {
     map([
         ("name", pool.name.as_str().into()),
         ("key", key(pool.key)),
+        ("balance", pool.balance.as_str().into()),
         ("ring", ring),
         ("provider", provider(&pool.provider)),
         ("connect", map(connect)),

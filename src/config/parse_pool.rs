@@ -13,6 +13,7 @@ use crate::control::ejection;
 use crate::control::publisher::OnDown;
 use crate::labels::Label as _;
 use crate::outgoing::Outgoing;
+use crate::proxy::Balance;
 use crate::proxy::key::KeyKind;
 use crate::proxy_header::{CRC32C, NOOP, SendProxy, Tlv, Version};
 use crate::ring::Parameters;
@@ -27,7 +28,11 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
             .fault("reset cannot be the name of a pool, because `pool: reset` resets connections: choose another name");
     }
     let key = section.item("key").map_or(KeyKind::Source, |item| key(&item));
-    let ring = ring(section.section("ring"));
+    let balance = section.choice("balance");
+    let (ring, bound) = ring(section.section("ring"));
+    if balance == Balance::LeastConnections {
+        check_least_connections(&section, key, bound);
+    }
     let provider = section.required("provider", parse_provider::KINDS);
     let provider = provider.map_or(Provider::Static(Arc::default()), |item| parse_provider::provider(item.section()));
     let (grace, on_unix) = (provider.start_grace(), provider.has_unix_sockets());
@@ -67,7 +72,9 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     let pool = Pool {
         name,
         key,
+        balance,
         ring,
+        bound,
         provider,
         connect,
         send_proxy,
@@ -267,12 +274,27 @@ fn ejection(pool: &mut Section<'_>) -> Option<Ejection> {
     Some(ejection)
 }
 
-fn ring(mut section: Section<'_>) -> Parameters {
+/// Reports keys that have no effect beside `balance: least_connections`.
+fn check_least_connections(pool: &Section<'_>, key: KeyKind, bound: Option<u16>) {
+    if key != KeyKind::Source {
+        pool.fault("balance: least_connections ignores the key: remove `key`, or write `balance: ring`");
+    }
+    if bound.is_some() {
+        pool.fault(
+            "ring.bound has no effect with balance: least_connections, which spreads connections evenly anyway: remove it, or \
+             write `balance: ring`",
+        );
+    }
+}
+
+/// The parameters of the ring, and the bound.
+fn ring(mut section: Section<'_>) -> (Parameters, Option<u16>) {
     let parameters = Parameters {
         virtual_nodes: narrow(section.integer("virtual_nodes")),
         probes: narrow(section.integer("probes")),
         seed: section.integer("seed"),
     };
+    let bound = section.optional_integer("bound").map(narrow);
     section.finish();
-    parameters
+    (parameters, bound)
 }

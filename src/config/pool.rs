@@ -9,6 +9,7 @@ use crate::control::ejection;
 use crate::control::health;
 use crate::control::publisher::OnDown;
 use crate::outgoing::Outgoing;
+use crate::proxy::Balance;
 use crate::proxy::key::KeyKind;
 use crate::proxy_header::{OwnHeader, SendProxy};
 use crate::ring::{MOST_POINTS, Parameters};
@@ -23,8 +24,12 @@ pub struct Pool {
     pub name: String,
     /// The part of a connection that Ringway hashes to pick a backend.
     pub key: KeyKind,
+    /// How a backend is chosen.
+    pub balance: Balance,
     /// Parameters of the consistent-hash ring.
     pub ring: Parameters,
+    /// The most connections of a backend, in percent of its fair share; `None`: unlimited.
+    pub bound: Option<u16>,
     /// The source of the backends.
     pub provider: Provider,
     /// How Ringway connects to the backends.

@@ -7,22 +7,24 @@ use serde_yaml::Value;
 use super::keys::Form;
 use super::reader::show;
 
-/// Keys of other balancers, and Ringway's.
-const SYNONYMS: [(&str, &str); 27] = [
+/// Keys and values of other balancers, and Ringway's.
+const SYNONYMS: [(&str, &str); 29] = [
     ("address", "listen"),
     ("backend", "pool"),
     ("backends", "pools"),
     ("backends", "static"),
-    ("balance", "key"),
     ("client", "idle"),
     ("bind", "listen"),
     ("cmd", "command"),
     ("endpoints", "static"),
     ("environment", "env"),
     ("frontends", "listeners"),
+    ("hash", "ring"),
     ("healthcheck", "health_check"),
     ("host", "address"),
     ("host", "name"),
+    ("least_conn", "least_connections"),
+    ("leastconn", "least_connections"),
     ("maxconn", "max_connections"),
     ("maxconn", "max_connections_per_backend"),
     ("nameservers", "servers"),

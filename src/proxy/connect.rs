@@ -1,5 +1,5 @@
-//! Stage connect: connects to the first backend of the walk that answers. No client byte has been read yet, so a
-//! failed connect loses no data.
+//! Stage connect: picks a backend and connects to it, until one answers. No client byte has been read yet, so a failed connect
+//! loses no data.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use super::Route;
 use super::dial::dial;
+use super::pick::{Picked, pick};
 use super::socket::TcpOptions;
 use super::stats::RefusalReason;
 use crate::address::Address;
@@ -51,8 +52,8 @@ pub struct Connected {
     pub stream: Stream,
 }
 
-/// Tries the backends that the ring offers for the key, in order, and makes at most `connect_attempts` attempts. Counts
-/// each attempt for its backend. A full backend is skipped and does not count as an attempt.
+/// Tries one backend after the other, in the order in which the pool picks them, and makes at most `connect_attempts` attempts.
+/// Counts each attempt for its backend. A full backend is skipped and does not count as an attempt.
 ///
 /// `header` makes the bytes that Ringway sends first; empty: none. If Ringway cannot send them, the attempt fails.
 ///
@@ -69,59 +70,36 @@ pub async fn connect<'a, T: AsRef<Table>>(
     header: impl Fn(&Stream) -> Cow<'a, [u8]>,
     tries: &mut Vec<Try>,
 ) -> Result<Connected, RefusalReason> {
-    let mut refusal = RefusalReason::NoBackend;
-    let mut left = route.connect_attempts;
-    let mut table = current();
-    if table.as_ref().is_panic() {
-        route.stats.picked_in_panic.fetch_add(1, Ordering::Relaxed);
-    }
-    while left > 0 {
-        let mut newer = None;
-        for (backend, address) in table.as_ref().candidates(want.key) {
-            if left == 0 {
-                break;
-            }
-            if tries.iter().any(|tried| tried.backend == backend.id && tried.incarnation == backend.incarnation) {
-                continue;
-            }
-            let Some(permit) = BackendPermit::take(&backend.live, backend.most_connections(route.most_per_backend))
-            else {
-                route.stats.walked_past_full.fetch_add(1, Ordering::Relaxed);
-                refusal = if refusal == RefusalReason::NoBackend { RefusalReason::BackendsFull } else { refusal };
-                continue;
-            };
-            left -= 1;
-            let attempt = attempt(backend, address, route, want, &header).await;
-            let now = current();
-            let is_stale = now.as_ref().generation() != table.as_ref().generation();
-            let failure = match attempt {
-                Ok(stream) if !is_stale || now.as_ref().still_takes(&backend.id, backend.incarnation) => {
-                    let (backend, address) = (Arc::clone(&backend.id), address.at_port(want.port));
-                    return Ok(Connected { backend, address, permit, stream });
-                }
-                Ok(_to_one_that_has_left) => None,
-                Err(failure) => {
-                    refusal = RefusalReason::ConnectFailed;
-                    Some(failure)
-                }
-            };
-            // A newer table offers it again.
-            tries.push(Try { backend: Arc::clone(&backend.id), incarnation: backend.incarnation, failure });
-            // The process is out of descriptors, so another backend would fail too.
-            if failure == Some(ConnectFailure::NoDescriptors) {
-                return Err(RefusalReason::NoDescriptors);
-            }
-            if is_stale {
-                newer = Some(now);
-                break;
-            }
+    let mut refusal = None;
+    for attempts in 0..route.connect_attempts {
+        let table = current();
+        let table = table.as_ref();
+        if attempts == 0 && table.is_panic() {
+            route.stats.picked_in_panic.fetch_add(1, Ordering::Relaxed);
         }
-        match newer {
-            Some(newer) => table = newer,
-            None => break,
+        let picked = pick(route, table, want.key, tries);
+        let Picked { backend, address, permit } = picked.map_err(|nobody| refusal.unwrap_or(nobody))?;
+        let attempt = attempt(backend, address, route, want, &header).await;
+        let now = current();
+        let is_stale = now.as_ref().generation() != table.generation();
+        let failure = match attempt {
+            Ok(stream) if !is_stale || now.as_ref().still_takes(&backend.id, backend.incarnation) => {
+                let (backend, address) = (Arc::clone(&backend.id), address.at_port(want.port));
+                return Ok(Connected { backend, address, permit, stream });
+            }
+            Ok(_to_one_that_has_left) => None,
+            Err(failure) => {
+                refusal = Some(RefusalReason::ConnectFailed);
+                Some(failure)
+            }
+        };
+        tries.push(Try { backend: Arc::clone(&backend.id), incarnation: backend.incarnation, failure });
+        // The process is out of descriptors, so another backend would fail too.
+        if failure == Some(ConnectFailure::NoDescriptors) {
+            return Err(RefusalReason::NoDescriptors);
         }
     }
-    Err(refusal)
+    Err(refusal.unwrap_or(RefusalReason::NoBackend))
 }
 
 /// Makes one attempt, and counts and reports its outcome.

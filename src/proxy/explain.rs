@@ -122,6 +122,12 @@ pub struct RouteStep {
 pub struct PoolStep {
     /// Its name.
     pub name: String,
+    /// How a backend is chosen: `ring` or `least_connections`.
+    #[serde(default)]
+    pub balance: String,
+    /// The most connections of a backend, in percent of its fair share; `None`: any number.
+    #[serde(default)]
+    pub bound: Option<u16>,
     /// What is hashed.
     pub key: KeyStep,
     /// The probes of the key.
@@ -134,8 +140,11 @@ pub struct PoolStep {
     pub ring_digest: String,
     /// All backends in the order of the ring, beginning at the key.
     pub walk: Vec<WalkStep>,
-    /// The backend that gets the connection; `None`: none may.
+    /// The backend that gets the connection; `None`: none may, or chance decides.
     pub backend: Option<String>,
+    /// Whether chance decides.
+    #[serde(default)]
+    pub random: bool,
     /// The same after the change of the question.
     pub what_if: Option<WhatIf>,
 }

@@ -6,7 +6,7 @@
 //! # Layout
 //!
 //! - [`mod@session`]: the path of one connection, one line per stage
-//! - [`accept`], [`deal`], [`admit`], [`mod@route`], [`key`], [`mod@connect`] (which picks), [`relay`], [`account`]: the stages
+//! - [`accept`], [`deal`], [`admit`], [`mod@route`], [`key`], [`mod@pick`], [`mod@connect`], [`relay`], [`account`]: the stages
 //! - [`routing`]: what a listener decides for a connection; [`mod@dial`]: one attempt to connect
 //! - [`connection`]: one connection: what the stages have found out, and the flags of the timeout task
 //! - [`direction`], [`pipe`], [`write_backlog`]: one half of a relay, and the pipes and buffers that it uses
@@ -39,6 +39,7 @@ mod direction;
 mod limit;
 mod not_served;
 mod peek;
+mod pick;
 mod pipe;
 mod proxy_protocol;
 mod relay;
@@ -65,6 +66,7 @@ pub use self::connection::ConnectionId;
 use self::deal::Peer;
 pub use self::limit::{ConnectionPermit, Limit};
 use self::listening::ListeningSocket;
+pub use self::pick::Balance;
 pub use self::proxy_protocol::ProxyProtocol;
 pub use self::routing::{Condition, DEFAULT, HelloSettings, NamePattern, Reports, Route, Routing, Rule};
 use self::sessions::Sessions;

@@ -9,6 +9,7 @@ use ::metrics::Histogram;
 use tokio::sync::mpsc;
 
 use super::key::KeyKind;
+use super::pick::Balance;
 use super::stats::{PoolStats, RefusalReason};
 use crate::backend::Failing;
 use crate::client_hello::{Hello, host_name};
@@ -16,7 +17,7 @@ use crate::networks::Networks;
 use crate::outgoing::Outgoing;
 use crate::proxy_header::{OwnHeader, SendProxy, Tlv};
 use crate::stream::Client;
-use crate::table::TableCell;
+use crate::table::{Bound, TableCell};
 
 /// The name of the rule that takes what no other rule of a listener takes.
 pub const DEFAULT: &str = "default";
@@ -280,6 +281,10 @@ pub struct Route {
     pub pool: Arc<str>,
     /// The part of a connection that is hashed.
     pub key: KeyKind,
+    /// How a backend is chosen.
+    pub balance: Balance,
+    /// How many times its fair share of the connections a backend may have; `None`: any number. Only for [`Balance::Ring`].
+    pub bound: Option<Arc<Bound>>,
     /// The pool's table.
     pub table: TableCell,
     /// Maximum connections per backend; a backend that has reached it is skipped.
@@ -316,6 +321,8 @@ impl Route {
         Self {
             pool,
             key: KeyKind::Source,
+            balance: Balance::Ring,
+            bound: None,
             table,
             most_per_backend: u64::MAX,
             send_proxy: None,

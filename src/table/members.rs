@@ -44,14 +44,17 @@ pub(super) struct Tier {
     pub(super) slow: usize,
     /// The sum of the weights, in parts of an [`Admission`].
     weight: u64,
-    /// The part of it that healthy backends take, and perhaps those that have not been judged.
-    carried: u64,
+    /// The part of it that healthy backends take.
+    pub(super) healthy_weight: u64,
+    pub(super) reachable_weight: u64,
+    pub(super) unknown_weight: u64,
 }
 
 impl Tier {
     /// Whether less than this percentage of the weight is healthy.
     pub(super) fn is_below(&self, percent: u8) -> bool {
-        self.carried * 100 < u64::from(percent) * self.weight
+        // Those that have not been judged may turn out to be healthy.
+        (self.healthy_weight + self.unknown_weight) * 100 < u64::from(percent) * self.weight
     }
 }
 
@@ -124,18 +127,16 @@ impl Members {
         count(&mut tier.reachable, is_reachable);
         count(&mut tier.unknown, is_unknown);
         count(&mut tier.slow, is_slow);
-        let (weight, carried) = match (is_healthy, is_unknown) {
-            (true, _) => (weight * Admission::ALL.raw(), weight * admission.raw()),
-            (false, true) => (weight * Admission::ALL.raw(), weight * Admission::ALL.raw()),
-            (false, false) => (weight * Admission::ALL.raw(), 0),
+        let whole = weight * Admission::ALL.raw();
+        let weigh = |sum: &mut u64, weight: u64, counts: bool| match (counts, is_in) {
+            (true, true) => *sum += weight,
+            (true, false) => *sum -= weight,
+            (false, _) => {}
         };
-        if is_in {
-            tier.weight += weight;
-            tier.carried += carried;
-        } else {
-            tier.weight -= weight;
-            tier.carried -= carried;
-        }
+        weigh(&mut tier.weight, whole, true);
+        weigh(&mut tier.healthy_weight, weight * admission.raw(), is_healthy);
+        weigh(&mut tier.reachable_weight, whole, is_reachable);
+        weigh(&mut tier.unknown_weight, whole, is_unknown);
         if tier.on_ring == 0 {
             self.tiers.remove(at);
         }
@@ -233,6 +234,19 @@ impl Bits {
         } else {
             *word &= !bit;
         }
+    }
+
+    /// The positions in the set, in order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = usize> {
+        let in_word = |(n, &word): (usize, &u64)| {
+            let mut left = word;
+            std::iter::from_fn(move || {
+                let next = (left != 0).then(|| n * 64 + left.trailing_zeros() as usize);
+                left &= left.wrapping_sub(1);
+                next
+            })
+        };
+        self.words.iter().enumerate().flat_map(in_word)
     }
 
     /// Whether the position is in the set.

@@ -6,6 +6,7 @@ use super::provider::PROVIDER;
 use super::{Form, Key, NAME, days, hours, minutes, ms, names, seconds};
 use crate::config::parse_check::{CheckKind, Match};
 use crate::control::publisher::OnDown;
+use crate::proxy::Balance;
 use crate::proxy::key::KeyKind;
 use crate::proxy_header::{Tlv, Version};
 
@@ -17,6 +18,12 @@ pub(super) const POOL: &[Key] = &[
         Form::Any(&[Form::Choice(key_kinds), Form::Section(KEY, "")]),
         "source",
         "`source`: hash the client's address and port, so each connection may go to a different backend. `source_ip`: hash only the address, so a client keeps its backend. `source_net`: hash only the client's network, an IPv4 /24 or an IPv6 /64. `{ source_net: { v4: 20, v6: 56 } }` sets other prefix lengths. `sni`: hash the server name of the TLS handshake, and without one the address. A client that waits for the server is then delayed by `hello.timeout`. On a [Unix socket](#unix-sockets), Ringway hashes the client's user id instead of the address",
+    ),
+    Key::choice(
+        "balance",
+        names::<Balance>,
+        "ring",
+        "`ring`: the key decides on the consistent-hash ring, so a client can keep its backend. `least_connections`: the backend with [the fewest connections](#bounded-loads) for its weight, whoever the client is",
     ),
     Key::section("ring", RING, "{ virtual_nodes: 160 }", "parameters of the consistent-hash ring"),
     Key::required(
@@ -100,6 +107,12 @@ const RING: &[Key] = &[
         0..=u64::MAX,
         0,
         "seed of the hash. Instances with the same `ring` settings, backend ids and weights pick the same backend for a key",
+    ),
+    Key::usual(
+        "bound",
+        Form::Any(&[Form::Off, Form::Integer(101..=1000)]),
+        "off",
+        "[most connections](#bounded-loads) of a backend, in percent of its fair share. Beyond it, a key goes to the next backend on the ring. 125 suits caches, 150 sessions",
     ),
 ];
 

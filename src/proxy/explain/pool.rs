@@ -8,11 +8,12 @@ use std::time::Instant;
 use super::{KeyStep, PoolStep, ProbeStep, Question, Unexplained, WalkStep, WhatIf};
 use crate::backend::{Backend, Membership, State};
 use crate::labels::Label as _;
-use crate::proxy::Route;
 use crate::proxy::key::{Key, KeyKind};
+use crate::proxy::pick::{Room, in_order};
+use crate::proxy::{Balance, Route};
 use crate::ring::{MOST_POINTS, Member, Ring};
 use crate::stream::Client;
-use crate::table::{Members, Table};
+use crate::table::{EXACT, Members, Table};
 
 /// Keys that are looked up to estimate the share of keys that a change of the ring moves. It is then accurate to half a
 /// percent.
@@ -37,6 +38,9 @@ impl PoolStep {
         let walk = walk(&table, route, key);
         let first = walk.iter().find(|step| step.attempt == Some(1)).map(|step| step.backend.clone());
         Ok(Self {
+            balance: route.balance.as_str().to_owned(),
+            bound: route.bound.as_ref().map(|bound| bound.percent()),
+            random: is_random(route, &table),
             key: KeyStep {
                 kind: question.key.as_ref().map_or(route.key.as_str(), |_| "given").to_owned(),
                 bytes: hex(key),
@@ -65,46 +69,63 @@ fn probes(table: &Table, key: &[u8]) -> Vec<ProbeStep> {
     table.ring().probes(key).into_iter().map(step).collect()
 }
 
+/// Whether chance decides which backend gets a connection.
+fn is_random(route: &Route, table: &Table) -> bool {
+    route.balance == Balance::LeastConnections && table.backends().len() > EXACT
+}
+
 /// All backends in the order of the ring. The attempts are numbered in the order of the data plane.
 fn walk(table: &Table, route: &Route, key: &[u8]) -> Vec<WalkStep> {
-    let most = |backend: &Backend| backend.most_connections(route.most_per_backend);
-    let is_full = |backend: &Backend| backend.live.active.load(Ordering::Relaxed) >= most(backend);
-    let mut attempts = 0;
-    // What comes of each candidate: the number of its attempt, or none if it is full.
-    let candidates: HashMap<&str, Option<usize>> = table
-        .candidates(key)
-        .map(|(backend, _)| {
-            let attempt = (!is_full(backend)).then(|| {
-                attempts += 1;
-                attempts
-            });
-            (&*backend.id, attempt)
+    let (is_random, mut attempts) = (is_random(route, table), 0);
+    // What comes of each candidate: its room, and the number of its attempt.
+    let candidates: HashMap<&str, (Room, usize)> = in_order(route, table, key)
+        .into_iter()
+        .map(|(backend, room)| {
+            attempts += usize::from(!matches!(room, Room::Full(_)));
+            (&*backend.id, (room, attempts))
         })
         .collect();
     let now = Instant::now();
     let step = |owner: usize| {
         let backend = &table.backends()[owner];
         let candidate = candidates.get(&*backend.id).copied();
-        let attempt = candidate.flatten().filter(|&attempt| attempt <= route.connect_attempts);
+        let attempt = match candidate {
+            Some((Room::Free | Room::AtBound(_), attempt)) if !is_random => Some(attempt),
+            _ => None,
+        };
+        let attempt = attempt.filter(|&attempt| attempt <= route.connect_attempts);
+        let active = backend.live.active.load(Ordering::Relaxed);
+        let load = match route.balance {
+            Balance::Ring => String::new(),
+            Balance::LeastConnections => format!(": {active} connections with weight {}", backend.membership.weight),
+        };
         let despite = match backend.state {
             State::Healthy => String::new(),
             state => format!(", although it is {}: too few backends are healthy", state.as_str()),
         };
         let why = match (candidate, attempt) {
             (None, _) => why_skipped(backend, now),
-            (Some(None), _) => {
-                let active = backend.live.active.load(Ordering::Relaxed);
-                format!("full: {active} of {} connections", most(backend))
+            (Some((Room::Full(most), _)), _) => format!("full: {active} of {most} connections"),
+            _ if is_random => {
+                format!(
+                    "may be one of two random backends, of which the one with the smaller load gets the connection{load}"
+                )
             }
-            (Some(Some(_)), Some(1)) => format!("gets the connection{despite}"),
-            (Some(Some(_)), _) if table.is_spared(backend, key) => {
+            (Some((Room::AtBound(bound), _)), Some(1)) => {
+                format!("gets the connection although it is at its bound ({active} of {bound} connections), as all are")
+            }
+            (Some((Room::AtBound(bound), _)), _) => {
+                format!("at its bound: {active} of {bound} connections, so the key goes on to the next backend")
+            }
+            (Some(_), Some(1)) => format!("gets the connection{load}{despite}"),
+            (Some(_), _) if route.balance == Balance::Ring && table.is_spared(backend, key) => {
                 let part = backend.admission.as_part() * 100.0;
                 format!(
                     "it takes {part:.0} % of its keys now (slow start, or its agent says so), and gets this one only if the other backends fail"
                 )
             }
-            (Some(Some(_)), Some(_)) => format!("next, if the connects before it fail{despite}"),
-            (Some(Some(_)), None) => format!("not tried: connect.attempts is {}", route.connect_attempts),
+            (Some(_), Some(_)) => format!("next, if the connects before it fail{load}{despite}"),
+            (Some(_), None) => format!("not tried: connect.attempts is {}{load}", route.connect_attempts),
         };
         let why = if table.has_tiers() { format!("tier {}: {why}", backend.membership.tier) } else { why };
         WalkStep {
@@ -203,7 +224,11 @@ fn what_if(table: &Table, route: &Route, question: &Question, key: &[u8]) -> Res
         let before = old.of(&key).map(|owner| &table.backends()[owner].id);
         before != new.of(&key).map(|owner| &after.backends()[owner].id)
     };
-    let moved = (0..SAMPLE).filter(moves).count() as f64 / f64::from(SAMPLE);
+    let moved = match route.balance {
+        Balance::Ring => (0..SAMPLE).filter(moves).count() as f64 / f64::from(SAMPLE),
+        // No key has an owner.
+        Balance::LeastConnections => 0.0,
+    };
     let walk = walk(&after, route, key);
     let backend = walk.into_iter().find(|step| step.attempt == Some(1)).map(|step| step.backend);
     // Four digits are precise enough for a person.
