@@ -117,6 +117,15 @@ impl Table {
         Owners::new(&self.ring, self.backends.iter().map(Backend::membership_on_ring))
     }
 
+    /// Whether each key has the same candidates in the other table. During a slow start, they are taken to differ.
+    pub fn places_like(&self, other: &Self) -> bool {
+        let is_steady = |table: &Self| table.tiers.iter().all(|tier| !tier.spares_slow_ones);
+        Arc::ptr_eq(&self.ring, &other.ring)
+            && (self.joined, &self.tiers) == (other.joined, &other.tiers)
+            && self.backends.has_sets_of(&other.backends)
+            && (is_steady(self) && is_steady(other) || self.generation == other.generation)
+    }
+
     /// The snapshot's number within its pool, from 0.
     pub fn generation(&self) -> u64 {
         self.generation
@@ -332,6 +341,11 @@ impl TableCell {
         let generation = table.generation;
         self.current.store(Arc::new(table));
         self.generation.send_replace(generation);
+    }
+
+    /// Whether both are handles on the same cell.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.current, &other.current)
     }
 
     /// The current table.

@@ -27,6 +27,7 @@ mod house;
 mod kubernetes;
 mod limits;
 mod listeners;
+mod moving;
 mod names;
 mod openapi;
 mod page;

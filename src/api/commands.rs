@@ -72,6 +72,14 @@ fn one() -> u32 {
     1
 }
 
+/// The body of a rebalance.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RebalanceBody {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    over_seconds: Option<f64>,
+}
+
 /// The body of a change of the number of replicas.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -132,6 +140,10 @@ impl HttpCall {
             Command::Remove { pool, backend } => {
                 Self { method: Method::DELETE, path: backend_path(pool, backend, ""), body: String::new() }
             }
+            Command::Rebalance { pool, over } => {
+                let body = over.map(|over| json(&RebalanceBody { over_seconds: Some(over.as_secs_f64()) }));
+                post(format!("/api/pools/{}/rebalance", encoded(pool)), body.unwrap_or_default())
+            }
             Command::Scale { pool, replicas } => {
                 post(format!("/api/pools/{}/scale", encoded(pool)), json(&ScaleBody { replicas: *replicas }))
             }
@@ -168,6 +180,7 @@ pub(super) fn routes(state: &Arc<State>) -> axum::Router<Arc<State>> {
         .route("/api/pools/{pool}/backends/{backend}/drain", post(drain))
         .route("/api/pools/{pool}/backends/{backend}/undrain", post(undrain))
         .route("/api/pools/{pool}/backends/{backend}/weight", post(weight))
+        .route("/api/pools/{pool}/rebalance", post(rebalance))
         .route("/api/pools/{pool}/scale", post(scale))
         .route("/api/reload", post(reload))
         .route("/api/log", post(log))
@@ -223,6 +236,19 @@ async fn add(
 async fn remove(Extract(state): Extract<Arc<State>>, caller: From, query: DryRunQuery, path: BackendPath) -> Answer {
     let (pool, backend) = backend_of(path)?;
     run(&state, caller, query, Command::Remove { pool, backend }).await
+}
+
+async fn rebalance(
+    Extract(state): Extract<Arc<State>>,
+    caller: From,
+    query: DryRunQuery,
+    path: PoolPath,
+    body: Bytes,
+) -> Answer {
+    let pool = pool_of(path)?;
+    let RebalanceBody { over_seconds } = optional(&body)?;
+    let over = over_seconds.map(|seconds| duration("over_seconds", seconds)).transpose()?;
+    run(&state, caller, query, Command::Rebalance { pool, over }).await
 }
 
 async fn scale(

@@ -16,9 +16,14 @@ use crate::config::{Config, Pool, StaticBackend};
 use crate::control::Event;
 use crate::control::command::{Command, CommandError, Moved, Report};
 use crate::control::provider::{MOST_CONNECTIONS, WEIGHTS};
+use crate::proxy::Balance;
+use crate::proxy::sessions::Away;
 
 /// Allowed numbers of replicas of a pool.
 const REPLICAS: RangeInclusive<u32> = 1..=1000;
+
+/// Time in which connections move if nobody says another one.
+const USUAL_OVER: Duration = Duration::from_secs(300);
 
 /// Longest time to read the config file.
 const READ: Duration = Duration::from_secs(10);
@@ -29,6 +34,8 @@ pub(super) enum Planned {
     Reload(Box<ReloadPlan>),
     /// Drain or undrain one backend.
     Notify { pool: String, event: Event, changes: Changes, summary: String },
+    /// End connections of a pool within a time.
+    Rebalance { pool: String, over: Duration, found: Away },
     /// Log something else; `None`: as at the start.
     Log { filter: Option<String>, lasts: Option<Duration>, summary: String },
     /// Open the file of the access log again.
@@ -69,6 +76,7 @@ impl App {
                 }
                 changes.of(&pool).weights.insert(backend, weight);
             }
+            Command::Rebalance { pool, over } => return self.plan_rebalance(pool, over).await,
             Command::Add { pool, backend } => {
                 if self.static_backends(&pool)?.iter().any(|known| known.id == *backend.id) {
                     return Err(CommandError::BackendExists { pool, backend: backend.id.to_string() });
@@ -132,6 +140,9 @@ impl App {
             Planned::Report(report) | Planned::Reopen(report) => report,
             Planned::Notify { pool, event, summary, .. } => {
                 Report { changes: vec![summary], moved: self.keys_of(&pool, &event), ..Report::default() }
+            }
+            Planned::Rebalance { pool, over, found } => {
+                Report { changes: vec![rebalance_in_words(&pool, over, found)], ..Report::default() }
             }
             Planned::Log { summary, .. } => Report { changes: vec![summary], ..Report::default() },
             Planned::HandOver => {
@@ -222,6 +233,24 @@ impl App {
         Ok(Planned::Notify { pool, event, changes, summary })
     }
 
+    async fn plan_rebalance(&self, pool: String, over: Option<Duration>) -> Result<Planned, CommandError> {
+        let settings = self.pool(&pool)?;
+        if settings.balance != Balance::Ring || settings.is_exclusive {
+            return Err(CommandError::NothingToMove(pool));
+        }
+        let over = over.or(settings.on_move).unwrap_or(USUAL_OVER);
+        let found = self.state.sessions.send_home(&pool, None).await;
+        Ok(Planned::Rebalance { pool, over, found })
+    }
+
+    /// Ends the connections of a pool whose keys lead to other backends.
+    pub(super) async fn rebalance(&self, pool: &str, over: Duration) -> Report {
+        let found = self.state.sessions.send_home(pool, Some(over)).await;
+        let report = Report { changes: vec![rebalance_in_words(pool, over, found)], ..Report::default() };
+        log(&report);
+        report
+    }
+
     /// Plans a reload of the file, or of another text.
     async fn plan_config(
         &self,
@@ -294,6 +323,7 @@ impl App {
             Command::Drain { pool, .. }
             | Command::Undrain { pool, .. }
             | Command::Weight { pool, .. }
+            | Command::Rebalance { pool, .. }
             | Command::Add { pool, .. }
             | Command::Remove { pool, .. }
             | Command::Scale { pool, .. } => *pool = self.pool_name(std::mem::take(pool)),
@@ -356,6 +386,12 @@ impl App {
         let pool = self.file.pools.iter().find(|known| known.name == pool)?;
         pool.provider.static_backends()?.iter().find(|backend| backend.id == id).cloned()
     }
+}
+
+fn rebalance_in_words(pool: &str, over: Duration, found: Away) -> String {
+    let (Away { away, all }, over) = (found, humantime::format_duration(over));
+    let what = format!("pool {pool}: the keys of {away} of {all} connections lead to other backends");
+    if away == 0 { what } else { format!("{what}; Ringway resets these connections within {over}") }
 }
 
 /// A share in percent, rounded up.

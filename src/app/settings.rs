@@ -66,6 +66,7 @@ pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Fa
         idle: pool.timeouts.idle.unwrap_or(Duration::MAX),
         half_closed: pool.timeouts.half_closed,
         max_age: pool.timeouts.max_connection_age,
+        on_move: pool.on_move,
         drain: pool.drain,
         connect_seconds: base.connect_seconds.clone(),
         failing: pool.ejection.map(|ejection| Reports { after: ejection.after, to: reports.clone() }),

@@ -82,6 +82,19 @@ pub(crate) enum RuntimeCommand {
         #[command(flatten)]
         port: Port,
     },
+    /// End connections whose keys lead to other backends since a change, so that they move there
+    Rebalance {
+        /// The pool
+        pool: String,
+        /// Time in which they end, each at a moment without traffic if there is one [default: the pool's `on_move`, or 5m]
+        #[arg(long, value_name = "DURATION", value_parser = duration)]
+        over: Option<Duration>,
+        /// Only say how many there are
+        #[arg(long)]
+        dry_run: bool,
+        #[command(flatten)]
+        port: Port,
+    },
     /// Change the number of replicas of a pool
     Scale {
         /// The pool
@@ -164,6 +177,14 @@ pub(crate) fn run(common: &Common, command: RuntimeCommand) -> Result<(), Failur
                 let Backend { pool, id } = backend.clone();
                 let command = Command::Remove { pool, backend: id };
                 send_and_wait(common, &port, &command, wait.then_some(&backend)).await
+            }
+            RuntimeCommand::Rebalance { pool, over, dry_run, port } => {
+                let command = Command::Rebalance { pool, over };
+                if !dry_run {
+                    return send(common, &port, &command).await;
+                }
+                let report = side_port::dry_run(common, &port, &command).await?;
+                print(&in_words(&report, "nothing to change\n"))
             }
             RuntimeCommand::Scale { pool, replicas, port } => {
                 send(common, &port, &Command::Scale { pool, replicas }).await

@@ -98,6 +98,12 @@ fn refusal(answer: &Response<Bytes>) -> String {
     }
 }
 
+/// Asks what a command other than a reload would do.
+pub(super) async fn dry_run(common: &Common, port: &Port, command: &Command) -> anyhow::Result<Report> {
+    let HttpCall { method, path, body } = HttpCall::of(command);
+    with_token(common, port, Request::builder().method(method).uri(path + "?dry_run=true"), body).await
+}
+
 /// Sends a command and waits for its report.
 pub(super) async fn run(common: &Common, port: &Port, command: &Command) -> anyhow::Result<Report> {
     let HttpCall { method, path, body } = HttpCall::of(command);

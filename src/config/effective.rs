@@ -9,6 +9,7 @@ use serde_yaml::{Mapping, Value};
 use self::provider::provider;
 use super::parse_check::{Match, bytes_value, usual_header};
 use super::parse_listener::RATE_UNITS;
+use super::parse_pool::KEEP;
 use super::parse_routes::RESET;
 use super::{AccessList, Api, Config, Ejection, Listener, PerSource, Pool, Relay, Route, variables};
 use crate::control::agent;
@@ -215,6 +216,7 @@ fn pool(pool: &Pool) -> Value {
         ("ejection", off(pool.ejection.map(ejection))),
         ("panic_threshold", pool.panic_threshold.into()),
         ("on_down", pool.on_down.as_str().into()),
+        ("on_move", pool.on_move.map_or(KEEP.into(), |over| map([("close_over", duration(over))]))),
         ("slow_start", duration(pool.slow_start)),
         ("tiers", map([("spill_below", pool.spill_below.into()), ("exclusive", pool.is_exclusive.into())])),
         ("max_connections_per_backend", off(pool.max_connections_per_backend.map(Into::into))),

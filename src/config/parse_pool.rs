@@ -18,6 +18,9 @@ use crate::proxy::key::KeyKind;
 use crate::proxy_header::{CRC32C, NOOP, SendProxy, Tlv, Version};
 use crate::ring::Parameters;
 
+/// Connections stay where they are after a change of the ring.
+pub(super) const KEEP: &str = "keep";
+
 /// Most source addresses of a pool.
 const MOST_SOURCES: usize = 64;
 
@@ -61,6 +64,10 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     } else {
         (panic_threshold, on_down)
     };
+    let on_move = section.item("on_move").and_then(|item| on_move(&item));
+    if on_move.is_some() {
+        check_on_move(&section, balance, is_exclusive);
+    }
     let mut agent = section.item("agent").and_then(|item| agent(&item, on_unix));
     // A check from elsewhere would not tell whether connections get through.
     if let Some(health) = &mut health_check {
@@ -86,6 +93,7 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         spill_below,
         is_exclusive,
         on_down,
+        on_move,
         slow_start: section.duration("slow_start"),
         max_connections_per_backend: section.optional_integer("max_connections_per_backend").map(narrow),
         drain: section.duration("drain"),
@@ -285,6 +293,27 @@ fn check_least_connections(pool: &Section<'_>, key: KeyKind, bound: Option<u16>)
              write `balance: ring`",
         );
     }
+}
+
+/// The time in which connections move to the backends to which their keys lead.
+fn on_move(item: &Item<'_>) -> Option<Duration> {
+    if item.value.as_str() == Some(KEEP) {
+        return None;
+    }
+    let mut section = item.clone().section();
+    let over = section.duration("close_over");
+    section.finish();
+    Some(over)
+}
+
+/// Reports settings with which no connection belongs to another backend.
+fn check_on_move(pool: &Section<'_>, balance: Balance, is_exclusive: bool) {
+    let other = match (balance, is_exclusive) {
+        (Balance::LeastConnections, _) => "balance: least_connections, which has no keys",
+        (_, true) => "tiers.exclusive, which moves all connections anyway",
+        (Balance::Ring, false) => return,
+    };
+    pool.fault(format_args!("on_move has no effect with {other}: remove on_move"));
 }
 
 /// The parameters of the ring, and the bound.

@@ -53,6 +53,8 @@ pub struct Pool {
     pub is_exclusive: bool,
     /// What Ringway does with the open connections of a backend that goes down.
     pub on_down: OnDown,
+    /// After a change of the ring, connections whose keys lead to other backends end within this time; `None`: they stay.
+    pub on_move: Option<Duration>,
     /// Time in which Ringway ramps up a recovered backend to its full share of keys; zero: at once.
     pub slow_start: Duration,
     /// Maximum of open connections per backend; `None`: unlimited.

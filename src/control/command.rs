@@ -61,6 +61,13 @@ pub enum Command {
         /// Backend id.
         backend: String,
     },
+    /// End the connections of a pool whose keys lead to other healthy backends.
+    Rebalance {
+        /// Pool or listener.
+        pool: String,
+        /// Time in which they end; `None`: the pool's `on_move`, or five minutes.
+        over: Option<Duration>,
+    },
     /// Change the number of replicas of a supervised pool.
     Scale {
         /// Pool or listener.
@@ -99,6 +106,7 @@ impl Command {
             Self::Drain { .. } => "drain",
             Self::Undrain { .. } => "undrain",
             Self::Weight { .. } => "weight",
+            Self::Rebalance { .. } => "rebalance",
             Self::Add { .. } => "add",
             Self::Remove { .. } => "remove",
             Self::Scale { .. } => "scale",
@@ -116,6 +124,7 @@ impl Command {
             Self::Drain { pool, .. }
             | Self::Undrain { pool, .. }
             | Self::Weight { pool, .. }
+            | Self::Rebalance { pool, .. }
             | Self::Add { pool, .. }
             | Self::Remove { pool, .. }
             | Self::Scale { pool, .. } => Some(pool),
@@ -131,7 +140,12 @@ impl Command {
             | Self::Weight { backend, .. }
             | Self::Remove { backend, .. } => Some(backend),
             Self::Add { backend, .. } => Some(&backend.id),
-            Self::Scale { .. } | Self::Reload { .. } | Self::Log { .. } | Self::Reopen | Self::Upgrade => None,
+            Self::Rebalance { .. }
+            | Self::Scale { .. }
+            | Self::Reload { .. }
+            | Self::Log { .. }
+            | Self::Reopen
+            | Self::Upgrade => None,
         }
     }
 }
@@ -143,6 +157,10 @@ impl fmt::Display for Command {
             Self::Drain { pool, backend, .. } => write!(f, "drain {pool}/{backend}"),
             Self::Undrain { pool, backend } => write!(f, "undrain {pool}/{backend}"),
             Self::Weight { pool, backend, weight } => write!(f, "weight {pool}/{backend} {weight}"),
+            Self::Rebalance { pool, over: Some(over) } => {
+                write!(f, "rebalance {pool} --over {}", humantime::format_duration(*over))
+            }
+            Self::Rebalance { pool, over: None } => write!(f, "rebalance {pool}"),
             Self::Add { pool, backend } => write!(f, "add {pool}/{} {}", backend.id, backend.location),
             Self::Remove { pool, backend } => write!(f, "remove {pool}/{backend}"),
             Self::Scale { pool, replicas } => write!(f, "scale {pool} {replicas}"),

@@ -1,5 +1,6 @@
 //! Stage account: a guard that counts each connection once when it opens and once when it ends.
 
+use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -78,7 +79,7 @@ impl Account {
         let max_age = connection.route().and_then(|route| route.max_age);
         let expires = max_age.map(|max_age| expiry(max_age, connection.client(), now));
         let connected_after = connection.opened.elapsed();
-        let served = Box::new(Served { backend, address, permit, connected_after, expires });
+        let served = Box::new(Served { backend, address, permit, connected_after, expires, turn: Cell::new(None) });
         // A connection is served once.
         let _ = connection.served.set(served);
     }

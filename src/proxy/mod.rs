@@ -11,6 +11,7 @@
 //! - [`connection`]: one connection: what the stages have found out, and the flags of the timeout task
 //! - [`direction`], [`pipe`], [`write_backlog`]: one half of a relay, and the pipes and buffers that it uses
 //! - [`worker`], [`timeouts`]: a worker's thread, and its timeout task with a coarse clock
+//! - [`moving`]: the end of connections whose keys lead to other backends after a change of the ring
 //! - [`context`], [`stats`]: state shared by the connections of one worker, and counters shared by all workers
 //! - [`mod@proxy_protocol`], [`mod@peek`]: PROXY headers, and a look at first bytes
 //! - [`not_served`]: a client's connection until it has a backend
@@ -37,6 +38,7 @@ mod deal;
 mod dial;
 mod direction;
 mod limit;
+mod moving;
 mod not_served;
 mod peek;
 mod pick;

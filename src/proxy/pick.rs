@@ -6,7 +6,7 @@ use super::Route;
 use super::connect::Try;
 use super::stats::RefusalReason;
 use crate::address::Address;
-use crate::backend::{Backend, BackendPermit};
+use crate::backend::{Backend, BackendPermit, State};
 use crate::label_enum;
 use crate::table::{Load, Table};
 
@@ -172,6 +172,22 @@ impl Route {
         };
         table.backends().iter().enumerate().map(limit).collect()
     }
+}
+
+/// Whether the key of a connection to this backend leads first of all to another one, and that has room. Not while the pool is in panic, and not if the
+/// connection's own backend is unhealthy or drains: other settings say what becomes of it then.
+pub(super) fn belongs_elsewhere(route: &Route, table: &Table, key: &[u8], backend: &str) -> bool {
+    let is_healthy = |one: &Backend| one.state == State::Healthy && one.membership.weight > 0;
+    if table.is_panic() || route.balance != Balance::Ring || !table.backends().find(backend).is_some_and(is_healthy) {
+        return false;
+    }
+    let load = route.bound.as_ref().map(|bound| bound.now(table));
+    let has_room = |one: &Backend| {
+        let (most, bound) = limits(route, table, one, load);
+        one.live.active.load(Ordering::Relaxed) < most.min(bound)
+    };
+    let home = table.candidates(key).next().map(|(home, _)| home);
+    home.is_some_and(|home| *home.id != *backend && has_room(home))
 }
 
 fn was_tried(backend: &Backend, tried: &[Try]) -> bool {

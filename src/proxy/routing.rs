@@ -305,6 +305,8 @@ pub struct Route {
     pub half_closed: Duration,
     /// A connection is reset at this age, or up to a tenth sooner; `None`: never.
     pub max_age: Option<Duration>,
+    /// After a change of the ring, connections whose keys lead to other backends end within this time; `None`: they stay.
+    pub on_move: Option<Duration>,
     /// How long open connections may continue after the data plane was told to stop.
     pub drain: Duration,
     /// Histogram of successful connect times, in seconds.
@@ -333,6 +335,7 @@ impl Route {
             idle: Duration::ZERO,
             half_closed: Duration::ZERO,
             max_age: None,
+            on_move: None,
             drain: Duration::ZERO,
             connect_seconds,
             failing: None,

@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 use super::connection::{Connection, ConnectionId};
 use super::context::Worker;
 use super::deal::Peer;
+use super::moving::{give_turns, is_away};
 use super::stats::EndReason;
 use crate::address::Address;
 use crate::label_enum;
@@ -116,6 +117,17 @@ pub(super) enum Search {
     List { filter: Filter, from: usize, limit: usize, answer: oneshot::Sender<(Vec<Session>, Option<usize>)> },
     /// End them, and count them.
     End { filter: Filter, answer: oneshot::Sender<usize> },
+    /// Count the connections of a pool, and those that belong to other backends. These end within `over`, if it is given.
+    Move { pool: String, over: Option<Duration>, answer: oneshot::Sender<Away> },
+}
+
+/// The connections of a pool.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Away {
+    /// Those whose keys lead to other healthy backends.
+    pub away: usize,
+    /// All that have a backend.
+    pub all: usize,
 }
 
 /// Searches the open connections of all workers.
@@ -167,6 +179,20 @@ impl Sessions {
         }
         ended
     }
+
+    /// Counts the connections of a pool whose keys lead to other healthy backends. With `over`, ends these within that time, each at a
+    /// silent moment if there is one.
+    pub async fn send_home(&self, pool: &str, over: Option<Duration>) -> Away {
+        let _one = self.one.lock().await;
+        let mut sum = Away::default();
+        for worker in self.workers.iter() {
+            let (answer, answered) = oneshot::channel();
+            let _ = worker.searches.send(Search::Move { pool: pool.to_owned(), over, answer });
+            let Away { away, all } = answered.await.unwrap_or_default();
+            (sum.away, sum.all) = (sum.away + away, sum.all + all);
+        }
+        sum
+    }
 }
 
 /// Answers the searches of a worker, on its thread, until nobody can ask any more. `open` counts the worker's connections.
@@ -200,13 +226,37 @@ pub(super) async fn answer(worker: Rc<Worker>, open: TaskTracker, mut searches: 
                 }
                 let _ = answer.send(ended);
             }
+            Search::Move { pool, over, answer } => {
+                let filter = Filter { pool: Some(pool), ..Filter::default() };
+                let (mut found, mut all, mut position) = (Vec::new(), 0, Some(0));
+                while let Some(at) = position {
+                    position = turn(&worker, &filter, at, |connection| {
+                        if let (Some(route), Some(served)) = (connection.route(), connection.served.get()) {
+                            all += 1;
+                            let is_away = is_away(connection, route, served, &route.table.load());
+                            found.extend(is_away.then(|| Rc::clone(connection)));
+                        }
+                        true
+                    });
+                    tokio::task::yield_now().await;
+                }
+                if let Some(over) = over {
+                    give_turns(&found, over, worker.clock.get());
+                }
+                let _ = answer.send(Away { away: found.len(), all });
+            }
         }
     }
 }
 
 /// Looks at some connections, from a position on. Calls `found` for each one that matches, until it returns false. Returns
 /// the next position, or `None` at the end of the list.
-fn turn(worker: &Worker, filter: &Filter, from: usize, mut found: impl FnMut(&Connection) -> bool) -> Option<usize> {
+fn turn(
+    worker: &Worker,
+    filter: &Filter,
+    from: usize,
+    mut found: impl FnMut(&Rc<Connection>) -> bool,
+) -> Option<usize> {
     let open = worker.open.borrow();
     let mut position = from;
     let end = from.saturating_add(PER_TURN).min(open.capacity());

@@ -33,6 +33,8 @@ label_enum! {
         BackendDown => "backend_down",
         /// The connection reached the pool's `max_connection_age`.
         MaxAge => "max_connection_age",
+        /// Its key leads to another backend since a change of the ring, and its pool or an operator wants it to move there.
+        Moved => "moved",
         /// An operator ended it (`ringway kill`).
         Operator => "operator",
         /// Ringway answered the connection itself (`answer_status`).
@@ -56,6 +58,7 @@ impl EndReason {
                 | Self::DrainDeadline
                 | Self::BackendDown
                 | Self::MaxAge
+                | Self::Moved
         )
     }
 }

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use super::Route;
 use super::connection::{Connection, KeepaliveState, Served};
 use super::context::Worker;
+use super::moving::{Movers, must_move};
 use super::stats::EndReason;
 use crate::backend::Eviction;
 
@@ -40,6 +41,7 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
     let mut stopped = None;
     let mut inspected = Duration::ZERO;
     let mut of_open = SLOWEST;
+    let mut movers = Movers::default();
     loop {
         let tick = worker.tick.get().min(of_open);
         tokio::select! {
@@ -63,6 +65,7 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
             inspected = now;
         }
         of_open = SLOWEST;
+        movers.begin(now);
         for (_, connection) in worker.open.borrow().iter() {
             // A connection without a backend has other timeouts.
             let Some(served) = connection.served.get() else { continue };
@@ -73,7 +76,11 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
             }
             // Since the tick that found it active: a connection can live one tick longer than configured, never shorter.
             let silent = now.saturating_sub(connection.last_active.get());
-            let verdict = verdict(connection, served, now, silent, stopped);
+            let route = connection.route();
+            if let Some(route) = route.filter(|route| route.on_move.is_some()) {
+                movers.see(connection, route, served);
+            }
+            let verdict = route.and_then(|route| verdict(connection, route, served, now, silent, stopped));
             // A connection in this state does not notice by itself that a side has broken.
             let inspect = inspects && (connection.blocked.get() || connection.half_closed.get());
             let give_up_pipes = is_short_of_pipes && connection.blocked.get() && silent >= PIPE_HELD;
@@ -92,6 +99,7 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
                 waker.wake();
             }
         }
+        movers.finish(now);
         let milliseconds = u64::try_from(passed.as_millis()).unwrap_or(u64::MAX).max(1);
         worker.stats.short_per_second.store(worker.short.take() * 1000 / milliseconds, Ordering::Relaxed);
         worker.stats.bytes_lately.store(worker.bytes.take(), Ordering::Relaxed);
@@ -100,12 +108,12 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
 
 fn verdict(
     connection: &Connection,
+    route: &Route,
     served: &Served,
     now: Duration,
     silent: Duration,
     stopped: Option<Instant>,
 ) -> Option<EndReason> {
-    let route = connection.route()?;
     if connection.half_closed.get() && silent >= route.half_closed {
         return Some(EndReason::HalfClosedTimeout);
     }
@@ -120,6 +128,9 @@ fn verdict(
             Eviction::Drained => EndReason::DrainDeadline,
             Eviction::Down => EndReason::BackendDown,
         });
+    }
+    if must_move(connection, route, served, now, silent) {
+        return Some(EndReason::Moved);
     }
     stopped.filter(|stopped| stopped.elapsed() >= route.drain).map(|_| EndReason::Shutdown)
 }

@@ -188,6 +188,11 @@ impl Members {
         healthy.filter(move |(_, one)| one.membership.tier == tier).map(|(_, one)| one.admission)
     }
 
+    /// Whether the same positions are healthy, reachable and unknown.
+    pub(super) fn has_sets_of(&self, other: &Self) -> bool {
+        (&self.healthy, &self.reachable, &self.unknown) == (&other.healthy, &other.reachable, &other.unknown)
+    }
+
     /// The tiers that have backends on the ring, lowest first.
     pub(super) fn tiers(&self) -> &[Tier] {
         &self.tiers
@@ -217,7 +222,7 @@ impl<'a> IntoIterator for &'a Members {
 }
 
 /// A set of positions.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Bits {
     words: Vec<u64>,
 }

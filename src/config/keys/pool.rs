@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::provider::PROVIDER;
 use super::{Form, Key, NAME, days, hours, minutes, ms, names, seconds};
 use crate::config::parse_check::{CheckKind, Match};
+use crate::config::parse_pool::KEEP;
 use crate::control::publisher::OnDown;
 use crate::proxy::Balance;
 use crate::proxy::key::KeyKind;
@@ -71,6 +72,12 @@ pub(super) const POOL: &[Key] = &[
         "keep",
         "what happens to the connections of a backend that goes down: `keep` or `reset`. With `tiers.exclusive`, the default and only value is `reset`",
     ),
+    Key::usual(
+        "on_move",
+        Form::Any(&[Form::Word(KEEP), Form::Section(ON_MOVE, "{ close_over: 5m }")]),
+        KEEP,
+        "what happens to open connections whose keys lead to another healthy backend after a change, like more replicas or a backend that is back. `keep`: they stay. `{ close_over: 5m }`: they [move home](operations.md#moving-home)",
+    ),
     Key::duration(
         "slow_start",
         Duration::ZERO..=hours(1),
@@ -97,6 +104,14 @@ const SOURCE_NET: &[Key] = &[
     Key::integer("v4", 1..=32, 24, "prefix length of IPv4 networks, 1 to 32"),
     Key::integer("v6", 1..=128, 64, "prefix length of IPv6 networks, 1 to 128"),
 ];
+
+/// Section `pools[].on_move`.
+const ON_MOVE: &[Key] = &[Key::duration(
+    "close_over",
+    seconds(1)..=days(1),
+    minutes(5),
+    "time in which Ringway resets these connections, evenly, and each at a moment without traffic if there is one",
+)];
 
 /// Section `pools[].ring`.
 const RING: &[Key] = &[

@@ -70,6 +70,11 @@ pub enum CommandError {
     /// All backends of a pool of discovered containers have the same weight.
     #[error("cannot set a weight in pool {0}: all its containers have the same weight")]
     FixedWeight(String),
+    /// No connection of the pool belongs to another backend.
+    #[error(
+        "nothing to rebalance in pool {0}: keys decide nothing there, because of balance: least_connections or tiers.exclusive"
+    )]
+    NothingToMove(String),
     /// The port range of the pool is too small.
     #[error("pool {pool} has too few ports ({first}-{last}) for {replicas} replicas: widen process.ports")]
     TooFewPorts {
@@ -133,6 +138,7 @@ impl CommandError {
             | Self::NotStatic(_)
             | Self::NotSupervised(_)
             | Self::FixedWeight(_)
+            | Self::NothingToMove(_)
             | Self::TooFewPorts { .. }
             | Self::CannotPrepare(_)
             | Self::UpgradeFailed(_)
