@@ -91,6 +91,11 @@ impl Stream {
         self.ready(Interest::ERROR).await.map(drop)
     }
 
+    /// Whether bytes have come that nobody has read. It asks the kernel: the runtime may not know of them yet.
+    pub fn has_unread(&self) -> bool {
+        rustix::io::ioctl_fionread(self.as_fd()).is_ok_and(|unread| unread > 0)
+    }
+
     /// The error that has broken the connection, if the system has reported one. It is reported only once.
     pub fn broken(&self) -> Option<io::Error> {
         // Without an error event nothing has broken. The check of the event takes no system call.

@@ -114,6 +114,8 @@ async fn exactly_the_connections_whose_owner_changed_end_at_silent_moments() {
     let quarter = |n: u32| times.iter().filter(|&&time| time >= OVER * n / 4 && time < OVER * (n + 1) / 4).count();
     println!("ends by quarters of the time: {:?}", (0..5).map(quarter).collect::<Vec<_>>());
     assert!(quarter(0) > 0 && quarter(1) > 0 && quarter(2) > 0);
+    // The rest is for a slow machine.
+    assert!(times.iter().all(|&time| time < OVER + Duration::from_secs(5)));
     // Nobody else ends.
     let more = tokio::time::timeout(Duration::from_secs(2), clients.join_next()).await;
     assert!(more.is_err(), "{more:?}");

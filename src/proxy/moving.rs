@@ -10,10 +10,14 @@ use super::Route;
 use super::connection::{Connection, Served};
 use super::key::Key;
 use super::pick::belongs_elsewhere;
+use super::timeouts::SLOWEST;
 use crate::table::{Table, TableCell};
 
 /// A connection is silent when no byte has moved for this long.
 const SILENT: Duration = Duration::from_secs(1);
+
+/// How long the last connections wait for a silent moment, if the time to move allows.
+const WAIT: Duration = Duration::from_secs(10);
 
 /// When to look again after a change: a worker may have picked by the table before it.
 const LATE: Duration = Duration::from_secs(5);
@@ -44,10 +48,12 @@ fn tenths(time: Duration) -> u32 {
     u32::try_from(time.as_millis() / 100).unwrap_or(u32::MAX)
 }
 
-/// Gives each of these connections a turn within this time. The last tenth of it remains for those that are not silent in
-/// their turn.
+/// Gives each of these connections a turn within this time. The end of it remains for those that are not silent in their turn.
 pub(super) fn give_turns(away: &[Rc<Connection>], over: Duration, now: Duration) {
-    let part = over.mul_f64(0.9) / u32::try_from(away.len().max(1)).unwrap_or(u32::MAX);
+    // The pass that gives the turns and the one that ends the last connection come up to a tick late.
+    let over = over.saturating_sub(2 * SLOWEST).max(over / 2);
+    let rest = (over / 10).max(WAIT).min(over / 2);
+    let part = (over - rest) / u32::try_from(away.len().max(1)).unwrap_or(u32::MAX);
     let mut from = now + part / 2;
     for connection in away {
         if let Some(served) = connection.served.get() {
@@ -79,6 +85,12 @@ pub(super) fn must_move(
         served.turn.set(None);
     }
     is_away
+}
+
+/// Whether the time to move of a connection is not over yet.
+pub(super) fn can_wait(connection: &Connection) -> bool {
+    let turn = connection.served.get().and_then(|served| served.turn.get());
+    turn.is_some_and(|turn| turn.until > tenths(connection.listener.worker.clock.get()))
 }
 
 /// The pools of a worker's connections that have `on_move`. It notices changes of their rings.

@@ -11,6 +11,7 @@ use socket2::SockRef;
 
 use super::connection::{Connection, KeepaliveState};
 use super::direction::{Broken, Direction};
+use super::moving::can_wait;
 use super::stats::EndReason;
 use crate::stream::Stream;
 
@@ -51,7 +52,10 @@ impl Relay {
     fn advance(&mut self, cx: &mut Context<'_>) -> Poll<EndReason> {
         let connection = Rc::clone(&self.connection);
         if let Some(verdict) = connection.verdict.get() {
-            return Poll::Ready(verdict);
+            if verdict != EndReason::Moved || !self.begins_exchange() {
+                return Poll::Ready(verdict);
+            }
+            connection.verdict.set(None);
         }
         if connection.give_up_pipes.take() {
             let worker = &connection.listener.worker;
@@ -85,6 +89,11 @@ impl Relay {
             }
         }
         polled
+    }
+
+    /// Whether bytes have come since the timeout task found the connection silent, so that it may wait for another silent moment.
+    fn begins_exchange(&self) -> bool {
+        can_wait(&self.connection) && (self.client.has_unread() || self.backend.has_unread())
     }
 
     /// The values that change with every activity: bytes moved, and streams ended.
