@@ -205,7 +205,7 @@ fn defaults() -> BTreeMap<String, String> {
             let interface = if listen == "unix:/s" { "" } else { "interface: eth0, " };
             let send = if listen == "unix:/s" { "off" } else { "{ version: v2, tlvs: [alpn], pass: [1] }" };
             let yaml = format!(
-                "access_log: {{ path: stdout }}\nconfig_watch: {{}}\napi: {{ token_file: t }}\n\
+                "access_log: {{ path: stdout }}\nconfig_watch: {{}}\ndocker: {{ auth_file: f }}\napi: {{ token_file: t }}\n\
                  listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }}, {interface}proxy_protocol: {{ from: [10.0.0.0/8] }}, \
                  routes: [{{ sni: [a.b], alpn: [h2], from: [10.0.0.0/8], tls: true, pool: p }}] }}]\n\
                  pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check}, send_proxy: {send}, agent: {agent}, on_move: {on_move}, \

@@ -68,6 +68,7 @@ use crate::address::Address;
 use crate::api::{self, LogView, State, View};
 use crate::config::{self, Config};
 use crate::control::command::{CommandSender, PendingCommand};
+use crate::control::docker::credentials;
 use crate::control::docker::engine::Engine;
 use crate::control::supervisor::handover::Handed;
 use crate::control::supervisor::process::let_go;
@@ -355,8 +356,16 @@ fn workers(config: &Config) -> usize {
 /// The Docker engine, if a pool needs one.
 fn engine(config: &Config, host: Option<&str>) -> Result<Option<Engine>, StartError> {
     let needs_engine = config.pools.iter().any(|pool| pool.provider.needs_engine());
-    let engine = needs_engine.then(|| Engine::new(host, config.docker.timeout));
-    engine.transpose().map_err(StartError::Docker)
+    if !needs_engine {
+        return Ok(None);
+    }
+    let auth_file = config.docker.auth_file.as_deref();
+    auth_file.map_or(Ok(()), credentials::check).map_err(|problem| {
+        let key_path = "docker.auth_file".to_owned();
+        StartError::Unfit { key_path, problem }
+    })?;
+    let engine = Engine::new(host, config.docker.timeout).map_err(StartError::Docker)?;
+    Ok(Some(engine.with_auth_file(auth_file)))
 }
 
 fn open_log(log: &config::AccessLog) -> Result<Log, StartError> {

@@ -53,14 +53,13 @@ pub(super) fn value(config: &Config, lists: Lists) -> Value {
     root.push(("api", api(&config.api)));
     root.push(("metrics", map([("per_backend", config.metrics.per_backend.as_str().into())])));
     let docker = &config.docker;
-    root.push((
-        "docker",
-        map([
-            ("owner", auto_text(docker.owner.as_deref())),
-            ("resync", duration(docker.resync)),
-            ("timeout", duration(docker.timeout)),
-        ]),
-    ));
+    let mut entries = vec![
+        ("owner", auto_text(docker.owner.as_deref())),
+        ("resync", duration(docker.resync)),
+        ("timeout", duration(docker.timeout)),
+    ];
+    entries.extend(docker.auth_file.as_ref().map(|path| ("auth_file", path.display().to_string().into())));
+    root.push(("docker", map(entries)));
     let watch = config.config_watch.map(|watch| {
         map([
             ("settle", duration(watch.settle)),

@@ -242,6 +242,8 @@ pub struct Docker {
     pub resync: Duration,
     /// Timeout of one call to the engine, in whole seconds.
     pub timeout: Duration,
+    /// Credentials for registries, as `docker login` writes them; `None`: none.
+    pub auth_file: Option<PathBuf>,
 }
 
 impl AccessLog {

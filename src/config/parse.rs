@@ -175,7 +175,9 @@ fn docker(mut section: Section<'_>) -> Docker {
         }
         Some(owner)
     });
-    let docker = Docker { owner, resync: section.duration("resync"), timeout: section.duration("timeout") };
+    let (resync, timeout) = (section.duration("resync"), section.duration("timeout"));
+    let auth_file = section.item("auth_file").and_then(|item| item.text()).map(PathBuf::from);
+    let docker = Docker { owner, resync, timeout, auth_file };
     section.finish();
     docker
 }

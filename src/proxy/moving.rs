@@ -53,7 +53,7 @@ pub(super) fn give_turns(away: &[Rc<Connection>], over: Duration, now: Duration)
     // The pass that gives the turns and the one that ends the last connection come up to a tick late.
     let over = over.saturating_sub(2 * SLOWEST).max(over / 2);
     let rest = (over / 10).max(WAIT).min(over / 2);
-    let part = (over - rest) / u32::try_from(away.len().max(1)).unwrap_or(u32::MAX);
+    let part = over.saturating_sub(rest) / u32::try_from(away.len().max(1)).unwrap_or(u32::MAX);
     let mut from = now + part / 2;
     for connection in away {
         if let Some(served) = connection.served.get() {

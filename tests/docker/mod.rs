@@ -8,6 +8,7 @@ mod engine_away;
 mod failures;
 mod packages;
 mod process_one;
+mod registry;
 mod replacement;
 mod rivals;
 mod swarm;

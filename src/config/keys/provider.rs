@@ -196,7 +196,7 @@ const CREATED: &[Key] = &[
         "pull",
         names::<Pull>,
         "missing",
-        "when Ringway pulls the image: `never`, `missing` or `always` (before each container). It pulls without credentials",
+        "when Ringway pulls the image: `never`, `missing` or `always` (before each container). `docker.auth_file` has the credentials",
     ),
     Key::section("restart", RESTART, "{ backoff: 1s }", "when Ringway replaces a replica"),
     Key::duration(

@@ -188,6 +188,12 @@ const DOCKER: &[Key] = &[
         "longest time between two full lists of containers. Ringway reacts to container events immediately, but notices a change of a container's networks only in the next full list",
     ),
     Key::duration("timeout", seconds(1)..=minutes(5), seconds(10), "timeout of each call to the engine"),
+    Key::optional(
+        "auth_file",
+        Form::Text,
+        "(no credentials)",
+        "file with [credentials](docker.md#private-images) for registries, as `docker login` writes it, like `/root/.docker/config.json`. Ringway reads it before each pull",
+    ),
 ];
 
 /// Section `shutdown`.

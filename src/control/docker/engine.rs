@@ -2,6 +2,7 @@
 //! connection that died with an engine.
 
 use std::collections::HashMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use bollard::query_parameters::{
 use futures_util::stream::{BoxStream, StreamExt as _};
 
 use super::container::Container;
+use super::credentials;
 use crate::text::printable;
 
 /// The engine's address unless `DOCKER_HOST` is set.
@@ -32,6 +34,8 @@ const LONGEST_LINE: usize = 1024;
 pub struct Engine {
     host: Arc<str>,
     deadline: Duration,
+    /// Credentials for registries.
+    auth_file: Option<Arc<Path>>,
 }
 
 /// Why a call failed.
@@ -91,7 +95,7 @@ impl Engine {
     pub fn new(host: Option<&str>, deadline: Duration) -> Result<Self, String> {
         let host = host.filter(|host| !host.is_empty()).unwrap_or(DEFAULT_HOST);
         match Docker::connect_with_host(host) {
-            Ok(_) | Err(Error::SocketNotFoundError(_)) => Ok(Self { host: host.into(), deadline }),
+            Ok(_) | Err(Error::SocketNotFoundError(_)) => Ok(Self { host: host.into(), deadline, auth_file: None }),
             Err(Error::UnsupportedURISchemeError { .. }) if host.starts_with("https:") || host.starts_with("ssh:") => {
                 Err(format!(
                     "DOCKER_HOST={host:?}: Ringway supports neither TLS nor SSH here; forward the engine's socket, \
@@ -104,6 +108,12 @@ impl Engine {
             }
             Err(error) => Err(format!("DOCKER_HOST={host:?}: {error}")),
         }
+    }
+
+    /// The same engine, with a file of credentials for registries.
+    #[must_use]
+    pub fn with_auth_file(self, file: Option<&Path>) -> Self {
+        Self { auth_file: file.map(Arc::from), ..self }
     }
 
     /// The engine's address, like `unix:///var/run/docker.sock`.
@@ -234,14 +244,21 @@ impl Engine {
         self.call(self.deadline, lines).await.unwrap_or_default()
     }
 
-    /// Pulls an image from its registry, without credentials.
+    /// Pulls an image from its registry, with the credentials for it if there are any.
     ///
     /// # Errors
-    /// When the registry is unreachable, the image does not exist, or the pull makes no progress.
+    /// When the registry is unreachable, the image does not exist, the credentials cannot be read, or the pull makes no progress.
     pub async fn pull(&self, image: &str) -> Result<(), EngineError> {
         let (name, tag) = name_and_tag(image);
         let options = CreateImageOptionsBuilder::new().from_image(name).tag(tag).build();
-        let mut progress = self.docker()?.create_image(Some(options), None, None);
+        let credentials = match &self.auth_file {
+            Some(file) => credentials::for_image(file, image).await.map_err(|fault| {
+                let message = format!("docker.auth_file: {fault}");
+                EngineError::Refused { status: 401, message }
+            })?,
+            None => None,
+        };
+        let mut progress = self.docker()?.create_image(Some(options), None, credentials);
         loop {
             match tokio::time::timeout(PULL_SILENCE, progress.next()).await {
                 Ok(None) => return Ok(()),

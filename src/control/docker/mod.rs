@@ -4,6 +4,7 @@
 //! # Layout
 //!
 //! - [`engine`]: the calls that Ringway makes, and their errors
+//! - [`credentials`]: credentials for registries
 //! - [`container`]: a container as a full list shows it
 //! - [`watch`]: fetches a full list whenever something may have changed
 //! - [`scope`]: the owner of the containers, and the network on which Ringway reaches them
@@ -11,6 +12,7 @@
 //! - [`reap`]: removes containers that are no longer needed
 
 pub mod container;
+pub mod credentials;
 pub mod engine;
 pub mod reap;
 pub mod scope;
