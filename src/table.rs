@@ -343,9 +343,9 @@ impl TableCell {
         self.generation.send_replace(generation);
     }
 
-    /// Whether both are handles on the same cell.
-    pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.current, &other.current)
+    /// Identifies the cell as long as there is a handle on it.
+    pub fn address(&self) -> usize {
+        Arc::as_ptr(&self.current).addr()
     }
 
     /// The current table.

@@ -6,25 +6,16 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 
 use crate::harness::backends::Server;
-use crate::harness::{Ringway, config, echoes, eventually, get, metric_in, soon};
+use crate::harness::{Ringway, echoes, eventually, get, metric_in, soon, static_config};
 use ringway::control::command::Command;
+
+fn yaml(servers: &[Server], more: &str) -> String {
+    let addresses: Vec<_> = servers.iter().map(|server| server.address).collect();
+    static_config(&addresses, &format!("health_check: {{ kind: none }}\n{more}"))
+}
 
 async fn pool(servers: &[Server], more: &str) -> Ringway {
     Ringway::start(&yaml(servers, more)).await.ready().await
-}
-
-fn yaml(servers: &[Server], more: &str) -> String {
-    let entries: Vec<_> =
-        servers.iter().enumerate().map(|(n, one)| format!("{{ address: \"{}\", id: b{n} }}", one.address)).collect();
-    config(&format!("static: [{}]", entries.join(", ")), "", &format!("health_check: {{ kind: none }}\n{more}"))
-}
-
-async fn servers<const N: usize>() -> [Server; N] {
-    let mut servers = Vec::new();
-    for n in 0..N {
-        servers.push(Server::echo(&format!("b{n}")).await);
-    }
-    servers.try_into().ok().unwrap()
 }
 
 /// Opens connections and keeps them open.
@@ -52,7 +43,7 @@ fn active(ringway: &Ringway) -> BTreeMap<String, u64> {
 
 #[tokio::test]
 async fn a_bound_holds_for_one_client_and_over_reloads_and_changes_of_weights() {
-    let servers = servers::<3>().await;
+    let servers = Server::echoes(3).await;
     let bounded = "key: source_ip\nring: { bound: 125 }";
     let ringway = pool(&servers, bounded).await;
     let explain = async || get(ringway.api(), "/api/explain?from=127.0.0.1").await.1;
@@ -76,7 +67,7 @@ async fn a_bound_holds_for_one_client_and_over_reloads_and_changes_of_weights() 
     assert_eq!((of("ringway_bound_displaced_total"), of("ringway_backend_connection_limit")), (17.0, 13.0));
     assert_eq!(metric_in(&metrics, "ringway_pool_bound", &[]), 125.0);
     let text = explain().await;
-    assert!(text.contains("at its bound: 13 of 13 connections, so the key goes on to the next backend"), "{text}");
+    assert!(text.contains("at its bound: 13 of 13 connections, so it is tried only if the others fail"), "{text}");
 
     // Without the bound, the client's backend gets all.
     ringway.reload(&yaml(&servers, "key: source_ip")).await.unwrap();
@@ -107,7 +98,7 @@ async fn a_bound_holds_for_one_client_and_over_reloads_and_changes_of_weights() 
 
 #[tokio::test]
 async fn a_bound_refuses_nobody_while_a_backend_does_not_answer() {
-    let servers = servers::<2>().await;
+    let servers = Server::echoes(2).await;
     let gone = crate::harness::backends::free_ports::<1>()[0];
     let yaml = yaml(&servers, "ring: { bound: 101 }\nejection: off")
         .replace("static: [", &format!("static: [{{ address: \"127.0.0.1:{gone}\", id: gone }}, "));
@@ -119,7 +110,7 @@ async fn a_bound_refuses_nobody_while_a_backend_does_not_answer() {
 
 #[tokio::test]
 async fn least_connections_levels_what_ends() {
-    let servers = servers::<3>().await;
+    let servers = Server::echoes(3).await;
     let ringway = pool(&servers, "balance: least_connections").await;
     let mut streams = open(&ringway, 9).await;
     assert!(active(&ringway).values().all(|&one| one == 3));
@@ -130,7 +121,11 @@ async fn least_connections_levels_what_ends() {
     assert!(active(&ringway).values().all(|&one| one == 4), "{:?}", active(&ringway));
 
     let text = get(ringway.api(), "/api/explain?from=127.0.0.1:1").await.1;
-    assert!(text.contains("gets the connection: 4 connections with weight 1"), "{text}");
+    assert!(
+        text.contains("of the backends with the smallest load, a random one gets the connection: 4 connections"),
+        "{text}"
+    );
+    assert!(text.contains("\"random\":true"), "{text}");
     assert!(text.contains("\"balance\":\"least_connections\""), "{text}");
     assert_eq!(status(&ringway).await["balance"], "least_connections");
     let command = Command::Drain { pool: "echo".to_owned(), backend: "b0".to_owned(), within: None };

@@ -201,14 +201,15 @@ fn defaults() -> BTreeMap<String, String> {
         ];
         for (check, listen) in checks {
             let agent = if listen == "unix:/s" { "off" } else { "{ port: 1 }" };
-            let on_move = if listen == "unix:/s" { "keep" } else { "{}" };
+            let is_last = check.contains("exec");
+            let (key, on_move) = if is_last { ("source", "keep") } else { ("source_ip", "{}") };
             let interface = if listen == "unix:/s" { "" } else { "interface: eth0, " };
             let send = if listen == "unix:/s" { "off" } else { "{ version: v2, tlvs: [alpn], pass: [1] }" };
             let yaml = format!(
                 "access_log: {{ path: stdout }}\nconfig_watch: {{}}\ndocker: {{ auth_file: f }}\napi: {{ token_file: t }}\n\
                  listeners: [{{ name: a, listen: \"{listen}\", pool: p, per_source: {{ rate: 1 }}, {interface}proxy_protocol: {{ from: [10.0.0.0/8] }}, \
                  routes: [{{ sni: [a.b], alpn: [h2], from: [10.0.0.0/8], tls: true, pool: p }}] }}]\n\
-                 pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check}, send_proxy: {send}, agent: {agent}, on_move: {on_move}, \
+                 pools: [{{ name: p, provider: {{ {provider} }}, health_check: {check}, send_proxy: {send}, agent: {agent}, key: {key}, on_move: {on_move}, \
                  connect: {{ source: 10.0.0.1, interface: eth0, mark: 1, congestion: bbr }} }}]"
             );
             let config = Config::parse(&yaml, "test").unwrap();

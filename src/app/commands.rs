@@ -16,7 +16,6 @@ use crate::config::{Config, Pool, StaticBackend};
 use crate::control::Event;
 use crate::control::command::{Command, CommandError, Moved, Report};
 use crate::control::provider::{MOST_CONNECTIONS, WEIGHTS};
-use crate::proxy::Balance;
 use crate::proxy::sessions::Away;
 
 /// Allowed numbers of replicas of a pool.
@@ -35,7 +34,7 @@ pub(super) enum Planned {
     /// Drain or undrain one backend.
     Notify { pool: String, event: Event, changes: Changes, summary: String },
     /// End connections of a pool within a time.
-    Rebalance { pool: String, over: Duration, found: Away },
+    Rebalance { pool: String, over: Duration },
     /// Log something else; `None`: as at the start.
     Log { filter: Option<String>, lasts: Option<Duration>, summary: String },
     /// Open the file of the access log again.
@@ -76,7 +75,7 @@ impl App {
                 }
                 changes.of(&pool).weights.insert(backend, weight);
             }
-            Command::Rebalance { pool, over } => return self.plan_rebalance(pool, over).await,
+            Command::Rebalance { pool, over } => return self.plan_rebalance(pool, over),
             Command::Add { pool, backend } => {
                 if self.static_backends(&pool)?.iter().any(|known| known.id == *backend.id) {
                     return Err(CommandError::BackendExists { pool, backend: backend.id.to_string() });
@@ -134,16 +133,14 @@ impl App {
     }
 
     /// What a planned command would change.
-    pub(super) fn forecast(&self, planned: Planned) -> Report {
+    pub(super) async fn forecast(&self, planned: Planned) -> Report {
         match planned {
             Planned::Reload(plan) => plan.report,
             Planned::Report(report) | Planned::Reopen(report) => report,
             Planned::Notify { pool, event, summary, .. } => {
                 Report { changes: vec![summary], moved: self.keys_of(&pool, &event), ..Report::default() }
             }
-            Planned::Rebalance { pool, over, found } => {
-                Report { changes: vec![rebalance_in_words(&pool, over, found)], ..Report::default() }
-            }
+            Planned::Rebalance { pool, over } => self.find_away(&pool, over, true).await,
             Planned::Log { summary, .. } => Report { changes: vec![summary], ..Report::default() },
             Planned::HandOver => {
                 Report { changes: vec!["a new process would take over".to_owned()], ..Report::default() }
@@ -233,22 +230,32 @@ impl App {
         Ok(Planned::Notify { pool, event, changes, summary })
     }
 
-    async fn plan_rebalance(&self, pool: String, over: Option<Duration>) -> Result<Planned, CommandError> {
+    fn plan_rebalance(&self, pool: String, over: Option<Duration>) -> Result<Planned, CommandError> {
         let settings = self.pool(&pool)?;
-        if settings.balance != Balance::Ring || settings.is_exclusive {
-            return Err(CommandError::NothingToMove(pool));
+        if let Some(why) = settings.cannot_move() {
+            return Err(CommandError::CannotRebalance { pool, why });
         }
         let over = over.or(settings.on_move).unwrap_or(USUAL_OVER);
-        let found = self.state.sessions.send_home(&pool, None).await;
-        Ok(Planned::Rebalance { pool, over, found })
+        Ok(Planned::Rebalance { pool, over })
     }
 
     /// Ends the connections of a pool whose keys lead to other backends.
     pub(super) async fn rebalance(&self, pool: &str, over: Duration) -> Report {
-        let found = self.state.sessions.send_home(pool, Some(over)).await;
-        let report = Report { changes: vec![rebalance_in_words(pool, over, found)], ..Report::default() };
+        let report = self.find_away(pool, over, false).await;
         log(&report);
         report
+    }
+
+    /// Counts the connections of a pool whose keys lead to other backends, and ends them unless it is a dry run.
+    async fn find_away(&self, pool: &str, over: Duration, is_dry_run: bool) -> Report {
+        let Some(running) = self.pools.iter().find(|known| known.config().name == pool) else {
+            return Report::default();
+        };
+        let Away { away, all } = self.state.sessions.rebalance(&running.route, (!is_dry_run).then_some(over)).await;
+        let what = format!("pool {pool}: the keys of {away} of {all} connections lead to other backends");
+        let over = humantime::format_duration(over);
+        let end = if away == 0 { String::new() } else { format!("; Ringway resets these connections within {over}") };
+        Report { changes: vec![what + &end], ..Report::default() }
     }
 
     /// Plans a reload of the file, or of another text.
@@ -386,12 +393,6 @@ impl App {
         let pool = self.file.pools.iter().find(|known| known.name == pool)?;
         pool.provider.static_backends()?.iter().find(|backend| backend.id == id).cloned()
     }
-}
-
-fn rebalance_in_words(pool: &str, over: Duration, found: Away) -> String {
-    let (Away { away, all }, over) = (found, humantime::format_duration(over));
-    let what = format!("pool {pool}: the keys of {away} of {all} connections lead to other backends");
-    if away == 0 { what } else { format!("{what}; Ringway resets these connections within {over}") }
 }
 
 /// A share in percent, rounded up.

@@ -162,8 +162,12 @@ impl App {
                 planned = self.plan(command.clone()) => planned,
             };
             if is_dry_run {
+                let forecast = match planned {
+                    Ok(planned) => Ok(self.forecast(planned).await),
+                    Err(error) => Err(error),
+                };
                 // The sender may have gone.
-                let _ = outcome.send(planned.map(|planned| self.forecast(planned)));
+                let _ = outcome.send(forecast);
                 continue;
             }
             let result = match planned {
@@ -197,7 +201,13 @@ impl App {
                         // And only the successor serves who connects after the answer.
                         self.listeners.clear();
                         self.proxy.stop();
-                        let _ = tokio::time::timeout(LAST_ANSWERS, self.proxy.stopped()).await;
+                        tokio::select! {
+                            () = &mut shutdown => {}
+                            () = self.proxy.stopped() => {}
+                            () = tokio::time::sleep(LAST_ANSWERS) => {
+                                tracing::warn!("this process still accepts connections that were queued before");
+                            }
+                        }
                         let changes = vec![format!("process {pid} has taken over")];
                         self.answer(&command, caller, Ok(Report { changes, ..Report::default() }), outcome);
                         return Ok(RunOutcome::Succeeded);

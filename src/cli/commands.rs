@@ -82,7 +82,9 @@ pub(crate) enum RuntimeCommand {
         #[command(flatten)]
         port: Port,
     },
-    /// End connections whose keys lead to other backends since a change, so that they move there
+    /// Move open connections to the backends of their keys
+    ///
+    /// After a change of the ring, Ringway resets those whose keys lead to other backends, so that their clients connect to these.
     Rebalance {
         /// The pool
         pool: String,

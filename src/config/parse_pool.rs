@@ -65,9 +65,6 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
         (panic_threshold, on_down)
     };
     let on_move = section.item("on_move").and_then(|item| on_move(&item));
-    if on_move.is_some() {
-        check_on_move(&section, balance, is_exclusive);
-    }
     let mut agent = section.item("agent").and_then(|item| agent(&item, on_unix));
     // A check from elsewhere would not tell whether connections get through.
     if let Some(health) = &mut health_check {
@@ -100,6 +97,9 @@ pub(super) fn pool(mut section: Section<'_>) -> Pool {
     };
     if let Some(problem) = pool.too_many_points() {
         section.fault(problem);
+    }
+    if let Some(why) = pool.cannot_move().filter(|_| pool.on_move.is_some()) {
+        section.fault(format_args!("on_move has no use here, because {why}: remove on_move, or change that"));
     }
     section.finish();
     pool
@@ -304,16 +304,6 @@ fn on_move(item: &Item<'_>) -> Option<Duration> {
     let over = section.duration("close_over");
     section.finish();
     Some(over)
-}
-
-/// Reports settings with which no connection belongs to another backend.
-fn check_on_move(pool: &Section<'_>, balance: Balance, is_exclusive: bool) {
-    let other = match (balance, is_exclusive) {
-        (Balance::LeastConnections, _) => "balance: least_connections, which has no keys",
-        (_, true) => "tiers.exclusive, which moves all connections anyway",
-        (Balance::Ring, false) => return,
-    };
-    pool.fault(format_args!("on_move has no effect with {other}: remove on_move"));
 }
 
 /// The parameters of the ring, and the bound.

@@ -110,6 +110,19 @@ impl Pool {
         MOST_POINTS / u64::from(self.parameters().virtual_nodes.max(1))
     }
 
+    /// Why connections cannot move to other backends after a change of the ring, in words.
+    pub fn cannot_move(&self) -> Option<&'static str> {
+        if self.balance == Balance::LeastConnections {
+            Some("balance: least_connections has no keys")
+        } else if self.is_exclusive {
+            Some("with tiers.exclusive, one backend gets all connections anyway")
+        } else if self.key == KeyKind::Source {
+            Some("key: source gives a client another key when it connects again")
+        } else {
+            None
+        }
+    }
+
     /// Whether the pool can have these backends.
     ///
     /// # Errors

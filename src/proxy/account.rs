@@ -79,7 +79,7 @@ impl Account {
         let max_age = connection.route().and_then(|route| route.max_age);
         let expires = max_age.map(|max_age| expiry(max_age, connection.client(), now));
         let connected_after = connection.opened.elapsed();
-        let served = Box::new(Served { backend, address, permit, connected_after, expires, turn: Cell::new(None) });
+        let served = Box::new(Served { backend, address, permit, connected_after, expires, moves: Cell::new(None) });
         // A connection is served once.
         let _ = connection.served.set(served);
     }

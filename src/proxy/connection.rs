@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::Route;
 use super::context::WorkerListener;
-use super::moving::Turn;
+use super::moving::MoveTime;
 use super::stats::{EndReason, ProxyResult};
 use crate::address::Address;
 use crate::backend::{BackendPermit, Moved};
@@ -121,8 +121,8 @@ pub(super) struct Served {
     pub(super) connected_after: Duration,
     /// When the connection reaches its maximum age, by the worker's clock.
     pub(super) expires: Option<Duration>,
-    /// When it has to move to the backend to which its key leads; `None`: not yet.
-    pub(super) turn: Cell<Option<Turn>>,
+    /// When it has to move to the backend to which its key leads; `None`: it stays.
+    pub(super) moves: Cell<Option<MoveTime>>,
 }
 
 impl Connection {

@@ -1,6 +1,7 @@
-//! Moving home: after a change of the ring, ends connections whose keys belong to other backends now, evenly over a time and at
-//! silent moments. Their clients connect again, and reach the backends to which their keys lead.
+//! Moves connections after a change of the ring: ends those whose keys lead to other backends now, evenly over a time and at
+//! silent moments. Their clients connect again and get these backends.
 
+use std::collections::HashMap;
 use std::num::NonZeroU32;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use super::Route;
 use super::connection::{Connection, Served};
 use super::key::Key;
-use super::pick::belongs_elsewhere;
+use super::pick::Homes;
 use super::timeouts::SLOWEST;
 use crate::table::{Table, TableCell};
 
@@ -19,27 +20,27 @@ const SILENT: Duration = Duration::from_secs(1);
 /// How long the last connections wait for a silent moment, if the time to move allows.
 const WAIT: Duration = Duration::from_secs(10);
 
-/// When to look again after a change: a worker may have picked by the table before it.
-const LATE: Duration = Duration::from_secs(5);
-
-/// When a connection has to move, in tenths of a second by the worker's clock. It has no more precise times, because each
-/// connection holds one.
+/// When a connection has to move, in tenths of a second by the worker's clock. More precise times would take more memory of each
+/// connection.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Turn {
+pub(super) struct MoveTime {
     /// From then on, it ends at a silent moment.
     from: NonZeroU32,
     /// Then it ends anyway.
     until: u32,
+    /// An operator has ordered it, by the settings that the pool had then. Otherwise an undone change keeps the connection.
+    is_ordered: bool,
 }
 
-impl Turn {
-    fn new(from: Duration, until: Duration) -> Self {
-        Self { from: NonZeroU32::new(tenths(from)).unwrap_or(NonZeroU32::MIN), until: tenths(until) }
+impl MoveTime {
+    fn new(from: Duration, until: Duration, is_ordered: bool) -> Self {
+        Self { from: NonZeroU32::new(tenths(from)).unwrap_or(NonZeroU32::MIN), until: tenths(until), is_ordered }
     }
 
-    fn has_come(self, now: Duration, silent: Duration) -> bool {
+    /// `silence`: how long no byte has moved; `None`: bytes wait, or one side has ended its stream and waits for an answer.
+    fn has_come(self, now: Duration, silence: Option<Duration>) -> bool {
         let now = tenths(now);
-        self.from.get() <= now && (silent >= SILENT || self.until <= now)
+        self.from.get() <= now && (silence.is_some_and(|silence| silence >= SILENT) || self.until <= now)
     }
 }
 
@@ -48,28 +49,30 @@ fn tenths(time: Duration) -> u32 {
     u32::try_from(time.as_millis() / 100).unwrap_or(u32::MAX)
 }
 
-/// Gives each of these connections a turn within this time. The end of it remains for those that are not silent in their turn.
-pub(super) fn give_turns(away: &[Rc<Connection>], over: Duration, now: Duration) {
-    // The pass that gives the turns and the one that ends the last connection come up to a tick late.
-    let over = over.saturating_sub(2 * SLOWEST).max(over / 2);
-    let rest = (over / 10).max(WAIT).min(over / 2);
-    let part = over.saturating_sub(rest) / u32::try_from(away.len().max(1)).unwrap_or(u32::MAX);
-    let mut from = now + part / 2;
-    for connection in away {
-        if let Some(served) = connection.served.get() {
-            served.turn.set(Some(Turn::new(from, now + over)));
+/// Gives each of these connections a time to move. The end of `over` remains for those that are not silent in their time.
+/// `None`: each within the `on_move` that it began with.
+pub(super) fn schedule(away: &[Rc<Connection>], over: Option<Duration>, now: Duration) {
+    let is_ordered = over.is_some();
+    for (n, connection) in away.iter().enumerate() {
+        let over = over.or_else(|| connection.route()?.on_move);
+        if let (Some(served), Some(over)) = (connection.served.get(), over) {
+            // The pass that schedules and the one that ends the last connection come up to a tick late.
+            let over = over.saturating_sub(2 * SLOWEST).max(over / 2);
+            let rest = (over / 10).max(WAIT).min(over / 2);
+            // By chance within its part of the time: workers with few connections would otherwise end them at the same moment.
+            let part = (n as f64 + fastrand::f64()) / away.len() as f64;
+            let from = now + over.saturating_sub(rest).mul_f64(part);
+            served.moves.set(Some(MoveTime::new(from, now + over, is_ordered)));
         }
-        from += part;
     }
 }
 
-/// Whether the key of a connection leads to another backend by this table.
-pub(super) fn is_away(connection: &Connection, route: &Route, served: &Served, table: &Table) -> bool {
-    let key = Key::of(route.key, connection.client(), connection.server_name());
-    belongs_elsewhere(route, table, key.as_bytes(), &served.backend)
+/// The key of a connection.
+fn key<'a>(connection: &'a Connection, route: &Route) -> Key<'a> {
+    Key::of(route.key, connection.client(), connection.server_name())
 }
 
-/// Whether the connection has to end now. One that has come home meanwhile loses its turn.
+/// Whether the connection has to end now.
 pub(super) fn must_move(
     connection: &Connection,
     route: &Route,
@@ -77,82 +80,131 @@ pub(super) fn must_move(
     now: Duration,
     silent: Duration,
 ) -> bool {
-    if !served.turn.get().is_some_and(|turn| turn.has_come(now, silent)) {
+    let is_idle = !connection.blocked.get() && !connection.half_closed.get();
+    let Some(time) = served.moves.get().filter(|time| time.has_come(now, is_idle.then_some(silent))) else {
         return false;
+    };
+    if time.is_ordered {
+        return true;
     }
-    let is_away = is_away(connection, route, served, &route.table.load());
-    if !is_away {
-        served.turn.set(None);
+    let table = route.table.load();
+    let key = key(connection, route);
+    if Homes::new(route, &table).claim(key.as_bytes(), &served.backend) {
+        return true;
     }
-    is_away
+    // The change may have been undone. Or the other backend is full or down at this moment, which may pass.
+    let is_home = table.candidates(key.as_bytes()).next().is_none_or(|(home, _)| *home.id == *served.backend);
+    if is_home || time.until <= tenths(now) {
+        served.moves.set(None);
+    }
+    false
 }
 
 /// Whether the time to move of a connection is not over yet.
 pub(super) fn can_wait(connection: &Connection) -> bool {
-    let turn = connection.served.get().and_then(|served| served.turn.get());
-    turn.is_some_and(|turn| turn.until > tenths(connection.listener.worker.clock.get()))
+    let time = connection.served.get().and_then(|served| served.moves.get());
+    time.is_some_and(|time| time.until > tenths(connection.listener.worker.clock.get()))
 }
 
-/// The pools of a worker's connections that have `on_move`. It notices changes of their rings.
+/// Connections of a pool whose keys lead to other backends by its current settings.
 #[derive(Debug, Default)]
-pub(super) struct Movers(Vec<Mover>);
+pub(super) struct Found {
+    /// The connections are going to be scheduled.
+    pub(super) is_order: bool,
+    pub(super) away: Vec<Rc<Connection>>,
+    /// All that have a backend.
+    pub(super) all: usize,
+}
+
+impl Found {
+    /// Looks at a connection of the pool.
+    pub(super) fn see(&mut self, connection: &Rc<Connection>, route: &Route, homes: &mut Homes<'_>) {
+        let Some(served) = connection.served.get() else { return };
+        self.all += 1;
+        if homes.claim(key(connection, route).as_bytes(), &served.backend) {
+            self.away.push(Rc::clone(connection));
+        } else if self.is_order {
+            // An earlier order may not apply any more.
+            served.moves.set(None);
+        }
+    }
+}
+
+/// The pools of a worker's connections that have `on_move`, by the address of their cell. It notices changes of their rings.
+#[derive(Debug, Default)]
+pub(super) struct Movers(HashMap<usize, Mover>);
 
 #[derive(Debug)]
 struct Mover {
     cell: TableCell,
-    /// The table at the last look.
+    /// The table before the last change.
+    before: Arc<Table>,
     table: Arc<Table>,
-    /// When to look again.
+    /// When to look again: a connection may have been picked by the table before the change.
     again: Option<Duration>,
+    /// How long after a pick a connection can come.
+    latest: Duration,
     /// Whether this pass looks at the connections.
     looks: bool,
     /// Whether the pool still has connections.
     is_used: bool,
-    /// Connections that need a turn.
+    /// Connections that need a time to move.
     away: Vec<Rc<Connection>>,
 }
 
 impl Movers {
     /// Begins a pass over all connections.
     pub(super) fn begin(&mut self, now: Duration) {
-        self.0.retain_mut(|mover| std::mem::take(&mut mover.is_used));
-        for mover in &mut self.0 {
+        self.0.retain(|_, mover| std::mem::take(&mut mover.is_used));
+        for mover in self.0.values_mut() {
             let table = mover.cell.load();
             let has_changed = !table.places_like(&mover.table);
-            mover.table = table;
-            mover.looks = has_changed || mover.again.is_some_and(|again| again <= now);
-            mover.again = if has_changed { Some(now + LATE) } else { mover.again.filter(|_| !mover.looks) };
+            let before = std::mem::replace(&mut mover.table, table);
+            if has_changed && mover.again.is_none() {
+                mover.before = before;
+            }
+            let is_due = mover.again.is_some_and(|again| again <= now);
+            mover.looks = has_changed || is_due;
+            mover.again = if has_changed { Some(now + mover.latest) } else { mover.again.filter(|_| !is_due) };
         }
     }
 
-    /// Looks at a connection of a pool with `on_move`.
+    /// Looks at a connection of a pool with `on_move`: whether a change has given its key to another backend.
     pub(super) fn see(&mut self, connection: &Rc<Connection>, route: &Route, served: &Served) {
-        let known = self.0.iter().position(|mover| mover.cell.is_same(&route.table));
-        let at = known.unwrap_or_else(|| {
+        let mover = self.0.entry(route.table.address()).or_insert_with(|| {
             let (cell, table) = (route.table.clone(), route.table.load());
-            self.0.push(Mover { cell, table, again: None, looks: true, is_used: true, away: Vec::new() });
-            self.0.len() - 1
+            let attempts = u32::try_from(route.connect_attempts).unwrap_or(u32::MAX);
+            let latest = SLOWEST + route.connect_timeout.saturating_mul(attempts);
+            let before = Arc::clone(&table);
+            Mover { cell, before, table, again: None, latest, looks: false, is_used: true, away: Vec::new() }
         });
-        let mover = &mut self.0[at];
         mover.is_used = true;
-        if !mover.looks {
+        if !mover.looks || served.moves.get().is_some() {
             return;
         }
-        if !is_away(connection, route, served, &mover.table) {
-            served.turn.set(None);
-        } else if served.turn.get().is_none() {
+        let key = key(connection, route);
+        let first = |table: &Table| table.candidates(key.as_bytes()).next().map(|(home, _)| Arc::clone(&home.id));
+        let home = first(&mover.table);
+        // A connection that is elsewhere for another reason stays there: its backend was full, or did not answer.
+        if home.as_ref().is_some_and(|home| *home != served.backend) && home != first(&mover.before) {
             mover.away.push(Rc::clone(connection));
         }
     }
 
-    /// Ends the pass: gives turns to the connections that it has found away.
+    /// Ends the pass: schedules the connections that it has found.
     pub(super) fn finish(&mut self, now: Duration) {
-        for mover in &mut self.0 {
-            let away = std::mem::take(&mut mover.away);
-            // All are of one pool, and connections that began before a reload keep its older time.
-            if let Some(over) = away.first().and_then(|first| first.route()?.on_move) {
-                give_turns(&away, over, now);
+        for mover in self.0.values_mut().filter(|mover| mover.looks) {
+            let mut away = std::mem::take(&mut mover.away);
+            if let Some(first) = away.first().map(Rc::clone)
+                && let Some(route) = first.route()
+            {
+                let mut homes = Homes::new(route, &mover.table);
+                away.retain(|one| {
+                    let served = one.served.get();
+                    served.is_some_and(|served| homes.claim(key(one, route).as_bytes(), &served.backend))
+                });
             }
+            schedule(&away, None, now);
         }
     }
 }
@@ -162,16 +214,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_turn_comes_at_a_silent_moment_and_at_last_anyway() {
+    fn a_connection_moves_at_a_silent_moment_and_at_last_anyway() {
         let second = Duration::from_secs;
-        let turn = Turn::new(second(10), second(20));
-        assert!(!turn.has_come(second(9), second(60)));
-        assert!(!turn.has_come(second(10), Duration::from_millis(900)));
-        assert!(turn.has_come(second(10), SILENT));
-        assert!(!turn.has_come(second(19), Duration::ZERO));
-        assert!(turn.has_come(second(20), Duration::ZERO));
+        let time = MoveTime::new(second(10), second(20), false);
+        assert!(!time.has_come(second(9), Some(second(60))));
+        assert!(!time.has_come(second(10), Some(Duration::from_millis(900))));
+        assert!(!time.has_come(second(10), None), "it is in the middle of something");
+        assert!(time.has_come(second(10), Some(SILENT)));
+        assert!(!time.has_come(second(19), Some(Duration::ZERO)));
+        assert!(time.has_come(second(20), Some(Duration::ZERO)) && time.has_come(second(20), None));
         // The clock of a new worker.
-        assert!(Turn::new(Duration::ZERO, Duration::ZERO).has_come(second(1), SILENT));
-        assert!(Turn::new(Duration::MAX, Duration::MAX).has_come(Duration::MAX, SILENT));
+        assert!(MoveTime::new(Duration::ZERO, Duration::ZERO, true).has_come(second(1), Some(SILENT)));
+        assert!(MoveTime::new(Duration::MAX, Duration::MAX, true).has_come(Duration::MAX, Some(SILENT)));
     }
 }

@@ -8,10 +8,12 @@ use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio_util::task::TaskTracker;
 
+use super::Route;
 use super::connection::{Connection, ConnectionId};
 use super::context::Worker;
 use super::deal::Peer;
-use super::moving::{give_turns, is_away};
+use super::moving::{Found, schedule};
+use super::pick::{Claims, Homes};
 use super::stats::EndReason;
 use crate::address::Address;
 use crate::label_enum;
@@ -117,8 +119,9 @@ pub(super) enum Search {
     List { filter: Filter, from: usize, limit: usize, answer: oneshot::Sender<(Vec<Session>, Option<usize>)> },
     /// End them, and count them.
     End { filter: Filter, answer: oneshot::Sender<usize> },
-    /// Count the connections of a pool, and those that belong to other backends. These end within `over`, if it is given.
-    Move { pool: String, over: Option<Duration>, answer: oneshot::Sender<Away> },
+    /// Count the connections of a pool, and those whose keys lead to other backends by these settings of it. They end within `over`, if
+    /// it is given. `claimed`: places that connections of other workers get.
+    Move { route: Box<Route>, over: Option<Duration>, claimed: Claims, answer: oneshot::Sender<(Away, Claims)> },
 }
 
 /// The connections of a pool.
@@ -182,14 +185,15 @@ impl Sessions {
 
     /// Counts the connections of a pool whose keys lead to other healthy backends. With `over`, ends these within that time, each at a
     /// silent moment if there is one.
-    pub async fn send_home(&self, pool: &str, over: Option<Duration>) -> Away {
+    pub async fn rebalance(&self, pool: &Route, over: Option<Duration>) -> Away {
         let _one = self.one.lock().await;
-        let mut sum = Away::default();
+        let (mut sum, mut claimed) = (Away::default(), Claims::new());
         for worker in self.workers.iter() {
             let (answer, answered) = oneshot::channel();
-            let _ = worker.searches.send(Search::Move { pool: pool.to_owned(), over, answer });
-            let Away { away, all } = answered.await.unwrap_or_default();
-            (sum.away, sum.all) = (sum.away + away, sum.all + all);
+            let _ = worker.searches.send(Search::Move { route: Box::new(pool.clone()), over, claimed, answer });
+            let found;
+            (found, claimed) = answered.await.unwrap_or_default();
+            (sum.away, sum.all) = (sum.away + found.away, sum.all + found.all);
         }
         sum
     }
@@ -226,24 +230,23 @@ pub(super) async fn answer(worker: Rc<Worker>, open: TaskTracker, mut searches: 
                 }
                 let _ = answer.send(ended);
             }
-            Search::Move { pool, over, answer } => {
-                let filter = Filter { pool: Some(pool), ..Filter::default() };
-                let (mut found, mut all, mut position) = (Vec::new(), 0, Some(0));
+            Search::Move { route, over, claimed, answer } => {
+                let filter = Filter { pool: Some(route.pool.to_string()), ..Filter::default() };
+                let mut found = Found { is_order: over.is_some(), ..Found::default() };
+                let mut position = Some(0);
+                let table = route.table.load();
+                let mut homes = Homes::new(&route, &table).without(claimed);
                 while let Some(at) = position {
                     position = turn(&worker, &filter, at, |connection| {
-                        if let (Some(route), Some(served)) = (connection.route(), connection.served.get()) {
-                            all += 1;
-                            let is_away = is_away(connection, route, served, &route.table.load());
-                            found.extend(is_away.then(|| Rc::clone(connection)));
-                        }
+                        found.see(connection, &route, &mut homes);
                         true
                     });
                     tokio::task::yield_now().await;
                 }
-                if let Some(over) = over {
-                    give_turns(&found, over, worker.clock.get());
+                if over.is_some() {
+                    schedule(&found.away, over, worker.clock.get());
                 }
-                let _ = answer.send(Away { away: found.len(), all });
+                let _ = answer.send((Away { away: found.away.len(), all: found.all }, homes.into_claims()));
             }
         }
     }

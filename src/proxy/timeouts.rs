@@ -84,7 +84,8 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
             // A connection in this state does not notice by itself that a side has broken.
             let inspect = inspects && (connection.blocked.get() || connection.half_closed.get());
             let give_up_pipes = is_short_of_pipes && connection.blocked.get() && silent >= PIPE_HELD;
-            if verdict.is_some() {
+            // What an operator has decided stands.
+            if verdict.is_some() && connection.verdict.get().is_none() {
                 connection.verdict.set(verdict);
             }
             connection.inspect.set(inspect);

@@ -19,6 +19,9 @@ pub const EXACT: usize = 64;
 /// backends.
 const SUMMED: usize = 15;
 
+/// No sum was made yet.
+const NONE: i64 = i64::MIN;
+
 /// The bound of a pool: how many times its fair share of the connections a backend may have.
 #[derive(Debug)]
 #[repr(align(128))]
@@ -33,7 +36,7 @@ pub struct Bound {
 #[derive(Debug, Clone, Copy)]
 pub struct Load {
     percent: u16,
-    /// Open connections of the backends that get keys now, and one more.
+    /// Open connections of the backends that get keys now, and those that come.
     connections: u64,
     /// The sum of their weights, in parts of an [`Admission`].
     weight: u64,
@@ -42,7 +45,7 @@ pub struct Load {
 impl Bound {
     /// A bound in percent of the fair share, from 101.
     pub fn new(percent: u16) -> Self {
-        Self { percent, picks: AtomicI64::new(0), base: AtomicI64::new(0) }
+        Self { percent, picks: AtomicI64::new(0), base: AtomicI64::new(NONE) }
     }
 
     /// The bound in percent of the fair share.
@@ -53,16 +56,17 @@ impl Bound {
     /// The load with one more connection, for a pick.
     ///
     /// It is exact in pools of up to 15 backends. In a larger pool, not every pick adds up the connections of all backends. In between,
-    /// each pick counts as one more connection, and connections that end still count. There is about one of those for every four
-    /// backends, so the limit of a backend is hardly ever different from the exact one.
+    /// each pick counts as one more connection, and connections that end still count. While as many end as begin, there is about one of
+    /// those for every four backends, so a limit is too high by one connection at most.
     #[expect(clippy::cast_sign_loss, reason = "at least 1")]
     pub fn at_pick(&self, table: &Table) -> Load {
         if table.backends.len() <= SUMMED {
-            return self.now(table);
+            return self.now(table, 1);
         }
         let (pick, interval) =
             (self.picks.fetch_add(1, Ordering::Relaxed), table.backends.len().cast_signed() as i64 / 4);
-        if pick % interval == 0 {
+        // Before the first sum there is no base.
+        if pick % interval == 0 || self.base.load(Ordering::Relaxed) == NONE {
             self.base.store(table.connections().cast_signed() - pick, Ordering::Relaxed);
         }
         // Another worker may have stored a base for a later pick.
@@ -70,9 +74,9 @@ impl Bound {
         Load { percent: self.percent, connections, weight: table.weight() }
     }
 
-    /// The load with one more connection.
-    pub fn now(&self, table: &Table) -> Load {
-        Load { percent: self.percent, connections: table.connections() + 1, weight: table.weight() }
+    /// The load with so many more connections.
+    pub fn now(&self, table: &Table, more: u64) -> Load {
+        Load { percent: self.percent, connections: table.connections() + more, weight: table.weight() }
     }
 }
 
@@ -80,8 +84,11 @@ impl Table {
     /// The most connections that the backend may have under this load: the bound's percentage of its fair share, rounded up, and at
     /// least 1.
     pub fn limit(&self, backend: &Backend, load: Load) -> u64 {
-        let weight = self.candidates_of(backend).map_or(0, |tier| tier.weight_of(backend));
-        let (parts, whole) = (u64::from(load.percent) * weight, 100 * load.weight.max(1));
+        if load.weight == 0 {
+            // Agents say that nobody should get connections.
+            return u64::MAX;
+        }
+        let (parts, whole) = (u64::from(load.percent) * self.weight_of(backend), 100 * load.weight);
         let limit = match load.connections.checked_mul(parts) {
             Some(share) => share.div_ceil(whole),
             None => (u128::from(load.connections) * u128::from(parts)).div_ceil(whole.into()) as u64,
@@ -96,14 +103,10 @@ impl Table {
 
     /// The usable backend with the fewest connections for its weight, its address, and its number of connections.
     ///
-    /// In a pool of up to [`EXACT`] backends, it is the best one. Which one of equals it is, is random. In a larger pool, it is the
-    /// better one of two, and the chance to be one of them is in proportion to the weight (Mitzenmacher, "The Power of Two Choices in
+    /// In a pool of up to [`EXACT`] backends, it is the best one, and one of equals by chance. In a larger pool, it is the better one of
+    /// two. The chances are in proportion to the weights (Mitzenmacher, "The Power of Two Choices in
     /// Randomized Load Balancing", 2001, <https://doi.org/10.1109/71.963420>). Backends of tiers that get no keys come last.
     pub fn least_loaded(&self, is_usable: impl Fn(&Backend) -> bool) -> Option<(&Backend, &Address, u64)> {
-        let lighter = |one: (&Backend, &Address, u64), other: (&Backend, &Address, u64)| {
-            self.compare((one.0, one.2), (other.0, other.2)).is_gt()
-        };
-        let reduce = |best, next| if lighter(best, next) { next } else { best };
         let active = |backend: &Backend| backend.live.active.load(Ordering::Relaxed);
         if self.backends.len() > EXACT {
             let draw = || {
@@ -111,16 +114,28 @@ impl Table {
                 let usable = self.candidates(&key).find(|(backend, _)| is_usable(backend));
                 usable.map(|(backend, address)| (backend, address, active(backend)))
             };
-            return Some(reduce(draw()?, draw()?));
+            let (one, other) = (draw()?, draw()?);
+            return Some(if self.compare((one.0, one.2), (other.0, other.2)).is_gt() { other } else { one });
         }
-        // Which one of equals is the first is random.
-        let (count, start) = (self.backends.len(), fastrand::usize(..self.backends.len().max(1)));
         self.levels_of_tiers().find_map(|tiers| {
-            let owners = (start..count).chain(0..start);
-            let owners =
-                owners.filter(|&owner| tiers.iter().any(|tier| self.is_in(tier, owner) && self.may(tier, owner)));
-            let usable = owners.map(|owner| &self.backends[owner]).filter(|backend| is_usable(backend));
-            usable.filter_map(|backend| Some((backend, backend.address.as_ref()?, active(backend)))).reduce(reduce)
+            let is_taker = |&owner: &usize| tiers.iter().any(|tier| self.is_in(tier, owner) && self.may(tier, owner));
+            let (mut best, mut equals) = (None, 0);
+            for backend in (0..self.backends.len()).filter(is_taker).map(|owner| &self.backends[owner]) {
+                let Some(address) = backend.address.as_ref().filter(|_| is_usable(backend)) else { continue };
+                let (candidate, weight) = ((backend, address, active(backend)), self.weight_of(backend).max(1));
+                let order =
+                    best.map_or(Order::Less, |(best, _, active)| self.compare((backend, candidate.2), (best, active)));
+                equals = match order {
+                    Order::Less => weight,
+                    Order::Equal => equals + weight,
+                    Order::Greater => continue,
+                };
+                // The chance of the last one. Those of the others shrink with it.
+                if fastrand::u64(..equals) < weight {
+                    best = Some(candidate);
+                }
+            }
+            best
         })
     }
 
@@ -137,12 +152,35 @@ impl Table {
         sorted
     }
 
-    /// Compares how many connections two backends would have for their weights, with one more each.
+    /// Whether several backends have the smallest load.
+    pub fn has_equals(&self) -> bool {
+        let active = |backend: &Backend| backend.live.active.load(Ordering::Relaxed);
+        match self.by_load()[..] {
+            [first, second, ..] => self.compare((first, active(first)), (second, active(second))).is_eq(),
+            _ => false,
+        }
+    }
+
+    /// Compares how many connections two backends have for their weights. One without a weight comes last.
     fn compare(&self, one: (&Backend, u64), other: (&Backend, u64)) -> Order {
-        let weight = |backend| u128::from(self.candidates_of(backend).map_or(0, |tier| tier.weight_of(backend)));
-        let with_one_more = |active: u64| u128::from(active) + 1;
-        let (this, that) = (with_one_more(one.1) * weight(other.0), with_one_more(other.1) * weight(one.0));
-        this.cmp(&that)
+        let (this, that) = (self.weight_of(one.0), self.weight_of(other.0));
+        let load = |active: u64, weight: u64| u128::from(active) * u128::from(weight);
+        match (this, that) {
+            (0, 0) => one.1.cmp(&other.1),
+            (0, _) => Order::Greater,
+            (_, 0) => Order::Less,
+            _ => load(one.1, that).cmp(&load(other.1, this)),
+        }
+    }
+
+    /// Whether the tier of the backend gets keys now.
+    pub fn has_joined(&self, backend: &Backend) -> bool {
+        !self.has_tiers() || self.tiers[..self.joined].iter().any(|tier| tier.tier == backend.membership.tier)
+    }
+
+    /// The weight of a candidate, in parts of an [`Admission`].
+    fn weight_of(&self, backend: &Backend) -> u64 {
+        self.candidates_of(backend).map_or(0, |tier| tier.weight_of(backend))
     }
 
     /// The tiers that get keys now, and then each of the others.

@@ -144,7 +144,7 @@ async fn an_image_is_pulled_with_the_password_that_the_file_has_at_that_time() {
     })
     .await;
     let reason = backend().await["last_exit"]["reason"].as_str().unwrap().to_owned();
-    assert!(reason.contains("authentication required") && !reason.contains("wrong"), "{reason}");
+    assert!(reason.contains("cannot pull it: unauthorized") && !reason.contains("wrong"), "{reason}");
     write(RIGHT);
     eventually_async("a replica", async || backend().await["state"] == "healthy").await;
     assert!(owner.docker(&["images", "-q", &registry.image()]).len() > 5);

@@ -43,6 +43,15 @@ impl Server {
         Self::echo_on("127.0.0.1:0", name).await
     }
 
+    /// Several demo backends.
+    pub(crate) async fn echoes(count: usize) -> Vec<Self> {
+        let mut servers = Vec::new();
+        for n in 0..count {
+            servers.push(Self::echo(&format!("b{n}")).await);
+        }
+        servers
+    }
+
     /// The demo backend at this address.
     pub(crate) async fn echo_at(address: &str) -> Self {
         Self::echo_on(address, "echo").await

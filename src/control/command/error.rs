@@ -70,11 +70,14 @@ pub enum CommandError {
     /// All backends of a pool of discovered containers have the same weight.
     #[error("cannot set a weight in pool {0}: all its containers have the same weight")]
     FixedWeight(String),
-    /// No connection of the pool belongs to another backend.
-    #[error(
-        "nothing to rebalance in pool {0}: keys decide nothing there, because of balance: least_connections or tiers.exclusive"
-    )]
-    NothingToMove(String),
+    /// Connections of the pool cannot move to the backends of their keys.
+    #[error("cannot rebalance pool {pool}: {why}")]
+    CannotRebalance {
+        /// The pool.
+        pool: String,
+        /// Why not.
+        why: &'static str,
+    },
     /// The port range of the pool is too small.
     #[error("pool {pool} has too few ports ({first}-{last}) for {replicas} replicas: widen process.ports")]
     TooFewPorts {
@@ -138,7 +141,7 @@ impl CommandError {
             | Self::NotStatic(_)
             | Self::NotSupervised(_)
             | Self::FixedWeight(_)
-            | Self::NothingToMove(_)
+            | Self::CannotRebalance { .. }
             | Self::TooFewPorts { .. }
             | Self::CannotPrepare(_)
             | Self::UpgradeFailed(_)

@@ -69,9 +69,9 @@ fn probes(table: &Table, key: &[u8]) -> Vec<ProbeStep> {
     table.ring().probes(key).into_iter().map(step).collect()
 }
 
-/// Whether chance decides which backend gets a connection.
+/// Whether chance decides which backend gets a connection: one of two random ones, or of those with the smallest load.
 fn is_random(route: &Route, table: &Table) -> bool {
-    route.balance == Balance::LeastConnections && table.backends().len() > EXACT
+    route.balance == Balance::LeastConnections && (table.backends().len() > EXACT || table.has_equals())
 }
 
 /// All backends in the order of the ring. The attempts are numbered in the order of the data plane.
@@ -106,16 +106,15 @@ fn walk(table: &Table, route: &Route, key: &[u8]) -> Vec<WalkStep> {
         let why = match (candidate, attempt) {
             (None, _) => why_skipped(backend, now),
             (Some((Room::Full(most), _)), _) => format!("full: {active} of {most} connections"),
-            _ if is_random => {
-                format!(
-                    "may be one of two random backends, of which the one with the smaller load gets the connection{load}"
-                )
-            }
-            (Some((Room::AtBound(bound), _)), Some(1)) => {
-                format!("gets the connection although it is at its bound ({active} of {bound} connections), as all are")
-            }
+            _ if is_random && table.backends().len() > EXACT => format!(
+                "may be one of two random backends, of which the one with the smaller load gets the connection{load}"
+            ),
+            _ if is_random => format!("of the backends with the smallest load, a random one gets the connection{load}"),
+            (Some((Room::AtBound(bound), _)), Some(1)) => format!(
+                "gets the connection although it is at its bound ({active} of {bound} connections): no other backend has room"
+            ),
             (Some((Room::AtBound(bound), _)), _) => {
-                format!("at its bound: {active} of {bound} connections, so the key goes on to the next backend")
+                format!("at its bound: {active} of {bound} connections, so it is tried only if the others fail")
             }
             (Some(_), Some(1)) => format!("gets the connection{load}{despite}"),
             (Some(_), _) if route.balance == Balance::Ring && table.is_spared(backend, key) => {
