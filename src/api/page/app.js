@@ -531,7 +531,10 @@ function reported(report) {
 
 $("number").addEventListener("input", preview);
 $("cancel").addEventListener("click", () => $("dialog").close());
-$("dialog").addEventListener("close", () => { question = null; forecast = null; });
+$("dialog").addEventListener("close", () => {
+  // The event comes later than the end of the dialog, which may be open again for another question.
+  if (!$("dialog").open) [question, forecast] = [null, null];
+});
 $("dialog-form").addEventListener("submit", async (event) => {
   event.preventDefault();
   if (forecast == null) return;

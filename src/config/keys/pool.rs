@@ -76,7 +76,7 @@ pub(super) const POOL: &[Key] = &[
         "on_move",
         Form::Any(&[Form::Word(KEEP), Form::Section(ON_MOVE, "{ close_over: 5m }")]),
         KEEP,
-        "what happens to open connections whose keys lead to another healthy backend after a change, like more replicas or a backend that is back. `keep`: they stay. `{ close_over: 5m }`: they [move home](operations.md#moving-home)",
+        "what happens to open connections whose keys lead to another healthy backend after a change, like more replicas or a backend that is back. `keep`: they stay. `{ close_over: 5m }`: they [move](operations.md#rebalancing). Not with `key: source`",
     ),
     Key::duration(
         "slow_start",
