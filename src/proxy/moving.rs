@@ -205,6 +205,10 @@ impl Movers {
                 });
             }
             schedule(&away, None, now);
+            if mover.again.is_none() {
+                // Nothing needs the old table any more.
+                mover.before = Arc::clone(&mover.table);
+            }
         }
     }
 }
