@@ -119,11 +119,16 @@ impl Table {
 
     /// Whether each key has the same candidates in the other table. During a slow start, they are taken to differ.
     pub fn places_like(&self, other: &Self) -> bool {
+        if self.generation == other.generation {
+            return true;
+        }
         let is_steady = |table: &Self| table.tiers.iter().all(|tier| !tier.spares_slow_ones);
+        let tiers = |table: &'_ Self| table.backends.iter().map(|backend| backend.membership.tier).collect::<Vec<_>>();
         Arc::ptr_eq(&self.ring, &other.ring)
             && (self.joined, &self.tiers) == (other.joined, &other.tiers)
             && self.backends.has_sets_of(&other.backends)
-            && (is_steady(self) && is_steady(other) || self.generation == other.generation)
+            && (is_steady(self) && is_steady(other))
+            && (!self.has_tiers() || tiers(self) == tiers(other))
     }
 
     /// The snapshot's number within its pool, from 0.

@@ -42,6 +42,14 @@ fn colour(text: &str) -> Option<usize> {
     parameters[end..].starts_with('m').then_some(text.len() - parameters.len() + end + 1)
 }
 
+/// Percent-encodes a segment of a path, or a value of a query.
+pub fn encoded(text: &str) -> String {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~:".contains(&byte);
+    text.bytes()
+        .map(|byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

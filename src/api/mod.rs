@@ -64,6 +64,7 @@ use crate::proxy::socket::TcpOptions;
 use crate::proxy::stats::ListenerStats;
 use crate::proxy::stats::WorkerStats;
 use crate::proxy::{Limit, Proxy, Route, Routing, Sources};
+pub use crate::text::encoded;
 
 label_enum! {
     /// Result of a reload or an upgrade.
@@ -301,14 +302,6 @@ pub fn router(state: Arc<State>) -> Router {
         router = router.merge(page::routes(&state));
     }
     router.fallback(not_found).method_not_allowed_fallback(not_allowed).with_state(state)
-}
-
-/// Percent-encodes a segment of a path, or a value of a query.
-pub fn encoded(text: &str) -> String {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~:".contains(&byte);
-    text.bytes()
-        .map(|byte| if is_plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
-        .collect()
 }
 
 /// The query with these parameters, of those that have a value.

@@ -9,13 +9,16 @@ use std::time::Duration;
 
 use super::Route;
 use super::connection::{Connection, Served};
-use super::key::Key;
+use super::key::{Key, KeyKind};
 use super::pick::Homes;
 use super::timeouts::SLOWEST;
 use crate::table::{Table, TableCell};
 
 /// A connection is silent when no byte has moved for this long.
 const SILENT: Duration = Duration::from_secs(1);
+
+/// Most tables before the last changes that a worker keeps.
+const MOST_TABLES: usize = 16;
 
 /// How long the last connections wait for a silent moment, if the time to move allows.
 const WAIT: Duration = Duration::from_secs(10);
@@ -84,10 +87,10 @@ pub(super) fn must_move(
     let Some(time) = served.moves.get().filter(|time| time.has_come(now, is_idle.then_some(silent))) else {
         return false;
     };
-    if time.is_ordered {
-        return true;
-    }
     let table = route.table.load();
+    if time.is_ordered {
+        return !table.is_panic();
+    }
     let key = key(connection, route);
     if Homes::new(route, &table).claim(key.as_bytes(), &served.backend) {
         return true;
@@ -121,10 +124,14 @@ impl Found {
     pub(super) fn see(&mut self, connection: &Rc<Connection>, route: &Route, homes: &mut Homes<'_>) {
         let Some(served) = connection.served.get() else { return };
         self.all += 1;
+        if route.key == KeyKind::Sni && connection.hello.get().is_none() {
+            // It began before the pool had this key, and nobody has read the name.
+            return;
+        }
         if homes.claim(key(connection, route).as_bytes(), &served.backend) {
             self.away.push(Rc::clone(connection));
-        } else if self.is_order {
-            // An earlier order may not apply any more.
+        } else if self.is_order && served.moves.get().is_some_and(|time| time.is_ordered) {
+            // The earlier order does not apply any more.
             served.moves.set(None);
         }
     }
@@ -137,8 +144,9 @@ pub(super) struct Movers(HashMap<usize, Mover>);
 #[derive(Debug)]
 struct Mover {
     cell: TableCell,
-    /// The table before the last change.
-    before: Arc<Table>,
+    /// The tables before the last changes, as long as connections may come that were picked by one of them. A backend that is away for a
+    /// moment makes two changes. Empty: the pool had no connections then.
+    before: Vec<Arc<Table>>,
     table: Arc<Table>,
     /// When to look again: a connection may have been picked by the table before the change.
     again: Option<Duration>,
@@ -160,8 +168,13 @@ impl Movers {
             let table = mover.cell.load();
             let has_changed = !table.places_like(&mover.table);
             let before = std::mem::replace(&mut mover.table, table);
-            if has_changed && mover.again.is_none() {
-                mover.before = before;
+            if has_changed {
+                if mover.again.is_none() {
+                    mover.before.clear();
+                } else if mover.before.len() == MOST_TABLES {
+                    mover.before.remove(0);
+                }
+                mover.before.push(before);
             }
             let is_due = mover.again.is_some_and(|again| again <= now);
             mover.looks = has_changed || is_due;
@@ -175,8 +188,8 @@ impl Movers {
             let (cell, table) = (route.table.clone(), route.table.load());
             let attempts = u32::try_from(route.connect_attempts).unwrap_or(u32::MAX);
             let latest = SLOWEST + route.connect_timeout.saturating_mul(attempts);
-            let before = Arc::clone(&table);
-            Mover { cell, before, table, again: None, latest, looks: false, is_used: true, away: Vec::new() }
+            // The ring may have changed since these connections began.
+            Mover { cell, before: Vec::new(), table, again: None, latest, looks: true, is_used: true, away: Vec::new() }
         });
         mover.is_used = true;
         if !mover.looks || served.moves.get().is_some() {
@@ -186,7 +199,8 @@ impl Movers {
         let first = |table: &Table| table.candidates(key.as_bytes()).next().map(|(home, _)| Arc::clone(&home.id));
         let home = first(&mover.table);
         // A connection that is elsewhere for another reason stays there: its backend was full, or did not answer.
-        if home.as_ref().is_some_and(|home| *home != served.backend) && home != first(&mover.before) {
+        let has_moved = || mover.before.is_empty() || mover.before.iter().any(|before| home != first(before));
+        if home.as_ref().is_some_and(|home| *home != served.backend) && has_moved() {
             mover.away.push(Rc::clone(connection));
         }
     }
@@ -198,16 +212,17 @@ impl Movers {
             if let Some(first) = away.first().map(Rc::clone)
                 && let Some(route) = first.route()
             {
+                // The limits of the pool. The key of a connection that began before a reload can be another one.
                 let mut homes = Homes::new(route, &mover.table);
-                away.retain(|one| {
-                    let served = one.served.get();
-                    served.is_some_and(|served| homes.claim(key(one, route).as_bytes(), &served.backend))
+                away.retain(|one| match (one.route(), one.served.get()) {
+                    (Some(route), Some(served)) => homes.claim(key(one, route).as_bytes(), &served.backend),
+                    _ => false,
                 });
             }
             schedule(&away, None, now);
             if mover.again.is_none() {
-                // Nothing needs the old table any more.
-                mover.before = Arc::clone(&mover.table);
+                // Nothing needs the old tables any more.
+                mover.before = vec![Arc::clone(&mover.table)];
             }
         }
     }

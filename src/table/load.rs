@@ -67,9 +67,11 @@ impl Bound {
             (self.picks.fetch_add(1, Ordering::Relaxed), table.backends.len().cast_signed() as i64 / 4);
         // Before the first sum there is no base.
         if pick % interval == 0 || self.base.load(Ordering::Relaxed) == NONE {
-            self.base.store(table.connections().cast_signed() - pick, Ordering::Relaxed);
+            let sum = table.connections().cast_signed();
+            // After the sum: other workers may have picked meanwhile, and their connections are in it.
+            self.base.store(sum - self.picks.load(Ordering::Relaxed), Ordering::Relaxed);
         }
-        // Another worker may have stored a base for a later pick.
+        // The base may be that of a later pick.
         let connections = (self.base.load(Ordering::Relaxed) + pick + 1).max(1) as u64;
         Load { percent: self.percent, connections, weight: table.weight() }
     }

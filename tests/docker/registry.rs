@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 use crate::harness::engine::{IMAGE, Owner};
 use crate::harness::eventually_async;
 
-/// `user:right`
-const RIGHT: &str = "dXNlcjpyaWdodA==";
+/// `user:??>>~~??>`, whose bytes differ in the two alphabets of Base64.
+const RIGHT: &str = "dXNlcjo/Pz4+fn4/Pz4=";
 
 /// `user:wrong`
 const WRONG: &str = "dXNlcjp3cm9uZw==";

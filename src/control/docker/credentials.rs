@@ -1,6 +1,6 @@
 //! Credentials for registries, from a file as `docker login` writes it: `auths`, `credHelpers` and `credsStore`.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::path::Path;
 use std::process::Stdio;
@@ -32,9 +32,9 @@ const TOKEN: &str = "<token>";
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct File {
-    auths: HashMap<String, Entry>,
+    auths: BTreeMap<String, Entry>,
     #[serde(rename = "credHelpers")]
-    helpers: HashMap<String, String>,
+    helpers: BTreeMap<String, String>,
     #[serde(rename = "credsStore")]
     store: Option<String>,
 }
@@ -102,7 +102,7 @@ pub(super) async fn for_image(file: &Path, image: &str) -> Result<Option<DockerC
     let parsed = parse(file, read)?;
     let registry = registry_of(image);
     let fault = |what: String| format!("{}: {registry}: {what}", file.display());
-    match parsed.find(registry) {
+    match parsed.find(image) {
         Found::Nowhere => Ok(None),
         Found::InFile(entry) => entry.credentials(registry).map(Some).map_err(fault),
         Found::WithHelper(helper, name) => ask(helper, &name).await.map_err(fault),
@@ -122,27 +122,50 @@ fn parse(file: &Path, read: io::Result<Vec<u8>>) -> Result<File, String> {
 
 impl File {
     /// A helper of the registry comes first, then the store of all, as for the client of the engine.
-    fn find(&self, registry: &str) -> Found<'_> {
-        fn of<'a, T>(map: &'a HashMap<String, T>, registry: &str) -> Option<(&'a String, &'a T)> {
-            map.iter().find(|(name, _)| bare(name) == registry)
-        }
-        if let Some((name, helper)) = of(&self.helpers, registry) {
+    fn find(&self, image: &str) -> Found<'_> {
+        let is_named = |name: &&String| !name.is_empty();
+        if let Some((name, helper)) = best(&self.helpers, image).filter(|(_, helper)| is_named(helper)) {
             return Found::WithHelper(helper, name.clone());
         }
-        let entry = of(&self.auths, registry);
-        if let Some(store) = self.store.as_deref().filter(|store| !store.is_empty()) {
-            let usual = if registry == HUB { HUB_IN_FILE } else { registry };
-            return Found::WithHelper(store, entry.map_or(usual.to_owned(), |(name, _)| name.clone()));
+        let entry = best(&self.auths, image);
+        if let Some(store) = self.store.as_ref().filter(is_named) {
+            return Found::WithHelper(
+                store,
+                entry.map_or(server_address(registry_of(image)), |(name, _)| name.clone()),
+            );
         }
-        entry.map_or(Found::Nowhere, |(_, entry)| Found::InFile(entry))
+        match entry {
+            Some((_, entry)) if !entry.is_empty() => Found::InFile(entry),
+            _ => Found::Nowhere,
+        }
     }
 }
 
-/// The host and port of a registry, as names of images have it: `https://registry.example.com/v1/` without the rest.
-fn bare(name: &str) -> &str {
-    let name = name.split_once("://").map_or(name, |(_, rest)| rest);
-    let name = name.split('/').next().unwrap_or_default();
-    if matches!(name, "index.docker.io" | "registry-1.docker.io") { HUB } else { name }
+/// The entry for an image: of those whose names fit, the one with the longest path, as `podman login registry/team` writes it. Of equals
+/// the one that `docker login` writes, or the first by name.
+fn best<'a, T>(entries: &'a BTreeMap<String, T>, image: &str) -> Option<(&'a String, &'a T)> {
+    let fitting = entries.iter().filter_map(|(name, entry)| Some((path_if_fits(name, image)?, name, entry)));
+    let first = fitting.rev().max_by_key(|(path, name, _)| (path.len(), *name == HUB_IN_FILE));
+    first.map(|(_, name, entry)| (name, entry))
+}
+
+/// The path in the name of an entry, if the entry is for this image: `https://registry.example.com/v1/` is for all of a registry.
+fn path_if_fits<'a>(name: &'a str, image: &str) -> Option<&'a str> {
+    let name = name.split_once("://").map_or(name, |(_, rest)| rest).trim_end_matches('/');
+    let (host, path) = name.split_once('/').unwrap_or((name, ""));
+    let path = if matches!(path, "v1" | "v2") { "" } else { path };
+    if bare(host) != registry_of(image) {
+        return None;
+    }
+    let first = image.split_once('/').map_or("", |(first, _)| first);
+    let repository = if bare(first) == registry_of(image) { &image[first.len() + 1..] } else { image };
+    let rest = repository.strip_prefix(path)?;
+    (path.is_empty() || rest.is_empty() || rest.starts_with(['/', ':', '@'])).then_some(path)
+}
+
+/// The host and port of a registry, as names of images have it.
+fn bare(host: &str) -> &str {
+    if matches!(host, "index.docker.io" | "registry-1.docker.io") { HUB } else { host }
 }
 
 /// The registry of an image: the part before the first `/`, if it looks like a host.
@@ -153,6 +176,13 @@ fn registry_of(image: &str) -> &str {
 }
 
 impl Entry {
+    /// Whether nobody is logged in: the entry of a store that keeps the credentials elsewhere.
+    fn is_empty(&self) -> bool {
+        let Self { auth, username, password, identity_token, registry_token } = self;
+        let all = [auth, username, password, identity_token, registry_token];
+        all.into_iter().flatten().all(String::is_empty)
+    }
+
     fn credentials(&self, registry: &str) -> Result<DockerCredentials, String> {
         let (mut username, mut password) = (self.username.clone(), self.password.clone());
         if let Some(auth) = self.auth.as_deref().filter(|auth| !auth.is_empty()) {
@@ -202,7 +232,8 @@ async fn ask_program(program: &str, registry: &str) -> Result<Option<DockerCrede
     let talk = async {
         let mut child = command.spawn()?;
         if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(registry.as_bytes()).await?;
+            // A helper that ends without reading tells why.
+            let _ = stdin.write_all(registry.as_bytes()).await;
         }
         child.wait_with_output().await
     };
@@ -220,7 +251,11 @@ async fn ask_program(program: &str, registry: &str) -> Result<Option<DockerCrede
     }
     let Answer { username, secret } =
         serde_json::from_str(&text).map_err(|_| format!("{program}: its answer is not one of a credential helper"))?;
-    let serveraddress = Some(server_address(bare(registry)));
+    if username.is_empty() && secret.is_empty() {
+        return Ok(None);
+    }
+    let host = registry.split_once("://").map_or(registry, |(_, rest)| rest).split('/').next().unwrap_or_default();
+    let serveraddress = Some(server_address(bare(host)));
     let (username, password, identitytoken) =
         if username == TOKEN { (None, None, Some(secret)) } else { (Some(username), Some(secret), None) };
     Ok(Some(DockerCredentials { username, password, serveraddress, identitytoken, ..DockerCredentials::default() }))
@@ -253,7 +288,11 @@ mod tests {
         let json = r#"{ "auths": {
             "https://registry.example.com:5000/v2/": { "auth": "dTpwOnc=" },
             "https://index.docker.io/v1/": { "auth": "aHViOnNlY3JldA==" },
+            "docker.io": { "auth": "b3RoZXI6eA==" },
+            "https://index.docker.io/v1/access-token": { "auth": "dG9rZW46eA==" },
             "plain.example": { "username": "a", "password": "b" },
+            "plain.example/team": { "username": "t", "password": "b" },
+            "half.example": { "username": "a" },
             "empty.example": {}
         }, "HttpHeaders": { "User-Agent": "x" } }"#;
         for (image, wanted) in [
@@ -263,12 +302,16 @@ mod tests {
             ("team/app:2", Some(user("hub", "secret", HUB_IN_FILE))),
             ("docker.io/library/nginx", Some(user("hub", "secret", HUB_IN_FILE))),
             ("plain.example/app@sha256:00", Some(user("a", "b", "plain.example"))),
+            ("plain.example/team/app:1", Some(user("t", "b", "plain.example"))),
+            ("plain.example/team", Some(user("t", "b", "plain.example"))),
+            ("plain.example/teams/app", Some(user("a", "b", "plain.example"))),
+            ("empty.example/app", None),
             ("localhost/app", None),
         ] {
             assert_eq!(found(json, image).await.unwrap(), wanted, "{image}");
         }
-        let error = found(json, "empty.example/app").await.unwrap_err();
-        assert_eq!(error, "FILE: empty.example: the entry has neither a password nor a token: log in again");
+        let error = found(json, "half.example/app").await.unwrap_err();
+        assert_eq!(error, "FILE: half.example: the entry has neither a password nor a token: log in again");
     }
 
     #[tokio::test]
@@ -297,6 +340,7 @@ mod tests {
         };
         write("user", r#"echo "{\"ServerURL\":\"$registry\",\"Username\":\"u-$registry\",\"Secret\":\"s\"}""#);
         write("token", r#"echo '{"Username":"<token>","Secret":"t"}'"#);
+        write("nobody", r#"echo '{"Username":"","Secret":""}'"#);
         write("none", "echo credentials not found in native keychain; exit 1");
         write("broken", "echo no keychain; exit 3");
         // The programs are found by their full names, because tests share the variable PATH.
@@ -308,6 +352,7 @@ mod tests {
         assert_eq!((of_user.username.as_deref(), of_user.password.as_deref()), (Some("u-r.example"), Some("s")));
         assert_eq!(with("token", "r.example").await.unwrap().unwrap().identitytoken.as_deref(), Some("t"));
         assert!(with("none", "r.example").await.unwrap().is_none());
+        assert!(with("nobody", "r.example").await.unwrap().is_none());
         assert!(with("broken", "r.example").await.unwrap_err().ends_with("exit status: 3: no keychain"));
         assert!(with("absent", "r.example").await.unwrap_err().contains("No such file"));
 
@@ -315,7 +360,11 @@ mod tests {
             r#"{ "auths": { "a.example": {} }, "credHelpers": { "b.example": "../../sh" }, "credsStore": "no-such" }"#;
         let error = found(json, "a.example/x").await.unwrap_err();
         assert!(error.contains("a.example: docker-credential-no-such: No such file"), "{error}");
-        let error = found(json, "b.example/x").await.unwrap_err();
+        let json = json.replace("../../sh", "");
+        let error = found(&json, "b.example/x").await.unwrap_err();
+        assert!(error.contains("docker-credential-no-such"), "an empty helper is none: {error}");
+        let json = json.replace("\"b.example\": \"\"", "\"b.example\": \"../../sh\"");
+        let error = found(&json, "b.example/x").await.unwrap_err();
         assert!(error.contains("is not the name of a helper"), "{error}");
     }
 }

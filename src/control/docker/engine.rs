@@ -10,21 +10,19 @@ use bollard::Docker;
 use bollard::errors::Error;
 use bollard::models::{ContainerCreateBody, ContainerInspectResponse, EventMessage};
 use bollard::query_parameters::{
-    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, EventsOptionsBuilder, InspectContainerOptions,
-    InspectNetworkOptions, ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder,
-    StartContainerOptions, StopContainerOptionsBuilder,
+    CreateContainerOptionsBuilder, EventsOptionsBuilder, InspectContainerOptions, InspectNetworkOptions,
+    ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder, StartContainerOptions,
+    StopContainerOptionsBuilder,
 };
 use futures_util::stream::{BoxStream, StreamExt as _};
 
 use super::container::Container;
 use super::credentials;
+use super::pull::{Failure, pull};
 use crate::text::printable;
 
 /// The engine's address unless `DOCKER_HOST` is set.
 const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
-
-/// Longest time without progress while Ringway pulls an image.
-const PULL_SILENCE: Duration = Duration::from_secs(120);
 
 /// Longest line of a container's output that Ringway keeps, in bytes.
 const LONGEST_LINE: usize = 1024;
@@ -250,7 +248,6 @@ impl Engine {
     /// When the registry is unreachable, the image does not exist, the credentials cannot be read, or the pull makes no progress.
     pub async fn pull(&self, image: &str) -> Result<(), EngineError> {
         let (name, tag) = name_and_tag(image);
-        let options = CreateImageOptionsBuilder::new().from_image(name).tag(tag).build();
         let credentials = match &self.auth_file {
             Some(file) => credentials::for_image(file, image).await.map_err(|fault| {
                 let message = format!("docker.auth_file: {fault}");
@@ -258,15 +255,12 @@ impl Engine {
             })?,
             None => None,
         };
-        let mut progress = self.docker()?.create_image(Some(options), None, credentials);
-        loop {
-            match tokio::time::timeout(PULL_SILENCE, progress.next()).await {
-                Ok(None) => return Ok(()),
-                Ok(Some(Ok(_))) => {}
-                Ok(Some(Err(error))) => return Err(self.error(&error)),
-                Err(_) => return Err(self.away("the pull makes no progress")),
+        pull(&self.host, (name, tag), credentials.as_ref()).await.map_err(|failure| match failure {
+            Failure::Away(error) | Failure::Refused { status: 503, message: error } => self.away(&error),
+            Failure::Refused { status, message } => {
+                EngineError::Refused { status, message: message.trim_end().to_owned() }
             }
-        }
+        })
     }
 
     async fn call<T>(

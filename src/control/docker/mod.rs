@@ -5,6 +5,7 @@
 //!
 //! - [`engine`]: the calls that Ringway makes, and their errors
 //! - [`credentials`]: credentials for registries
+//! - [`mod@pull`]: pulls an image
 //! - [`container`]: a container as a full list shows it
 //! - [`watch`]: fetches a full list whenever something may have changed
 //! - [`scope`]: the owner of the containers, and the network on which Ringway reaches them
@@ -18,6 +19,7 @@ pub mod reap;
 pub mod scope;
 pub mod watch;
 
+mod pull;
 mod signals;
 
 /// Labels of containers.
