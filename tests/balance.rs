@@ -6,6 +6,7 @@ use serde_json::Value;
 use tokio::net::TcpStream;
 
 use crate::harness::backends::Server;
+use crate::harness::program::run;
 use crate::harness::{Ringway, echoes, eventually, get, metric_in, soon, static_config};
 use ringway::control::command::Command;
 
@@ -41,7 +42,7 @@ fn active(ringway: &Ringway) -> BTreeMap<String, u64> {
     table.backends().iter().map(|one| (one.id.to_string(), active(one))).collect()
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_bound_holds_for_one_client_and_over_reloads_and_changes_of_weights() {
     let servers = Server::echoes(3).await;
     let bounded = "key: source_ip\nring: { bound: 125 }";
@@ -68,6 +69,10 @@ async fn a_bound_holds_for_one_client_and_over_reloads_and_changes_of_weights() 
     assert_eq!(metric_in(&metrics, "ringway_pool_bound", &[]), 125.0);
     let text = explain().await;
     assert!(text.contains("at its bound: 13 of 13 connections, so it is tried only if the others fail"), "{text}");
+
+    let (code, said, _) = run(&["status", "--api", &ringway.api().to_string()]);
+    let wanted = "pool echo: at most 125 % of the fair share, now 13 for a backend; 17 connections displaced\n";
+    assert!(code == Some(0) && said.contains(wanted), "{said}");
 
     // Without the bound, the client's backend gets all.
     ringway.reload(&yaml(&servers, "key: source_ip")).await.unwrap();

@@ -16,13 +16,9 @@ use crate::config::{Config, Pool, StaticBackend};
 use crate::control::Event;
 use crate::control::command::{Command, CommandError, Moved, Report};
 use crate::control::provider::{MOST_CONNECTIONS, WEIGHTS};
-use crate::proxy::sessions::Away;
 
 /// Allowed numbers of replicas of a pool.
 const REPLICAS: RangeInclusive<u32> = 1..=1000;
-
-/// Time in which connections move if nobody says another one.
-const USUAL_OVER: Duration = Duration::from_secs(300);
 
 /// Longest time to read the config file.
 const READ: Duration = Duration::from_secs(10);
@@ -230,34 +226,6 @@ impl App {
         Ok(Planned::Notify { pool, event, changes, summary })
     }
 
-    fn plan_rebalance(&self, pool: String, over: Option<Duration>) -> Result<Planned, CommandError> {
-        let settings = self.pool(&pool)?;
-        if let Some(why) = settings.cannot_move() {
-            return Err(CommandError::CannotRebalance { pool, why });
-        }
-        let over = over.or(settings.on_move).unwrap_or(USUAL_OVER);
-        Ok(Planned::Rebalance { pool, over })
-    }
-
-    /// Ends the connections of a pool whose keys lead to other backends.
-    pub(super) async fn rebalance(&self, pool: &str, over: Duration) -> Report {
-        let report = self.find_away(pool, over, false).await;
-        log(&report);
-        report
-    }
-
-    /// Counts the connections of a pool whose keys lead to other backends, and ends them unless it is a dry run.
-    async fn find_away(&self, pool: &str, over: Duration, is_dry_run: bool) -> Report {
-        let Some(running) = self.pools.iter().find(|known| known.config().name == pool) else {
-            return Report::default();
-        };
-        let Away { away, all } = self.state.sessions.rebalance(&running.route, (!is_dry_run).then_some(over)).await;
-        let what = format!("pool {pool}: the keys of {away} of {all} connections lead to other backends");
-        let over = humantime::format_duration(over);
-        let end = if away == 0 { String::new() } else { format!("; Ringway resets these connections within {over}") };
-        Report { changes: vec![what + &end], ..Report::default() }
-    }
-
     /// Plans a reload of the file, or of another text.
     async fn plan_config(
         &self,
@@ -347,7 +315,7 @@ impl App {
     }
 
     /// A pool under the running config.
-    fn pool(&self, name: &str) -> Result<&Pool, CommandError> {
+    pub(super) fn pool(&self, name: &str) -> Result<&Pool, CommandError> {
         let found = self.config.pools.iter().find(|pool| pool.name == name);
         found.ok_or_else(|| CommandError::UnknownPool {
             pool: name.to_owned(),
@@ -408,7 +376,7 @@ fn check_range(range: &RangeInclusive<u32>, number: u32, what: &'static str) -> 
     Err(CommandError::OutOfRange { what, number, range: range.clone() })
 }
 
-fn log(report: &Report) {
+pub(super) fn log(report: &Report) {
     for change in &report.changes {
         tracing::info!("{change}");
     }

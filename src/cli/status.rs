@@ -100,6 +100,7 @@ fn in_words(status: &Status, terminal: Terminal) -> String {
         lines.extend(rollout(pool).map(|rollout| terminal.coloured(&clean(&rollout), Some(Colour::Warning))));
         lines
             .extend(pool.provider.dns.as_ref().map(|dns| clean(&format!("pool {}: {}", pool.name, dns_in_words(dns)))));
+        lines.extend(bound(pool));
         let differs = pool.differs.iter().map(|differs| format!("changed at run time: {}", differs.in_words()));
         lines.extend(differs.map(|differs| clean(&format!("pool {}: {differs}", pool.name))));
     }
@@ -169,6 +170,17 @@ pub(super) fn problems(pool: &Pool) -> Vec<String> {
 /// An error of a file, which has a line for each fault.
 fn on_one_line(error: &str) -> String {
     error.lines().map(str::trim).collect::<Vec<_>>().join("; ")
+}
+
+/// How far the bound of the pool moves keys; `None`: it has none.
+fn bound(pool: &Pool) -> Option<String> {
+    let displaced: u64 = pool.backends.iter().map(|backend| backend.connections.displaced).sum();
+    let most = pool.backends.iter().filter_map(|backend| backend.limit).max().unwrap_or_default();
+    let (bound, displaced) = (pool.bound?, counted(displaced, "connection"));
+    Some(clean(&format!(
+        "pool {}: at most {bound} % of the fair share, now {most} for a backend; {displaced} displaced",
+        pool.name
+    )))
 }
 
 /// Which tiers get keys, if not only the lowest one.
