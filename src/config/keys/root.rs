@@ -192,7 +192,7 @@ const DOCKER: &[Key] = &[
         "auth_file",
         Form::Text,
         "(no credentials)",
-        "file with [credentials](docker.md#private-images) for registries, as `docker login` writes it, like `/root/.docker/config.json`. Ringway reads it before each pull",
+        "file with [credentials](docker.md#private-images) for registries, as `docker login` writes it, like `/etc/ringway/registries.json`. Ringway reads it before each pull",
     ),
 ];
 

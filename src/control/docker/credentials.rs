@@ -200,11 +200,10 @@ impl Entry {
         Ok(DockerCredentials {
             username,
             password,
-            auth: None,
-            email: None,
             serveraddress,
             identitytoken,
             registrytoken,
+            ..DockerCredentials::default()
         })
     }
 }
@@ -362,7 +361,7 @@ mod tests {
         assert!(error.contains("a.example: docker-credential-no-such: No such file"), "{error}");
         let json = json.replace("../../sh", "");
         let error = found(&json, "b.example/x").await.unwrap_err();
-        assert!(error.contains("docker-credential-no-such"), "an empty helper is none: {error}");
+        assert!(error.contains("docker-credential-no-such"), "an empty name means no helper: {error}");
         let json = json.replace("\"b.example\": \"\"", "\"b.example\": \"../../sh\"");
         let error = found(&json, "b.example/x").await.unwrap_err();
         assert!(error.contains("is not the name of a helper"), "{error}");

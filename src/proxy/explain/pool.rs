@@ -107,7 +107,7 @@ fn walk(table: &Table, route: &Route, key: &[u8]) -> Vec<WalkStep> {
             (None, _) => why_skipped(backend, now),
             (Some((Room::Full(most), _)), _) => format!("full: {active} of {most} connections"),
             _ if is_random && table.backends().len() > EXACT => format!(
-                "may be one of two random backends, of which the one with the smaller load gets the connection{load}"
+                "Ringway compares two random backends, perhaps this one too, and the smaller load gets the connection{load}"
             ),
             _ if is_random => format!("of the backends with the smallest load, a random one gets the connection{load}"),
             (Some((Room::AtBound(bound), _)), Some(1)) => format!(
