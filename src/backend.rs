@@ -2,12 +2,13 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-pub use self::live::{BackendPermit, Eviction, Evictions, Failing, Live, Moved};
+pub use self::live::{BackendPermit, Counters, Eviction, Evictions, Failing, Live, Moved};
 pub use self::port_search::PortSearch;
 use crate::address::Address;
 use crate::label_enum;
@@ -245,8 +246,13 @@ pub struct Backend {
     pub advice: Option<Arc<Advice>>,
     /// Set while the backend drains and gets no new connections, even while it has no replica.
     pub drain: Option<Drain>,
+    /// The slot that this incarnation stands beside, without points on the ring; `None` for a backend of its own. It comes next,
+    /// or has been before and lets its connections end.
+    pub beside: Option<Arc<str>>,
     /// Live counters, shared by all snapshots.
     pub live: Arc<Live>,
+    /// The incarnation beside it, whose connections count towards the same limit.
+    pub other: Option<Arc<Live>>,
 }
 
 /// The drain of a backend that gets no new connections.
@@ -316,17 +322,26 @@ impl Backend {
             admission: Admission::ALL,
             advice: None,
             drain: None,
+            beside: None,
             live: Arc::default(),
+            other: None,
         }
+    }
+
+    /// What is counted for the backend; `None` beside a slot, whose counters it continues.
+    pub fn counters(&self) -> Option<&Counters> {
+        self.beside.is_none().then_some(&self.live.counters)
     }
 
     /// Maximum of open connections, where the pool allows `most` per backend.
     pub fn most_connections(&self, most: u64) -> u64 {
         let usual = self.membership.max_connections.map_or(most, u64::from);
-        self.advice
-            .as_ref()
-            .and_then(|advice| advice.max_connections)
-            .map_or(usual, |advised| usual.min(advised.into()))
+        let advised = self.advice.as_ref().and_then(|advice| advice.max_connections);
+        let most = advised.map_or(usual, |advised| usual.min(advised.into()));
+        match &self.other {
+            Some(other) if most < u64::MAX => most.saturating_sub(other.active.load(Ordering::Relaxed)),
+            _ => most,
+        }
     }
 
     /// The membership with the weight that it has on the ring: a backend that leaves has no points.

@@ -92,6 +92,8 @@ metrics! {
     DNS_LOOKUPS: Counter "dns_lookups_total" ["pool", "result"] "Look-ups of the pool's name, by result";
     DNS_STALE: Gauge "dns_staleness_seconds" ["pool"] "Age of the last complete answer to a look-up of the pool's name";
     DNS_BACKENDS: Gauge "dns_addresses" ["pool"] "Addresses, or targets of SRV records, that the pool's name has led to and that have not left";
+    ROLLOUTS: Counter "rollouts_total" ["pool", "result"] "Rollouts that have ended, by result; only for pools with replicas";
+    ROLLOUT_PROGRESS: Gauge "rollout_progress" ["pool"] "Share of the pool's slots whose replica is from the current settings, from 0 to 1; only for pools with replicas";
     PROVIDER_CHANGES: Counter "provider_changes_total" ["pool", "kind"] "Changes of the backends by the pool's name or file, by kind (joined, changed, left)";
     PROVIDER_FILE_FAULTY: Gauge "provider_file_faulty" ["pool"] "1 while the pool's file of backends cannot be applied and the last list stays, else 0";
     HEALTH_CHECKS: Counter "health_checks_total" ["pool", "backend", "result"] "Completed health checks, by result (ok, failed)";

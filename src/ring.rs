@@ -66,6 +66,8 @@ pub struct Probe {
 pub struct Ring {
     parameters: Parameters,
     members: usize,
+    /// The members that have points.
+    with_points: usize,
     /// The upper halves of the hashes of all points, sorted clockwise, followed by `WINDOW` copies of `u32::MAX`. A lookup
     /// reads only these, except on ties. They take half the memory of whole hashes, so larger rings fit into a core's cache.
     tops: Vec<u32>,
@@ -86,7 +88,9 @@ impl Ring {
     /// # Panics
     /// With more than `u32::MAX` points; the config allows at most 2^22.
     pub fn build(parameters: Parameters, members: &[Member<'_>]) -> Self {
-        let by_id = order_by_id(members);
+        // A member without weight leaves no trace: neither a point nor a part of the digest.
+        let mut by_id = order_by_id(members);
+        by_id.retain(|&member| members[member].weight > 0);
         let mut points = Vec::new();
         let mut bytes = Vec::new();
         for (rank, &member) in by_id.iter().enumerate() {
@@ -104,6 +108,7 @@ impl Ring {
         Self {
             parameters,
             members: members.len(),
+            with_points: by_id.len(),
             bottoms: points.iter().map(|&(hash, _)| hash as u32).collect(),
             tops: points.iter().map(|&(hash, _)| top(hash)).chain([u32::MAX; WINDOW]).collect(),
             owners: points.iter().map(|&(_, rank)| narrow(by_id[rank])).collect(),
@@ -121,7 +126,7 @@ impl Ring {
 
     /// The members in the order to try them for `key`: the owner first, then clockwise, each member once.
     pub fn walk(&self, key: &[u8]) -> Walk<'_> {
-        let (left, unseen) = (self.owners.len(), self.members);
+        let (left, unseen) = (self.owners.len(), self.with_points);
         Walk { ring: self, point: self.nearest(key), left, unseen, first: None, seen: Vec::new() }
     }
 

@@ -172,7 +172,7 @@ async fn the_words_of_a_silent_agent_no_longer_count() {
     eventually("taken back", || ringway.states() == [State::Healthy; 2]).await;
     a.asked.lock().unwrap().clear();
     // As long as it would have asked three times.
-    let checks = || ringway.backend(0).live.checks_passed.load(Ordering::Relaxed);
+    let checks = || ringway.backend(0).live.counters.checks_passed.load(Ordering::Relaxed);
     let before = checks();
     eventually("thirty checks", || checks() >= before + 30).await;
     assert_eq!(a.asked.lock().unwrap().as_str(), "");

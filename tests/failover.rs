@@ -194,7 +194,7 @@ async fn a_backend_that_starts_to_refuse_under_load_fails_only_its_accepted_conn
     let yaml = static_config(&addresses, "health_check: { kind: http, path: /heartbeat, interval: 200ms }");
     let ringway = Ringway::start(&yaml).await.all_healthy().await;
     let (report, ..) = churned(&ringway, async {
-        let reached = || ringway.backend(2).live.total.load(std::sync::atomic::Ordering::Relaxed) > 0;
+        let reached = || ringway.backend(2).live.counters.total.load(std::sync::atomic::Ordering::Relaxed) > 0;
         eventually("the load reaches the third backend", reached).await;
         // The backend still serves the connections that it has accepted.
         drop(dying);
@@ -207,7 +207,7 @@ async fn a_backend_that_starts_to_refuse_under_load_fails_only_its_accepted_conn
     let failures: Vec<_> = report.outcomes.iter().filter(|outcome| outcome.server.is_err()).collect();
     // The connections that the kernel had accepted for the backend fail with it.
     let live = &ringway.backend(2).live;
-    let refused = live.failures.of(ringway::backend::ConnectFailure::Refused);
+    let refused = live.counters.failures.of(ringway::backend::ConnectFailure::Refused);
     assert!(refused > 0, "the backend refused no connection");
     assert!(failures.len() <= 2, "{} of {}: {:?}", failures.len(), report.outcomes.len(), failures.first());
     let attempts = ringway.metric("ringway_connect_attempts_total", &[]).await;

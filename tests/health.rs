@@ -101,7 +101,7 @@ async fn a_tcp_check_ends_before_the_server_accepts_it() {
     })
     .await;
     let ringway = Ringway::start(&static_config(&[server.address], "health_check: { interval: 20ms }")).await;
-    let passed = || ringway.backend(0).live.checks_passed.load(Ordering::Relaxed);
+    let passed = || ringway.backend(0).live.counters.checks_passed.load(Ordering::Relaxed);
     eventually("checks", || passed() >= 50).await;
     // A check that its thread ends too late is accepted.
     let accepted = accepted.load(Ordering::Relaxed);
@@ -120,8 +120,8 @@ async fn an_http_answer_counts_although_the_server_did_not_read_the_request() {
         let check = format!("health_check: {{ kind: http, interval: 10ms, fall: 1{body} }}");
         let ringway = Ringway::start(&static_config(&[server.address], &check)).await;
         let live = Arc::clone(&ringway.backend(0).live);
-        eventually("checks", || live.checks_passed.load(Ordering::Relaxed) >= 100).await;
-        assert_eq!(live.checks_failed.load(Ordering::Relaxed), 0, "{:?}", ringway.backend(0).health.last);
+        eventually("checks", || live.counters.checks_passed.load(Ordering::Relaxed) >= 100).await;
+        assert_eq!(live.counters.checks_failed.load(Ordering::Relaxed), 0, "{:?}", ringway.backend(0).health.last);
     }
 }
 
@@ -136,8 +136,8 @@ async fn an_http_check_does_not_read_an_endless_body() {
     let check = "health_check: { kind: http, interval: 20ms, timeout: 10s }";
     let ringway = Ringway::start(&static_config(&[server.address], check)).await.all_healthy().await;
     let live = Arc::clone(&ringway.backend(0).live);
-    eventually("checks", || live.checks_passed.load(Ordering::Relaxed) >= 10).await;
-    assert_eq!(live.checks_failed.load(Ordering::Relaxed), 0);
+    eventually("checks", || live.counters.checks_passed.load(Ordering::Relaxed) >= 10).await;
+    assert_eq!(live.counters.checks_failed.load(Ordering::Relaxed), 0);
 }
 
 #[tokio::test]

@@ -37,6 +37,7 @@ mod real_servers;
 mod recipes;
 mod reload;
 mod replicas;
+mod rollouts;
 mod routes;
 mod service_manager;
 mod serving;

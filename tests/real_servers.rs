@@ -100,7 +100,7 @@ async fn tcp_checks_do_not_lock_ringway_out_of_mariadb() {
     let yaml = static_config(&[ADDRESS.parse().unwrap()], "health_check: { kind: tcp, interval: 10ms }");
     let ringway = Ringway::start(&yaml).await;
     let live = ringway.backend(0).live;
-    eventually("300 checks", || live.checks_passed.load(Ordering::Relaxed) >= 300).await;
+    eventually("300 checks", || live.counters.checks_passed.load(Ordering::Relaxed) >= 300).await;
     // A check whose thread loses the processor between two calls is accepted, and then counts as a plain connect.
     let aborted = server.aborted() - before;
     println!("{aborted} aborted connects in 300 checks");

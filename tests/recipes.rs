@@ -69,7 +69,7 @@ async fn passes(name: &str, address: SocketAddr) {
     let what = format!("{name}: three checks pass");
     eventually(&what, || {
         println!("{name}: {}", last());
-        live.checks_passed.load(Ordering::Relaxed) >= 3
+        live.counters.checks_passed.load(Ordering::Relaxed) >= 3
     })
     .await;
     assert_eq!((ringway.states(), last()), (vec![State::Healthy], "ok".to_owned()));

@@ -25,7 +25,8 @@ async fn a_killed_replica_is_replaced_and_only_its_own_connections_fail() {
     let state = || ringway.state().pools[0].table.load().backends()[1].clone();
     let load_began = Instant::now();
     let load = tokio::spawn(loadtest::churn(ringway.web(), 200, Duration::from_secs(4), Duration::from_secs(10)));
-    eventually("load on the victim", || state().live.total.load(std::sync::atomic::Ordering::Relaxed) > 20).await;
+    eventually("load on the victim", || state().live.counters.total.load(std::sync::atomic::Ordering::Relaxed) > 20)
+        .await;
 
     kill_process(victim, Signal::KILL).unwrap();
     let killed = Instant::now();
@@ -66,7 +67,8 @@ async fn a_replica_that_hangs_is_replaced() {
 async fn a_rollout_that_waits_for_a_replica_says_so_until_it_goes_on() {
     let with = |word: &str| {
         let provider = format!(
-            "process: {{ replicas: 3, restart: {{ backoff: 10m, max_backoff: 10m, start_grace: 10m, crash_loop_after: 2 }}, \
+            "process: {{ replicas: 3, restart: {{ backoff: 10m, max_backoff: 10m, start_grace: 10m, crash_loop_after: 3 }}, \
+             rollout: {{ order: stop_first, healthy_for: 0s }}, \
              command: [sh, -c, 'case $1 in good) exec $0 echo-server --listen 127.0.0.1:{{port}} --name {{slot}};; hangs) exec sleep 600;; esac; exit 3', ringway, {word}] }}"
         );
         let provider = provider.replace(", ringway,", &format!(", {:?},", env!("CARGO_BIN_EXE_ringway")));

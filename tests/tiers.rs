@@ -316,8 +316,8 @@ async fn a_reload_keeps_the_holder_unless_the_check_asks_for_something_else() {
     let (mut open, _) = connect(&ringway).await.unwrap();
     let report = ringway.reload(&yaml.replace("interval: 50ms", "interval: 60ms")).await.unwrap();
     assert_eq!((report.changes.len(), report.moved.len()), (1, 0), "{report:?}");
-    let passed = ringway.backend(0).live.checks_passed.load(Ordering::Relaxed);
-    let more = || ringway.backend(0).live.checks_passed.load(Ordering::Relaxed) > passed + 3;
+    let passed = ringway.backend(0).live.counters.checks_passed.load(Ordering::Relaxed);
+    let more = || ringway.backend(0).live.counters.checks_passed.load(Ordering::Relaxed) > passed + 3;
     while !more() {
         assert!(holds(), "{:?}", ringway.states());
         tokio::time::sleep(Duration::from_millis(1)).await;

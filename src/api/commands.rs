@@ -87,6 +87,16 @@ struct ScaleBody {
     replicas: u32,
 }
 
+/// The body of a rollout.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RolloutBody {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    image: Option<String>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    abort: bool,
+}
+
 /// The body of a change of the log.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -147,6 +157,14 @@ impl HttpCall {
             Command::Scale { pool, replicas } => {
                 post(format!("/api/pools/{}/scale", encoded(pool)), json(&ScaleBody { replicas: *replicas }))
             }
+            Command::Rollout { pool, image } => {
+                let body = RolloutBody { image: image.clone(), abort: false };
+                post(format!("/api/pools/{}/rollout", encoded(pool)), json(&body))
+            }
+            Command::AbortRollout { pool } => {
+                let body = RolloutBody { image: None, abort: true };
+                post(format!("/api/pools/{}/rollout", encoded(pool)), json(&body))
+            }
             Command::Reload { text, is_dry_run, is_reset, .. } => {
                 let given = [(*is_dry_run, "dry_run=true"), (*is_reset, "reset=true")];
                 let given: Vec<_> = given.iter().filter(|(is_given, _)| *is_given).map(|(_, text)| *text).collect();
@@ -181,6 +199,7 @@ pub(super) fn routes(state: &Arc<State>) -> axum::Router<Arc<State>> {
         .route("/api/pools/{pool}/backends/{backend}/undrain", post(undrain))
         .route("/api/pools/{pool}/backends/{backend}/weight", post(weight))
         .route("/api/pools/{pool}/rebalance", post(rebalance))
+        .route("/api/pools/{pool}/rollout", post(rollout))
         .route("/api/pools/{pool}/scale", post(scale))
         .route("/api/reload", post(reload))
         .route("/api/log", post(log))
@@ -249,6 +268,24 @@ async fn rebalance(
     let RebalanceBody { over_seconds } = optional(&body)?;
     let over = over_seconds.map(|seconds| duration("over_seconds", seconds)).transpose()?;
     run(&state, caller, query, Command::Rebalance { pool, over }).await
+}
+
+async fn rollout(
+    Extract(state): Extract<Arc<State>>,
+    caller: From,
+    query: DryRunQuery,
+    path: PoolPath,
+    body: Bytes,
+) -> Answer {
+    let pool = pool_of(path)?;
+    let command = match optional(&body)? {
+        RolloutBody { image: Some(_), abort: true } => {
+            return Err(invalid("image and abort contradict each other: omit one".to_owned()));
+        }
+        RolloutBody { abort: true, .. } => Command::AbortRollout { pool },
+        RolloutBody { image, .. } => Command::Rollout { pool, image },
+    };
+    run(&state, caller, query, command).await
 }
 
 async fn scale(
@@ -401,7 +438,10 @@ mod tests {
             Command::Add { pool: pool.clone(), backend: listed("[::1]:6379") },
             Command::Add { pool: pool.clone(), backend: listed("unix:/run/db.sock") },
             Command::Remove { pool: pool.clone(), backend },
-            Command::Scale { pool, replicas: 5 },
+            Command::Scale { pool: pool.clone(), replicas: 5 },
+            Command::Rollout { pool: pool.clone(), image: Some("web:2".to_owned()) },
+            Command::Rollout { pool: pool.clone(), image: None },
+            Command::AbortRollout { pool },
             Command::Reload { text: None, is_dry_run: false, is_reset: false, max_keys_moved: None },
             Command::Reload { text: None, is_dry_run: true, is_reset: true, max_keys_moved: None },
             Command::Reload {

@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use bytes::Bytes;
 
 use super::{ListenerView, State};
-use crate::backend::{Backend, Moved, State as BackendState};
+use crate::backend::{Backend, Counters, Moved, State as BackendState};
 use crate::control::docker::watch::EngineStatus;
 use crate::control::provider::ChangeKind;
 use crate::control::provider::dns::status::DnsStatus;
 use crate::control::provider::file::FileStatus;
+use crate::control::supervisor::rollout::RolloutStatus;
 use crate::labels::{Label, Tally};
 use crate::limits;
 use crate::lossy_writer::LostLines;
@@ -30,6 +31,7 @@ pub(super) fn text(state: &State, format: Format) -> Vec<Bytes> {
     engines(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.status.engine()?))));
     names(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.status.dns()?))));
     files(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.status.file()?))));
+    rollouts(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.rollout.as_deref()?))));
     changes(&mut text, of_pools.filter_map(|(pool, view)| Some((&pool.labels, view.status.changes()?))));
     backends(&mut text, &pools, view.per_backend);
     limits_of_backends(&mut text, &pools, view.per_backend);
@@ -147,6 +149,16 @@ fn changes<'a>(text: &mut Text, pools: impl Iterator<Item = (&'a Labels, &'a Tal
     pools.for_each(|(labels, of_pool)| tally(&mut changes, labels, |kind| of_pool.of(kind)));
 }
 
+fn rollouts<'a>(text: &mut Text, pools: impl Iterator<Item = (&'a Labels, &'a RolloutStatus)> + Clone) {
+    let mut ended = text.metric(&metrics::ROLLOUTS);
+    pools.clone().for_each(|(labels, rollout)| tally(&mut ended, labels, |result| rollout.results.of(result)));
+    let mut progress = text.metric(&metrics::ROLLOUT_PROGRESS);
+    for (labels, rollout) in pools {
+        let view = rollout.view();
+        progress.add(labels, if view.total == 0 { 1.0 } else { view.updated as f64 / view.total as f64 });
+    }
+}
+
 fn backends(text: &mut Text, pools: &[OfPool<'_>], per_backend: PerBackend) {
     if per_backend == PerBackend::Off {
         return;
@@ -174,25 +186,27 @@ fn backends(text: &mut Text, pools: &[OfPool<'_>], per_backend: PerBackend) {
     is(&metrics::BACKEND_DRAINING, &[BackendState::Draining]);
     is(&metrics::BACKEND_EJECTED, &[BackendState::Ejected]);
     is(&metrics::CRASH_LOOP, &[BackendState::CrashLoop]);
-    each(&metrics::EJECTIONS, &|samples, labels, backend| samples.add(labels, load(&backend.live.ejections)));
     each(&metrics::ADMISSION, &|samples, labels, backend| samples.add(labels, backend.admission.as_part()));
     each(&metrics::REPLICA_RESTARTS, &|samples, labels, backend| samples.add(labels, backend.restarts));
-    each(&metrics::OUTPUT_LOST, &|samples, labels, backend| samples.add(labels, load(&backend.live.output_lost)));
     each(&metrics::BACKEND_CONNECTIONS, &|samples, labels, backend| samples.add(labels, load(&backend.live.active)));
-    each(&metrics::BACKEND_CONNECTIONS_TOTAL, &|samples, labels, backend| {
-        samples.add(labels, load(&backend.live.total));
-    });
-    each(&metrics::CONNECT_ATTEMPTS, &|samples, labels, backend| samples.add(labels, load(&backend.live.attempts)));
+    // An incarnation beside a slot continues the counters of the slot.
+    let mut count = |metric, add: &dyn Fn(&mut Samples<'_>, &Labels, &Counters)| {
+        each(metric, &|samples, labels, backend| {
+            backend.counters().into_iter().for_each(|counters| add(samples, labels, counters));
+        });
+    };
+    count(&metrics::EJECTIONS, &|samples, labels, of| samples.add(labels, load(&of.ejections)));
+    count(&metrics::OUTPUT_LOST, &|samples, labels, of| samples.add(labels, load(&of.output_lost)));
+    count(&metrics::BACKEND_CONNECTIONS_TOTAL, &|samples, labels, of| samples.add(labels, load(&of.total)));
+    count(&metrics::CONNECT_ATTEMPTS, &|samples, labels, of| samples.add(labels, load(&of.attempts)));
     // Most backends never see most causes: a cause appears with its first failure.
-    each(&metrics::CONNECT_FAILURES, &|samples, labels, backend| {
-        counted(samples, labels, |cause| backend.live.failures.of(cause));
+    count(&metrics::CONNECT_FAILURES, &|samples, labels, of| counted(samples, labels, |cause| of.failures.of(cause)));
+    count(&metrics::HEALTH_CHECKS, &|samples, labels, of| {
+        samples.add_with(labels, "ok", load(&of.checks_passed));
+        samples.add_with(labels, "failed", load(&of.checks_failed));
     });
-    each(&metrics::HEALTH_CHECKS, &|samples, labels, backend| {
-        samples.add_with(labels, "ok", load(&backend.live.checks_passed));
-        samples.add_with(labels, "failed", load(&backend.live.checks_failed));
-    });
-    each(&metrics::BYTES, &|samples, labels, backend| {
-        for (direction, moved) in [("from_client", &backend.live.from_client), ("to_client", &backend.live.to_client)] {
+    count(&metrics::BYTES, &|samples, labels, of| {
+        for (direction, moved) in [("from_client", &of.from_client), ("to_client", &of.to_client)] {
             let Moved { copied, spliced } = moved;
             let labels = labels.and("direction", direction);
             samples.add_with(&labels, "copied", load(copied));
@@ -217,7 +231,10 @@ fn limits_of_backends(text: &mut Text, pools: &[OfPool<'_>], per_backend: PerBac
         let mut displaced = text.metric(&metrics::BOUND_DISPLACED);
         for pool in pools.iter().filter(|pool| pool.route.bound.is_some()) {
             let backends = pool.table.backends().iter();
-            backends.for_each(|backend| displaced.add(&labels(pool, backend), load(&backend.live.displaced)));
+            backends.for_each(|backend| {
+                let counters = backend.counters().into_iter();
+                counters.for_each(|of| displaced.add(&labels(pool, backend), load(&of.displaced)));
+            });
         }
     }
 }

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::State;
 use super::error::Error;
-use crate::backend::Backend;
+use crate::backend::{self, Backend};
 use crate::events::unix_seconds;
 use crate::table::Table;
 
@@ -187,13 +187,14 @@ impl History {
 
 impl Counters {
     fn of(backend: &Backend) -> Self {
-        let live = &backend.live;
+        let (live, none) = (&backend.live, backend::Counters::default());
+        let counters = backend.counters().unwrap_or(&none);
         Self {
-            total: live.total.load(Ordering::Relaxed),
+            total: counters.total.load(Ordering::Relaxed),
             active: live.active.load(Ordering::Relaxed),
-            failed: live.failures.total(),
-            from_client: live.from_client.total(),
-            to_client: live.to_client.total(),
+            failed: counters.failures.total(),
+            from_client: counters.from_client.total(),
+            to_client: counters.to_client.total(),
         }
     }
 
@@ -301,7 +302,7 @@ mod tests {
         let (history, begin) = (History::default(), Instant::now());
         let at = |seconds: u64| begin + Duration::from_secs(seconds);
         let two = joined(&["a", "b"]);
-        let total = |n: usize, count: u64| two.backends()[n].live.total.store(count, Ordering::Relaxed);
+        let total = |n: usize, count: u64| two.backends()[n].live.counters.total.store(count, Ordering::Relaxed);
         total(0, 1_000_000);
         total(1, 10);
         history.sample([("p".into(), Arc::clone(&two))].into_iter(), at(0));

@@ -54,6 +54,7 @@ pub use self::server::{Limits, serve};
 use crate::address::Address;
 use crate::control::command::{CommandSender, Differs};
 use crate::control::provider::ProviderStatus;
+use crate::control::supervisor::rollout::RolloutStatus;
 use crate::events::Events;
 use crate::label_enum;
 use crate::labels::Tally;
@@ -241,6 +242,8 @@ pub struct ProviderView {
     pub kind: &'static str,
     /// The state of what the provider depends on.
     pub status: ProviderStatus,
+    /// The rollouts of a pool with replicas.
+    pub rollout: Option<Arc<RolloutStatus>>,
 }
 
 /// A listener as the side port shows it.

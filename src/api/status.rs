@@ -13,9 +13,9 @@ use axum::Json;
 use axum::extract::State as Extract;
 use serde::{Deserialize, Serialize};
 
-pub use self::provider::{Dns, Engine, File, Provider};
+pub use self::provider::{Dns, Engine, File, LastRollout, Provider, Rollout};
 use super::{ListenerView, LogView, ProviderView, State};
-use crate::backend::{self, Backend};
+use crate::backend::{self, Backend, Counters};
 use crate::control::command::Differs;
 use crate::control::provider::Location;
 use crate::labels::Label as _;
@@ -117,6 +117,9 @@ pub struct Ring {
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
 pub struct Member {
     pub id: String,
+    /// The slot that this incarnation stands beside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub beside: Option<String>,
     pub address: Option<String>,
     pub state: String,
     pub weight: u32,
@@ -334,9 +337,11 @@ fn members(table: &Table, pool: &Route) -> Vec<Member> {
 
 impl Member {
     fn of(backend: &Backend, share: f64, share_now: f64, now: Instant) -> Self {
-        let live = &backend.live;
+        let (live, none) = (&backend.live, Counters::default());
+        let counters = backend.counters().unwrap_or(&none);
         Self {
             id: backend.id.to_string(),
+            beside: backend.beside.as_ref().map(ToString::to_string),
             address: backend.address.as_ref().map(std::string::ToString::to_string),
             state: backend.state.as_str().to_owned(),
             weight: backend.membership.weight,
@@ -356,12 +361,12 @@ impl Member {
             }),
             connections: BackendConnections {
                 active: live.active.load(Ordering::Relaxed),
-                total: live.total.load(Ordering::Relaxed),
-                failed: live.failures.total(),
-                displaced: live.displaced.load(Ordering::Relaxed),
-                cut_by_drain: live.cut_by_drain.load(Ordering::Relaxed),
+                total: counters.total.load(Ordering::Relaxed),
+                failed: counters.failures.total(),
+                displaced: counters.displaced.load(Ordering::Relaxed),
+                cut_by_drain: counters.cut_by_drain.load(Ordering::Relaxed),
             },
-            bytes: Moved { from_client: live.from_client.total(), to_client: live.to_client.total() },
+            bytes: Moved { from_client: counters.from_client.total(), to_client: counters.to_client.total() },
             health: Health {
                 last: backend.last_check().map(str::to_owned),
                 since_seconds: now.saturating_duration_since(backend.health.since).as_secs_f64(),
@@ -369,7 +374,7 @@ impl Member {
             admission: four_digits(backend.admission.as_part()),
             agent: backend.advice.as_ref().map(|advice| advice.text.to_string()),
             drain: backend.drain.map(|drain| Drain::of(drain, now)),
-            ejections: live.ejections.load(Ordering::Relaxed),
+            ejections: counters.ejections.load(Ordering::Relaxed),
         }
     }
 }

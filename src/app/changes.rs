@@ -22,6 +22,8 @@ pub(super) struct OfPool {
     pub(super) added: Vec<StaticBackend>,
     pub(super) removed: BTreeSet<String>,
     pub(super) drained: BTreeSet<String>,
+    #[serde(default)]
+    pub(super) image: Option<String>,
 }
 
 impl Changes {
@@ -101,6 +103,9 @@ impl OfPool {
         if let Some(replicas) = self.replicas {
             pool.provider.set_replicas(replicas);
         }
+        if let Some(image) = &self.image {
+            pool.provider.set_image(image);
+        }
     }
 
     fn kept(&self, before: &Pool, after: &Pool) -> Self {
@@ -125,6 +130,9 @@ impl OfPool {
             _ if before.replicas() != after.replicas() => kept.replicas = None,
             _ => {}
         }
+        if before.image() != after.image() {
+            kept.image = None;
+        }
         kept
     }
 
@@ -135,6 +143,7 @@ impl OfPool {
             backend: backend.map(Arc::from),
             config,
             now,
+            image: None,
         };
         let configured = |id: &str| match pool.provider.static_backends() {
             Some(backends) => backends.iter().find(|backend| backend.id == id).map(|backend| backend.membership.weight),
@@ -143,6 +152,8 @@ impl OfPool {
         let replicas = self.replicas.filter(|&replicas| Some(replicas) != pool.provider.replicas());
         let mut list = Vec::new();
         list.extend(replicas.map(|now| differs("replicas", None, pool.provider.replicas(), Some(now))));
+        let image = self.image.clone().filter(|image| Some(image.as_str()) != pool.provider.image());
+        list.extend(image.map(|image| Differs { image: Some(image), ..differs("image", None, None, None) }));
         list.extend(self.added.iter().map(|backend| differs("added", Some(&backend.id), None, None)));
         list.extend(self.removed.iter().map(|id| differs("removed", Some(id), None, None)));
         let weights = self.weights.iter().filter(|&(id, &weight)| configured(id) != Some(weight));

@@ -16,6 +16,7 @@ use crate::config::{Config, Pool, StaticBackend};
 use crate::control::Event;
 use crate::control::command::{Command, CommandError, Moved, Report};
 use crate::control::provider::{MOST_CONNECTIONS, WEIGHTS};
+use crate::control::supervisor::rollout::RolloutOrder;
 
 /// Allowed numbers of replicas of a pool.
 const REPLICAS: RangeInclusive<u32> = 1..=1000;
@@ -31,6 +32,8 @@ pub(super) enum Planned {
     Notify { pool: String, event: Event, changes: Changes, summary: String },
     /// End connections of a pool within a time.
     Rebalance { pool: String, over: Duration },
+    /// Replace replicas, after the pool has moved to another image if the plan says so.
+    RollOut { pool: String, plan: Option<Box<ReloadPlan>>, order: RolloutOrder },
     /// Log something else; `None`: as at the start.
     Log { filter: Option<String>, lasts: Option<Duration>, summary: String },
     /// Open the file of the access log again.
@@ -118,6 +121,8 @@ impl App {
                 }
                 changes.of(&pool).replicas = Some(replicas);
             }
+            Command::Rollout { pool, image } => return self.plan_rollout(pool, image).await,
+            Command::AbortRollout { pool } => return self.plan_abort(pool),
             Command::Reload { text, is_dry_run, is_reset, max_keys_moved } => {
                 return self.plan_config(text, is_dry_run, is_reset, max_keys_moved).await;
             }
@@ -137,6 +142,9 @@ impl App {
                 Report { changes: vec![summary], moved: self.keys_of(&pool, &event), ..Report::default() }
             }
             Planned::Rebalance { pool, over } => self.find_away(&pool, over, true).await,
+            Planned::RollOut { pool, plan, order } => {
+                self.outlook_of_rollout(&pool, plan.map(|plan| plan.report), order)
+            }
             Planned::Log { summary, .. } => Report { changes: vec![summary], ..Report::default() },
             Planned::HandOver => {
                 Report { changes: vec!["a new process would take over".to_owned()], ..Report::default() }
@@ -301,7 +309,9 @@ impl App {
             | Command::Rebalance { pool, .. }
             | Command::Add { pool, .. }
             | Command::Remove { pool, .. }
-            | Command::Scale { pool, .. } => *pool = self.pool_name(std::mem::take(pool)),
+            | Command::Scale { pool, .. }
+            | Command::Rollout { pool, .. }
+            | Command::AbortRollout { pool } => *pool = self.pool_name(std::mem::take(pool)),
             Command::Reload { .. } | Command::Log { .. } | Command::Reopen | Command::Upgrade => {}
         }
         command
@@ -328,7 +338,7 @@ impl App {
         self.pool(pool)?;
         let running = self.pools.iter().find(|known| known.config().name == pool);
         let table = running.map(|running| running.route.table.load());
-        let stays = |backend: &&Backend| !backend.drain.is_some_and(|drain| drain.leaves);
+        let stays = |backend: &&Backend| backend.beside.is_none() && !backend.drain.is_some_and(|drain| drain.leaves);
         if table.as_ref().and_then(|table| table.backends().find(id)).as_ref().is_some_and(stays) {
             return Ok(());
         }

@@ -20,7 +20,7 @@ use crate::backend::{Membership, State};
 use crate::config::{Config, StaticBackend};
 use crate::control::provider::Location;
 use crate::control::provider::names::Resolve;
-use crate::control::supervisor::handover::{Handed, Spec};
+use crate::control::supervisor::handover::{Handed, Part, Spec};
 use crate::handover::Channel;
 use crate::proxy::listening::{FileId, ListeningSocket};
 use crate::table::Table;
@@ -216,9 +216,11 @@ impl Inheritance {
                     let mut next = || descriptors.next().ok_or(io::ErrorKind::InvalidData);
                     let (lifeline, output) = (next()?, next()?);
                     let spec = Arc::new(Spec { command, env });
+                    let (slot, part) = Part::parse(&slot);
                     inheritance.replicas.push(Handed {
                         pool,
                         slot: slot.into(),
+                        part,
                         pid,
                         address,
                         spec,

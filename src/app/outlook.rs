@@ -60,10 +60,7 @@ impl Running {
         let shown = differences(&self.config, &config);
         needs_restart.sort();
         let replaced = config.pools.iter().filter(|pool| self.replaces(pool)).map(|pool| {
-            format!(
-                "pools[{}]: Ringway replaces the replicas one by one; `ringway status` shows how far it is",
-                pool.name
-            )
+            format!("pools[{}]: Ringway rolls out the new settings; `ringway status` shows how far it is", pool.name)
         });
         let undrained = config.pools.iter().flat_map(|pool| self.undrained(pool, &changes));
         let of_slots = config.pools.iter().flat_map(|pool| self.slot_weights(pool, &changes));

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -22,6 +22,7 @@ use crate::backend::Failing;
 use crate::config::{self, Config, Provider};
 use crate::control::publisher::Publisher;
 use crate::control::supervisor::handover::Handed;
+use crate::control::supervisor::rollout::{RolloutOrder, RolloutView};
 use crate::control::{Event, agent, ejection, health};
 use crate::outgoing::Refused;
 use crate::proxy::Route;
@@ -29,6 +30,9 @@ use crate::proxy::Route;
 /// Capacity of the queue of reports about failing backends. A full queue drops the report, and the backend's next
 /// failures produce another one.
 const REPORTS: usize = 64;
+
+/// Longest wait until a supervisor has taken an order. The engine of its containers may not answer.
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// A pool that is ready to start. All fallible steps are done.
 pub(super) struct Prepared {
@@ -85,7 +89,11 @@ pub(super) async fn prepare(
     let (events, queue) = Publisher::queue();
     let pool = Pool {
         route: route(&base, pool, &reports),
-        provider: ProviderView { kind: pool.provider.kind(), status },
+        provider: ProviderView {
+            kind: pool.provider.kind(),
+            status,
+            rollout: source.supervisor().map(|line| Arc::clone(&line.rollout)),
+        },
         config: pool.clone(),
         events,
         queue: Some(queue),
@@ -207,6 +215,22 @@ impl Pool {
     /// the replicas to the successor; otherwise it resumes.
     pub(super) async fn hand_over(&self, decision: oneshot::Receiver<bool>) -> io::Result<Vec<Handed>> {
         provider::hand_over(&*self.source, decision).await
+    }
+
+    /// Gives the supervisor an order about the rollout. Returns how far it is then; `None`: there is no supervisor, or it is busy.
+    pub(super) async fn order(&self, order: RolloutOrder) -> Option<RolloutView> {
+        let (obeyed, answer) = oneshot::channel();
+        let line = self.source.supervisor()?;
+        let answer = async {
+            line.orders.send((order, obeyed)).await.ok()?;
+            answer.await.ok()
+        };
+        tokio::time::timeout(ANSWER, answer).await.ok().flatten()
+    }
+
+    /// How far the rollout of the pool is; `None` without replicas.
+    pub(super) fn rollout(&self) -> Option<RolloutView> {
+        self.source.supervisor().map(|line| line.rollout.view())
     }
 
     /// The backends whose addresses came from a name server.

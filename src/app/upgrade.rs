@@ -133,7 +133,7 @@ impl App {
         for replica in replicas {
             let message = Message::Replica {
                 pool: replica.pool.clone(),
-                slot: replica.slot.to_string(),
+                slot: replica.part.of_slot(&replica.slot),
                 pid: replica.pid,
                 address: replica.address.clone(),
                 command: replica.spec.command.clone(),
@@ -150,7 +150,7 @@ impl App {
         }
         let healthy = self.pools.iter().filter(|pool| pool.route.table.load().any_healthy());
         let rest = Message::Rest {
-            changes: self.changes.clone(),
+            changes: self.proven_changes(),
             healthy: healthy.map(|pool| pool.route.pool.to_string()).collect(),
             is_ready: self.state.ready.load(Ordering::Relaxed),
             open_files: self.environment.replica_open_files,

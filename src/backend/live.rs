@@ -7,37 +7,52 @@ use super::{ConnectFailure, PortSearch};
 use crate::label_enum;
 use crate::labels::{Label as _, Tally};
 
-/// Live counters of a backend. They belong to the id: a replacement continues them.
+/// The live state of a backend: of the incarnation that fills its slot now, or of one that came after it in the same place.
 #[derive(Debug, Default)]
 pub struct Live {
     /// Connections to this backend that are open or connecting now; only [`BackendPermit`] changes it.
     pub active: AtomicU64,
-    /// Lines of the replica's output that were not logged.
-    pub output_lost: AtomicU64,
     /// The search for source ports towards this backend.
     pub port_search: PortSearch,
+    /// Consecutive failed connects, without local failures. A successful connect resets it.
+    pub failed_in_a_row: AtomicU32,
+    /// Requests to end the backend's connections.
+    pub evictions: Evictions,
+    /// Whether the replica was started from other settings than the current ones.
+    pub outdated: AtomicBool,
+    /// What is counted for the slot.
+    pub counters: Arc<Counters>,
+}
+
+impl Live {
+    /// The live state of another incarnation of the same slot, which continues its counters.
+    #[must_use]
+    pub fn of_same_slot(&self) -> Self {
+        Self { counters: Arc::clone(&self.counters), ..Self::default() }
+    }
+}
+
+/// What Ringway counts for a slot. All of its incarnations continue the same counters.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Lines of the replica's output that were not logged.
+    pub output_lost: AtomicU64,
     /// Connections established so far.
     pub total: AtomicU64,
     /// Connect attempts so far.
     pub attempts: AtomicU64,
     /// Failed connects, by cause.
     pub failures: Tally<ConnectFailure>,
-    /// Consecutive failed connects, without local failures. A successful connect resets it.
-    pub failed_in_a_row: AtomicU32,
     /// Connections that went to another backend because this one, to which their keys lead, was at its bound.
     pub displaced: AtomicU64,
     /// How often the backend was ejected.
     pub ejections: AtomicU64,
-    /// Requests to end the backend's connections.
-    pub evictions: Evictions,
     /// Connections that Ringway reset at the deadline of a drain.
     pub cut_by_drain: AtomicU64,
     /// Payload bytes moved from clients to the backend.
     pub from_client: Moved,
     /// Payload bytes moved from the backend to clients.
     pub to_client: Moved,
-    /// Whether the replica was started from other settings than the current ones.
-    pub outdated: AtomicBool,
     /// Health checks passed so far.
     pub checks_passed: AtomicU64,
     /// Health checks failed so far.

@@ -10,7 +10,7 @@ use ringway::control::provider::Listed;
 
 use super::side_port::{self, Port};
 use super::status::time;
-use super::{Common, Failure, counted, duration, print, runtime};
+use super::{Common, Failure, counted, duration, print, rollout, runtime};
 
 /// Time between two reads of the status while `--wait` waits.
 const LOOK: Duration = Duration::from_millis(250);
@@ -106,6 +106,27 @@ pub(crate) enum RuntimeCommand {
         #[command(flatten)]
         port: Port,
     },
+    /// Replace the replicas of a pool, without a reset
+    ///
+    /// Ringway starts new replicas as the pool's section `rollout` says. Without `--image`, it replaces all of them.
+    Rollout {
+        /// The pool
+        pool: String,
+        /// Start containers from this image until the config names another one, and replace those from other images
+        #[arg(long)]
+        image: Option<String>,
+        /// Wait for the end, and fail unless all replicas were replaced
+        #[arg(long)]
+        wait: bool,
+        /// End the rollout that is under way, as if it had failed
+        #[arg(long, conflicts_with_all = ["image", "wait"])]
+        abort: bool,
+        /// Only say what would change
+        #[arg(long, conflicts_with = "wait")]
+        dry_run: bool,
+        #[command(flatten)]
+        port: Port,
+    },
     /// Show or change what a running Ringway logs
     Log {
         /// A level (error, warn, info, debug, trace) or a filter like `info,ringway::proxy=debug`
@@ -181,12 +202,16 @@ pub(crate) fn run(common: &Common, command: RuntimeCommand) -> Result<(), Failur
                 send_and_wait(common, &port, &command, wait.then_some(&backend)).await
             }
             RuntimeCommand::Rebalance { pool, over, dry_run, port } => {
-                let command = Command::Rebalance { pool, over };
-                if !dry_run {
-                    return send(common, &port, &command).await;
-                }
-                let report = side_port::dry_run(common, &port, &command).await?;
-                print(&in_words(&report, "nothing to change\n"))
+                send_or_ask(common, &port, &Command::Rebalance { pool, over }, dry_run).await
+            }
+            RuntimeCommand::Rollout { pool, abort: true, dry_run, port, .. } => {
+                send_or_ask(common, &port, &Command::AbortRollout { pool }, dry_run).await
+            }
+            RuntimeCommand::Rollout { pool, image, wait: true, port, .. } => {
+                rollout::run_and_wait(common, &port, pool, image).await
+            }
+            RuntimeCommand::Rollout { pool, image, dry_run, port, .. } => {
+                send_or_ask(common, &port, &Command::Rollout { pool, image }, dry_run).await
             }
             RuntimeCommand::Scale { pool, replicas, port } => {
                 send(common, &port, &Command::Scale { pool, replicas }).await
@@ -233,8 +258,17 @@ async fn check_file(common: &Common, port: &Port) -> Result<(), Failure> {
     }
 }
 
-async fn send(common: &Common, port: &Port, command: &Command) -> Result<(), Failure> {
+pub(super) async fn send(common: &Common, port: &Port, command: &Command) -> Result<(), Failure> {
     let report = side_port::run(common, port, command).await?;
+    print(&in_words(&report, "nothing to change\n"))
+}
+
+/// Sends a command, or asks what it would change.
+async fn send_or_ask(common: &Common, port: &Port, command: &Command, is_dry_run: bool) -> Result<(), Failure> {
+    if !is_dry_run {
+        return send(common, port, command).await;
+    }
+    let report = side_port::dry_run(common, port, command).await?;
     print(&in_words(&report, "nothing to change\n"))
 }
 

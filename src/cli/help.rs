@@ -10,7 +10,7 @@ use super::{Arguments, terminal};
 const GROUPS: [(&str, &[&str]); 5] = [
     ("Run", &["run", "init", "schema", "check", "echo-server"]),
     ("Look", &["status", "top", "sessions", "explain"]),
-    ("Change", &["drain", "undrain", "weight", "rebalance", "scale", "add", "remove", "kill", "log"]),
+    ("Change", &["drain", "undrain", "weight", "rebalance", "scale", "rollout", "add", "remove", "kill", "log"]),
     ("Update", &["reload", "upgrade"]),
     ("Containers", &["reap", "healthcheck"]),
 ];

@@ -27,6 +27,7 @@ pub(crate) mod top;
 
 mod help;
 mod logging;
+mod rollout;
 mod side_port;
 mod table;
 mod terminal;

@@ -190,24 +190,35 @@ fn spill(pool: &Pool) -> Option<String> {
     pool.spilled.then(|| format!("pool {}: {what} {}", pool.name, tiers.join(" and ")))
 }
 
-/// How far a rollout is, and what it waits for; `None` if every replica has the current settings.
+/// How far a rollout is, and what it waits for, or why the last one failed; `None` if there is nothing to say.
 pub(super) fn rollout(pool: &Pool) -> Option<String> {
-    let outdated = pool.backends.iter().filter(|backend| backend.outdated).count();
-    if outdated == 0 {
-        return None;
-    }
-    let waits_for = pool
-        .backends
-        .iter()
-        .find(|backend| !backend.outdated && !["healthy", "standby"].contains(&backend.state.as_str()));
-    let waits_for = waits_for.map(|backend| format!(": Ringway waits until {} is healthy", backend.id));
-    let (of, noun) = (pool.backends.len(), if outdated == 1 { "has" } else { "have" });
-    Some(format!(
-        "pool {}: rollout: {outdated} of {} still {noun} the old settings{}",
-        pool.name,
-        counted(of as u64, "replica"),
-        waits_for.unwrap_or_default()
-    ))
+    let rollout = pool.provider.rollout.as_ref()?;
+    let left = rollout.total.saturating_sub(rollout.updated);
+    let replicas = counted(rollout.total as u64, "replica");
+    let reason = rollout.reason.as_deref().map(|reason| format!(": {reason}")).unwrap_or_default();
+    let last = rollout.last.as_ref().map(|last| last.result.as_str());
+    let said = match rollout.state.as_str() {
+        "running" => {
+            let is_awaited = |backend: &&Member| {
+                let is_new = !backend.outdated && backend.drain.is_none();
+                is_new && !["healthy", "standby"].contains(&backend.state.as_str())
+            };
+            let awaited = pool.backends.iter().find(is_awaited);
+            let awaited = awaited.map(|backend| format!(": Ringway waits until {} is healthy", backend.id));
+            let noun = if left == 1 { "has" } else { "have" };
+            format!("{left} of {replicas} still {noun} the old settings{}", awaited.unwrap_or_default())
+        }
+        "rolling_back" => format!("it has failed, and {left} of {replicas} go back to the settings before{reason}"),
+        "paused" => format!("it has failed and is paused, {left} of {replicas} have the old settings{reason}"),
+        _ if last == Some("rolled_back") => {
+            format!(
+                "it has failed, and all replicas have the settings before{reason}. Mend the settings, or try again with `ringway rollout {}`",
+                pool.name
+            )
+        }
+        _ => return None,
+    };
+    Some(format!("pool {}: rollout: {said}", pool.name))
 }
 
 /// The table of backends.

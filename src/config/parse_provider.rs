@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::keys::MOST_CPUS;
 use super::provider::ListedState;
 use super::reader::{Item, Section, narrow, show};
-use super::{BackendsFile, Containers, Discover, Process, Provider, Restart, StaticBackend};
+use super::{BackendsFile, Containers, Discover, Process, Provider, Restart, Rollout, StaticBackend};
 use crate::backend::Membership;
 use crate::control::docker::label;
 use crate::control::provider::dns::{self, Question, Servers};
@@ -120,9 +120,10 @@ fn process_of(mut section: Section<'_>) -> Process {
     }
     let ports = ports(&mut section, replicas);
     let restart = restart(section.section("restart"));
+    let rollout = rollout(section.section("rollout"));
     let stop_grace = section.duration("stop_grace");
     section.finish();
-    Process { replicas, spec, ports, restart, stop_grace }
+    Process { replicas, spec, ports, restart, rollout, stop_grace }
 }
 
 fn docker_of(mut section: Section<'_>) -> Provider {
@@ -138,7 +139,7 @@ fn docker_of(mut section: Section<'_>) -> Provider {
     let replicas = replicas(&mut section);
     let image = section.required("image", "the name of an image").and_then(|item| {
         let image = item.text()?;
-        if image.is_empty() || image.contains(char::is_whitespace) {
+        if !Provider::is_image(&image) {
             item.fault(format_args!("{image:?} is not an image name: write it like nginx:1.27"));
         }
         Some(image)
@@ -154,10 +155,11 @@ fn docker_of(mut section: Section<'_>) -> Provider {
     let (memory, milli_cpus) = resources(section.section("resources"));
     let pull = section.choice("pull");
     let restart = restart(section.section("restart"));
+    let rollout = rollout(section.section("rollout"));
     let stop_grace = section.duration("stop_grace");
     section.finish();
     let spec = Spec { image: image.unwrap_or_default(), command, port, env, labels, memory, milli_cpus, pull };
-    Provider::Containers(Containers { replicas, spec, network, restart, stop_grace })
+    Provider::Containers(Containers { replicas, spec, network, restart, rollout, stop_grace })
 }
 
 /// Parses a network name. Engine modes without a separate container network are rejected: replicas would share the
@@ -382,6 +384,22 @@ fn restart(mut section: Section<'_>) -> Restart {
     }
     section.finish();
     Restart { policy, start_grace }
+}
+
+fn rollout(mut section: Section<'_>) -> Rollout {
+    let rollout = Rollout {
+        order: section.choice("order"),
+        parallel: narrow(section.integer("parallel")),
+        pause: section.duration("pause"),
+        healthy_for: section.duration("healthy_for"),
+        on_failure: section.choice("on_failure"),
+        drain: section
+            .item("drain")
+            .filter(|item| item.value.as_str() != Some("auto"))
+            .and_then(|item| item.duration()),
+    };
+    section.finish();
+    rollout
 }
 
 fn location(item: &Item<'_>) -> Option<Location> {

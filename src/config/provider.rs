@@ -13,7 +13,7 @@ use crate::control::provider::dns::{self, Question};
 use crate::control::provider::names::Resolve;
 use crate::control::supervisor::docker::Spec;
 use crate::control::supervisor::handover;
-use crate::control::supervisor::plan::Policy;
+use crate::control::supervisor::plan::{OnFailure, Order, Policy};
 use crate::label_enum;
 
 /// The source of a pool's backends.
@@ -86,6 +86,8 @@ pub struct Process {
     pub ports: Option<(u16, u16)>,
     /// Restart policy for replicas.
     pub restart: Restart,
+    /// How replicas from other settings are replaced.
+    pub rollout: Rollout,
     /// Time between SIGTERM and SIGKILL when Ringway stops a replica.
     pub stop_grace: Duration,
 }
@@ -101,6 +103,8 @@ pub struct Containers {
     pub network: Option<String>,
     /// Restart policy for replicas.
     pub restart: Restart,
+    /// How replicas from other settings are replaced.
+    pub rollout: Rollout,
     /// Time between SIGTERM and SIGKILL when Ringway stops a container.
     pub stop_grace: Duration,
 }
@@ -125,6 +129,23 @@ pub struct Restart {
     pub policy: Policy,
     /// How long a new replica may fail its health checks and still count as starting.
     pub start_grace: Duration,
+}
+
+/// How Ringway replaces replicas that were started from other settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rollout {
+    /// Which replica of a slot is there first.
+    pub order: Order,
+    /// Slots at a time.
+    pub parallel: u32,
+    /// Wait between two replacements.
+    pub pause: Duration,
+    /// How long a new replica must have been healthy.
+    pub healthy_for: Duration,
+    /// What happens when a new replica fails.
+    pub on_failure: OnFailure,
+    /// How long the connections of a replaced replica may go on; `None`: as long as the pool says.
+    pub drain: Option<Duration>,
 }
 
 /// Backends that Ringway reserves file descriptors for in a pool of discovered containers, of a name or of a file. Nobody knows the
@@ -167,6 +188,23 @@ impl Provider {
             Self::Containers(containers) => containers.replicas = replicas,
             Self::Static(_) | Self::Discover(_) | Self::Dns(_) | Self::File(_) => {}
         }
+    }
+
+    /// The image of the containers that Ringway creates.
+    pub fn image(&self) -> Option<&str> {
+        if let Self::Containers(containers) = self { Some(&containers.spec.image) } else { None }
+    }
+
+    /// Sets the image, if Ringway creates containers.
+    pub fn set_image(&mut self, image: &str) {
+        if let Self::Containers(containers) = self {
+            image.clone_into(&mut containers.spec.image);
+        }
+    }
+
+    /// Whether this is an image name.
+    pub fn is_image(name: &str) -> bool {
+        !name.is_empty() && !name.contains(char::is_whitespace)
     }
 
     /// The listed backends; `None` if the config does not list them.

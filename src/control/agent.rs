@@ -188,11 +188,17 @@ impl Agents {
         if self.roster.replace(members.roster()) == Some(members.roster()) {
             return;
         }
-        let mut before = std::mem::take(&mut self.agents);
+        // A replica keeps its incarnation if it gets the id of its slot.
+        let before = self.agents.drain();
+        let mut before: HashMap<_, _> = before.map(|(id, agent)| (agent.incarnation, (id, agent))).collect();
         for backend in members {
             let Some(Address::Ip(mut address)) = backend.address.clone() else { continue };
             address.set_port(settings.port);
-            let known = before.remove(&backend.id).filter(|agent| agent.incarnation == backend.incarnation);
+            let known = before.remove(&backend.incarnation).map(|(id, agent)| {
+                // An answer to a question under the other id counts for nothing.
+                let next = if id == backend.id { agent.next } else { Some(now) };
+                Agent { next, ..agent }
+            });
             let agent = known.unwrap_or_else(|| {
                 // Agents of one pool are not all asked at the same moment.
                 let chance = seahash::hash(backend.id.as_bytes()) as f64 / u64::MAX as f64;

@@ -75,6 +75,18 @@ pub enum Command {
         /// 1 to 1000.
         replicas: u32,
     },
+    /// Replace the replicas of a supervised pool.
+    Rollout {
+        /// Pool or listener.
+        pool: String,
+        /// Only those that are not from this image, which new replicas are started from; `None`: all, from the same image.
+        image: Option<String>,
+    },
+    /// End a rollout as if it had failed.
+    AbortRollout {
+        /// Pool or listener.
+        pool: String,
+    },
     /// Apply another config.
     Reload {
         /// The config as YAML; `None`: Ringway reads the file that it was started with.
@@ -110,6 +122,7 @@ impl Command {
             Self::Add { .. } => "add",
             Self::Remove { .. } => "remove",
             Self::Scale { .. } => "scale",
+            Self::Rollout { .. } | Self::AbortRollout { .. } => "rollout",
             Self::Reload { is_dry_run: true, .. } => "check",
             Self::Reload { .. } => "reload",
             Self::Log { .. } => "log",
@@ -127,7 +140,9 @@ impl Command {
             | Self::Rebalance { pool, .. }
             | Self::Add { pool, .. }
             | Self::Remove { pool, .. }
-            | Self::Scale { pool, .. } => Some(pool),
+            | Self::Scale { pool, .. }
+            | Self::Rollout { pool, .. }
+            | Self::AbortRollout { pool } => Some(pool),
             Self::Reload { .. } | Self::Log { .. } | Self::Reopen | Self::Upgrade => None,
         }
     }
@@ -142,6 +157,8 @@ impl Command {
             Self::Add { backend, .. } => Some(&backend.id),
             Self::Rebalance { .. }
             | Self::Scale { .. }
+            | Self::Rollout { .. }
+            | Self::AbortRollout { .. }
             | Self::Reload { .. }
             | Self::Log { .. }
             | Self::Reopen
@@ -164,6 +181,9 @@ impl fmt::Display for Command {
             Self::Add { pool, backend } => write!(f, "add {pool}/{} {}", backend.id, backend.location),
             Self::Remove { pool, backend } => write!(f, "remove {pool}/{backend}"),
             Self::Scale { pool, replicas } => write!(f, "scale {pool} {replicas}"),
+            Self::Rollout { pool, image: Some(image) } => write!(f, "rollout {pool} --image {image}"),
+            Self::Rollout { pool, image: None } => write!(f, "rollout {pool}"),
+            Self::AbortRollout { pool } => write!(f, "rollout {pool} --abort"),
             Self::Reload { is_dry_run: true, .. } => f.write_str("check"),
             Self::Reload { is_reset: true, .. } => f.write_str("reload --reset"),
             Self::Reload { .. } => f.write_str("reload"),
@@ -274,6 +294,7 @@ impl Differs {
         match (self.config, self.now, self.what.as_str(), &self.backend) {
             (Some(config), Some(now), what, _) => format!("{what}{of} is {now}, not {config}"),
             (None, Some(now), what, _) => format!("{what}{of} is {now}"),
+            (.., "image", _) => format!("image is {}", self.image.as_deref().unwrap_or("another one")),
             (.., "drain", Some(id)) => format!("{id} is drained"),
             (.., what, Some(id)) => format!("{id} was {what}"),
             (.., what, None) => what.to_owned(),
@@ -284,7 +305,7 @@ impl Differs {
 /// One run-time change that differs from the config.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Differs {
-    /// `replicas`, `weight`, `drain`, `added` or `removed`.
+    /// `replicas`, `image`, `weight`, `drain`, `added` or `removed`.
     pub what: String,
     /// The backend that changed; `None` for a change of the whole pool.
     pub backend: Option<Arc<str>>,
@@ -292,4 +313,7 @@ pub struct Differs {
     pub config: Option<u32>,
     /// The number in use, if it is one.
     pub now: Option<u32>,
+    /// The image in use, if it differs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
 }

@@ -45,6 +45,27 @@ pub enum Event {
         /// How the backend takes part in the pool.
         membership: Membership,
     },
+    /// Another incarnation of a slot comes to stand beside it, without points on the ring.
+    Beside {
+        /// Its id as long as it is beside the slot.
+        id: Arc<str>,
+        /// The slot.
+        slot: Arc<str>,
+    },
+    /// The incarnation beside a slot fills the slot from now on. The other one stands beside it, and leaves once its connections have
+    /// ended.
+    Flipped {
+        /// The slot.
+        id: Arc<str>,
+        /// The id beside it.
+        beside: Arc<str>,
+        /// The replica that fills the slot from now on.
+        next: Replica,
+        /// The replica that leaves, if there is one.
+        former: Option<Replica>,
+        /// Time until Ringway resets the connections of the one that leaves.
+        within: Duration,
+    },
     /// The backend listens at this address, or will in a moment.
     Started {
         /// Ring identity.
@@ -154,6 +175,8 @@ impl Event {
         match self {
             Self::Configured(_) | Self::Awaited(_) => None,
             Self::Joined { id, .. }
+            | Self::Beside { id, .. }
+            | Self::Flipped { id, .. }
             | Self::Started { id, .. }
             | Self::Stopped { id, .. }
             | Self::Left { id }

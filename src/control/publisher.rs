@@ -4,11 +4,13 @@
 //! - [`mod@backend_state`]: the state of one backend and the facts it follows from
 //! - [`mod@drains`]: why it drains
 //! - [`mod@warmth`]: its slow start
+//! - [`mod@incarnations`]: the incarnation beside a slot, and how it takes the place of the other one
 //! - [`mod@holder`]: the one backend of an exclusive pool that gets connections
 
 mod backend_state;
 mod drains;
 mod holder;
+mod incarnations;
 mod warmth;
 
 #[cfg(test)]
@@ -291,6 +293,10 @@ impl Publisher {
                 }
                 (id, change)
             }
+            Event::Beside { id, slot } => return self.stand_beside(id, &slot, now),
+            Event::Flipped { id, beside, next, former, within } => {
+                return self.flip((id, beside), next, former, within, now);
+            }
             Event::DrainRequested { id, .. } if !self.backends.contains_key(&id) => {
                 self.drained.insert(id);
                 return Change::Nothing;
@@ -335,8 +341,7 @@ impl Publisher {
             self.holder = Holder::after_change(now);
         }
         self.changed.extend(self.backends.keys().cloned());
-        let is_healthy = |backend_state: &&BackendState| backend_state.backend.state == State::Healthy;
-        self.healthy = self.backends.values().filter(is_healthy).count();
+        self.healthy = self.backends.values().filter(|backend_state| backend_state.counts()).count();
         if before.parameters == settings.parameters { Change::Backend } else { Change::Ring }
     }
 
@@ -345,7 +350,13 @@ impl Publisher {
         if let Some(at) = backend_state.next {
             self.due.remove(&(at, Arc::clone(&backend_state.backend.id)));
         }
-        self.healthy -= usize::from(backend_state.backend.state == State::Healthy);
+        self.healthy -= usize::from(backend_state.counts());
+        if let Some(slot) = &backend_state.backend.beside
+            && let Some(of_slot) = self.backends.get_mut(slot)
+        {
+            of_slot.backend.other = None;
+            self.changed.insert(Arc::clone(slot));
+        }
         if backend_state.is_drain_ordered() {
             self.drained.insert(Arc::clone(&backend_state.backend.id));
         }
@@ -388,12 +399,12 @@ impl Publisher {
             return;
         }
         backend_state.tell(&self.pool, is);
+        self.healthy -= usize::from(backend_state.counts());
         backend_state.backend.state = is;
-        self.healthy -= usize::from(was == State::Healthy);
         if is == State::Healthy {
             backend_state.begin(self.healthy > 0, &self.settings, now);
-            self.healthy += 1;
         }
+        self.healthy += usize::from(backend_state.counts());
         let is_down = matches!(is, State::Unhealthy | State::Ejected);
         if is_down && was == State::Healthy && self.settings.on_down == OnDown::Reset {
             backend_state.backend.live.evictions.request(Eviction::Down);

@@ -72,7 +72,7 @@ impl Account {
 
     /// Counts the connection for its backend. From now on, the timeout task watches it.
     pub(super) fn serve(&mut self, backend: Arc<str>, address: Address, permit: BackendPermit) {
-        permit.live().total.fetch_add(1, Ordering::Relaxed);
+        permit.live().counters.total.fetch_add(1, Ordering::Relaxed);
         let connection = &self.connection;
         let now = connection.listener.worker.clock.get();
         connection.last_active.set(now);
@@ -107,7 +107,7 @@ impl Drop for Account {
         }
         listener.serving.connection_seconds.record(duration.as_secs_f64());
         if let (Outcome::Ended(EndReason::DrainDeadline), Some(served)) = (self.outcome, connection.served.get()) {
-            served.permit.live().cut_by_drain.fetch_add(1, Ordering::Relaxed);
+            served.permit.live().counters.cut_by_drain.fetch_add(1, Ordering::Relaxed);
             if let Some(route) = connection.route() {
                 route.stats.cut_by_drain.fetch_add(1, Ordering::Relaxed);
             }

@@ -111,7 +111,7 @@ async fn attempt<'a>(
     header: &impl Fn(&Stream) -> Cow<'a, [u8]>,
 ) -> Result<Stream, ConnectFailure> {
     let live = &backend.live;
-    live.attempts.fetch_add(1, Ordering::Relaxed);
+    live.counters.attempts.fetch_add(1, Ordering::Relaxed);
     let began = Instant::now();
     let dialed = dial(address, route, want, &live.port_search).await;
     let sent = dialed.map_err(|error| (ConnectFailure::of(&error), error)).and_then(|stream| {
@@ -133,7 +133,7 @@ async fn attempt<'a>(
         }
         Err((failure, error)) => {
             tracing::debug!(backend = %backend.id, %address, failure = failure.as_str(), %error, "cannot connect");
-            live.failures.count(failure);
+            live.counters.failures.count(failure);
             // That one port of several refuses says nothing about the others.
             let is_of_port = matches!(failure, ConnectFailure::Refused | ConnectFailure::Reset) && want.port.is_some();
             if !failure.is_ours() && !is_of_port {

@@ -199,7 +199,8 @@ impl Connection {
     pub(super) fn report(&self) {
         let Some(served) = self.served.get() else { return };
         let live = served.permit.live();
-        let moved = self.from_client.report(&live.from_client) + self.to_client.report(&live.to_client);
+        let moved =
+            self.from_client.report(&live.counters.from_client) + self.to_client.report(&live.counters.to_client);
         let worker = &self.listener.worker;
         worker.bytes.set(worker.bytes.get() + moved);
     }

@@ -111,7 +111,7 @@ fn along_the_walk<'a>(
 
 fn count_displaced(owner: &Backend, tried: &[Try]) {
     if tried.is_empty() {
-        owner.live.displaced.fetch_add(1, Ordering::Relaxed);
+        owner.live.counters.displaced.fetch_add(1, Ordering::Relaxed);
     }
 }
 

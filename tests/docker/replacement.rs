@@ -25,7 +25,7 @@ async fn a_killed_container_is_replaced_and_only_its_own_connections_fail() {
     let victim = container_of(&ringway, 1).unwrap();
     let load_began = Instant::now();
     let load = tokio::spawn(loadtest::churn(ringway.web(), 100, Duration::from_secs(8), Duration::from_secs(20)));
-    let total = || ringway.backend(1).live.total.load(std::sync::atomic::Ordering::Relaxed);
+    let total = || ringway.backend(1).live.counters.total.load(std::sync::atomic::Ordering::Relaxed);
     eventually("load on the victim", || total() > 20).await;
 
     owner.docker(&["kill", &owner.container("echo-2")]);

@@ -73,7 +73,7 @@ async fn the_client_in_a_header_is_the_client() {
         open.push(stream);
     }
     assert_eq!(served, 5, "the limit counts the client, not the balancer");
-    let used = (0..3).filter(|&n| ringway.backend(n).live.total.load(Ordering::Relaxed) > 0).count();
+    let used = (0..3).filter(|&n| ringway.backend(n).live.counters.total.load(Ordering::Relaxed) > 0).count();
     assert_eq!(used, 1, "one client went to several backends");
     let stats = stats(&ringway);
     assert_eq!((stats.proxy_headers(ProxyResult::V1), stats.proxy_headers(ProxyResult::V2)), (10, 10));

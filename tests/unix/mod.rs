@@ -126,7 +126,7 @@ async fn ringway_waits_for_room_in_the_queue_of_a_backend_until_the_timeout() {
     let patient = yaml.replace("300ms", "1m");
     assert!(ringway.reload(&patient).await.is_ok());
     let mut client = TcpStream::connect(ringway.web()).await.unwrap();
-    let live = || ringway.backend(0).live.attempts.load(std::sync::atomic::Ordering::Relaxed);
+    let live = || ringway.backend(0).live.counters.attempts.load(std::sync::atomic::Ordering::Relaxed);
     eventually("the attempt", || live() == 2).await;
     // The server makes room: it accepts the waiting connections, then Ringway's.
     socket.set_nonblocking(true).unwrap();
@@ -344,8 +344,11 @@ async fn clients_at_a_path_have_keys_limits_and_log_lines() {
         log + &on_path(&yaml, &web, "per_source: { max_connections: 40 }")
     };
     let ringway = Ringway::start(&config("source_ip")).await;
-    let used =
-        || (0..3).filter(|&n| ringway.backend(n).live.total.load(std::sync::atomic::Ordering::Relaxed) > 0).count();
+    let used = || {
+        (0..3)
+            .filter(|&n| ringway.backend(n).live.counters.total.load(std::sync::atomic::Ordering::Relaxed) > 0)
+            .count()
+    };
     for _ in 0..30 {
         assert!(soon("an echo", connects(&web)).await);
     }

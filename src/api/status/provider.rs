@@ -6,6 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::api::ProviderView;
 use crate::control::provider::{dns, file};
+use crate::control::supervisor::rollout::RolloutStatus;
+use crate::labels::Label as _;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "docs/api.md explains each field")]
@@ -16,6 +18,28 @@ pub struct Provider {
     pub dns: Option<Dns>,
     #[serde(default)]
     pub file: Option<File>,
+    /// `None`: Ringway does not start the backends.
+    #[serde(default)]
+    pub rollout: Option<Rollout>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
+pub struct Rollout {
+    pub state: String,
+    pub updated: usize,
+    pub total: usize,
+    pub since_seconds: f64,
+    pub reason: Option<String>,
+    pub last: Option<LastRollout>,
+    pub ended: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
+pub struct LastRollout {
+    pub result: String,
+    pub seconds_ago: f64,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -59,7 +83,26 @@ impl Provider {
         });
         let dns = provider.status.dns().map(|dns| Dns::of(&dns.last(), Instant::now()));
         let file = provider.status.file().map(|file| File::of(&file.last(), Instant::now()));
-        Self { kind: provider.kind.to_owned(), engine, dns, file }
+        let rollout = provider.rollout.as_ref().map(|rollout| Rollout::of(rollout, Instant::now()));
+        Self { kind: provider.kind.to_owned(), engine, dns, file, rollout }
+    }
+}
+
+impl Rollout {
+    fn of(rollout: &RolloutStatus, now: Instant) -> Self {
+        let view = rollout.view();
+        let ago = |then: Instant| now.saturating_duration_since(then).as_secs_f64();
+        Self {
+            state: view.stage.as_str().to_owned(),
+            updated: view.updated,
+            total: view.total,
+            since_seconds: ago(view.since),
+            reason: view.reason.as_deref().map(str::to_owned),
+            last: view
+                .last
+                .map(|(result, at)| LastRollout { result: result.as_str().to_owned(), seconds_ago: ago(at) }),
+            ended: rollout.results.total(),
+        }
     }
 }
 

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
 use super::source::{
-    Prepared, ProviderStatus, Source, Update, change, resting, scope, slot_settings, slots_joined, watched,
+    Line, Prepared, ProviderStatus, Source, Update, change, line, scope, slot_settings, slots_joined, watched,
 };
 use crate::app::StartError;
 use crate::app::changes::OfPool;
@@ -14,13 +14,12 @@ use crate::config::{self, Config, Provider};
 use crate::control::Event;
 use crate::control::docker::engine::Engine;
 use crate::control::supervisor::docker::{Pull, Settings, supervise};
-use crate::control::supervisor::handover::Handover;
 
 /// The channels to the supervisor.
 #[derive(Debug)]
 struct Containers {
     settings: watch::Sender<Settings>,
-    handovers: mpsc::Sender<Handover>,
+    line: Line,
 }
 
 pub(super) fn prepare(
@@ -31,14 +30,14 @@ pub(super) fn prepare(
 ) -> Result<Prepared, StartError> {
     let (engine, engine_status) = watched(context.engine)?;
     let (sender, settings) = watch::channel(settings(pool, containers, changes, context.config));
-    let (handovers, resting) = resting(context);
+    let (line, signals) = line(context);
     let status = Arc::clone(&engine_status);
     Ok(Prepared {
-        source: Box::new(Containers { settings: sender, handovers }),
+        source: Box::new(Containers { settings: sender, line }),
         known: slots_joined(pool, containers.replicas, changes),
         status: ProviderStatus::Engine(engine_status),
         start: Box::new(move |start| {
-            let supervisor = supervise(settings, engine, start.table, start.events, status, resting, start.stop);
+            let supervisor = supervise(settings, engine, start.table, start.events, status, signals, start.stop);
             start.tasks.supervise(supervisor);
         }),
     })
@@ -70,8 +69,8 @@ impl Source for Containers {
         self.settings.send_modify(|settings| settings.slots.replicas = 0);
     }
 
-    fn handovers(&self) -> Option<&mpsc::Sender<Handover>> {
-        Some(&self.handovers)
+    fn supervisor(&self) -> Option<&Line> {
+        Some(&self.line)
     }
 
     fn has_containers(&self) -> bool {
@@ -81,7 +80,7 @@ impl Source for Containers {
 
 fn settings(pool: &config::Pool, containers: &config::Containers, changes: &OfPool, config: &Config) -> Settings {
     Settings {
-        slots: slot_settings(pool, containers.replicas, containers.restart, changes),
+        slots: slot_settings(pool, containers.replicas, containers.restart, containers.rollout, changes),
         spec: containers.spec.clone(),
         scope: scope(config, containers.network.as_ref()),
         stop_grace: containers.stop_grace,

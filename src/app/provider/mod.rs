@@ -120,9 +120,9 @@ pub(super) fn can_become(running: &Provider, new: &Provider) -> bool {
 /// Pauses the supervisor and returns its replicas for a handover. If the decision is true, the supervisor leaves the
 /// replicas to the successor; otherwise it resumes.
 pub(super) async fn hand_over(source: &dyn Source, decision: oneshot::Receiver<bool>) -> io::Result<Vec<Handed>> {
-    let Some(handovers) = source.handovers() else { return Ok(Vec::new()) };
+    let Some(line) = source.supervisor() else { return Ok(Vec::new()) };
     let (sender, handed) = oneshot::channel();
     // A supervisor that has ended has no replicas.
-    let _ = handovers.send(Handover { handed: sender, decision }).await;
+    let _ = line.handovers.send(Handover { handed: sender, decision }).await;
     handed.await.unwrap_or_else(|_| Ok(Vec::new()))
 }

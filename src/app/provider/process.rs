@@ -2,23 +2,23 @@
 
 use std::sync::Arc;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 
-use super::source::{Boxed, Prepared, ProviderStatus, Source, Update, change, resting, slot_settings, slots_joined};
+use super::source::{Boxed, Line, Prepared, ProviderStatus, Source, Update, change, line, slot_settings, slots_joined};
 use crate::app::changes::OfPool;
 use crate::app::context::PoolContext;
 use crate::app::{Environment, StartError};
 use crate::config::{self, Provider};
 use crate::control::Event;
 use crate::control::provider::names::Addresses;
-use crate::control::supervisor::handover::{Handed, Handover};
+use crate::control::supervisor::handover::Handed;
 use crate::control::supervisor::process::{Ports, Settings, is_runnable, supervise};
 
 /// The channels to the supervisor.
 #[derive(Debug)]
 struct Processes {
     settings: watch::Sender<Settings>,
-    handovers: mpsc::Sender<Handover>,
+    line: Line,
 }
 
 pub(super) fn prepare(
@@ -35,13 +35,13 @@ pub(super) fn prepare(
     let ports = Ports::reserve(&pool.name, process.ports, slots, &taken_over)
         .map_err(|error| StartError::NoPorts { key_path: format!("{key_path}.ports"), error })?;
     let (sender, settings) = watch::channel(settings(pool, process, changes, context.environment));
-    let (handovers, resting) = resting(context);
+    let (line, signals) = line(context);
     Ok(Prepared {
-        source: Box::new(Processes { settings: sender, handovers }),
+        source: Box::new(Processes { settings: sender, line }),
         known: slots_joined(pool, process.replicas, changes),
         status: ProviderStatus::Independent,
         start: Box::new(move |start| {
-            let supervisor = supervise(settings, ports, taken_over, resting, start.table, start.events, start.stop);
+            let supervisor = supervise(settings, ports, taken_over, signals, start.table, start.events, start.stop);
             start.tasks.supervise(supervisor);
         }),
     })
@@ -74,14 +74,14 @@ impl Source for Processes {
         self.settings.send_modify(|settings| settings.slots.replicas = 0);
     }
 
-    fn handovers(&self) -> Option<&mpsc::Sender<Handover>> {
-        Some(&self.handovers)
+    fn supervisor(&self) -> Option<&Line> {
+        Some(&self.line)
     }
 }
 
 fn settings(pool: &config::Pool, process: &config::Process, changes: &OfPool, environment: &Environment) -> Settings {
     Settings {
-        slots: slot_settings(pool, process.replicas, process.restart, changes),
+        slots: slot_settings(pool, process.replicas, process.restart, process.rollout, changes),
         spec: Arc::new(process.spec.clone()),
         stop_grace: process.stop_grace,
         launcher: environment.executable.clone(),

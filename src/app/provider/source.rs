@@ -20,7 +20,9 @@ use crate::control::docker::watch::EngineStatus;
 pub(super) use crate::control::provider::ProviderStatus;
 use crate::control::provider::names::Addresses;
 use crate::control::supervisor::SlotSettings;
-use crate::control::supervisor::handover::{Handover, Resting};
+use crate::control::supervisor::handover::{Handover, Signals};
+use crate::control::supervisor::plan::{Order, Pace};
+use crate::control::supervisor::rollout::{PendingOrder, RolloutStatus};
 use crate::control::{self, Event};
 use crate::table::TableCell;
 
@@ -45,8 +47,8 @@ pub(in crate::app) trait Source: Debug + Send + Sync {
     /// Stops the replicas, each after its drain.
     fn retire(&self) {}
 
-    /// Takes requests to hand replicas over; `None` without a supervisor.
-    fn handovers(&self) -> Option<&mpsc::Sender<Handover>> {
+    /// The line to the supervisor; `None` without one.
+    fn supervisor(&self) -> Option<&Line> {
         None
     }
 
@@ -111,9 +113,15 @@ pub(super) fn slot_settings(
     pool: &config::Pool,
     replicas: u32,
     restart: config::Restart,
+    rollout: config::Rollout,
     changes: &OfPool,
 ) -> SlotSettings {
+    let config::Rollout { order, parallel, pause, healthy_for, on_failure, drain } = rollout;
+    // Never may two replicas of an exclusive pool have connections at once.
+    let order = if pool.is_exclusive { Order::StopFirst } else { order };
+    let drain = drain.unwrap_or(pool.drain);
     SlotSettings {
+        pace: Pace { order, parallel, pause, healthy_for, on_failure, drain },
         pool: pool.name.as_str().into(),
         replicas,
         weights: changes.weights.iter().map(|(id, &weight)| (id.as_str().into(), weight)).collect(),
@@ -122,10 +130,23 @@ pub(super) fn slot_settings(
     }
 }
 
-/// The channel of handovers, and the supervisor's end of it.
-pub(super) fn resting(context: &PoolContext<'_>) -> (mpsc::Sender<Handover>, Resting) {
-    let (handover, handovers) = mpsc::channel(1);
-    (handover, Resting { settled: context.settled.clone(), handovers })
+/// The line to a supervisor, beside its settings.
+#[derive(Debug)]
+pub(in crate::app) struct Line {
+    /// Takes requests to hand replicas over.
+    pub(in crate::app) handovers: mpsc::Sender<Handover>,
+    /// Takes orders about the rollout.
+    pub(in crate::app) orders: mpsc::Sender<PendingOrder>,
+    /// Shows the rollouts.
+    pub(in crate::app) rollout: Arc<RolloutStatus>,
+}
+
+/// The line to a supervisor, and its end of it.
+pub(super) fn line(context: &PoolContext<'_>) -> (Line, Signals) {
+    let ((handover, handovers), (order, orders)) = (mpsc::channel(1), mpsc::channel(1));
+    let rollout = Arc::new(RolloutStatus::new(Instant::now()));
+    let line = Line { handovers: handover, orders: order, rollout: Arc::clone(&rollout) };
+    (line, Signals { settled: context.settled.clone(), handovers, orders, rollout })
 }
 
 /// The Docker engine, and a new record of its state.

@@ -4,7 +4,7 @@ use serde_yaml::Value;
 
 use super::{auto_text, duration, list, map, off, words};
 use crate::config::provider::ListedState;
-use crate::config::{Containers, Process, Provider, Restart};
+use crate::config::{Containers, Process, Provider, Restart, Rollout};
 use crate::control::provider::dns::{self, Question, Servers};
 use crate::labels::Label as _;
 
@@ -69,7 +69,11 @@ fn process(process: &Process) -> Value {
         ("env", pairs(&process.spec.env)),
     ];
     entries.extend((!process.spec.uses_sockets()).then(|| ("ports", ports.into())));
-    entries.extend([("restart", restart(&process.restart)), ("stop_grace", duration(process.stop_grace))]);
+    entries.extend([
+        ("restart", restart(&process.restart)),
+        ("rollout", rollout(&process.rollout)),
+        ("stop_grace", duration(process.stop_grace)),
+    ]);
     map(entries)
 }
 
@@ -89,6 +93,7 @@ fn containers(containers: &Containers) -> Value {
         ("resources", map(memory.into_iter().chain(cpus))),
         ("pull", spec.pull.as_str().into()),
         ("restart", restart(&containers.restart)),
+        ("rollout", rollout(&containers.rollout)),
         ("stop_grace", duration(containers.stop_grace)),
     ]);
     map(entries)
@@ -102,6 +107,17 @@ fn restart(restart: &Restart) -> Value {
         ("crash_loop_after", restart.policy.crash_loop_after.into()),
         ("start_grace", duration(restart.start_grace)),
         ("replace_after", off(restart.policy.replace_after.map(duration))),
+    ])
+}
+
+fn rollout(rollout: &Rollout) -> Value {
+    map([
+        ("order", rollout.order.as_str().into()),
+        ("parallel", rollout.parallel.into()),
+        ("pause", duration(rollout.pause)),
+        ("healthy_for", duration(rollout.healthy_for)),
+        ("on_failure", rollout.on_failure.as_str().into()),
+        ("drain", rollout.drain.map_or("auto".into(), duration)),
     ])
 }
 

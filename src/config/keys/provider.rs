@@ -8,6 +8,7 @@ use super::{Form, Key, days, hours, minutes, ms, names, seconds};
 use crate::control::provider::dns::Family;
 use crate::control::provider::names::Resolve;
 use crate::control::supervisor::docker::Pull;
+use crate::control::supervisor::plan::{OnFailure, Order};
 
 /// Minimum memory of a container in bytes. The Docker engine rejects less.
 const LEAST_MEMORY: u64 = 6 << 20;
@@ -132,6 +133,12 @@ const REPLICAS: &[Key] = &[
         "range like `9001-9010`, for this pool only. auto: the system picks the ports. The replica listens on 127.0.0.1 and must set `SO_REUSEADDR`, as servers do. Only for replicas with `{port}`",
     ),
     Key::section("restart", RESTART, "{ backoff: 1s }", "when Ringway replaces a replica"),
+    Key::section(
+        "rollout",
+        ROLLOUT,
+        "{ parallel: 2 }",
+        "how Ringway [replaces replicas](operations.md#rollouts) from other settings",
+    ),
     Key::duration(
         "stop_grace",
         Duration::ZERO..=hours(1),
@@ -170,6 +177,41 @@ const RESTART: &[Key] = &[
     ),
 ];
 
+/// Section `rollout` of the providers `process` and `docker`.
+const ROLLOUT: &[Key] = &[
+    Key::choice(
+        "order",
+        names::<Order>,
+        "start_first",
+        "`start_first`: the new replica starts beside the old one, and takes the slot when it is healthy. No key moves. `stop_first`: the old replica drains and stops before the new one starts. A pool with `tiers.exclusive` always uses `stop_first`",
+    ),
+    Key::integer("parallel", 1..=1000, 1, "replicas that are replaced at the same time"),
+    Key::duration(
+        "pause",
+        Duration::ZERO..=days(1),
+        Duration::ZERO,
+        "wait between the end of one replacement and the start of the next",
+    ),
+    Key::duration(
+        "healthy_for",
+        Duration::ZERO..=hours(1),
+        seconds(5),
+        "how long a new replica must have been healthy before it takes the slot, or before the next replica is replaced",
+    ),
+    Key::choice(
+        "on_failure",
+        names::<OnFailure>,
+        "rollback",
+        "what happens if a new replica becomes unhealthy or keeps ending. `rollback`: Ringway goes back to what the replicas were started from before. `pause`: the replicas stay as they are. In both cases, Ringway removes a new replica that stands beside an old one",
+    ),
+    Key::usual(
+        "drain",
+        Form::Any(&[Form::Word("auto"), Form::Duration(Duration::ZERO..=days(1))]),
+        "auto",
+        "how long the open connections of a replaced replica may go on. auto: `drain` of the pool",
+    ),
+];
+
 /// The key of both kinds of `docker`.
 const NETWORK: Key = Key::usual(
     "network",
@@ -199,6 +241,12 @@ const CREATED: &[Key] = &[
         "when Ringway pulls the image: `never`, `missing` or `always` (before each container). `docker.auth_file` has the credentials",
     ),
     Key::section("restart", RESTART, "{ backoff: 1s }", "when Ringway replaces a replica"),
+    Key::section(
+        "rollout",
+        ROLLOUT,
+        "{ parallel: 2 }",
+        "how Ringway [replaces replicas](operations.md#rollouts) from other settings",
+    ),
     Key::duration(
         "stop_grace",
         Duration::ZERO..=hours(1),

@@ -65,8 +65,17 @@ pub enum CommandError {
     #[error("pool {0} is not static: its provider decides which backends it has")]
     NotStatic(String),
     /// Only supervised pools have a number of replicas.
-    #[error("cannot scale pool {0}: Ringway does not start its backends")]
+    #[error("pool {0} has no replicas: Ringway does not start its backends")]
     NotSupervised(String),
+    /// Only containers have an image.
+    #[error("the replicas of pool {0} are processes, which have no image: omit it to replace all of them")]
+    NoImage(String),
+    /// No image has such a name.
+    #[error("{0:?} is not an image name: write it like nginx:1.27")]
+    BadImage(String),
+    /// Only a rollout that goes on can be aborted.
+    #[error("no rollout of pool {0} is under way")]
+    NoRollout(String),
     /// All backends of a pool of discovered containers have the same weight.
     #[error("cannot set a weight in pool {0}: all its containers have the same weight")]
     FixedWeight(String),
@@ -133,13 +142,15 @@ impl CommandError {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::UnknownPool { .. } | Self::UnknownBackend { .. } => ErrorKind::NotFound,
-            Self::OutOfRange { .. } | Self::BadConfig(_) | Self::BadFilter(_) => ErrorKind::Invalid,
+            Self::OutOfRange { .. } | Self::BadConfig(_) | Self::BadFilter(_) | Self::BadImage(_) => ErrorKind::Invalid,
             Self::BackendExists { .. }
             | Self::DrainedByList { .. }
             | Self::DrainedByAgent { .. }
             | Self::TooManyKeys { .. }
             | Self::NotStatic(_)
             | Self::NotSupervised(_)
+            | Self::NoImage(_)
+            | Self::NoRollout(_)
             | Self::FixedWeight(_)
             | Self::CannotRebalance { .. }
             | Self::TooFewPorts { .. }

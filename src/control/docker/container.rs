@@ -13,6 +13,8 @@ pub struct Container {
     pub id: Arc<str>,
     /// The container's name, without the slash that the API puts in front.
     pub name: Arc<str>,
+    /// The engine's id of the image that it was created from.
+    pub image: Arc<str>,
     /// The container's labels.
     pub labels: HashMap<String, String>,
     /// The container's state.
@@ -66,6 +68,7 @@ impl From<ContainerSummary> for Container {
         Self {
             id: summary.id.unwrap_or_default().into(),
             name: name.trim_start_matches('/').into(),
+            image: summary.image_id.unwrap_or_default().into(),
             labels: summary.labels.unwrap_or_default(),
             state,
             healthy: if is_paused { Some(false) } else { health(&summary.status.unwrap_or_default()) },
@@ -104,6 +107,7 @@ mod tests {
         let containers: Vec<Container> = summaries.into_iter().map(Container::from).collect();
         let [container] = &containers[..] else { panic!("{containers:?}") };
         assert_eq!((&*container.id, &*container.name), ("d43c", "ringway-echo-1"));
+        assert_eq!(&*container.image, "sha256:1");
         assert_eq!((container.label("ringway.slot"), container.label("other")), ("echo-1", ""));
         assert_eq!((container.state, container.healthy), (State::Running, Some(false)));
         assert_eq!((&container.ports[..], container.is_stopping), (&[80][..], false));

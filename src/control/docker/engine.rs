@@ -11,8 +11,8 @@ use bollard::errors::Error;
 use bollard::models::{ContainerCreateBody, ContainerInspectResponse, EventMessage};
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, EventsOptionsBuilder, InspectContainerOptions, InspectNetworkOptions,
-    ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder, StartContainerOptions,
-    StopContainerOptionsBuilder,
+    ListContainersOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder,
+    StartContainerOptions, StopContainerOptionsBuilder,
 };
 use futures_util::stream::{BoxStream, StreamExt as _};
 
@@ -215,6 +215,27 @@ impl Engine {
     /// When the engine does not answer.
     pub async fn has_image(&self, name: &str) -> Result<bool, EngineError> {
         is_there(self.call(self.deadline, async |docker| docker.inspect_image(name).await.map(drop)).await)
+    }
+
+    /// The id of the image with this name; `None` if the engine has none.
+    ///
+    /// # Errors
+    /// When the engine does not answer.
+    pub async fn image_id(&self, name: &str) -> Result<Option<String>, EngineError> {
+        match self.call(self.deadline, async |docker| docker.inspect_image(name).await).await {
+            Ok(image) => Ok(image.id),
+            Err(error) if error.is_status(404) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Gives a container another name.
+    ///
+    /// # Errors
+    /// When another container has the name, or the engine does not answer.
+    pub async fn rename(&self, id: &str, name: &str) -> Result<(), EngineError> {
+        let options = RenameContainerOptionsBuilder::new().name(name).build();
+        self.call(self.deadline, async |docker| docker.rename_container(id, options).await).await
     }
 
     /// Whether the engine has a network of this name or id.

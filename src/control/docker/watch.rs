@@ -335,6 +335,7 @@ mod tests {
 
     fn container(id: &str, state: State) -> Container {
         Container {
+            image: "sha256:1".into(),
             id: id.into(),
             name: id.into(),
             labels: HashMap::new(),

@@ -1,7 +1,7 @@
 //! When to check which replica, and what the results say. Pure: the time is an argument.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -69,16 +69,24 @@ impl Schedule {
         if self.roster.replace(members.roster()) == Some(members.roster()) {
             return;
         }
-        let mut before = std::mem::take(&mut self.subjects);
+        let before = std::mem::take(&mut self.subjects).into_iter();
+        let mut before: HashMap<_, _> = before.map(|(id, subject)| (subject.incarnation, (id, subject))).collect();
         for backend in members {
             let Some(address) = &backend.address else { continue };
-            let known = before.remove(&backend.id).filter(|subject| subject.incarnation == backend.incarnation);
-            let subject = known.unwrap_or_else(|| {
+            let known = before.remove(&backend.incarnation);
+            let known = known.filter(|(id, subject)| *id == backend.id || subject.address == *address);
+            let mut begin = || {
                 self.number += 1;
                 let ticket = Ticket { number: self.number, id: Arc::clone(&backend.id) };
                 self.due.push(Reverse((now, ticket)));
-                Subject::of(backend, address, self.number, trusts, now)
-            });
+                self.number
+            };
+            let subject = match known {
+                Some((id, subject)) if id == backend.id => subject,
+                // The replica that stood beside the slot fills it now: what is known about it stays true.
+                Some((_, subject)) => Subject { number: begin(), ..subject },
+                None => Subject::of(backend, address, begin(), trusts, now),
+            };
             self.subjects.insert(Arc::clone(&backend.id), subject);
         }
     }
@@ -126,7 +134,7 @@ impl Schedule {
             }
         };
         let has_declined = subject.silent.is_some_and(|count| count < settings.fall);
-        let counter = if passed { &subject.live.checks_passed } else { &subject.live.checks_failed };
+        let counter = if passed { &subject.live.counters.checks_passed } else { &subject.live.counters.checks_failed };
         counter.fetch_add(1, Ordering::Relaxed);
         let is_forgiven = !passed
             && subject.rise_fall.verdict().is_none()
@@ -251,6 +259,30 @@ mod tests {
         assert_eq!(step(Outcome::NotDone(crate::backend::ConnectFailure::NoPorts)), (2 * SECOND, None));
         assert_eq!(step(Outcome::Passed), (SECOND, said(false, "ok")));
         assert_eq!(step(Outcome::Passed), (2 * SECOND, said(true, "ok")));
+    }
+
+    #[test]
+    fn what_is_known_about_a_replica_goes_with_it_to_the_id_of_its_slot() {
+        let (mut schedule, now, settings) = (Schedule::default(), Instant::now(), settings());
+        let known = members(&[("a", 1), ("a+", 2)]);
+        schedule.follow(&known, true, now);
+        for result in [Outcome::Passed, failed()] {
+            let (ticket, ..) = schedule.start(now).unwrap();
+            schedule.finish(&ticket, result, &settings, now);
+        }
+        let verdicts = |schedule: &Schedule| {
+            schedule.subjects.iter().map(|(id, one)| (id.to_string(), one.rise_fall.verdict())).collect::<Vec<_>>()
+        };
+        let before = verdicts(&schedule);
+        let [first, second] = [&known[0], &known[1]];
+        let other = |one: &Backend, of: &Backend| Backend { id: Arc::clone(&one.id), ..of.clone() };
+        let flipped = Members::new([other(first, second), other(second, first)], known.roster() + 1);
+        schedule.follow(&flipped, true, now);
+        let after = verdicts(&schedule);
+        assert_eq!((&after[0].1, &after[1].1), (&before[1].1, &before[0].1));
+        let (ticket, address, _) = schedule.start(now).unwrap();
+        assert_eq!(address, *flipped.find(ticket.id()).unwrap().address.as_ref().unwrap());
+        assert!(schedule.finish(&ticket, Outcome::Passed, &settings, now).is_some());
     }
 
     #[test]

@@ -257,6 +257,7 @@ mod tests {
 
     fn container(name: &str, labels: &[(&str, &str)], ports: &[u16]) -> Container {
         Container {
+            image: "sha256:1".into(),
             id: format!("id of {name}").into(),
             name: name.into(),
             labels: labels.iter().map(|(name, value)| (format!("ringway.{name}"), (*value).to_owned())).collect(),

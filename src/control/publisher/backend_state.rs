@@ -79,6 +79,13 @@ struct Runs {
     is_seen: bool,
 }
 
+impl Runs {
+    /// What is known if this replica runs.
+    fn of(last: Option<Replica>) -> Self {
+        Self { last, any: true, is_seen: true }
+    }
+}
+
 impl BackendState {
     pub(super) fn new(id: Arc<str>, is_first: bool, now: Instant) -> Self {
         Self {
@@ -93,6 +100,46 @@ impl BackendState {
             warmth: Warmth::default(),
             position: 0,
             next: None,
+        }
+    }
+
+    /// The backend counts as a healthy one of its pool.
+    pub(super) fn counts(&self) -> bool {
+        self.backend.state == State::Healthy && self.backend.beside.is_none()
+    }
+
+    /// Exchanges the incarnation of this slot for the one beside it, whose replica is `next`. The `former` one leaves: its
+    /// connections may go on for as long as `within`. What belongs to the slot stays: its weight, the orders of operators, its
+    /// counters.
+    pub(super) fn flip(
+        &mut self,
+        beside: &mut Self,
+        next: Replica,
+        former: Option<Replica>,
+        within: Duration,
+        now: Instant,
+    ) {
+        let (here, there) = (&mut self.backend, &mut beside.backend);
+        std::mem::swap(&mut here.address, &mut there.address);
+        std::mem::swap(&mut here.incarnation, &mut there.incarnation);
+        std::mem::swap(&mut here.reported_bad, &mut there.reported_bad);
+        std::mem::swap(&mut here.health, &mut there.health);
+        std::mem::swap(&mut here.advice, &mut there.advice);
+        std::mem::swap(&mut here.live, &mut there.live);
+        std::mem::swap(&mut here.other, &mut there.other);
+        (here.replica, there.replica) = (Some(next.clone()), former.clone());
+        here.restarts += 1;
+        std::mem::swap(&mut self.verdict, &mut beside.verdict);
+        std::mem::swap(&mut self.is_ejected, &mut beside.is_ejected);
+        (self.runs, beside.runs) = (Runs::of(Some(next)), Runs::of(former));
+        (self.crash_loop, beside.crash_loop) = (false, false);
+        (self.is_first, self.claim) = (false, None);
+        self.drains.retiring = None;
+        std::mem::swap(&mut self.drains.advised, &mut beside.drains.advised);
+        beside.drains.leaving = Some(begin_drain(None, Some(within), true, now));
+        for state in [self, beside] {
+            state.show_drain();
+            state.show_admission();
         }
     }
 
@@ -158,7 +205,7 @@ impl BackendState {
                     return Change::Nothing;
                 }
                 self.is_ejected = true;
-                self.backend.live.ejections.fetch_add(1, Ordering::Relaxed);
+                self.backend.live.counters.ejections.fetch_add(1, Ordering::Relaxed);
             }
             Event::Readmitted { incarnation, .. } => {
                 if self.backend.incarnation != incarnation || !self.is_ejected {
@@ -207,7 +254,12 @@ impl BackendState {
                 self.show_drain();
                 return if is_new { Change::Ring } else { Change::Backend };
             }
-            Event::Joined { .. } | Event::Left { .. } | Event::Configured(_) | Event::Awaited(_) => {
+            Event::Joined { .. }
+            | Event::Beside { .. }
+            | Event::Flipped { .. }
+            | Event::Left { .. }
+            | Event::Configured(_)
+            | Event::Awaited(_) => {
                 return Change::Nothing;
             }
         }
@@ -219,7 +271,7 @@ impl BackendState {
         // The same container with a new address is not a restart.
         if replica.is_some() && self.runs.last != replica {
             backend.restarts += u64::from(self.runs.any);
-            self.runs = Runs { last: replica.clone(), any: true, is_seen: true };
+            self.runs = Runs::of(replica.clone());
         }
         backend.address = Some(address);
         backend.replica = replica;

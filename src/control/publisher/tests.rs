@@ -3,6 +3,7 @@ use crate::address::Address;
 use crate::backend::{Admission, Advice, BackendPermit, Exit, Membership, Replica};
 
 mod exclusive;
+mod incarnations;
 
 fn joined(id: &str) -> Event {
     Event::Joined { id: id.into(), membership: Membership::weighing(1) }

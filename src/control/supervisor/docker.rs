@@ -22,9 +22,10 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::handover::{Handed, Resting};
-use super::plan::{Action, Why};
+use super::handover::{Handed, Signals};
+use super::plan::{Action, Place, Role, Why};
 use super::{Adapter, Ending, Progress, Running, SlotSettings, Slots, Supervisor};
+use crate::backend::Replica;
 use crate::control::Event;
 use crate::control::docker::container::Container;
 use crate::control::docker::engine::Engine;
@@ -38,13 +39,16 @@ mod observe;
 mod work;
 
 use self::backoff::Backoff;
-use self::create::Maker;
+use self::create::{Maker, Pinned};
 pub use self::create::{Pull, Spec};
 use self::observe::Known;
 use self::work::{Done, Work};
 
 /// How long Ringway waits for starts and stops in progress when it stops.
 const FINISH: Duration = Duration::from_secs(5);
+
+/// Longest time to look up the image behind a name.
+const LOOK_UP: Duration = Duration::from_secs(5);
 
 /// How Ringway runs a pool's replicas. Everything except the pool's name and the scope may change at run time.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +73,7 @@ pub async fn supervise(
     table: TableCell,
     events: mpsc::Sender<Event>,
     engine_status: Arc<EngineStatus>,
-    mut resting: Resting,
+    mut signals: Signals,
     stop: CancellationToken,
 ) {
     let first = settings.borrow_and_update().clone();
@@ -80,7 +84,7 @@ pub async fn supervise(
             tokio::select! {
                 () = stop.cancelled() => return,
                 scope = &mut found => break scope,
-                Some(handover) = resting.handovers.recv() => if handover.decide(Ok(Vec::new()), &stop).await {
+                Some(handover) = signals.handovers.recv() => if handover.decide(Ok(Vec::new()), &stop).await {
                     return;
                 },
             }
@@ -98,7 +102,11 @@ pub async fn supervise(
     };
     let (sender, seen) = watch::channel(None);
     let containers = Containers {
-        maker: Arc::new(Maker::new(engine.clone(), &pool, &scope, first.spec.clone())),
+        maker: {
+            let spec = Pinned { spec: first.spec.clone(), image: None };
+            Arc::new(Maker::new(engine.clone(), &pool, &scope, spec))
+        },
+        image: None,
         settings: first.clone(),
         engine,
         scope,
@@ -116,8 +124,8 @@ pub async fn supervise(
         double_backoff: Backoff::default(),
         has_seen: false,
     };
-    let is_settled = *resting.settled.borrow_and_update();
-    Supervisor::new(containers, first, table, events, is_settled).await.run(settings, resting, stop).await;
+    let supervisor = Supervisor::new(containers, first, table, events, &mut signals).await;
+    supervisor.run(settings, signals, stop).await;
 }
 
 /// The adapter: the containers of one pool.
@@ -126,59 +134,84 @@ struct Containers {
     engine: Engine,
     scope: Scope,
     maker: Arc<Maker>,
+    /// The name of an image, and the id of the one that it stood for when Ringway looked last.
+    image: Option<(String, Arc<str>)>,
     engine_status: Arc<EngineStatus>,
     /// Fetches the lists that arrive in `seen`. Does not end while `seen` exists.
     watching: Pin<Box<dyn Future<Output = ()> + Send>>,
     seen: watch::Receiver<Option<Seen>>,
     /// Requests a list.
     poke: Arc<Notify>,
-    /// The running container of each slot.
-    known: HashMap<usize, Known>,
-    /// Containers that do not run and block the next container of their slot.
-    leftovers: HashMap<usize, Container>,
-    /// When work on a slot last finished. An older list says nothing about the slot.
-    changed: HashMap<usize, Instant>,
-    /// Slots with work in progress.
-    busy: HashMap<usize, Work>,
-    work: JoinSet<(usize, Done)>,
-    /// Waits of slots after failed commands to the engine.
-    backoff: Backoff<usize>,
+    /// The running containers.
+    known: HashMap<Place, Known>,
+    /// Containers that do not run and block the next container of their seat.
+    leftovers: HashMap<Place, Container>,
+    /// When work on a seat last finished. An older list says nothing about it.
+    changed: HashMap<Place, Instant>,
+    /// Seats with work in progress.
+    busy: HashMap<Place, Work>,
+    work: JoinSet<(Place, Done)>,
+    /// Waits of seats after failed commands to the engine.
+    backoff: Backoff<Place>,
     /// Containers being removed because they fill no slot or another one fills theirs.
     doubles: HashSet<Arc<str>>,
     double_backoff: Backoff<Arc<str>>,
     has_seen: bool,
 }
 
+/// Exchanges the entries of two seats.
+fn exchange<T>(map: &mut HashMap<Place, T>, [one, other]: [Place; 2]) {
+    let (of_one, of_other) = (map.remove(&one), map.remove(&other));
+    map.extend(of_one.map(|value| (other, value)));
+    map.extend(of_other.map(|value| (one, value)));
+}
+
 /// An observation of the adapter.
 enum Observation {
     List(Option<Seen>),
-    Finished(usize, Done),
+    Finished(Place, Done),
 }
 
 impl Adapter for Containers {
     type Settings = Settings;
+    type Spec = Pinned;
     type Observation = Observation;
 
     fn slot_settings(settings: &Settings) -> &SlotSettings {
         &settings.slots
     }
 
-    fn configure(&mut self, settings: Settings) {
-        let (pool, spec) = (&settings.slots.pool, settings.spec.clone());
-        self.maker = Arc::new(Maker::new(self.engine.clone(), pool, &self.scope, spec));
+    fn spec(&self, settings: &Settings) -> Pinned {
+        let image = self.image.as_ref().filter(|(name, _)| *name == settings.spec.image);
+        Pinned { spec: settings.spec.clone(), image: image.map(|(_, id)| Arc::clone(id)) }
+    }
+
+    async fn look_up(&mut self, settings: &Settings) {
+        let image = &settings.spec.image;
+        match tokio::time::timeout(LOOK_UP, self.engine.image_id(image)).await {
+            Ok(Ok(Some(id))) => self.image = Some((image.clone(), id.into())),
+            // What was known last still holds. Its containers may still run.
+            Ok(Ok(None)) => tracing::debug!(image, "the engine has no such image"),
+            Ok(Err(error)) => tracing::debug!(image, %error, "cannot look up the image"),
+            Err(_elapsed) => tracing::debug!(image, "the engine does not answer a look-up of the image"),
+        }
+    }
+
+    fn configure(&mut self, settings: Settings, spec: Pinned) {
+        self.maker = Arc::new(Maker::new(self.engine.clone(), &settings.slots.pool, &self.scope, spec));
         self.settings = settings;
     }
 
     fn running(&self) -> impl Iterator<Item = Running<'_>> {
-        self.known.iter().map(|(&slot, known)| Running {
-            slot,
+        self.known.iter().map(|(&place, known)| Running {
+            place,
             address: known.address.as_ref(),
             replica: &known.replica,
         })
     }
 
-    fn is_outdated(&self, slot: usize) -> bool {
-        self.known.get(&slot).is_some_and(|known| known.spec != self.maker.digest())
+    fn is_outdated(&self, place: Place) -> bool {
+        self.known.get(&place).is_some_and(|known| self.maker.is_outdated(&known.spec, &known.image))
     }
 
     fn may_act(&self) -> bool {
@@ -189,33 +222,56 @@ impl Adapter for Containers {
         self.has_seen && self.busy.is_empty()
     }
 
-    async fn start(&mut self, slots: &mut Slots, slot: usize, now: Instant) -> Progress {
-        if let Some(wait) = self.must_wait(slot, Work::Start, now) {
+    async fn start(&mut self, slots: &mut Slots, place: Place, now: Instant) -> Progress {
+        if let Some(wait) = self.must_wait(place, Work::Start, now) {
             return wait;
         }
-        let (maker, name) = (Arc::clone(&self.maker), Arc::clone(&slots[slot].name));
-        let leftover = self.leftovers.remove(&slot);
-        slots[slot].starting();
-        self.begin(slot, Work::Start, async move { Done::Started(maker.make(&name, leftover).await) })
+        let (maker, name) = (Arc::clone(&self.maker), Arc::clone(slots.name(place.slot)));
+        let leftover = self.leftovers.remove(&place);
+        slots[place].starting();
+        self.begin(place, Work::Start, async move { Done::Started(maker.make(&name, place.role, leftover).await) })
     }
 
-    async fn drain(&mut self, slots: &mut Slots, slot: usize, why: Why, now: Instant) -> Progress {
-        if why == Why::Outdated {
-            return self.must_wait(slot, Work::Stop, now).unwrap_or_else(|| self.check(slot, Action::Drain(slot, why)));
+    fn has_room_beside(&mut self, _slot: usize) -> bool {
+        true
+    }
+
+    fn flip(&mut self, slots: &Slots, slot: usize) -> Option<(Replica, Option<Replica>)> {
+        let places = [Place::front(slot), Place::beside(slot)];
+        if places.iter().any(|place| self.busy.contains_key(place)) {
+            return None;
         }
-        slots.drain(slot, why).await;
+        let names = self.maker.names(slots.name(slot));
+        let mut next = self.known.remove(&places[1])?;
+        let former = self.known.remove(&places[0]).map(|former| former.named(&names.former()));
+        next = next.named(&names.current());
+        let replicas = (next.replica.clone(), former.as_ref().map(|former| former.replica.clone()));
+        self.known.insert(places[0], next);
+        self.known.extend(former.map(|former| (places[1], former)));
+        exchange(&mut self.leftovers, places);
+        exchange(&mut self.changed, places);
+        self.name(slots, slot);
+        Some(replicas)
+    }
+
+    async fn drain(&mut self, slots: &mut Slots, place: Place, why: Why, now: Instant) -> Progress {
+        if why == Why::Outdated && place.role == Role::Front {
+            let wait = self.must_wait(place, Work::Stop, now);
+            return wait.unwrap_or_else(|| self.check(place, Action::Drain(place, why)));
+        }
+        slots.drain(place, why).await;
         Progress::Done
     }
 
-    async fn stop(&mut self, slots: &mut Slots, slot: usize, why: Why, now: Instant) -> Progress {
-        if let Some(wait) = self.must_wait(slot, Work::Stop, now) {
+    async fn stop(&mut self, slots: &mut Slots, place: Place, why: Why, now: Instant) -> Progress {
+        if let Some(wait) = self.must_wait(place, Work::Stop, now) {
             return wait;
         }
         // Ringway checked the settings before it drained the replica.
-        if why == Why::Outdated && !slots[slot].is_drained() {
-            return self.check(slot, Action::Stop(slot, why));
+        if why == Why::Outdated && !slots[place].is_drained() {
+            return self.check(place, Action::Stop(place, why));
         }
-        self.end(slots, slot, why).await
+        self.end(slots, place, why).await
     }
 
     async fn next(&mut self) -> Observation {
@@ -223,7 +279,7 @@ impl Adapter for Containers {
             Ok(()) = self.seen.changed() => Observation::List(self.seen.borrow_and_update().clone()),
             () = &mut self.watching => std::future::pending().await,
             Some(finished) = self.work.join_next() => match finished {
-                Ok((slot, done)) => Observation::Finished(slot, done),
+                Ok((place, done)) => Observation::Finished(place, done),
                 // A panic is a bug in Ringway, which a retry cannot fix.
                 Err(error) => std::panic::resume_unwind(error.into_panic()),
             },
@@ -237,7 +293,7 @@ impl Adapter for Containers {
                 slots.judge(self.running());
             }
             Observation::List(None) => {}
-            Observation::Finished(slot, done) => self.finished(slots, slot, done).await,
+            Observation::Finished(place, done) => self.finished(slots, place, done).await,
         }
     }
 

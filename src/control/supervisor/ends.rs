@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::plan::{Policy, Slot, Why};
+use super::plan::{Policy, Seat, Why};
 use crate::backend::Exit;
 use crate::control::Event;
 use crate::labels::Label as _;
@@ -28,10 +28,10 @@ impl Ends {
     }
 
     /// Records that a replica ended.
-    pub(super) fn ended(&self, slot: &mut Slot, exit: Exit) -> Event {
-        let planned = slot.stops_for().filter(|why| *why != Why::Unhealthy);
-        let (was_loop, again_in_seconds, is_loop) = self.strike(slot, exit.at);
-        let (pool, name, how) = (&self.pool, &slot.name, &exit.reason);
+    pub(super) fn ended(&self, seat: &mut Seat, exit: Exit) -> Event {
+        let planned = seat.stops_for().filter(|why| *why != Why::Unhealthy);
+        let (was_loop, again_in_seconds, is_loop) = self.strike(seat, exit.at);
+        let (pool, name, how) = (&self.pool, &seat.id, &exit.reason);
         match (was_loop, is_loop) {
             _ if planned.is_some() => {
                 let why = planned.map(|why: Why| why.as_str());
@@ -50,9 +50,9 @@ impl Ends {
     }
 
     /// Records that a replica could not be started.
-    pub(super) fn refused(&mut self, slot: &mut Slot, reason: &str, now: Instant) -> Event {
-        let (_, again_in_seconds, is_loop) = self.strike(slot, now);
-        let (pool, name) = (&self.pool, &slot.name);
+    pub(super) fn refused(&mut self, seat: &mut Seat, reason: &str, now: Instant) -> Event {
+        let (_, again_in_seconds, is_loop) = self.strike(seat, now);
+        let (pool, name) = (&self.pool, &seat.id);
         let gist = gist(reason);
         if self.refusal.as_ref() == Some(&gist) {
             tracing::debug!(%pool, slot = %name, reason, again_in_seconds, "replica still cannot be started");
@@ -66,10 +66,10 @@ impl Ends {
 
     /// Counts a failure of the slot. Returns whether it was in a crash loop before, the wait before the next try in
     /// seconds, and whether it is in a crash loop now.
-    fn strike(&self, slot: &mut Slot, now: Instant) -> (bool, f64, bool) {
-        let was_loop = slot.is_crash_loop(&self.policy);
-        let wait = slot.ended(&self.policy, now);
-        (was_loop, wait.as_secs_f64(), slot.is_crash_loop(&self.policy))
+    fn strike(&self, seat: &mut Seat, now: Instant) -> (bool, f64, bool) {
+        let was_loop = seat.is_crash_loop(&self.policy);
+        let wait = seat.ended(&self.policy, now);
+        (was_loop, wait.as_secs_f64(), seat.is_crash_loop(&self.policy))
     }
 }
 

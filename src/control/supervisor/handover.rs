@@ -8,6 +8,8 @@ use socket2::Socket;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::plan::{Place, Role};
+use super::rollout::{PendingOrder, RolloutStatus};
 use crate::address::Address;
 
 /// Asks a supervisor to pause and to hand its replicas over to another process.
@@ -19,13 +21,17 @@ pub struct Handover {
     pub decision: oneshot::Receiver<bool>,
 }
 
-/// Signals of upgrades, in which a supervisor must hold back because of another Ringway.
+/// What reaches a supervisor from outside its pool.
 #[derive(Debug)]
-pub struct Resting {
+pub struct Signals {
     /// True once the older Ringway has no connections to the replicas that this one took over.
     pub settled: watch::Receiver<bool>,
     /// Requests of a newer Ringway to take over.
     pub handovers: mpsc::Receiver<Handover>,
+    /// Orders about the rollout.
+    pub orders: mpsc::Receiver<PendingOrder>,
+    /// Where the supervisor shows its rollouts.
+    pub rollout: Arc<RolloutStatus>,
 }
 
 impl Handover {
@@ -37,6 +43,37 @@ impl Handover {
     }
 }
 
+/// What a replica is to its slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// It fills the slot.
+    Current,
+    /// It comes next.
+    Next,
+    /// It has filled the slot before, and lets its connections end.
+    Former,
+}
+
+impl Part {
+    /// A slot and a part of it as one text, like `echo-1/next`. An older Ringway knows no slot of such a name, and lets the replica go.
+    pub fn of_slot(self, slot: &str) -> String {
+        match self {
+            Self::Current => slot.to_owned(),
+            Self::Next => format!("{slot}/next"),
+            Self::Former => format!("{slot}/former"),
+        }
+    }
+
+    /// Reads the text of [`Part::of_slot`]. Returns the slot too.
+    pub fn parse(text: &str) -> (&str, Self) {
+        match text.rsplit_once('/') {
+            Some((slot, "next")) => (slot, Self::Next),
+            Some((slot, "former")) => (slot, Self::Former),
+            _ => (text, Self::Current),
+        }
+    }
+}
+
 /// A replica as one Ringway hands it over to the next. The sockets are copies.
 #[derive(Debug)]
 pub struct Handed {
@@ -44,6 +81,8 @@ pub struct Handed {
     pub pool: String,
     /// Its slot.
     pub slot: Arc<str>,
+    /// Whether it fills the slot, or stands beside it.
+    pub part: Part,
     /// Its process id.
     pub pid: u32,
     /// Where it listens.
@@ -56,6 +95,14 @@ pub struct Handed {
     pub output: PipeReader,
     /// The socket that reserves its port; `None` if it listens on a Unix socket.
     pub port: Option<Socket>,
+}
+
+impl Handed {
+    /// The seat of the replica, in the slot with this number, from 1.
+    pub(super) fn place(&self, number: u32) -> Place {
+        let role = if self.part == Part::Current { Role::Front } else { Role::Beside };
+        Place { slot: number as usize - 1, role }
+    }
 }
 
 /// Placeholder for the port on which a replica listens.

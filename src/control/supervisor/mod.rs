@@ -4,6 +4,7 @@
 //!
 //! - this file: the loop, and the [`Adapter`] that starts, stops and observes replicas
 //! - [`plan`]: decides what to do next; pure
+//! - [`rollout`]: how far the replacement of outdated replicas is; pure
 //! - [`slots`]: the slots of a pool, and their events for the publisher
 //! - [`handover`]: what one Ringway hands over to the next during an upgrade
 //! - [`ends`]: records and logs ends of replicas and failed starts
@@ -18,6 +19,7 @@ pub mod handover;
 pub mod launch;
 pub mod plan;
 pub mod process;
+pub mod rollout;
 pub mod shim;
 
 mod ends;
@@ -31,11 +33,13 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use self::handover::{Handed, Resting};
-use self::plan::{Action, Why};
+use self::handover::{Handed, Signals};
+use self::plan::{Action, Failure, Place, Role, Why};
+use self::rollout::{Rollout, RolloutOrder};
 pub use self::slots::SlotSettings;
 use self::slots::{LOOK, Running, Slots};
 use super::Event;
+use crate::backend::Replica;
 use crate::table::TableCell;
 
 /// Number of lines of a replica's output kept for its [`Exit`](crate::backend::Exit).
@@ -45,20 +49,28 @@ const LAST_LINES: usize = 10;
 trait Adapter {
     /// Settings of this kind of replica; they include the [`SlotSettings`].
     type Settings: Clone;
+    /// What a replica is started from. One with another spec is outdated.
+    type Spec: Clone + PartialEq;
     /// Something that the adapter has observed.
     type Observation;
 
     /// The settings that all kinds share.
     fn slot_settings(settings: &Self::Settings) -> &SlotSettings;
 
-    /// Applies the first settings, or changed ones.
-    fn configure(&mut self, settings: Self::Settings);
+    /// What the settings want replicas to be started from.
+    fn spec(&self, settings: &Self::Settings) -> Self::Spec;
+
+    /// Applies the first settings, or changed ones. Starts replicas from `spec`, which may be an earlier one.
+    fn configure(&mut self, settings: Self::Settings, spec: Self::Spec);
+
+    /// Looks again at what the spec of these settings stands for outside of Ringway, like the image behind a name.
+    async fn look_up(&mut self, _settings: &Self::Settings) {}
 
     /// The running replicas.
     fn running(&self) -> impl Iterator<Item = Running<'_>>;
 
-    /// Whether the replica in a slot was started from different settings than the current ones.
-    fn is_outdated(&self, slot: usize) -> bool;
+    /// Whether a replica was started from different settings than the current ones.
+    fn is_outdated(&self, place: Place) -> bool;
 
     /// Whether the adapter knows enough to act.
     fn may_act(&self) -> bool;
@@ -67,13 +79,20 @@ trait Adapter {
     fn is_idle(&self) -> bool;
 
     /// Starts a replica.
-    async fn start(&mut self, slots: &mut Slots, slot: usize, now: Instant) -> Progress;
+    async fn start(&mut self, slots: &mut Slots, place: Place, now: Instant) -> Progress;
+
+    /// Whether a second replica can run beside the one that fills the slot.
+    fn has_room_beside(&mut self, slot: usize) -> bool;
+
+    /// Exchanges the replica that fills a slot and the one beside it. Returns the one that fills it now, and the other one; `None`:
+    /// work on one of them is in progress.
+    fn flip(&mut self, slots: &Slots, slot: usize) -> Option<(Replica, Option<Replica>)>;
 
     /// Drains a replica that will be stopped.
-    async fn drain(&mut self, slots: &mut Slots, slot: usize, why: Why, now: Instant) -> Progress;
+    async fn drain(&mut self, slots: &mut Slots, place: Place, why: Why, now: Instant) -> Progress;
 
     /// Stops a replica.
-    async fn stop(&mut self, slots: &mut Slots, slot: usize, why: Why, now: Instant) -> Progress;
+    async fn stop(&mut self, slots: &mut Slots, place: Place, why: Why, now: Instant) -> Progress;
 
     /// Waits for the next observation. Dropping the future loses no observation.
     async fn next(&mut self) -> Self::Observation;
@@ -109,9 +128,12 @@ enum Ending {
 }
 
 /// The loop that keeps a replica in every configured slot.
-struct Supervisor<A> {
+struct Supervisor<A: Adapter> {
     adapter: A,
     slots: Slots,
+    /// The settings as they are configured. A rollout that has failed may have gone back to another spec.
+    settings: A::Settings,
+    rollout: Rollout<A::Spec>,
     table_changes: watch::Receiver<u64>,
 }
 
@@ -122,40 +144,54 @@ impl<A: Adapter> Supervisor<A> {
         settings: A::Settings,
         table: TableCell,
         events: mpsc::Sender<Event>,
-        is_settled: bool,
+        signals: &mut Signals,
     ) -> Self {
+        let is_settled = *signals.settled.borrow_and_update();
         let slots = Slots::new(A::slot_settings(&settings).clone(), table, events, is_settled);
+        let mut adapter = adapter;
+        adapter.look_up(&settings).await;
+        let rollout = Rollout::new(Arc::clone(slots.pool()), adapter.spec(&settings), Arc::clone(&signals.rollout));
         let table_changes = slots.watch_table();
-        let mut supervisor = Self { adapter, slots, table_changes };
-        supervisor.configure(settings).await;
+        let mut supervisor = Self { adapter, slots, settings, rollout, table_changes };
+        supervisor.apply().await;
         supervisor
     }
 
     /// Runs until `stop`, until the pool is configured to have no replicas and none is left, or until a successor has
     /// taken over.
-    async fn run(mut self, mut settings: watch::Receiver<A::Settings>, resting: Resting, stop: CancellationToken) {
+    async fn run(mut self, mut settings: watch::Receiver<A::Settings>, signals: Signals, stop: CancellationToken) {
         /// The timeout when nothing is due.
         const LONG: Duration = Duration::from_secs(3600);
-        let Resting { mut settled, mut handovers } = resting;
+        let Signals { mut settled, mut handovers, mut orders, rollout } = signals;
         let mut ending = Ending::Stopped;
         while !stop.is_cancelled() && !self.is_done() {
             let wake = self.act().await.unwrap_or_else(|| Instant::now() + LONG);
             tokio::select! {
                 () = stop.cancelled() => {}
                 () = tokio::time::sleep_until(wake.into()) => {}
-                observation = self.adapter.next() => self.adapter.observe(&mut self.slots, observation).await,
+                observation = self.adapter.next() => {
+                    self.adapter.observe(&mut self.slots, observation).await;
+                    self.follow_spec().await;
+                }
                 Ok(()) = self.table_changes.changed() => self.slots.judge(self.adapter.running()),
                 Ok(()) = settings.changed() => {
-                    let changed = settings.borrow_and_update().clone();
+                    self.settings = settings.borrow_and_update().clone();
+                    self.adapter.look_up(&self.settings).await;
+                    self.rollout.configure(self.adapter.spec(&self.settings), Instant::now());
                     // They may be the remedy.
                     self.slots.forgive(Instant::now());
-                    self.configure(changed).await;
+                    self.apply().await;
                 }
                 // The predecessor is gone, and its connections with it: adopted replicas may be outdated or surplus.
                 Ok(()) = settled.changed(), if !self.slots.is_settled => {
                     self.slots.is_settled = true;
-                    let current = settings.borrow().clone();
-                    self.configure(current).await;
+                    self.apply().await;
+                }
+                Some((order, obeyed)) = orders.recv() => {
+                    self.obey(order).await;
+                    self.follow_rollout(Instant::now());
+                    // The sender may have gone.
+                    let _ = obeyed.send(rollout.view());
                 }
                 Some(handover) = handovers.recv() => {
                     let handed = self.adapter.hand_over(&self.slots);
@@ -169,25 +205,78 @@ impl<A: Adapter> Supervisor<A> {
         self.adapter.finish(self.slots, ending).await;
     }
 
-    async fn configure(&mut self, settings: A::Settings) {
-        self.slots.configure(A::slot_settings(&settings).clone());
-        self.adapter.configure(settings);
-        for Running { slot, .. } in self.adapter.running() {
-            let is_outdated = self.is_outdated(slot);
-            self.slots[slot].outdated(is_outdated);
-        }
+    /// Applies the settings, with the spec that the rollout goes to.
+    async fn apply(&mut self) {
+        self.slots.configure(A::slot_settings(&self.settings).clone());
+        self.adapter.configure(self.settings.clone(), self.rollout.spec().clone());
+        self.mark_outdated();
         self.slots.announce().await;
         // A leaving slot may have left before it joined again: report its replica to the publisher.
         let wanted = self.slots.settings.replicas as usize;
-        for Running { slot, address, replica } in self.adapter.running().filter(|running| running.slot < wanted) {
-            let (Some(address), id) = (address.cloned(), Arc::clone(&self.slots[slot].name)) else { continue };
-            self.slots.send(Event::Started { id, address, replica: Some(replica.clone()) }).await;
+        for Running { place, address, replica } in self.adapter.running().filter(|running| running.place.slot < wanted)
+        {
+            let (Some(address), Role::Front) = (address.cloned(), place.role) else { continue };
+            self.slots.report(place, address, replica.clone()).await;
         }
         self.slots.withdraw_surplus().await;
     }
 
-    fn is_outdated(&self, slot: usize) -> bool {
-        self.slots.is_settled && self.adapter.is_outdated(slot)
+    /// An observation may have shown that the spec stands for something else now.
+    async fn follow_spec(&mut self) {
+        let wanted = self.adapter.spec(&self.settings);
+        if self.rollout.configure(wanted, Instant::now()) {
+            self.apply().await;
+        }
+    }
+
+    fn mark_outdated(&mut self) {
+        for Running { place, .. } in self.adapter.running() {
+            let is_outdated = self.is_outdated(place);
+            self.slots[place].outdated(is_outdated);
+        }
+    }
+
+    fn is_outdated(&self, place: Place) -> bool {
+        self.slots.is_settled && self.adapter.is_outdated(place)
+    }
+
+    /// Carries out an order about the rollout.
+    async fn obey(&mut self, order: RolloutOrder) {
+        match order {
+            RolloutOrder::Begin { is_forced } => {
+                self.adapter.look_up(&self.settings).await;
+                self.rollout.begin(self.adapter.spec(&self.settings), Instant::now());
+                self.slots.forgive(Instant::now());
+                self.apply().await;
+                if is_forced {
+                    self.slots.give_up_all();
+                }
+            }
+            RolloutOrder::Abort => self.fail("a command has aborted it").await,
+        }
+    }
+
+    /// The rollout fails. It may go back to what the replicas were started from before.
+    async fn fail(&mut self, reason: &str) {
+        let (on_failure, now) = (self.slots.settings.pace.on_failure, Instant::now());
+        let goes_back = self.rollout.fail(reason, on_failure, now);
+        self.slots.give_up_none();
+        if goes_back {
+            self.slots.forgive(now);
+        }
+        self.apply().await;
+    }
+
+    /// Why a new replica has failed, in words.
+    fn reason(&self, slot: usize, failure: Failure) -> String {
+        let name = self.slots.name(slot);
+        match (failure, &self.slots.last_end) {
+            (Failure::CrashLoop, Some(end)) => format!("the new replica of {name} does not stay: {end}"),
+            (Failure::CrashLoop, None) => format!("the new replica of {name} does not stay"),
+            (Failure::Unhealthy, _) => {
+                format!("the new replica of {name} is unhealthy: {}", self.slots.last_check(slot))
+            }
+        }
     }
 
     /// The pool is configured to have no replicas, and none is left.
@@ -202,27 +291,58 @@ impl<A: Adapter> Supervisor<A> {
         }
         let now = Instant::now();
         let next_look = self.slots.look_at_drains().await.then(|| now + LOOK);
-        let plan = self.slots.plan(now);
+        self.follow_rollout(now);
+        let plan = self.slots.plan(self.rollout.stage(), self.rollout.last_step, now);
         let mut wake = plan.wake.into_iter().chain(next_look).min();
         for action in plan.actions {
-            let progress = match action {
-                Action::Start(slot) => self.adapter.start(&mut self.slots, slot, now).await,
-                Action::Drain(slot, why) => self.adapter.drain(&mut self.slots, slot, why, now).await,
-                Action::Stop(slot, why) => self.adapter.stop(&mut self.slots, slot, why, now).await,
-                // `configure` has reported this to the publisher.
-                Action::Keep(slot) => {
-                    let is_outdated = self.is_outdated(slot);
-                    self.slots[slot].kept(is_outdated);
-                    Progress::Done
-                }
-            };
-            let again = match progress {
+            let again = match self.carry_out(action, now).await {
                 Progress::Done => Some(now),
                 Progress::UnderWay => None,
                 Progress::Later(until) => Some(until),
             };
             wake = wake.into_iter().chain(again).min();
+            if matches!(action, Action::Fail(..)) {
+                // What was planned beside it may no longer be wanted.
+                break;
+            }
         }
         wake
+    }
+
+    /// Notes how far the rollout is.
+    fn follow_rollout(&mut self, now: Instant) {
+        if self.slots.settle(now) {
+            self.rollout.last_step = Some(now);
+        }
+        let (updated, total, is_quiet) = self.slots.progress();
+        self.rollout.follow(updated, total, is_quiet, now);
+    }
+
+    async fn carry_out(&mut self, action: Action, now: Instant) -> Progress {
+        match action {
+            Action::Start(Place { slot, role: Role::Beside }) if !self.adapter.has_room_beside(slot) => {
+                self.adapter.drain(&mut self.slots, Place::front(slot), Why::Outdated, now).await
+            }
+            Action::Start(place) => self.adapter.start(&mut self.slots, place, now).await,
+            Action::Drain(place, why) => self.adapter.drain(&mut self.slots, place, why, now).await,
+            Action::Stop(place, why) => self.adapter.stop(&mut self.slots, place, why, now).await,
+            // `apply` has reported this to the publisher.
+            Action::Keep(slot) => {
+                let place = Place::front(slot);
+                let is_outdated = self.is_outdated(place);
+                self.slots[place].kept(is_outdated);
+                Progress::Done
+            }
+            Action::Flip(slot) => {
+                let Some((next, former)) = self.adapter.flip(&self.slots, slot) else { return Progress::UnderWay };
+                self.slots.flip(slot, next, former).await;
+                self.rollout.last_step = Some(now);
+                Progress::Done
+            }
+            Action::Fail(slot, failure) => {
+                self.fail(&self.reason(slot, failure)).await;
+                Progress::Done
+            }
+        }
     }
 }

@@ -1,18 +1,24 @@
 //! Decides what the supervisor does next: a pure function of the settings, the observed state, and the time.
 //!
-//! Adapters report to each [`Slot`] what they observe and carry out the [`plan`]. Only Ringway's own clock counts, and
+//! Adapters report to each [`Seat`] what they observe and carry out the [`plan`]. Only Ringway's own clock counts, and
 //! only as differences: Ringway does not use the engine's times.
+//!
+//! - this file: the plan
+//! - [`seat`]: what is known about the replica in a seat
+//! - [`slot`]: the two seats of a slot
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use self::seat::{Seat, Why};
+pub use self::slot::{Place, Role, Slot};
+use super::rollout::Stage;
 use crate::label_enum;
+
+mod seat;
+mod slot;
 
 #[cfg(test)]
 mod tests;
-
-/// How long the plan waits for the first verdict on an adopted, outdated replica before it replaces it.
-const UNJUDGED: Duration = Duration::from_secs(10);
 
 /// When Ringway restarts a replica, and when it replaces one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,79 +36,87 @@ pub struct Policy {
     pub replace_after: Option<Duration>,
 }
 
-/// The observed state of one slot.
-#[derive(Debug, Clone)]
-pub struct Slot {
-    /// The slot's name, which is the backend's id.
-    pub name: Arc<str>,
-    phase: Phase,
-    /// Replicas in a row that did not last.
-    strikes: u32,
-    /// The slot's replica is being replaced, and its successor has no verdict yet.
-    in_replacement: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    Empty {
-        start_at: Instant,
-    },
-    /// A start has begun, and no replica has been seen yet.
-    Starting,
-    Running {
-        since: Instant,
-        worth: Worth,
-        is_outdated: bool,
-    },
-    /// The replica's connections may end before it is stopped.
-    Draining {
-        since: Instant,
-        why: Why,
-        is_over: bool,
-    },
-    Stopping {
-        since: Instant,
-        why: Why,
-    },
-}
-
-/// The verdict on a running replica.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Worth {
-    Unknown,
-    Healthy,
-    Unhealthy { since: Instant },
-}
-
 label_enum! {
-    /// Why a replica is stopped.
-    pub enum Why {
-        /// The pool no longer has the slot.
-        Surplus => "surplus",
-        /// The replica runs, but has been unhealthy for too long.
-        Unhealthy => "unhealthy",
-        /// The replica was created from different settings than the current ones.
-        Outdated => "outdated",
+    /// In which order a rollout replaces the replica of a slot.
+    pub enum Order {
+        /// The new replica starts beside the old one, and takes the slot when it is healthy.
+        StartFirst => "start_first",
+        /// The old replica leaves before the new one starts.
+        StopFirst => "stop_first",
     }
 }
 
-/// An action on a slot, given by its index.
+label_enum! {
+    /// What Ringway does when a rollout fails.
+    pub enum OnFailure {
+        /// Goes back to what the replicas were started from before.
+        Rollback => "rollback",
+        /// Leaves the replicas as they are and replaces no more of them.
+        Pause => "pause",
+    }
+}
+
+/// How a rollout replaces replicas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    /// Which replica of a slot is there first.
+    pub order: Order,
+    /// Slots whose replicas are replaced at the same time, at least 1.
+    pub parallel: u32,
+    /// Wait between the end of one replacement and the start of the next.
+    pub pause: Duration,
+    /// How long a new replica must have been healthy before it counts.
+    pub healthy_for: Duration,
+    /// What happens when a new replica fails.
+    pub on_failure: OnFailure,
+    /// How long the connections of a replaced replica may go on.
+    pub drain: Duration,
+}
+
+/// A rollout as the plan sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct Going<'a> {
+    /// How it replaces replicas.
+    pub pace: &'a Pace,
+    /// What it does.
+    pub stage: Stage,
+    /// Whether the connections of a predecessor have ended. As long as it has some, no replica of its time is stopped.
+    pub is_settled: bool,
+    /// When the last replacement ended.
+    pub last_step: Option<Instant>,
+}
+
+label_enum! {
+    /// Why a rollout fails.
+    pub enum Failure {
+        /// A new replica runs, but is unhealthy.
+        Unhealthy => "unhealthy",
+        /// New replicas keep ending, or cannot be started.
+        CrashLoop => "crash_loop",
+    }
+}
+
+/// An action on a replica, or on a slot, given by its index.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Action {
     /// Start a replica.
-    Start(usize),
+    Start(Place),
     /// Give the replica no new connections, and let the open ones end.
-    Drain(usize, Why),
+    Drain(Place, Why),
     /// End the drain of a replica that is needed again.
     Keep(usize),
     /// Stop the replica.
-    Stop(usize, Why),
+    Stop(Place, Why),
+    /// Let the replica beside the slot fill it.
+    Flip(usize),
+    /// The new replica of this slot shows that the rollout fails.
+    Fail(usize, Failure),
 }
 
 /// What to do now, and when to plan again if nothing happens before.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// The actions; each slot occurs at most once.
+    /// The actions; each replica occurs at most once.
     pub actions: Vec<Action>,
     /// When to plan again; `None`: nothing is due.
     pub wake: Option<Instant>,
@@ -111,58 +125,24 @@ pub struct Plan {
 /// Plans the next actions. The goal: each of the first `wanted` slots has a healthy replica that was created from the
 /// current settings, and the other slots are empty.
 ///
-/// The plan replaces one replica at a time, and the next one only once the successor has a verdict: a fault that makes
-/// all replicas unhealthy must not take all of them down. An outdated replica is replaced once all are healthy. If it
-/// is unhealthy it is replaced at once: nothing is lost, and the new settings may be the remedy. A replica that serves
-/// is drained before it is stopped.
-pub fn plan(wanted: usize, slots: &[Slot], policy: &Policy, now: Instant) -> Plan {
+/// The plan replaces one unhealthy replica at a time, and the next one only once the successor has a verdict: a fault that makes
+/// all replicas unhealthy must not take all of them down. A rollout replaces outdated replicas, at most `parallel` at a time, once
+/// all others are healthy. If an outdated replica is unhealthy it is replaced at once: nothing is lost, and the new settings may be
+/// the remedy. A replica that serves is drained before it is stopped.
+pub fn plan(wanted: usize, slots: &[Slot], policy: &Policy, going: Going<'_>, now: Instant) -> Plan {
     let mut plan = Plan { actions: Vec::new(), wake: None };
     let (kept, surplus) = slots.split_at(wanted.min(slots.len()));
-    for (index, slot) in kept.iter().enumerate() {
-        match slot.phase {
-            Phase::Empty { start_at } => plan.do_at(start_at, Action::Start(index), now),
-            Phase::Draining { why: Why::Surplus, .. } => plan.actions.push(Action::Keep(index)),
-            Phase::Draining { why, is_over: true, .. } => plan.actions.push(Action::Stop(index, why)),
-            _ => {}
+    for (n, slot) in kept.iter().enumerate() {
+        plan.fill(n, slot, now);
+        if going.is_settled {
+            plan.go_on(n, slot, policy, going, now);
         }
     }
-    for (index, slot) in surplus.iter().enumerate().map(|(index, slot)| (wanted + index, slot)) {
-        match slot.phase {
-            Phase::Draining { why: Why::Surplus, is_over: true, .. } => {
-                plan.actions.push(Action::Stop(index, Why::Surplus));
-            }
-            Phase::Running { .. } | Phase::Draining { why: Why::Outdated | Why::Unhealthy, .. } => {
-                plan.actions.push(Action::Drain(index, Why::Surplus));
-            }
-            Phase::Draining { .. } | Phase::Empty { .. } | Phase::Starting | Phase::Stopping { .. } => {}
-        }
+    for (n, slot) in surplus.iter().enumerate().map(|(n, slot)| (wanted + n, slot)) {
+        plan.clear(n, slot);
     }
-    // The settings have changed again before the successor had a verdict: waiting for it would only delay the remedy.
-    let given_up = kept.iter().position(|slot| slot.in_replacement && slot.is_unjudged_and_outdated());
-    if let Some(index) = given_up {
-        plan.actions.push(Action::Stop(index, Why::Outdated));
-    }
-    // While the predecessor drains, no successor is due yet: a drain may take long, and other replicas may hang
-    // meanwhile.
-    if kept.iter().any(|slot| slot.in_replacement && slot.drains_for().is_none()) {
-        return plan;
-    }
-    let unhealthy = kept.iter().enumerate().filter_map(|(index, slot)| Some((slot.unhealthy_since()?, index)));
-    if let (Some(patience), Some((since, index))) = (policy.replace_after, unhealthy.min()) {
-        plan.do_at(since + patience, Action::Stop(index, Why::Unhealthy), now);
-    }
-    if kept.iter().any(|slot| slot.in_replacement) {
-        return plan;
-    }
-    let all_healthy = kept.iter().all(Slot::is_healthy);
-    let outdated =
-        kept.iter().enumerate().filter_map(|(index, slot)| Some((slot.outdated_goes_at(all_healthy)?, index)));
-    let is_other_stopped = plan.actions.iter().any(|action| matches!(action, Action::Stop(..)));
-    if let Some((at, index)) = outdated.min().filter(|_| !is_other_stopped) {
-        let is_of_use = slots[index].unhealthy_since().is_none();
-        let action = if is_of_use { Action::Drain(index, Why::Outdated) } else { Action::Stop(index, Why::Outdated) };
-        plan.do_at(at, action, now);
-    }
+    plan.replace(kept, policy, now);
+    plan.roll_out(kept, going, now);
     plan
 }
 
@@ -174,199 +154,139 @@ impl Plan {
             self.wake = Some(self.wake.map_or(at, |wake| wake.min(at)));
         }
     }
-}
 
-impl Slot {
-    /// An empty slot whose first replica is due at once.
-    pub fn new(name: Arc<str>, now: Instant) -> Self {
-        Self { name, phase: Phase::Empty { start_at: now }, strikes: 0, in_replacement: false }
-    }
-
-    /// Records that a start has begun.
-    pub fn starting(&mut self) {
-        self.phase = Phase::Starting;
-    }
-
-    /// Forgets how the last replicas ended, because their settings have changed. An empty slot starts at once.
-    pub fn forgive(&mut self, now: Instant) {
-        self.strikes = 0;
-        if let Phase::Empty { start_at } = &mut self.phase {
-            *start_at = now;
-        }
-    }
-
-    /// Records that the start could not be tried, which does not count as a strike. Retries no earlier than `start_at`.
-    pub fn postponed(&mut self, start_at: Instant) {
-        self.phase = Phase::Empty { start_at };
-    }
-
-    /// Records that a new replica runs.
-    pub fn running(&mut self, is_outdated: bool, now: Instant) {
-        self.phase = Phase::Running { since: now, worth: Worth::Unknown, is_outdated };
-    }
-
-    /// Records the verdict of the health checks on the running replica; `None` while undecided.
-    pub fn judged(&mut self, verdict: Option<bool>, now: Instant) {
-        let Phase::Running { worth, .. } = &mut self.phase else { return };
-        *worth = match (verdict, *worth) {
-            (Some(true), _) => Worth::Healthy,
-            (Some(false), Worth::Unhealthy { since }) => Worth::Unhealthy { since },
-            (Some(false), _) => Worth::Unhealthy { since: now },
-            (None, _) => Worth::Unknown,
-        };
-        self.in_replacement &= verdict.is_none();
-    }
-
-    /// Records whether the running replica was created from different settings than the current ones.
-    pub fn outdated(&mut self, outdated: bool) {
-        if let Phase::Running { is_outdated, .. } = &mut self.phase {
-            *is_outdated = outdated;
-        }
-    }
-
-    /// Records that the replica gets no new connections from now on.
-    pub fn draining(&mut self, why: Why) {
-        if let Phase::Running { since, .. } | Phase::Draining { since, .. } = self.phase {
-            self.phase = Phase::Draining { since, why, is_over: false };
-            self.in_replacement = why != Why::Surplus;
-        }
-    }
-
-    /// Records that the drain is over: the last connection has ended, or the deadline has passed.
-    pub fn drained(&mut self) {
-        if let Phase::Draining { is_over, .. } = &mut self.phase {
-            *is_over = true;
-        }
-    }
-
-    /// Records that the drain was cancelled.
-    pub fn kept(&mut self, is_outdated: bool) {
-        if let Phase::Draining { since, .. } = self.phase {
-            self.phase = Phase::Running { since, worth: Worth::Unknown, is_outdated };
-        }
-    }
-
-    /// Records that a stop has begun.
-    pub fn stopping(&mut self, why: Why) {
-        if let Phase::Running { since, .. } | Phase::Draining { since, .. } = self.phase {
-            self.phase = Phase::Stopping { since, why };
-            self.in_replacement = why != Why::Surplus;
-        }
-    }
-
-    /// Records that the stop failed: the replica still runs.
-    pub fn not_stopped(&mut self) {
-        if let Phase::Stopping { since, why } = self.phase {
-            self.phase = Phase::Running { since, worth: Worth::Unknown, is_outdated: why == Why::Outdated };
-            self.in_replacement = false;
-        }
-    }
-
-    /// Records that the replica ended or could not be started. Returns the wait before the next start.
-    pub fn ended(&mut self, policy: &Policy, now: Instant) -> Duration {
-        let lasted = match self.phase {
-            Phase::Running { since, .. } | Phase::Stopping { since, why: Why::Unhealthy } => {
-                now.saturating_duration_since(since) >= policy.stable_after
+    /// Fills the first seat of a slot that the pool has.
+    fn fill(&mut self, n: usize, slot: &Slot, now: Instant) {
+        let front = &slot.front;
+        if let Some(at) = front.starts_at() {
+            // Whoever stands beside the slot fills it sooner.
+            if !slot.has_successor() || slot.beside.unhealthy_since().is_some() {
+                self.do_at(at, Action::Start(Place::front(n)), now);
             }
-            Phase::Empty { .. } | Phase::Starting => false,
-            // Ringway ended the replica.
-            Phase::Stopping { .. } | Phase::Draining { .. } => true,
+        } else if front.drains_or_drained() == Some(Why::Surplus) {
+            self.actions.push(Action::Keep(n));
+        } else if let (true, Some(why)) = (front.is_drained(), front.drains_or_drained()) {
+            self.actions.push(Action::Stop(Place::front(n), why));
+        }
+    }
+
+    /// Empties a slot that the pool no longer has.
+    fn clear(&mut self, n: usize, slot: &Slot) {
+        match slot.front.drains_or_drained() {
+            Some(Why::Surplus) if slot.front.is_drained() => {
+                self.actions.push(Action::Stop(Place::front(n), Why::Surplus));
+            }
+            Some(Why::Surplus) => {}
+            Some(_) => self.actions.push(Action::Drain(Place::front(n), Why::Surplus)),
+            None if slot.front.serves() => self.actions.push(Action::Drain(Place::front(n), Why::Surplus)),
+            None => {}
+        }
+        if slot.beside.serves() || slot.beside.is_drained() {
+            self.actions.push(Action::Stop(Place::beside(n), Why::Surplus));
+        }
+    }
+
+    /// Decides about the new replica of a slot, and about the one beside it.
+    fn go_on(&mut self, n: usize, slot: &Slot, policy: &Policy, going: Going<'_>, now: Instant) {
+        let (front, beside, place) = (&slot.front, &slot.beside, Place::beside(n));
+        let healthy_for = going.pace.healthy_for;
+        if beside.is_drained() {
+            self.actions.push(Action::Stop(place, Why::Outdated));
+        } else if beside.serves() && beside.is_former {
+            self.actions.push(Action::Drain(place, Why::Outdated));
+        } else if beside.serves() {
+            let is_needed =
+                going.stage != Stage::Paused && (front.is_outdated() || !front.is_running()) && !beside.is_outdated();
+            if !is_needed {
+                self.actions.push(Action::Stop(place, Why::Surplus));
+            } else if beside.unhealthy_since().is_some() {
+                self.fail(n, Failure::Unhealthy, going);
+            } else if front.starts_at().is_some() {
+                self.actions.push(Action::Flip(n));
+            } else if let Some(since) = beside.healthy_since() {
+                self.do_at(since + healthy_for, Action::Flip(n), now);
+            }
+        } else if let (Some(at), true) = (beside.starts_at(), slot.waits_for_another()) {
+            if beside.is_crash_loop(policy) {
+                self.fail(n, Failure::CrashLoop, going);
+            } else if going.stage != Stage::Paused {
+                self.do_at(at, Action::Start(place), now);
+            }
+        }
+        if front.is_new() && !front.is_outdated() {
+            if front.unhealthy_since().is_some() {
+                self.fail(n, Failure::Unhealthy, going);
+            } else if front.starts_at().is_some() && front.is_crash_loop(policy) {
+                self.fail(n, Failure::CrashLoop, going);
+            } else if let Some(since) = front.healthy_since().filter(|&since| since + healthy_for > now) {
+                self.wake = self.wake.into_iter().chain([since + healthy_for]).min();
+            }
+        }
+    }
+
+    /// The new replica of a slot has failed, and the rollout with it, unless that has failed before.
+    fn fail(&mut self, n: usize, failure: Failure, going: Going<'_>) {
+        let has_failed = self.actions.iter().any(|action| matches!(action, Action::Fail(..)));
+        if !has_failed && matches!(going.stage, Stage::Running | Stage::RollingBack) {
+            self.actions.push(Action::Fail(n, failure));
+        }
+    }
+
+    /// Replaces an unhealthy replica, and one that has become outdated before it had a verdict.
+    fn replace(&mut self, kept: &[Slot], policy: &Policy, now: Instant) {
+        // The settings have changed again before the successor had a verdict: waiting for it would only delay the remedy.
+        let given_up = kept.iter().position(|slot| slot.front.is_replaced() && slot.front.is_unjudged_and_outdated());
+        if let Some(n) = given_up {
+            self.actions.push(Action::Stop(Place::front(n), Why::Outdated));
+        }
+        // While the predecessor drains, no successor is due yet: a drain may take long, and other replicas may hang
+        // meanwhile.
+        if kept.iter().any(|slot| slot.front.is_replaced() && slot.front.drains_for().is_none()) {
+            return;
+        }
+        let alone = kept.iter().enumerate().filter(|(_, slot)| !slot.has_successor());
+        let unhealthy = alone.filter_map(|(n, slot)| Some((slot.front.unhealthy_since()?, n)));
+        if let (Some(patience), Some((since, n))) = (policy.replace_after, unhealthy.min()) {
+            self.do_at(since + patience, Action::Stop(Place::front(n), Why::Unhealthy), now);
+        }
+    }
+
+    /// Begins to replace outdated replicas.
+    fn roll_out(&mut self, kept: &[Slot], going: Going<'_>, now: Instant) {
+        let Pace { order, parallel, pause, healthy_for, .. } = *going.pace;
+        let is_new = |slot: &Slot| {
+            let is_proven = slot.front.healthy_since().is_some_and(|since| since + healthy_for <= now);
+            slot.front.is_new() && !slot.front.is_outdated() && !is_proven
         };
-        // The end of a successor counts as its verdict.
-        self.in_replacement &= matches!(self.phase, Phase::Stopping { .. } | Phase::Draining { .. });
-        self.strikes = if lasted { 0 } else { self.strikes.saturating_add(1) };
-        let wait = self.backoff(policy);
-        self.phase = Phase::Empty { start_at: now + wait };
-        wait
-    }
-
-    /// Whether the slot has a replica.
-    pub fn is_running(&self) -> bool {
-        matches!(self.phase, Phase::Running { .. } | Phase::Draining { .. } | Phase::Stopping { .. })
-    }
-
-    /// Whether the slot still has a replica that was created from different settings than the current ones.
-    pub fn is_outdated(&self) -> bool {
-        matches!(
-            self.phase,
-            Phase::Running { is_outdated: true, .. }
-                | Phase::Draining { why: Why::Outdated, .. }
-                | Phase::Stopping { why: Why::Outdated, .. }
-        )
-    }
-
-    /// Whether the replica's drain is over.
-    pub fn is_drained(&self) -> bool {
-        matches!(self.phase, Phase::Draining { is_over: true, .. })
-    }
-
-    /// Why the replica is draining; `None` if it is not, or if the drain is over.
-    pub fn drains_for(&self) -> Option<Why> {
-        match self.phase {
-            Phase::Draining { why, is_over: false, .. } => Some(why),
-            _ => None,
+        let is_changing =
+            |slot: &Slot| slot.front.is_replaced() || is_new(slot) || slot.has_successor() || slot.waits_for_another();
+        let changing = kept.iter().filter(|slot| is_changing(slot)).count();
+        let room = (parallel as usize).saturating_sub(changing);
+        if going.stage == Stage::Paused
+            || !going.is_settled
+            || room == 0
+            || self.actions.iter().any(|action| matches!(action, Action::Stop(..)))
+        {
+            return;
         }
-    }
-
-    /// Why Ringway stops the replica; `None` if it does not.
-    pub fn stops_for(&self) -> Option<Why> {
-        match self.phase {
-            Phase::Stopping { why, .. } => Some(why),
-            _ => None,
+        let all_healthy = kept.iter().filter(|slot| !is_changing(slot)).all(|slot| slot.front.is_healthy());
+        let outdated = kept.iter().enumerate().filter(|(_, slot)| !is_changing(slot));
+        let mut outdated: Vec<_> =
+            outdated.filter_map(|(n, slot)| Some((slot.front.outdated_goes_at(all_healthy)?, n))).collect();
+        outdated.sort_unstable();
+        for (at, n) in outdated.into_iter().take(room) {
+            let slot = &kept[n];
+            let action = match order {
+                _ if slot.front.unhealthy_since().is_some() => Action::Stop(Place::front(n), Why::Outdated),
+                // The one before the last is still there. Its connections may go on for long.
+                Order::StartFirst if slot.beside.is_running() => continue,
+                Order::StartFirst => Action::Start(Place::beside(n)),
+                Order::StopFirst => Action::Drain(Place::front(n), Why::Outdated),
+            };
+            // An unhealthy one has nothing to lose.
+            let paused = going.last_step.map_or(at, |last| last + pause);
+            let at = if matches!(action, Action::Stop(..)) { at } else { at.max(paused) };
+            self.do_at(at, action, now);
         }
-    }
-
-    /// Whether a start has begun and no replica has been seen yet.
-    pub fn is_starting(&self) -> bool {
-        self.phase == Phase::Starting
-    }
-
-    /// Whether the previous replica lasted, or there was none.
-    pub fn is_first_try(&self) -> bool {
-        self.strikes == 0
-    }
-
-    /// Whether the slot is in a crash loop: too many replicas in a row did not last.
-    pub fn is_crash_loop(&self, policy: &Policy) -> bool {
-        self.strikes >= policy.crash_loop_after
-    }
-
-    fn is_healthy(&self) -> bool {
-        matches!(self.phase, Phase::Running { worth: Worth::Healthy, .. })
-    }
-
-    fn is_unjudged_and_outdated(&self) -> bool {
-        matches!(self.phase, Phase::Running { worth: Worth::Unknown, is_outdated: true, .. })
-    }
-
-    /// When an outdated replica may be replaced; `None` if it is still needed, or not outdated.
-    fn outdated_goes_at(&self, all_healthy: bool) -> Option<Instant> {
-        match self.phase {
-            Phase::Running { since, worth, is_outdated: true } => match worth {
-                Worth::Healthy => all_healthy.then_some(since),
-                Worth::Unhealthy { since } => Some(since),
-                Worth::Unknown => Some(since + UNJUDGED),
-            },
-            _ => None,
-        }
-    }
-
-    fn unhealthy_since(&self) -> Option<Instant> {
-        match self.phase {
-            Phase::Running { worth: Worth::Unhealthy { since }, .. } => Some(since),
-            _ => None,
-        }
-    }
-
-    /// The wait before the next start: none after the first strike, then doubling from `backoff` to `max_backoff`.
-    /// Reduced by up to a fifth, depending on slot and strike, to keep slots that died together from starting together.
-    fn backoff(&self, policy: &Policy) -> Duration {
-        let Some(doublings) = self.strikes.checked_sub(2) else { return Duration::ZERO };
-        let factor = 1_u32.checked_shl(doublings).unwrap_or(u32::MAX);
-        let wait = policy.backoff.saturating_mul(factor).min(policy.max_backoff);
-        let mut bytes = self.name.as_bytes().to_vec();
-        bytes.extend_from_slice(&self.strikes.to_le_bytes());
-        let jitter = u32::from(seahash::hash(&bytes).to_le_bytes()[0]);
-        wait.saturating_sub(wait / 5 * jitter / 255)
     }
 }

@@ -17,8 +17,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::handover::{Handed, Resting, Spec};
-use super::plan::Why;
+use super::handover::{Handed, Part, Signals, Spec};
+use super::plan::{Place, Role, Why};
 use super::{Adapter, Ending, Progress, Running, SlotSettings, Slots, Supervisor};
 use crate::address::Address;
 use crate::backend::{Exit, Replica};
@@ -56,27 +56,26 @@ pub async fn supervise(
     mut settings: watch::Receiver<Settings>,
     ports: Ports,
     taken_over: Vec<Handed>,
-    mut resting: Resting,
+    mut signals: Signals,
     table: TableCell,
     events: mpsc::Sender<Event>,
     stop: CancellationToken,
 ) {
     let first = settings.borrow_and_update().clone();
-    let is_settled = *resting.settled.borrow_and_update();
     let processes = Processes { settings: first.clone(), ports, waiting: JoinSet::new(), children: HashMap::new() };
-    let mut supervisor = Supervisor::new(processes, first, table, events, is_settled).await;
+    let mut supervisor = Supervisor::new(processes, first, table, events, &mut signals).await;
     supervisor.adapter.take_over(&mut supervisor.slots, taken_over).await;
-    supervisor.run(settings, resting, stop).await;
+    supervisor.run(settings, signals, stop).await;
 }
 
 /// The adapter: the child processes of one pool.
 struct Processes {
     settings: Settings,
     ports: Ports,
-    /// Waits for each child. Yields the slot, and how the child ended.
-    waiting: JoinSet<(usize, Exit)>,
-    /// The running replicas by slot.
-    children: HashMap<usize, ChildProcess>,
+    /// Waits for each child. Yields its process id, and how it ended.
+    waiting: JoinSet<(u32, Exit)>,
+    /// The running replicas.
+    children: HashMap<Place, ChildProcess>,
 }
 
 /// A running replica.
@@ -94,14 +93,20 @@ struct ChildProcess {
 
 impl Adapter for Processes {
     type Settings = Settings;
+    type Spec = Arc<Spec>;
     /// A child process ended.
-    type Observation = (usize, Exit);
+    type Observation = (u32, Exit);
 
     fn slot_settings(settings: &Settings) -> &SlotSettings {
         &settings.slots
     }
 
-    fn configure(&mut self, settings: Settings) {
+    fn spec(&self, settings: &Settings) -> Arc<Spec> {
+        Arc::clone(&settings.spec)
+    }
+
+    fn configure(&mut self, settings: Settings, spec: Arc<Spec>) {
+        let settings = Settings { spec, ..settings };
         let ports = if settings.spec.uses_sockets() { 0 } else { settings.slots.replicas as usize };
         if let Err(error) = self.ports.extend(ports) {
             tracing::error!(pool = %settings.slots.pool, %error, "not enough free ports for all replicas");
@@ -110,15 +115,15 @@ impl Adapter for Processes {
     }
 
     fn running(&self) -> impl Iterator<Item = Running<'_>> {
-        let running = |(&slot, child)| {
+        let running = |(&place, child)| {
             let child: &ChildProcess = child;
-            Running { slot, address: Some(&child.address), replica: &child.replica }
+            Running { place, address: Some(&child.address), replica: &child.replica }
         };
         self.children.iter().map(running)
     }
 
-    fn is_outdated(&self, slot: usize) -> bool {
-        self.children.get(&slot).is_some_and(|child| child.spec != self.settings.spec)
+    fn is_outdated(&self, place: Place) -> bool {
+        self.children.get(&place).is_some_and(|child| child.spec != self.settings.spec)
     }
 
     fn may_act(&self) -> bool {
@@ -129,36 +134,60 @@ impl Adapter for Processes {
         self.waiting.is_empty()
     }
 
-    async fn start(&mut self, slots: &mut Slots, slot: usize, now: Instant) -> Progress {
-        let name = Arc::clone(&slots[slot].name);
-        slots[slot].starting();
-        match self.spawn(&name, slot).await {
+    async fn start(&mut self, slots: &mut Slots, place: Place, now: Instant) -> Progress {
+        let name = Arc::clone(slots.name(place.slot));
+        slots[place].starting();
+        match self.spawn(&name, place).await {
             Ok((pid, held, address)) => {
                 slots.note_start();
                 tracing::debug!(pool = %slots.pool(), slot = %name, pid, %address, "replica started");
                 let spec = Arc::clone(&self.settings.spec);
-                self.runs(slots, slot, pid, address, spec, held, now).await;
+                self.runs(slots, place, pid, address, spec, held, now).await;
             }
-            Err(error) => slots.refused(slot, &error.to_string()).await,
+            Err(error) => slots.refused(place, &error.to_string()).await,
         }
         Progress::Done
     }
 
-    async fn drain(&mut self, slots: &mut Slots, slot: usize, why: Why, _now: Instant) -> Progress {
-        slots.drain(slot, why).await;
+    fn has_room_beside(&mut self, slot: usize) -> bool {
+        if self.settings.spec.uses_sockets() {
+            return true;
+        }
+        let reserved = self.ports.reserve_beside(slot);
+        if let Err(error) = &reserved {
+            tracing::warn!(pool = %self.settings.slots.pool, %error,
+                "no free port for a second replica of the slot: the old one leaves before the new one starts. Add ports to \
+                 `ports`, or set rollout.order: stop_first");
+        }
+        reserved.is_ok()
+    }
+
+    fn flip(&mut self, _slots: &Slots, slot: usize) -> Option<(Replica, Option<Replica>)> {
+        let (front, beside) = (Place::front(slot), Place::beside(slot));
+        let (former, next) = (self.children.remove(&front), self.children.remove(&beside));
+        self.ports.flip(slot);
+        let replica = |child: &ChildProcess| child.replica.clone();
+        let replicas = (next.as_ref().map(replica), former.as_ref().map(replica));
+        let placed = [(front, next), (beside, former)];
+        self.children.extend(placed.into_iter().filter_map(|(place, child)| Some((place, child?))));
+        Some((replicas.0?, replicas.1))
+    }
+
+    async fn drain(&mut self, slots: &mut Slots, place: Place, why: Why, _now: Instant) -> Progress {
+        slots.drain(place, why).await;
         Progress::Done
     }
 
-    async fn stop(&mut self, slots: &mut Slots, slot: usize, why: Why, _now: Instant) -> Progress {
-        if let Some(child) = self.children.get(&slot) {
-            slots.log_stop(slot, why);
+    async fn stop(&mut self, slots: &mut Slots, place: Place, why: Why, _now: Instant) -> Progress {
+        if let Some(child) = self.children.get(&place) {
+            slots.log_stop(place, why);
             child.stop.cancel();
         }
-        slots[slot].stopping(why);
+        slots[place].stopping(why);
         Progress::Done
     }
 
-    async fn next(&mut self) -> (usize, Exit) {
+    async fn next(&mut self) -> (u32, Exit) {
         match self.waiting.join_next().await {
             Some(Ok(ended)) => ended,
             // A panic is a bug in Ringway, which a retry cannot fix.
@@ -167,23 +196,30 @@ impl Adapter for Processes {
         }
     }
 
-    async fn observe(&mut self, slots: &mut Slots, (slot, exit): (usize, Exit)) {
-        if let Some(child) = self.children.remove(&slot) {
+    async fn observe(&mut self, slots: &mut Slots, (pid, exit): (u32, Exit)) {
+        let found = self.children.iter().find(|(_, child)| child.pid == pid).map(|(&place, _)| place);
+        let Some(place) = found else { return };
+        if let Some(child) = self.children.remove(&place) {
             sockets::remove(&child.address);
         }
-        slots.ended(slot, exit).await;
+        slots.ended(place, exit).await;
     }
 
     fn hand_over(&self, slots: &Slots) -> io::Result<Vec<Handed>> {
-        let handed = self.children.iter().map(|(&slot, child)| {
+        let handed = self.children.iter().map(|(&place, child)| {
             let port = match &child.address {
-                Address::Ip(_) => Some(self.ports.socket(slot).ok_or(io::ErrorKind::NotFound)?.try_clone()?),
+                Address::Ip(_) => Some(self.ports.socket(place).ok_or(io::ErrorKind::NotFound)?.try_clone()?),
                 Address::Unix(_) => None,
             };
             let Held { lifeline, output } = child.held.try_clone()?;
             Ok(Handed {
                 pool: slots.pool().to_string(),
-                slot: Arc::clone(&slots[slot].name),
+                slot: Arc::clone(slots.name(place.slot)),
+                part: match place.role {
+                    Role::Front => Part::Current,
+                    Role::Beside if slots[place].is_former => Part::Former,
+                    Role::Beside => Part::Next,
+                },
                 pid: child.pid,
                 address: child.address.clone(),
                 spec: Arc::clone(&child.spec),
@@ -217,9 +253,10 @@ impl Processes {
             let Some(number @ 1..) = number else { continue };
             slots.extend(number);
             tracing::info!(pool = %slots.pool(), slot = %replica.slot, pid = replica.pid, "replica taken over");
+            let place = replica.place(number);
             let held = Held { lifeline: replica.lifeline, output: replica.output };
-            let slot = number as usize - 1;
-            self.runs(slots, slot, replica.pid, replica.address, replica.spec, held, now).await;
+            self.runs(slots, place, replica.pid, replica.address, replica.spec, held, now).await;
+            slots[place].is_former = replica.part == Part::Former;
         }
     }
 
@@ -228,25 +265,25 @@ impl Processes {
     async fn runs(
         &mut self,
         slots: &mut Slots,
-        slot: usize,
+        place: Place,
         pid: u32,
         address: Address,
         spec: Arc<Spec>,
         held: Held,
         now: Instant,
     ) {
-        let name = Arc::clone(&slots[slot].name);
+        let name = Arc::clone(slots.name(place.slot));
         let waiter = match held.try_clone() {
             Ok(waiter) => waiter,
-            Err(error) => return slots.refused(slot, &error.to_string()).await,
+            Err(error) => return slots.refused(place, &error.to_string()).await,
         };
-        slots[slot].running(false, now);
+        slots[place].running(false, now);
         let (replica, stop) = (Replica::Process { pid }, CancellationToken::new());
         let grace = self.settings.stop_grace;
         let table = slots.table().clone();
-        self.waiting.spawn(wait_for_exit(slot, Arc::clone(&name), waiter, table, stop.clone(), grace));
+        self.waiting.spawn(wait_for_exit(pid, name, waiter, table, stop.clone(), grace));
         let child = ChildProcess { pid, address: address.clone(), replica: replica.clone(), spec, held, stop };
-        self.children.insert(slot, child);
-        slots.send(Event::Started { id: name, address, replica: Some(replica) }).await;
+        self.children.insert(place, child);
+        slots.report(place, address, replica).await;
     }
 }

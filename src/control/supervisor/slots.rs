@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 
 use super::ends::Ends;
-use super::plan::{Plan, Policy, Slot, Why, plan};
+use super::plan::{Going, Pace, Place, Plan, Policy, Role, Seat, Slot, Why, plan};
+use super::rollout::Stage;
 use crate::address::Address;
 use crate::backend::{Exit, Membership, Replica};
 use crate::control::Event;
@@ -30,8 +31,10 @@ pub struct SlotSettings {
     pub replicas: u32,
     /// Weights of slots; the default is 1.
     pub weights: BTreeMap<Arc<str>, u32>,
-    /// How long a surplus or outdated replica's connections may stay open before Ringway stops it.
+    /// How long a surplus replica's connections may stay open before Ringway stops it.
     pub drain: Duration,
+    /// How a rollout replaces outdated replicas.
+    pub pace: Pace,
     /// When Ringway restarts or replaces a replica.
     pub policy: Policy,
 }
@@ -48,12 +51,14 @@ pub(super) struct Slots {
     pub(super) is_settled: bool,
     /// Whether the table shows an outdated replica.
     shows_outdated: bool,
+    /// How the last replica that was not stopped on purpose ended.
+    pub(super) last_end: Option<Arc<str>>,
 }
 
 impl Slots {
     pub(super) fn new(settings: SlotSettings, table: TableCell, events: mpsc::Sender<Event>, is_settled: bool) -> Self {
         let ends = Ends::new(Arc::clone(&settings.pool), settings.policy);
-        Self { settings, list: Vec::new(), ends, table, events, is_settled, shows_outdated: false }
+        Self { settings, list: Vec::new(), ends, table, events, is_settled, shows_outdated: false, last_end: None }
     }
 
     pub(super) fn pool(&self) -> &Arc<str> {
@@ -80,9 +85,20 @@ impl Slots {
         if self.is_settled { wanted } else { wanted.max(self.list.len()) }
     }
 
+    /// The name of a slot.
+    pub(super) fn name(&self, slot: usize) -> &Arc<str> {
+        &self.list[slot].name
+    }
+
     /// Whether any slot has a replica or a start in progress.
     pub(super) fn any_in_use(&self) -> bool {
-        self.list.iter().any(|slot| slot.is_running() || slot.is_starting())
+        self.seats().any(|(_, seat)| seat.is_running() || seat.is_starting())
+    }
+
+    /// The seats of all slots.
+    fn seats(&self) -> impl Iterator<Item = (Place, &Seat)> {
+        let slots = self.list.iter().enumerate();
+        slots.flat_map(|(n, slot)| [(Place::front(n), &slot.front), (Place::beside(n), &slot.beside)])
     }
 
     /// Adds slots until there are `count`. Never removes one.
@@ -102,7 +118,10 @@ impl Slots {
 
     /// Forgets how the last replicas ended: empty slots start at once.
     pub(super) fn forgive(&mut self, now: Instant) {
-        self.list.iter_mut().for_each(|slot| slot.forgive(now));
+        for slot in &mut self.list {
+            slot.front.forgive(now);
+            slot.beside.forgive(now);
+        }
     }
 
     /// Reports the pool's slots to the publisher, each with its weight.
@@ -115,56 +134,125 @@ impl Slots {
 
     /// Reports to the publisher the slots that the pool no longer has. A slot with a running replica drains first.
     pub(super) async fn withdraw_surplus(&self) {
-        for slot in self.list.iter().skip(self.wanted()).filter(|slot| !slot.is_running()) {
+        for slot in self.list.iter().skip(self.wanted()).filter(|slot| !slot.front.is_running()) {
             self.send(Event::Left { id: Arc::clone(&slot.name) }).await;
         }
     }
 
-    pub(super) fn plan(&mut self, now: Instant) -> Plan {
+    pub(super) fn plan(&mut self, stage: Stage, last_step: Option<Instant>, now: Instant) -> Plan {
         self.show_outdated();
-        plan(self.wanted(), &self.list, &self.settings.policy, now)
+        let going = Going { pace: &self.settings.pace, stage, is_settled: self.is_settled, last_step };
+        plan(self.wanted(), &self.list, &self.settings.policy, going, now)
+    }
+
+    /// Records the new replicas that have been healthy for long enough. Returns whether there are any.
+    pub(super) fn settle(&mut self, now: Instant) -> bool {
+        let healthy_for = self.settings.pace.healthy_for;
+        // All of them, not only the first.
+        self.list.iter_mut().filter_map(|slot| slot.front.settle(healthy_for, now).then_some(())).count() > 0
+    }
+
+    /// How many of the pool's slots have a replica from the current settings, how many slots there are, and whether no replica is being
+    /// replaced.
+    pub(super) fn progress(&self) -> (usize, usize, bool) {
+        let kept = || self.list.iter().take(self.wanted());
+        let is_updated = |slot: &&Slot| !slot.front.is_outdated();
+        let is_quiet = |slot: &Slot| !slot.front.is_new() && !slot.has_successor();
+        (kept().filter(is_updated).count(), kept().count(), kept().all(is_quiet))
+    }
+
+    /// Marks all replicas that run for replacement.
+    pub(super) fn give_up_all(&mut self) {
+        let wanted = self.wanted();
+        self.list.iter_mut().take(wanted).for_each(|slot| slot.front.give_up());
+    }
+
+    /// Takes back that replicas from the current settings shall be replaced.
+    pub(super) fn give_up_none(&mut self) {
+        self.list.iter_mut().for_each(|slot| slot.front.forget_giving_up());
+    }
+
+    /// What the last check of the new replica of a slot said: of the one beside it, if there is one.
+    pub(super) fn last_check(&self, slot: usize) -> String {
+        let (table, slot) = (self.table.load(), &self.list[slot]);
+        let seat = if slot.has_successor() { &slot.beside } else { &slot.front };
+        let said = table.backends().find(&seat.id).and_then(|backend| backend.last_check().map(str::to_owned));
+        said.unwrap_or_else(|| "it has no address on Ringway's network".to_owned())
+    }
+
+    /// Lets the replica beside a slot fill it. The publisher exchanges both at once.
+    pub(super) async fn flip(&mut self, slot: usize, next: Replica, former: Option<Replica>) {
+        let (within, slot) = (self.settings.pace.drain, &mut self.list[slot]);
+        slot.flip();
+        let (id, beside) = (Arc::clone(&slot.front.id), Arc::clone(&slot.beside.id));
+        self.send(Event::Flipped { id, beside, next, former, within }).await;
+    }
+
+    /// Reports where a replica listens.
+    pub(super) async fn report(&self, place: Place, address: Address, replica: Replica) {
+        let (slot, id) = (Arc::clone(&self.list[place.slot].name), Arc::clone(&self[place].id));
+        if place.role == Role::Beside {
+            self.send(Event::Beside { id: Arc::clone(&id), slot }).await;
+        }
+        self.send(Event::Started { id, address, replica: Some(replica) }).await;
     }
 
     /// Shows which replicas a rollout has not reached yet.
     fn show_outdated(&mut self) {
-        let any = self.list.iter().any(Slot::is_outdated);
+        let any = self.seats().any(|(_, seat)| seat.is_outdated());
         if !any && !self.shows_outdated {
             return;
         }
         self.shows_outdated = any;
         let table = self.table.load();
-        for slot in &self.list {
-            if let Some(backend) = table.backends().find(&slot.name) {
-                backend.live.outdated.store(slot.is_outdated(), Ordering::Relaxed);
+        for (_, seat) in self.seats() {
+            if let Some(backend) = table.backends().find(&seat.id) {
+                backend.live.outdated.store(seat.is_outdated(), Ordering::Relaxed);
             }
         }
     }
 
-    /// Begins to drain the replica of a slot.
-    pub(super) async fn drain(&mut self, slot: usize, why: Why) {
-        self.list[slot].draining(why);
-        self.send(drain_event(&self.list[slot].name, why, self.settings.drain)).await;
+    /// Begins to drain a replica.
+    pub(super) async fn drain(&mut self, place: Place, why: Why) {
+        self[place].draining(why);
+        self.send(self.drain_event(place, why)).await;
+    }
+
+    /// The event that drains a replica. One beside a slot leaves the table when its connections have ended.
+    fn drain_event(&self, place: Place, why: Why) -> Event {
+        let id = Arc::clone(&self[place].id);
+        match (place.role, why) {
+            (Role::Beside, _) => Event::Leaving { id, within: self.settings.pace.drain },
+            (Role::Front, Why::Surplus) => Event::Leaving { id, within: self.settings.drain },
+            (Role::Front, Why::Outdated | Why::Unhealthy) => {
+                Event::Retiring { id, within: Some(self.settings.pace.drain) }
+            }
+        }
     }
 
     /// Records the drains that are over, and repeats the events of drains that the publisher does not know. Returns
     /// whether any drain is still in progress.
     pub(super) async fn look_at_drains(&mut self) -> bool {
-        let (mut any, mut unknown) = (false, Vec::new());
+        let (mut any, mut over, mut unknown) = (false, Vec::new(), Vec::new());
         let (table, wanted) = (self.table.load(), self.wanted());
-        for (index, slot) in self.list.iter_mut().enumerate() {
-            let Some(why) = slot.drains_for() else { continue };
-            match is_drained(&table, &slot.name, why) {
-                Some(true) => slot.drained(),
+        for (place, seat) in self.seats() {
+            let Some(why) = seat.drains_for() else { continue };
+            let leaves = why == Why::Surplus || place.role == Role::Beside;
+            match is_drained(&table, &seat.id, leaves) {
+                Some(true) => over.push(place),
                 Some(false) => any = true,
                 None => {
                     any = true;
                     // A slot that is wanted again has joined again, which ended its drain for the publisher. The plan
                     // keeps its replica next; a repeated drain would take it away for good.
-                    if why != Why::Surplus || index >= wanted {
-                        unknown.push(drain_event(&slot.name, why, self.settings.drain));
+                    if why != Why::Surplus || place.slot >= wanted {
+                        unknown.push(self.drain_event(place, why));
                     }
                 }
             }
+        }
+        for place in over {
+            self[place].drained();
         }
         for event in unknown {
             self.send(event).await;
@@ -176,10 +264,10 @@ impl Slots {
     /// therefore unhealthy.
     pub(super) fn judge<'a>(&mut self, running: impl Iterator<Item = Running<'a>>) {
         let (table, now) = (self.table.load(), Instant::now());
-        for Running { slot, address, replica } in running {
-            let slot = &mut self.list[slot];
-            let verdict = if address.is_some() { verdict(&table, &slot.name, replica) } else { Some(false) };
-            slot.judged(verdict, now);
+        for Running { place, address, replica } in running {
+            let seat = &mut self[place];
+            let verdict = if address.is_some() { verdict(&table, &seat.id, replica) } else { Some(false) };
+            seat.judged(verdict, now);
         }
     }
 
@@ -188,23 +276,32 @@ impl Slots {
         self.ends.started();
     }
 
-    /// Records and reports that the replica of a slot ended.
-    pub(super) async fn ended(&mut self, slot: usize, exit: Exit) {
-        let event = self.ends.ended(&mut self.list[slot], exit);
+    /// Records and reports that a replica ended.
+    pub(super) async fn ended(&mut self, place: Place, exit: Exit) {
+        if self[place].stops_for().is_none() {
+            let said = exit.output.last().map(|line| format!(", its last line is {line:?}"));
+            self.last_end = Some((exit.reason.clone() + &said.unwrap_or_default()).into());
+        }
+        let event = self.ends.ended(&mut self.list[place.slot][place.role], exit);
         self.send(event).await;
-        if slot >= self.wanted() {
-            self.send(Event::Left { id: Arc::clone(&self.list[slot].name) }).await;
+        if place.slot >= self.wanted() || place.role == Role::Beside {
+            self.send(Event::Left { id: Arc::clone(&self[place].id) }).await;
         }
     }
 
-    /// Records that the replica of a surplus slot ended. The publisher has known this since the stop began.
-    pub(super) fn emptied(&mut self, slot: usize, now: Instant) {
-        self.list[slot].ended(&self.settings.policy, now);
+    /// Records that a replica that is not needed ended. The publisher has known this since the stop began.
+    pub(super) async fn emptied(&mut self, place: Place, now: Instant) {
+        let policy = self.settings.policy;
+        self[place].ended(&policy, now);
+        if place.role == Role::Beside {
+            self.send(Event::Left { id: Arc::clone(&self[place].id) }).await;
+        }
     }
 
     /// Records and reports that a replica could not be started.
-    pub(super) async fn refused(&mut self, slot: usize, reason: &str) {
-        let event = self.ends.refused(&mut self.list[slot], reason, Instant::now());
+    pub(super) async fn refused(&mut self, place: Place, reason: &str) {
+        self.last_end = Some(format!("it cannot be started: {reason}").into());
+        let event = self.ends.refused(&mut self.list[place.slot][place.role], reason, Instant::now());
         self.send(event).await;
     }
 
@@ -215,8 +312,8 @@ impl Slots {
     }
 
     /// Logs the stop of a replica. An unhealthy replica is a warning, a configured change is not.
-    pub(super) fn log_stop(&self, slot: usize, why: Why) {
-        let (pool, slot, reason) = (&self.settings.pool, &self.list[slot].name, why.as_str());
+    pub(super) fn log_stop(&self, place: Place, why: Why) {
+        let (pool, slot, reason) = (&self.settings.pool, &self[place].id, why.as_str());
         match why {
             Why::Unhealthy => tracing::warn!(%pool, %slot, reason, "stopping the replica to replace it"),
             Why::Outdated => tracing::info!(%pool, %slot, reason, "stopping the replica to replace it"),
@@ -228,58 +325,50 @@ impl Slots {
 /// A running replica, as its adapter knows it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Running<'a> {
-    pub(super) slot: usize,
+    pub(super) place: Place,
     /// Its address; `None`: unreachable.
     pub(super) address: Option<&'a Address>,
     pub(super) replica: &'a Replica,
 }
 
-impl Index<usize> for Slots {
-    type Output = Slot;
+impl Index<Place> for Slots {
+    type Output = Seat;
 
-    fn index(&self, slot: usize) -> &Slot {
-        &self.list[slot]
+    fn index(&self, place: Place) -> &Seat {
+        &self.list[place.slot][place.role]
     }
 }
 
-impl IndexMut<usize> for Slots {
-    fn index_mut(&mut self, slot: usize) -> &mut Slot {
-        &mut self.list[slot]
+impl IndexMut<Place> for Slots {
+    fn index_mut(&mut self, place: Place) -> &mut Seat {
+        &mut self.list[place.slot][place.role]
     }
 }
 
-/// The verdict of the checks on the replica in a slot; `None` if undecided or if the table still shows its predecessor.
-fn verdict(table: &Table, slot: &str, replica: &Replica) -> Option<bool> {
-    let backend = table.backends().find(slot)?;
+/// The verdict of the checks on the replica with this id; `None` if undecided or if the table still shows its predecessor.
+fn verdict(table: &Table, id: &str, replica: &Replica) -> Option<bool> {
+    let backend = table.backends().find(id)?;
     if backend.replica.as_ref() != Some(replica) {
         return None;
     }
     backend.well
 }
 
-/// The event that drains a replica.
-fn drain_event(slot: &Arc<str>, why: Why, within: Duration) -> Event {
-    let id = Arc::clone(slot);
-    match why {
-        Why::Surplus => Event::Leaving { id, within },
-        Why::Outdated | Why::Unhealthy => Event::Retiring { id, within: Some(within) },
-    }
-}
-
 /// Whether a draining replica has no connections left. `None`: the publisher does not know of the drain yet, or dropped
 /// it because the replica got a new address.
-fn is_drained(table: &Table, slot: &str, why: Why) -> Option<bool> {
-    let Some(backend) = table.backends().find(slot) else { return Some(true) };
+fn is_drained(table: &Table, id: &str, leaves: bool) -> Option<bool> {
+    let Some(backend) = table.backends().find(id) else { return Some(true) };
     let drain = backend.drain?;
     let is_unused = backend.address.is_none() || backend.live.active.load(Ordering::Relaxed) == 0;
     // The publisher removes a leaving backend from the table.
-    Some(why != Why::Surplus && drain.since.elapsed() >= LOOK && is_unused)
+    Some(!leaves && drain.since.elapsed() >= LOOK && is_unused)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::control::publisher::{self, Publisher};
+    use crate::control::supervisor::plan::{OnFailure, Order};
 
     fn settings(replicas: u32) -> SlotSettings {
         SlotSettings {
@@ -287,6 +376,14 @@ mod tests {
             replicas,
             weights: BTreeMap::new(),
             drain: Duration::from_secs(30),
+            pace: Pace {
+                order: Order::StartFirst,
+                parallel: 1,
+                pause: Duration::ZERO,
+                healthy_for: Duration::ZERO,
+                on_failure: OnFailure::Rollback,
+                drain: Duration::from_secs(30),
+            },
             policy: Policy {
                 backoff: Duration::from_millis(200),
                 max_backoff: Duration::from_secs(30),
@@ -305,8 +402,8 @@ mod tests {
         let (events, mut queue) = mpsc::channel(16);
         let mut slots = Slots::new(settings(1), publisher.table(), events, true);
         slots.extend(2);
-        slots[1].running(false, Instant::now());
-        slots.drain(1, Why::Surplus).await;
+        slots[Place::front(1)].running(false, Instant::now());
+        slots.drain(Place::front(1), Why::Surplus).await;
         assert!(matches!(queue.try_recv(), Ok(Event::Leaving { .. })));
         (slots, queue)
     }

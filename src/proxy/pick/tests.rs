@@ -117,7 +117,7 @@ fn a_bounded_pool_is_even_although_few_clients_have_most_connections() {
         let permits: Vec<_> = keys.iter().map(|key| open(&route, &table, key)).collect();
         check_no_backend_beyond_its_bound(&table, percent);
         let displaced: u64 =
-            table.backends().iter().map(|backend| backend.live.displaced.load(Ordering::Relaxed)).sum();
+            table.backends().iter().map(|backend| backend.live.counters.displaced.load(Ordering::Relaxed)).sum();
         let elsewhere = std::iter::zip(&keys, &permits)
             .filter(|(key, (id, _))| table.candidates(&key[..]).next().unwrap().0.id != *id)
             .count();
@@ -169,7 +169,8 @@ fn below_the_bound_each_key_has_its_usual_backend() {
         permits.push(open(&route, &table, &key));
         assert!(!has_room || permits.last().unwrap().0 == owner.id);
     }
-    let displaced: u64 = table.backends().iter().map(|backend| backend.live.displaced.load(Ordering::Relaxed)).sum();
+    let displaced: u64 =
+        table.backends().iter().map(|backend| backend.live.counters.displaced.load(Ordering::Relaxed)).sum();
     assert!(displaced < 30, "{displaced} connections went elsewhere, although ten times the fair share is allowed");
 }
 
@@ -212,7 +213,7 @@ fn the_bound_refuses_nobody() {
         permits.push(picked.permit);
     }
     // Nobody displaced it.
-    assert!(table.backends().iter().all(|backend| backend.live.displaced.load(Ordering::Relaxed) == 0));
+    assert!(table.backends().iter().all(|backend| backend.live.counters.displaced.load(Ordering::Relaxed) == 0));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! Creates the containers of a pool.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bollard::models::{ContainerCreateBody, HostConfig, RestartPolicy, RestartPolicyNameEnum};
@@ -10,6 +11,7 @@ use crate::control::docker::container::{Container, State};
 use crate::control::docker::engine::{Engine, EngineError};
 use crate::control::docker::label;
 use crate::control::docker::scope::Scope;
+use crate::control::supervisor::plan::Role;
 use crate::label_enum;
 
 label_enum! {
@@ -75,6 +77,22 @@ impl From<EngineError> for Failure {
     }
 }
 
+/// A spec, and the image for which its name stood when Ringway looked last. The name may stand for another one later.
+#[derive(Debug, Clone)]
+pub(super) struct Pinned {
+    pub(super) spec: Spec,
+    /// The engine's id of the image; `None`: not known.
+    pub(super) image: Option<Arc<str>>,
+}
+
+impl PartialEq for Pinned {
+    /// An image that is not known may be any.
+    fn eq(&self, other: &Self) -> bool {
+        let is_other = |(one, other): (&Arc<str>, &Arc<str>)| one != other;
+        self.spec == other.spec && !self.image.as_ref().zip(other.image.as_ref()).is_some_and(is_other)
+    }
+}
+
 /// Creates the containers of one pool.
 #[derive(Debug)]
 pub(super) struct Maker {
@@ -82,6 +100,8 @@ pub(super) struct Maker {
     pool: String,
     scope: Scope,
     spec: Spec,
+    /// The image that all containers of the pool have.
+    image: Option<Arc<str>>,
     digest: String,
     /// Limits pulls to one at a time: after the first, the engine has the image.
     pulling: Mutex<Option<FailedPull>>,
@@ -98,26 +118,35 @@ struct FailedPull {
 }
 
 impl Maker {
-    pub(super) fn new(engine: Engine, pool: &str, scope: &Scope, spec: Spec) -> Self {
+    pub(super) fn new(engine: Engine, pool: &str, scope: &Scope, Pinned { spec, image }: Pinned) -> Self {
         let digest = digest(&spec, &scope.network);
-        Self { engine, pool: pool.to_owned(), scope: scope.clone(), spec, digest, pulling: Mutex::new(None) }
+        Self { engine, pool: pool.to_owned(), scope: scope.clone(), spec, image, digest, pulling: Mutex::new(None) }
     }
 
-    /// Digest of the settings; a container with another digest is outdated.
+    /// Digest of the settings that containers are created from.
     pub(super) fn digest(&self) -> &str {
         &self.digest
     }
 
-    /// The name of a slot's container.
-    pub(super) fn name(&self, slot: &str) -> String {
-        format!("{}-{slot}", self.scope.owner)
+    /// Whether a container of this image, created from settings with this digest, is outdated.
+    pub(super) fn is_outdated(&self, digest: &str, image: &str) -> bool {
+        digest != self.digest || self.image.as_ref().is_some_and(|wanted| **wanted != *image)
     }
 
-    /// Creates and starts a slot's container. `leftover` is a container of the slot that does not run: Ringway starts
+    /// The names of the containers of a slot.
+    pub(super) fn names(&self, slot: &str) -> Names {
+        Names(format!("{}-{slot}", self.scope.owner))
+    }
+
+    /// Creates and starts a container for a seat of a slot. `leftover` is a container of the seat that does not run: Ringway starts
     /// it if it matches the settings and has never run, and removes it otherwise.
-    pub(super) async fn make(&self, slot: &str, leftover: Option<Container>) -> Result<(), Failure> {
+    pub(super) async fn make(&self, slot: &str, role: Role, leftover: Option<Container>) -> Result<(), Failure> {
+        let name = match role {
+            Role::Front => self.names(slot).current(),
+            Role::Beside => self.names(slot).next(),
+        };
         if let Some(old) = leftover {
-            if old.state == State::Created && old.label(label::SPEC) == self.digest {
+            if old.state == State::Created && !self.is_outdated(old.label(label::SPEC), &old.image) {
                 return self.start(&old.id).await;
             }
             // Not by force: another process may have started it by now.
@@ -126,10 +155,12 @@ impl Maker {
         if self.spec.pull == Pull::Always {
             self.pull(&mut *self.pulling.lock().await).await?;
         }
-        let id = match self.create(slot).await {
-            Err(error) if error.is_no_image() && self.spec.pull == Pull::Missing => self.pull_and_create(slot).await?,
+        let id = match self.create(slot, &name).await {
+            Err(error) if error.is_no_image() && self.spec.pull == Pull::Missing => {
+                self.pull_and_create(slot, &name).await?
+            }
             Err(error) if error.is_no_image() => return Err(no_image(&self.spec.image)),
-            Err(error) if error.is_status(409) => return Err(self.whose(slot).await),
+            Err(error) if error.is_status(409) => return Err(self.whose(slot, &name).await),
             other => other?,
         };
         self.start(&id).await
@@ -153,12 +184,12 @@ impl Maker {
         }
     }
 
-    async fn pull_and_create(&self, slot: &str) -> Result<String, Failure> {
+    async fn pull_and_create(&self, slot: &str, name: &str) -> Result<String, Failure> {
         let mut last = self.pulling.lock().await;
-        match self.create(slot).await {
+        match self.create(slot, name).await {
             Err(error) if error.is_no_image() => {
                 self.pull(&mut last).await?;
-                Ok(self.create(slot).await?)
+                Ok(self.create(slot, name).await?)
             }
             other => Ok(other?),
         }
@@ -190,8 +221,22 @@ impl Maker {
         Err(Failure::Refused(reason))
     }
 
-    async fn create(&self, slot: &str) -> Result<String, EngineError> {
-        self.engine.create(&self.name(slot), self.body(slot)).await
+    async fn create(&self, slot: &str, name: &str) -> Result<String, EngineError> {
+        let image = self.image().await?;
+        self.engine.create(name, self.body(slot, image)).await
+    }
+
+    /// What to create a container from: the image's name, or its id if the name stands for another image by now. So all containers of a
+    /// pool have the same image until a rollout.
+    async fn image(&self) -> Result<String, EngineError> {
+        let name = &self.spec.image;
+        let Some(image) = self.image.as_ref().filter(|_| self.spec.pull != Pull::Always) else {
+            return Ok(name.clone());
+        };
+        let is_current = self.engine.image_id(name).await?.is_some_and(|id| *id == **image);
+        // Somebody may have removed the image.
+        let is_by_id = !is_current && self.engine.has_image(image).await?;
+        Ok(if is_by_id { image.to_string() } else { name.clone() })
     }
 
     async fn start(&self, id: &str) -> Result<(), Failure> {
@@ -211,9 +256,8 @@ impl Maker {
     }
 
     /// The container's name is taken. Finds out whether the holder fills this slot or must not be touched.
-    async fn whose(&self, slot: &str) -> Failure {
-        let name = self.name(slot);
-        let holder = match self.engine.inspect(&name).await {
+    async fn whose(&self, slot: &str, name: &str) -> Failure {
+        let holder = match self.engine.inspect(name).await {
             Ok(holder) => holder,
             // The holder is gone again.
             Err(error) if error.is_status(404) => return Failure::Conflict,
@@ -230,7 +274,7 @@ impl Maker {
         ))
     }
 
-    fn body(&self, slot: &str) -> ContainerCreateBody {
+    fn body(&self, slot: &str, image: String) -> ContainerCreateBody {
         let fill = |text: &String| text.replace("{port}", &self.spec.port.to_string()).replace("{slot}", slot);
         let port = self.spec.port.to_string();
         let own = [
@@ -245,7 +289,7 @@ impl Maker {
         labels.extend(self.spec.labels.iter().cloned());
         labels.extend(own.map(|(name, value)| (name.to_owned(), value.to_owned())));
         ContainerCreateBody {
-            image: Some(self.spec.image.clone()),
+            image: Some(image),
             cmd: self.spec.command.as_ref().map(|command| command.iter().map(fill).collect()),
             env: Some(self.spec.env.iter().map(|(name, value)| format!("{name}={}", fill(value))).collect()),
             labels: Some(labels),
@@ -262,6 +306,27 @@ impl Maker {
             }),
             ..ContainerCreateBody::default()
         }
+    }
+}
+
+/// The names of the containers of a slot. They show what each is to the slot, also to the next Ringway.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Names(String);
+
+impl Names {
+    /// The container fills the slot.
+    pub(super) fn current(&self) -> String {
+        self.0.clone()
+    }
+
+    /// The container comes next.
+    pub(super) fn next(&self) -> String {
+        format!("{}-next", self.0)
+    }
+
+    /// The container has filled the slot before.
+    pub(super) fn former(&self) -> String {
+        format!("{}-old", self.0)
     }
 }
 

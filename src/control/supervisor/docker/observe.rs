@@ -15,6 +15,7 @@ use crate::control::docker::engine::Engine;
 use crate::control::docker::label;
 use crate::control::docker::watch::Seen;
 use crate::control::provider::slot_number;
+use crate::control::supervisor::plan::Place;
 use crate::control::supervisor::{LAST_LINES, Slots};
 
 /// A running container.
@@ -23,10 +24,20 @@ pub(super) struct Known {
     pub(super) replica: Replica,
     /// Digest of the settings that it was created from.
     pub(super) spec: String,
+    /// The engine's id of its image.
+    pub(super) image: Arc<str>,
     /// As last reported to the publisher.
     pub(super) address: Option<Address>,
     /// As last reported to the publisher.
     pub(super) is_bad: bool,
+}
+
+impl Known {
+    /// The container under another name.
+    pub(super) fn named(self, name: &str) -> Self {
+        let (id, name) = (Arc::clone(&self.id), name.into());
+        Self { replica: Replica::Container { id, name, check: None }, ..self }
+    }
 }
 
 impl Containers {
@@ -40,116 +51,184 @@ impl Containers {
         let highest = by_slot.keys().filter_map(|name| slot_number(slots.pool(), name)).max();
         slots.extend(highest.unwrap_or_default());
         for slot in 0..slots.len() {
-            let containers = by_slot.remove(&*slots[slot].name).unwrap_or_default();
-            let is_older = self.changed.get(&slot).is_some_and(|&changed| seen.as_of < changed);
-            if !self.busy.contains_key(&slot) && !is_older {
-                let incumbent = self.choose(slots, slot, containers);
-                self.observe_slot(slots, slot, incumbent).await;
+            let containers = by_slot.remove(&**slots.name(slot)).unwrap_or_default();
+            let [front, beside] = [Place::front(slot), Place::beside(slot)];
+            let is_known_better = |place: &Place| {
+                let is_older = self.changed.get(place).is_some_and(|&changed| seen.as_of < changed);
+                self.busy.contains_key(place) || is_older
+            };
+            let skips = [front, beside].map(|place| is_known_better(&place));
+            let [incumbent, other] = self.seat(slots, slot, containers, skips);
+            if !skips[0] {
+                self.observe_front(slots, front, incumbent).await;
+            }
+            if !skips[1] {
+                self.observe_beside(slots, beside, other).await;
             }
         }
         // The remaining containers name no valid slot.
         for container in by_slot.into_values().flatten() {
-            self.remove_double(slots, 0, container);
+            self.remove_double(slots, Place::front(0), container);
         }
     }
 
-    /// Chooses the container that fills the slot and removes the others. Every Ringway makes the same choice.
-    fn choose(&mut self, slots: &Slots, slot: usize, mut containers: Vec<Container>) -> Option<Container> {
+    /// Finds the container of each seat of a slot, and removes the others. Every Ringway makes the same choice. A seat that is
+    /// skipped has work in progress, which explains what is there.
+    fn seat(
+        &mut self,
+        slots: &Slots,
+        slot: usize,
+        mut containers: Vec<Container>,
+        skips: [bool; 2],
+    ) -> [Option<Container>; 2] {
         containers.retain(|container| container.state != State::Removing);
-        let name = self.maker.name(&slots[slot].name);
-        containers.sort_by_key(|container| {
-            (container.state == State::Running, *container.name == *name, Arc::clone(&container.id))
-        });
-        let incumbent = containers.pop();
-        for double in containers {
-            self.remove_double(slots, slot, double);
+        let [front, beside] = [Place::front(slot), Place::beside(slot)];
+        let names = self.maker.names(slots.name(slot));
+        let is_known =
+            |container: &Container, place: Place| self.known.get(&place).is_some_and(|known| known.id == container.id);
+        // After a flip the names change in two steps, between which Ringway may have ended.
+        let is_half_named = !containers.iter().any(|container| *container.name == *names.current())
+            && containers.iter().any(|container| *container.name == *names.former());
+        let is_beside = |container: &Container| match &*container.name {
+            _ if is_known(container, front) => false,
+            _ if is_known(container, beside) => true,
+            name if name == names.former() => true,
+            name if name == names.next() => !is_half_named,
+            _ => false,
+        };
+        let (mut others, mut incumbents): (Vec<_>, Vec<_>) = containers.into_iter().partition(is_beside);
+        let order = |container: &Container, place: Place, name: &str| {
+            let runs = container.state == State::Running;
+            (runs, is_known(container, place), *container.name == *name, Arc::clone(&container.id))
+        };
+        incumbents.sort_by_key(|container| order(container, front, &names.current()));
+        others.sort_by_key(|container| order(container, beside, &names.next()));
+        let chosen = [incumbents.pop(), others.pop()];
+        for (doubles, skips) in [(incumbents, skips[0]), (others, skips[1])] {
+            doubles.into_iter().filter(|_| !skips).for_each(|double| self.remove_double(slots, front, double));
         }
-        incumbent
+        chosen
     }
 
-    fn remove_double(&mut self, slots: &Slots, slot: usize, double: Container) {
+    fn remove_double(&mut self, slots: &Slots, place: Place, double: Container) {
         let is_held = self.double_backoff.until(&double.id, Instant::now()).is_some();
         if !is_held && self.doubles.insert(Arc::clone(&double.id)) {
             tracing::warn!(pool = %slots.pool(), slot = double.label(label::SLOT), container = %double.name,
                 "removing a duplicate or misnamed container");
-            let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
-            self.work.spawn(async move {
-                let removed = engine.end(&double.id, grace).await;
-                (slot, Done::Removed(double.id, removed))
-            });
+            self.remove(place, double);
         }
     }
 
-    async fn observe_slot(&mut self, slots: &mut Slots, slot: usize, incumbent: Option<Container>) {
+    /// Removes a container that fills no seat.
+    fn remove(&mut self, place: Place, double: Container) {
+        let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
+        self.work.spawn(async move {
+            let removed = engine.end(&double.id, grace).await;
+            (place, Done::Removed(double.id, removed))
+        });
+    }
+
+    async fn observe_front(&mut self, slots: &mut Slots, place: Place, incumbent: Option<Container>) {
         let now = Instant::now();
-        self.leftovers.remove(&slot);
-        if slot >= slots.settings.replicas as usize && !self.known.contains_key(&slot) {
+        self.leftovers.remove(&place);
+        if place.slot >= slots.settings.replicas as usize && !self.known.contains_key(&place) {
             // The plan stops and removes the container, whatever its state.
             match incumbent {
                 Some(container) => {
-                    if !slots[slot].is_running() {
-                        slots[slot].running(false, now);
+                    if !slots[place].is_running() {
+                        slots[place].running(false, now);
                     }
-                    self.leftovers.insert(slot, container);
+                    self.leftovers.insert(place, container);
                 }
-                None if slots[slot].is_running() => slots.emptied(slot, now),
+                None if slots[place].is_running() => slots.emptied(place, now).await,
                 None => {}
             }
             return;
         }
         match incumbent {
-            Some(container) if container.state == State::Running => self.runs(slots, slot, &container, now).await,
+            Some(container) if container.state == State::Running => {
+                let is_misnamed = *container.name == *self.maker.names(slots.name(place.slot)).next();
+                self.runs(slots, place, &container, now).await;
+                if is_misnamed && self.must_wait(Place::beside(place.slot), Work::Naming, now).is_none() {
+                    self.name(slots, place.slot);
+                }
+            }
             other => {
-                let was_there = slots[slot].is_running() || slots[slot].is_starting();
-                self.known.remove(&slot);
+                let was_there = slots[place].is_running() || slots[place].is_starting();
+                self.known.remove(&place);
                 if was_there {
-                    self.died(slots, slot, other.as_ref()).await;
+                    self.died(slots, place, other.as_ref()).await;
                 }
                 if let Some(container) = other {
-                    self.leftovers.insert(slot, container);
+                    self.leftovers.insert(place, container);
                 }
             }
         }
     }
 
-    /// A container runs in the slot: reports its changes to the publisher.
-    async fn runs(&mut self, slots: &mut Slots, slot: usize, container: &Container, now: Instant) {
-        if self.known.get(&slot).is_none_or(|known| known.id != container.id) {
-            self.meet(slots, slot, container, now);
+    async fn observe_beside(&mut self, slots: &mut Slots, place: Place, other: Option<Container>) {
+        let now = Instant::now();
+        self.leftovers.remove(&place);
+        match other {
+            Some(container) if container.state == State::Running => {
+                let is_former = *container.name == *self.maker.names(slots.name(place.slot)).former();
+                let is_new = self.known.get(&place).is_none_or(|known| known.id != container.id);
+                self.runs(slots, place, &container, now).await;
+                if is_new {
+                    slots[place].is_former = is_former;
+                }
+            }
+            other => {
+                let was_there = slots[place].is_running() || slots[place].is_starting();
+                self.known.remove(&place);
+                match other {
+                    other if was_there => self.died(slots, place, other.as_ref()).await,
+                    // It never serves again. The next one is created anew.
+                    Some(container) if self.doubles.insert(Arc::clone(&container.id)) => self.remove(place, container),
+                    _ => {}
+                }
+            }
         }
-        let Some(known) = self.known.get_mut(&slot) else { return };
-        let name = &slots[slot].name;
+    }
+
+    /// A container runs in the seat: reports its changes to the publisher.
+    async fn runs(&mut self, slots: &mut Slots, place: Place, container: &Container, now: Instant) {
+        if self.known.get(&place).is_none_or(|known| known.id != container.id) {
+            self.meet(slots, place, container, now);
+        }
+        let Some(known) = self.known.get_mut(&place) else { return };
+        let id = &slots[place].id;
         // A container created from other settings may listen on another port and be on another network.
         let port = container.label(label::PORT).parse().unwrap_or(self.settings.spec.port);
         let address = ip_of(container, &self.scope.network).map(|ip| Address::Ip(SocketAddr::new(ip, port)));
         let is_bad = container.healthy == Some(false);
-        let mut news = Vec::new();
         if known.address != address {
-            news.push(match address.clone() {
-                Some(address) => {
-                    let replica = Some(known.replica.clone());
-                    Event::Started { id: Arc::clone(name), address, replica }
+            match address.clone() {
+                Some(address) => slots.report(place, address, known.replica.clone()).await,
+                None => {
+                    slots.send(Event::Stopped { id: Arc::clone(id), crash_loop: false, exit: None }).await;
                 }
-                None => Event::Stopped { id: Arc::clone(name), crash_loop: false, exit: None },
-            });
+            }
             // A new address resets the reported health in the publisher.
             (known.address, known.is_bad) = (address, false);
         }
         if known.is_bad != is_bad {
-            news.push(Event::Reported { id: Arc::clone(name), healthy: !is_bad });
+            slots.send(Event::Reported { id: Arc::clone(id), healthy: !is_bad }).await;
             known.is_bad = is_bad;
-        }
-        for event in news {
-            slots.send(event).await;
         }
     }
 
-    /// Records a new container in the slot.
-    fn meet(&mut self, slots: &mut Slots, slot: usize, container: &Container, now: Instant) {
-        let (pool, name, network) = (slots.pool(), &slots[slot].name, &self.scope.network);
-        let is_outdated = slots.is_settled && container.label(label::SPEC) != self.maker.digest();
+    /// Records a new container in the seat.
+    fn meet(&mut self, slots: &mut Slots, place: Place, container: &Container, now: Instant) {
+        let (pool, name, network) = (slots.pool(), &slots[place].id, &self.scope.network);
+        let digest = container.label(label::SPEC);
+        if slots[place].is_starting() && digest == self.maker.digest() {
+            // Its image is the one for which the name stands now.
+            self.image = Some((self.settings.spec.image.clone(), Arc::clone(&container.image)));
+        }
+        let is_outdated = slots.is_settled && self.maker.is_outdated(digest, &container.image);
         let id = container.id.get(..12).unwrap_or(&container.id);
-        match (slots[slot].is_starting(), slots[slot].is_first_try()) {
+        match (slots[place].is_starting(), slots[place].is_first_try()) {
             (false, _) => tracing::info!(%pool, slot = %name, container = id, is_outdated, "replica adopted"),
             (true, true) => tracing::info!(%pool, slot = %name, container = id, "replica started"),
             // The end of the previous replica was logged.
@@ -160,25 +239,25 @@ impl Containers {
             tracing::warn!(%pool, slot = %name, container = %container.name, network, ?networks,
                 "replica is unreachable: it is not on Ringway's network");
         }
-        slots[slot].running(is_outdated, now);
-        self.backoff.clear(&slot);
+        slots[place].running(is_outdated, now);
+        self.backoff.clear(&place);
         slots.note_start();
         let replica =
             Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name), check: None };
-        let spec = container.label(label::SPEC).to_owned();
-        self.known.insert(slot, Known { id: Arc::clone(&container.id), replica, spec, address: None, is_bad: false });
+        let (id, spec, image) = (Arc::clone(&container.id), digest.to_owned(), Arc::clone(&container.image));
+        self.known.insert(place, Known { id, replica, spec, image, address: None, is_bad: false });
     }
 
-    /// The slot's replica has ended. Ringway inspects the container at once, before it is removed for the next one.
-    async fn died(&mut self, slots: &mut Slots, slot: usize, container: Option<&Container>) {
-        let event = Event::Stopped { id: Arc::clone(&slots[slot].name), crash_loop: false, exit: None };
+    /// The replica has ended. Ringway inspects the container at once, before it is removed for the next one.
+    async fn died(&mut self, slots: &mut Slots, place: Place, container: Option<&Container>) {
+        let event = Event::Stopped { id: Arc::clone(&slots[place].id), crash_loop: false, exit: None };
         slots.send(event).await;
         match container {
             Some(container) if container.state == State::Dead => {
                 let (engine, id) = (self.engine.clone(), Arc::clone(&container.id));
-                self.begin(slot, Work::Examination, async move { Done::Examined(examine(&engine, &id).await) });
+                self.begin(place, Work::Examination, async move { Done::Examined(examine(&engine, &id).await) });
             }
-            _ => slots.ended(slot, gone()).await,
+            _ => slots.ended(place, gone()).await,
         }
     }
 }

@@ -8,7 +8,7 @@ use super::create::Failure;
 use crate::backend::Exit;
 use crate::control::Event;
 use crate::control::docker::engine::EngineError;
-use crate::control::supervisor::plan::{Action, Why};
+use crate::control::supervisor::plan::{Action, Place, Why};
 use crate::control::supervisor::{Progress, Slots};
 use crate::labels::Label as _;
 
@@ -24,6 +24,7 @@ pub(super) enum Work {
     Start,
     Stop,
     Examination,
+    Naming,
 }
 
 /// Finished work on a slot.
@@ -32,6 +33,8 @@ pub(super) enum Done {
     Checked(Action, Result<(), Failure>),
     Started(Result<(), Failure>),
     Stopped(Why, Result<(), EngineError>),
+    /// The containers of a slot got other names.
+    Named(Result<(), EngineError>),
     /// How a container ended.
     Examined(Exit),
     /// The result of removing a container that fills no slot.
@@ -40,111 +43,141 @@ pub(super) enum Done {
 
 impl Containers {
     /// Whether work on the slot must wait. When other work finishes, the supervisor plans again.
-    pub(super) fn must_wait(&self, slot: usize, kind: Work, now: Instant) -> Option<Progress> {
+    pub(super) fn must_wait(&self, place: Place, kind: Work, now: Instant) -> Option<Progress> {
         let is_full = self.busy.values().filter(|&&other| other == kind).count() >= MOST_AT_ONCE;
-        if is_full || self.busy.contains_key(&slot) {
+        if is_full || self.busy.contains_key(&place) {
             return Some(Progress::UnderWay);
         }
-        self.backoff.until(&slot, now).map(Progress::Later)
+        self.backoff.until(&place, now).map(Progress::Later)
     }
 
     /// Checks that a new container can be created before Ringway gives up the running one. `then` follows if so.
-    pub(super) fn check(&mut self, slot: usize, then: Action) -> Progress {
+    pub(super) fn check(&mut self, place: Place, then: Action) -> Progress {
         let maker = Arc::clone(&self.maker);
-        self.begin(slot, Work::Stop, async move { Done::Checked(then, maker.check().await) })
+        self.begin(place, Work::Stop, async move { Done::Checked(then, maker.check().await) })
     }
 
-    /// Stops and removes the container of a slot.
-    pub(super) async fn end(&mut self, slots: &mut Slots, slot: usize, why: Why) -> Progress {
-        let known = self.known.get_mut(&slot).map(|known| {
+    /// Stops and removes a container.
+    pub(super) async fn end(&mut self, slots: &mut Slots, place: Place, why: Why) -> Progress {
+        let known = self.known.get_mut(&place).map(|known| {
             // As reported to the publisher below. If the stop fails, the next list reports the container again.
             (known.address, known.is_bad) = (None, false);
             Arc::clone(&known.id)
         });
-        let leftover = || self.leftovers.remove(&slot).map(|container| container.id);
+        let leftover = || self.leftovers.remove(&place).map(|container| container.id);
         let Some(id) = known.or_else(leftover) else { return Progress::UnderWay };
-        slots.log_stop(slot, why);
-        slots[slot].stopping(why);
-        slots.send(Event::Stopped { id: Arc::clone(&slots[slot].name), crash_loop: false, exit: None }).await;
+        slots.log_stop(place, why);
+        slots[place].stopping(why);
+        slots.send(Event::Stopped { id: Arc::clone(&slots[place].id), crash_loop: false, exit: None }).await;
         let (engine, grace) = (self.engine.clone(), self.settings.stop_grace);
-        self.begin(slot, Work::Stop, async move { Done::Stopped(why, engine.end(&id, grace).await) })
+        self.begin(place, Work::Stop, async move { Done::Stopped(why, engine.end(&id, grace).await) })
+    }
+
+    /// Gives the containers of a slot the names that show what each is to it.
+    pub(super) fn name(&mut self, slots: &Slots, slot: usize) {
+        let (front, beside) = (Place::front(slot), Place::beside(slot));
+        let names = self.maker.names(slots.name(slot));
+        let id = |place: Place| {
+            let leftover = self.leftovers.get(&place).map(|container| &container.id);
+            self.known.get(&place).map(|known| &known.id).or(leftover).cloned()
+        };
+        let (current, former, engine) = (id(front), id(beside), self.engine.clone());
+        self.begin(beside, Work::Naming, async move {
+            let renamed = async {
+                // The name must be free first.
+                if let Some(former) = former {
+                    engine.rename(&former, &names.former()).await?;
+                }
+                match current {
+                    Some(current) => engine.rename(&current, &names.current()).await,
+                    None => Ok(()),
+                }
+            };
+            Done::Named(renamed.await)
+        });
     }
 
     pub(super) fn begin(
         &mut self,
-        slot: usize,
+        place: Place,
         kind: Work,
         work: impl Future<Output = Done> + Send + 'static,
     ) -> Progress {
-        self.busy.insert(slot, kind);
-        self.work.spawn(async move { (slot, work.await) });
+        self.busy.insert(place, kind);
+        self.work.spawn(async move { (place, work.await) });
         Progress::UnderWay
     }
 
-    pub(super) async fn finished(&mut self, slots: &mut Slots, slot: usize, done: Done) {
+    pub(super) async fn finished(&mut self, slots: &mut Slots, place: Place, done: Done) {
         let now = Instant::now();
         self.poke.notify_one();
         if let Done::Removed(id, result) = done {
             self.doubles.remove(&id);
             if let Err(error) = result {
                 let count = self.double_backoff.fail(id, now);
-                log_failure(slots, slot, count, "could not remove a duplicate or misnamed container", &error);
+                log_failure(slots, place, count, "could not remove a duplicate or misnamed container", &error);
             }
             return;
         }
-        self.busy.remove(&slot);
-        self.changed.insert(slot, now);
+        self.busy.remove(&place);
+        self.changed.insert(place, now);
         match done {
             // The next list shows the replica. `Removed` is handled above.
             Done::Started(Ok(())) | Done::Removed(..) => {}
             Done::Started(Err(Failure::Conflict)) => {
-                slots[slot].postponed(now);
-                if self.backoff.fail(slot, now) == MANY_CONFLICTS {
+                slots[place].postponed(now);
+                if self.backoff.fail(place, now) == MANY_CONFLICTS {
                     let reason = "the engine reports a name conflict but does not list the container";
-                    slots.refused(slot, reason).await;
+                    slots.refused(place, reason).await;
                 }
             }
             // Only a failed list means that the engine is unreachable.
             Done::Started(Err(Failure::Engine(error))) => {
-                slots[slot].postponed(now);
-                let count = self.backoff.fail(slot, now);
-                log_failure(slots, slot, count, "the engine did not answer a start", &error);
+                slots[place].postponed(now);
+                let count = self.backoff.fail(place, now);
+                log_failure(slots, place, count, "the engine did not answer a start", &error);
             }
             Done::Started(Err(Failure::Refused(reason))) => {
-                self.backoff.clear(&slot);
-                slots.refused(slot, &reason).await;
+                self.backoff.clear(&place);
+                slots.refused(place, &reason).await;
             }
             Done::Stopped(Why::Surplus, Ok(())) => {
-                self.known.remove(&slot);
-                slots.emptied(slot, now);
+                self.known.remove(&place);
+                slots.emptied(place, now).await;
             }
             Done::Stopped(why, Ok(())) => {
-                self.known.remove(&slot);
-                self.backoff.clear(&slot);
+                self.known.remove(&place);
+                self.backoff.clear(&place);
                 let reason = format!("stopped: {}", why.as_str());
-                slots.ended(slot, Exit { reason, code: None, output: Vec::new(), at: now }).await;
+                slots.ended(place, Exit { reason, code: None, output: Vec::new(), at: now }).await;
             }
             Done::Stopped(_, Err(error)) => {
-                slots[slot].not_stopped();
-                let count = self.backoff.fail(slot, now);
-                log_failure(slots, slot, count, "could not stop a container", &error);
+                slots[place].not_stopped();
+                let count = self.backoff.fail(place, now);
+                log_failure(slots, place, count, "could not stop a container", &error);
             }
-            Done::Examined(exit) => slots.ended(slot, exit).await,
-            Done::Checked(Action::Drain(_, why), Ok(())) => slots.drain(slot, why).await,
+            Done::Named(Ok(())) => self.backoff.clear(&place),
+            // The next list shows the names, and Ringway tries again.
+            Done::Named(Err(error)) => {
+                let count = self.backoff.fail(place, now);
+                log_failure(slots, place, count, "could not rename the containers of a slot", &error);
+            }
+            Done::Examined(exit) => slots.ended(place, exit).await,
+            Done::Checked(Action::Drain(_, why), Ok(())) => slots.drain(place, why).await,
             Done::Checked(_, Ok(())) => {
-                self.end(slots, slot, Why::Outdated).await;
+                self.end(slots, place, Why::Outdated).await;
             }
             Done::Checked(_, Err(failure)) => {
-                let count = self.backoff.fail(slot, now);
-                log_failure(slots, slot, count, "could not roll out the new settings", &failure);
+                let count = self.backoff.fail(place, now);
+                log_failure(slots, place, count, "could not roll out the new settings", &failure);
             }
         }
     }
 }
 
 /// Logs a failure: the first in a row as a warning, further ones at debug level.
-fn log_failure(slots: &Slots, slot: usize, count: u32, what: &str, error: &dyn std::fmt::Display) {
-    let (pool, slot) = (slots.pool(), &slots[slot].name);
+fn log_failure(slots: &Slots, place: Place, count: u32, what: &str, error: &dyn std::fmt::Display) {
+    let (pool, slot) = (slots.pool(), &slots[place].id);
     if count == 1 {
         tracing::warn!(%pool, %slot, "{what}; Ringway retries: {error}");
     } else {

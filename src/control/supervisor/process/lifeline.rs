@@ -74,13 +74,13 @@ impl Lines {
 
 /// Waits until the replica has ended, by itself or because of `stop`. The shim kills the processes it leaves behind.
 pub(super) async fn wait_for_exit(
-    slot: usize,
+    pid: u32,
     name: Arc<str>,
     held: Held,
     table: TableCell,
     stop: CancellationToken,
     grace: Duration,
-) -> (usize, Exit) {
+) -> (u32, Exit) {
     let tail = Tail::default();
     let output = log_output(&name, &tail, held.output, table);
     let (reason, code) = match lines_of(held.lifeline) {
@@ -91,7 +91,7 @@ pub(super) async fn wait_for_exit(
     if let Ok(mut output) = output {
         let _ = tokio::time::timeout(LAST_WORDS, &mut output).await;
     }
-    (slot, Exit { reason, code, output: tail.lines(), at: Instant::now() })
+    (pid, Exit { reason, code, output: tail.lines(), at: Instant::now() })
 }
 
 /// Sends SIGTERM, and SIGKILL after `grace`. Returns the shim's answer.
@@ -137,7 +137,7 @@ fn log_output(slot: &Arc<str>, tail: &Tail, output: PipeReader, table: TableCell
     let count = move |slot: &str, lines| {
         let table = table.load();
         if let Some(backend) = table.backends().find(slot) {
-            backend.live.output_lost.fetch_add(lines, Ordering::Relaxed);
+            backend.live.counters.output_lost.fetch_add(lines, Ordering::Relaxed);
         }
     };
     Ok(AbortOnDropHandle::new(tokio::spawn(log_lines(Arc::clone(slot), tail.clone(), output, count))))

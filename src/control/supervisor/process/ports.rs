@@ -8,13 +8,15 @@ use socket2::{Domain, Socket, Type};
 
 use super::Handed;
 use crate::control::provider::slot_number;
+use crate::control::supervisor::plan::Place;
 
-/// Ports reserved for slots. Ringway binds each with `SO_REUSEADDR` but does not listen: the replica can bind it too,
-/// and the system does not assign it to any other program as an ephemeral port. A slot keeps its port for good.
+/// Ports reserved for seats. Ringway binds each with `SO_REUSEADDR` but does not listen: the replica can bind it too,
+/// and the system does not assign it to any other program as an ephemeral port. A seat keeps its port for good; only a flip
+/// exchanges those of a slot.
 #[derive(Debug)]
 pub struct Ports {
     range: Option<(u16, u16)>,
-    reserved: Vec<(SocketAddr, Socket)>,
+    reserved: BTreeMap<Place, (SocketAddr, Socket)>,
 }
 
 impl Ports {
@@ -23,31 +25,46 @@ impl Ports {
     /// # Errors
     /// When the range does not have enough free ports.
     pub fn reserve(pool: &str, range: Option<(u16, u16)>, slots: usize, handed: &[Handed]) -> io::Result<Self> {
-        let mut ports = Self { range, reserved: Vec::new() };
-        let with_port = handed
-            .iter()
-            .filter_map(|one| Some((slot_number(pool, &one.slot)? as usize, one.address.ip()?, one.port.as_ref()?)));
-        let handed: BTreeMap<usize, _> = with_port.map(|(n, address, port)| (n, (address, port))).collect();
-        let highest = handed.keys().max().copied().unwrap_or_default();
-        for n in 1..=slots.max(highest) {
-            match handed.get(&n) {
-                Some(&(address, port)) => ports.reserved.push((address, port.try_clone()?)),
-                None => ports.extend(n)?,
+        let mut ports = Self { range, reserved: BTreeMap::new() };
+        for one in handed {
+            let number = slot_number(pool, &one.slot);
+            if let (Some(number), Some(address), Some(port)) = (number, one.address.ip(), &one.port) {
+                ports.reserved.insert(one.place(number), (address, port.try_clone()?));
             }
         }
+        let highest = ports.reserved.keys().map(|place| place.slot + 1).max();
+        ports.extend(slots.max(highest.unwrap_or_default()))?;
         Ok(ports)
     }
 
     /// Reserves ports for slots without one.
     pub(super) fn extend(&mut self, slots: usize) -> io::Result<()> {
-        let mut candidates: Box<dyn Iterator<Item = u16>> = match self.range {
+        (0..slots).try_for_each(|slot| self.add(Place::front(slot)))
+    }
+
+    /// Reserves a port for a replica beside the one that fills the slot.
+    pub(super) fn reserve_beside(&mut self, slot: usize) -> io::Result<()> {
+        self.add(Place::beside(slot))
+    }
+
+    /// Exchanges the ports of the two replicas of a slot.
+    pub(super) fn flip(&mut self, slot: usize) {
+        let (front, beside) = (Place::front(slot), Place::beside(slot));
+        let placed = [(beside, self.reserved.remove(&front)), (front, self.reserved.remove(&beside))];
+        self.reserved.extend(placed.into_iter().filter_map(|(place, port)| Some((place, port?))));
+    }
+
+    fn add(&mut self, place: Place) -> io::Result<()> {
+        if self.reserved.contains_key(&place) {
+            return Ok(());
+        }
+        let candidates: Box<dyn Iterator<Item = u16>> = match self.range {
             Some((first, last)) => Box::new(first..=last),
-            None => Box::new(std::iter::repeat(0)),
+            None => Box::new(std::iter::once(0)),
         };
-        while self.reserved.len() < slots {
-            let port = candidates.next().ok_or(io::ErrorKind::AddrInUse)?;
+        for port in candidates {
             // Two of our own sockets could bind the same port as long as neither listens.
-            if port != 0 && self.reserved.iter().any(|(address, _)| address.port() == port) {
+            if port != 0 && self.reserved.values().any(|(address, _)| address.port() == port) {
                 continue;
             }
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
@@ -58,17 +75,18 @@ impl Ports {
                 Err(error) => return Err(error),
             }
             let address = socket.local_addr()?.as_socket().ok_or(io::ErrorKind::AddrNotAvailable)?;
-            self.reserved.push((address, socket));
+            self.reserved.insert(place, (address, socket));
+            return Ok(());
         }
-        Ok(())
+        Err(io::ErrorKind::AddrInUse.into())
     }
 
-    pub(super) fn address(&self, slot: usize) -> Option<SocketAddr> {
-        self.reserved.get(slot).map(|(address, _)| *address)
+    pub(super) fn address(&self, place: Place) -> Option<SocketAddr> {
+        self.reserved.get(&place).map(|(address, _)| *address)
     }
 
-    /// The socket that reserves the port of a slot.
-    pub(super) fn socket(&self, slot: usize) -> Option<&Socket> {
-        self.reserved.get(slot).map(|(_, socket)| socket)
+    /// The socket that reserves a port.
+    pub(super) fn socket(&self, place: Place) -> Option<&Socket> {
+        self.reserved.get(&place).map(|(_, socket)| socket)
     }
 }

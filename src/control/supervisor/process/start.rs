@@ -12,6 +12,7 @@ use super::{Processes, sockets};
 use crate::address::Address;
 use crate::control::PRIVATE_VARIABLES;
 use crate::control::supervisor::handover::{PORT, SLOT, SOCKET};
+use crate::control::supervisor::plan::Place;
 
 /// The name that stands for Ringway's own binary in a command.
 pub const THIS_BINARY: &str = "ringway";
@@ -34,11 +35,11 @@ pub fn is_runnable(program: &str) -> bool {
 
 impl Processes {
     /// Starts a shim, which starts the replica. Returns the replica's process id, and where it listens.
-    pub(super) async fn spawn(&self, name: &str, slot: usize) -> io::Result<(u32, Held, Address)> {
+    pub(super) async fn spawn(&self, name: &str, place: Place) -> io::Result<(u32, Held, Address)> {
         let address = if self.settings.spec.uses_sockets() {
             sockets::create()?
         } else {
-            self.ports.address(slot).ok_or_else(|| io::Error::other("no free port"))?.into()
+            self.ports.address(place).ok_or_else(|| io::Error::other("no free port"))?.into()
         };
         match self.spawn_at(name, &address).await {
             Ok((pid, held)) => Ok((pid, held, address)),
