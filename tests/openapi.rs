@@ -114,6 +114,8 @@ async fn real_answers_are_as_the_description_says() {
         ("add", "POST", "/api/pools/echo/backends?dry_run=true", "{\"address\": \"127.0.0.1:1\"}", 200),
         ("remove", "DELETE", &format!("{b0}?dry_run=true"), "", 200),
         ("rebalance", "POST", "/api/pools/echo/rebalance", "{\"over_seconds\": 60}", 409),
+        ("rollout", "POST", "/api/pools/echo/rollout", "{\"image\": \"web:2\"}", 409),
+        ("rollout", "POST", "/api/pools/echo/rollout", "{\"image\": \"web:2\", \"abort\": true}", 400),
         ("scale", "POST", "/api/pools/echo/scale", "{\"replicas\": 2}", 409),
         ("reload", "POST", "/api/reload?dry_run=true", "", 200),
         ("reload", "POST", "/api/reload?dry_run=true", "pools: 5", 400),

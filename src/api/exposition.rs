@@ -178,17 +178,27 @@ fn backends(text: &mut Text, pools: &[OfPool<'_>], per_backend: PerBackend) {
             }
         }
     };
+    each(&metrics::BACKEND_CONNECTIONS, &|samples, labels, backend| samples.add(labels, load(&backend.live.active)));
+    each(&metrics::BACKEND_DRAINING, &|samples, labels, backend| {
+        samples.add(labels, u8::from(backend.state == BackendState::Draining));
+    });
+    // What stands beside a slot gets no connections: only the slot may be down.
+    let mut of_slot = |metric, add: &dyn Fn(&mut Samples<'_>, &Labels, &Backend)| {
+        each(metric, &|samples, labels, backend| {
+            if backend.beside.is_none() {
+                add(samples, labels, backend);
+            }
+        });
+    };
     let mut is = |metric, states: &[BackendState]| {
-        each(metric, &|samples, labels, backend| samples.add(labels, u8::from(states.contains(&backend.state))));
+        of_slot(metric, &|samples, labels, backend| samples.add(labels, u8::from(states.contains(&backend.state))));
     };
     is(&metrics::BACKEND_UP, &[BackendState::Healthy, BackendState::Standby]);
     is(&metrics::BACKEND_STANDBY, &[BackendState::Standby]);
-    is(&metrics::BACKEND_DRAINING, &[BackendState::Draining]);
     is(&metrics::BACKEND_EJECTED, &[BackendState::Ejected]);
     is(&metrics::CRASH_LOOP, &[BackendState::CrashLoop]);
-    each(&metrics::ADMISSION, &|samples, labels, backend| samples.add(labels, backend.admission.as_part()));
-    each(&metrics::REPLICA_RESTARTS, &|samples, labels, backend| samples.add(labels, backend.restarts));
-    each(&metrics::BACKEND_CONNECTIONS, &|samples, labels, backend| samples.add(labels, load(&backend.live.active)));
+    of_slot(&metrics::ADMISSION, &|samples, labels, backend| samples.add(labels, backend.admission.as_part()));
+    of_slot(&metrics::REPLICA_RESTARTS, &|samples, labels, backend| samples.add(labels, backend.restarts));
     // An incarnation beside a slot continues the counters of the slot.
     let mut count = |metric, add: &dyn Fn(&mut Samples<'_>, &Labels, &Counters)| {
         each(metric, &|samples, labels, backend| {

