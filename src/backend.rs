@@ -353,7 +353,7 @@ impl Backend {
     /// Whether the backend is healthy, or stands by and would be if the primary failed.
     pub fn claims(&self) -> bool {
         match self.state {
-            State::Healthy => true,
+            State::Healthy => self.beside.is_none(),
             State::Standby => self.membership.weight > 0 && self.health.verdict != Some(false),
             _ => false,
         }

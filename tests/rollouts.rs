@@ -9,6 +9,7 @@ use tokio::net::TcpStream;
 
 use crate::harness::program::{Program, is_alive, run};
 use crate::harness::{Ringway, config, echoes, eventually, eventually_async, get, http, soon};
+use ringway::backend::State;
 use ringway::control::command::{Command, CommandError};
 
 /// A pool with replicas of this version. Those of `bad-SLOT` exit in this slot, and those of `sick-SLOT` answer nothing.
@@ -162,6 +163,20 @@ async fn a_rollout_that_fails_half_way_goes_back_to_what_the_replicas_were_start
     }
 }
 
+/// The only replica dies while its sick successor has no verdict. The successor takes the slot, fails, and the old settings come back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_successor_that_had_to_take_over_can_still_fail() {
+    let ringway = Ringway::start(&pool(1, "v0", QUICK, "")).await.all_healthy().await;
+    let before = slots(ringway.api()).await["echo-1"];
+    ringway.reload(&pool(1, "sick-echo-1", QUICK, "")).await.unwrap();
+    eventually("a new replica", || ringway.state().pools[0].table.load().backends().find("echo-1+").is_some()).await;
+    rustix::process::kill_process(pid(before), Signal::KILL).unwrap();
+    eventually_async("the rollback", async || rollout(ringway.api()).await["last"]["result"] == "rolled_back").await;
+    eventually("healthy", || ringway.states() == [State::Healthy]).await;
+    let words = std::fs::read_to_string(format!("/proc/{}/cmdline", slots(ringway.api()).await["echo-1"])).unwrap();
+    assert!(!words.contains("sick"), "{words:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rollout_that_pauses_leaves_the_replicas_as_they_are() {
     let settings = format!("{QUICK}, on_failure: pause");
@@ -221,6 +236,30 @@ async fn without_a_free_port_the_old_replica_leaves_first() {
     eventually_async("the rollout", async || rollout(ringway.api()).await["last"]["result"] == "done").await;
     assert_ne!(slots(ringway.api()).await, before);
     assert_eq!(ringway.backend(0).address.unwrap().ip().unwrap().port(), port);
+}
+
+/// One spare port is enough for all slots in turn, and it is free again afterwards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_spare_port_serves_one_slot_after_the_other_and_then_a_larger_pool() {
+    let ports = crate::harness::backends::free_ports::<12>();
+    let Some(first) = (0..10).find(|&n| ports[n + 2] == ports[n] + 2).map(|n| ports[n]) else {
+        return crate::harness::skip("no three free ports in a row");
+    };
+    let range = format!("ports: \"{first}-{}\",", first + 2);
+    let yaml = |version: &str, replicas: usize| {
+        pool(replicas, version, QUICK, "").replace("rollout:", &format!("{range} rollout:"))
+    };
+    let ringway = Ringway::start(&yaml("v0", 2)).await.all_healthy().await;
+    let mapping = ringway.mapping();
+    ringway.reload(&yaml("v1", 2)).await.unwrap();
+    eventually_async("the rollout", async || {
+        assert_eq!(ringway.mapping(), mapping, "a slot was empty");
+        rollout(ringway.api()).await["last"]["result"] == "done"
+    })
+    .await;
+    eventually("the end of the old replicas", || ringway.state().pools[0].table.load().backends().len() == 2).await;
+    ringway.reload(&yaml("v1", 3)).await.unwrap();
+    eventually("three healthy replicas", || ringway.states() == [State::Healthy; 3]).await;
 }
 
 /// The successor takes over the old replica and the new one beside it, and goes on.

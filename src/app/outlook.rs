@@ -160,7 +160,8 @@ fn are_members(members: &[(String, Membership)], table: &Table) -> bool {
         let backend = table.backends().find(id);
         backend.is_some_and(|one| one.membership == *membership && !one.drain.is_some_and(|drain| drain.leaves))
     };
-    members.len() == table.backends().len() && members.iter().all(is_member)
+    let own = table.backends().iter().filter(|backend| backend.beside.is_none());
+    members.len() == own.count() && members.iter().all(is_member)
 }
 
 /// Resets the keys of `new` that require a restart to their running values. Returns the key paths that differed.

@@ -58,5 +58,5 @@ pub(super) fn is_empty_on_purpose(pool: &Route, provider: &ProviderView) -> bool
 
 /// A backend without an address waits for its name or its replica, which can take long.
 fn is_undecided(backend: &Backend) -> bool {
-    backend.state == BackendState::Starting && backend.address.is_some()
+    backend.state == BackendState::Starting && backend.address.is_some() && backend.beside.is_none()
 }

@@ -11,7 +11,7 @@ use super::pools::Pool;
 use super::reload::ReloadPlan;
 use crate::config::Provider;
 use crate::control::command::{CommandError, Report};
-use crate::control::supervisor::rollout::{RolloutOrder, RolloutResult, Stage};
+use crate::control::supervisor::rollout::{RolloutOrder, Stage};
 
 impl App {
     /// Checks the command.
@@ -66,28 +66,36 @@ impl App {
     }
 
     /// Moves to another image, if there is a plan for it, and gives the order to the supervisor.
-    pub(super) async fn roll_out(&mut self, pool: &str, plan: Option<Box<ReloadPlan>>, order: RolloutOrder) -> Report {
+    ///
+    /// # Errors
+    /// When the supervisor has not taken the order. The pool has moved to the other image all the same.
+    pub(super) async fn roll_out(
+        &mut self,
+        pool: &str,
+        plan: Option<Box<ReloadPlan>>,
+        order: RolloutOrder,
+    ) -> Result<Report, CommandError> {
         let mut report = match plan {
             Some(plan) => self.go(*plan, CancellationToken::new()).await,
             None => Report::default(),
         };
-        let Some(running) = self.running(pool) else { return report };
-        let view = running.order(order).await;
-        report.changes.extend(view.map(|view| {
-            let left = view.total - view.updated.min(view.total);
-            match (order, view.stage) {
-                (RolloutOrder::Begin { .. }, _) if left == 0 => format!("pool {pool}: no replica is outdated"),
-                (RolloutOrder::Begin { .. }, _) => format!("pool {pool}: replacing {left} of {} replicas", view.total),
-                (RolloutOrder::Abort, Stage::RollingBack) => {
-                    format!("pool {pool}: rollout aborted; {left} of {} replicas go back", view.total)
-                }
-                (RolloutOrder::Abort, _) => {
-                    format!("pool {pool}: rollout aborted; the other replicas stay as they are")
-                }
+        let view = match self.running(pool) {
+            Some(running) => running.order(order).await,
+            None => None,
+        };
+        let view = view.ok_or_else(|| CommandError::NotTaken(pool.to_owned()))?;
+        let left = view.total - view.updated.min(view.total);
+        let total = view.total;
+        report.changes.push(match (order, view.stage) {
+            (RolloutOrder::Begin { .. }, _) if left == 0 => format!("pool {pool}: no replica is outdated"),
+            (RolloutOrder::Begin { .. }, _) => format!("pool {pool}: replacing {left} of {total} replicas"),
+            (RolloutOrder::Abort, Stage::RollingBack) => {
+                format!("pool {pool}: rollout aborted; {left} of {total} replicas go back")
             }
-        }));
+            (RolloutOrder::Abort, _) => format!("pool {pool}: rollout aborted; the replicas stay as they are"),
+        });
         log(&report);
-        report
+        Ok(report)
     }
 
     fn running(&self, pool: &str) -> Option<&Pool> {
@@ -98,13 +106,10 @@ impl App {
     pub(super) fn proven_changes(&self) -> Changes {
         let mut changes = self.changes.clone();
         for pool in &self.pools {
-            let has_gone_back = pool.rollout().is_some_and(|view| {
-                view.stage == Stage::RollingBack
-                    || view.stage == Stage::Idle
-                        && view.last.is_some_and(|(result, _)| result == RolloutResult::RolledBack)
-            });
-            if has_gone_back {
-                changes.of(&pool.config().name).image = None;
+            let refused = pool.rollout().and_then(|view| view.refused_image);
+            let name = &pool.config().name;
+            if refused.is_some() && changes.get(name).image.as_deref() == refused.as_deref() {
+                changes.of(name).image = None;
             }
         }
         changes

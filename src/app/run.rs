@@ -185,7 +185,7 @@ impl App {
                     Ok(self.apply_event(&pool, event, changes, summary).await)
                 }
                 Ok(Planned::Rebalance { pool, over }) => Ok(self.rebalance(&pool, over).await),
-                Ok(Planned::RollOut { pool, plan, order }) => Ok(self.roll_out(&pool, plan, order).await),
+                Ok(Planned::RollOut { pool, plan, order }) => self.roll_out(&pool, plan, order).await,
                 Ok(Planned::Reopen(report)) => self.reopen(report),
                 Ok(Planned::Log { filter, lasts, summary }) => Ok(self.apply_log(filter.as_deref(), lasts, summary)),
                 Ok(Planned::HandOver) => {

@@ -7,7 +7,7 @@ use super::{ConnectFailure, PortSearch};
 use crate::label_enum;
 use crate::labels::{Label as _, Tally};
 
-/// The live state of a backend: of the incarnation that fills its slot now, or of one that came after it in the same place.
+/// The live state of a backend: of one incarnation of its slot, or of all that followed each other without a rollout.
 #[derive(Debug, Default)]
 pub struct Live {
     /// Connections to this backend that are open or connecting now; only [`BackendPermit`] changes it.

@@ -18,11 +18,17 @@ pub(super) async fn run_and_wait(
     pool: String,
     image: Option<String>,
 ) -> Result<(), Failure> {
-    let before = of(&side_port::status(common, port).await?, &pool)?.ended;
+    let status = side_port::status(common, port).await?;
+    let (process, before) = (status.pid, of(&status, &pool)?.ended);
     commands::send(common, port, &Command::Rollout { pool: pool.clone(), image }).await?;
     let mut shown = None;
     loop {
-        let rollout = of(&side_port::status(common, port).await?, &pool)?;
+        let status = side_port::status(common, port).await?;
+        if status.pid != process {
+            let what = "another Ringway process serves now, and goes on with the rollout: see `ringway status`";
+            return Err(anyhow::anyhow!(what).into());
+        }
+        let rollout = of(&status, &pool)?;
         let goes_on = matches!(rollout.state.as_str(), "running" | "rolling_back");
         let line = match rollout.state.as_str() {
             "rolling_back" => format!("{pool}: rolling back, {} of {} replicas", rollout.updated, rollout.total),

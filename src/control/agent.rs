@@ -57,6 +57,8 @@ struct Agent {
     /// Questions in a row without an answer.
     unanswered: u32,
     advice: Option<Advice>,
+    /// The publisher may not know the advice.
+    must_tell: bool,
     /// Why the last question brought no advice.
     fault: Option<String>,
 }
@@ -196,8 +198,7 @@ impl Agents {
             address.set_port(settings.port);
             let known = before.remove(&backend.incarnation).map(|(id, agent)| {
                 // An answer to a question under the other id counts for nothing.
-                let next = if id == backend.id { agent.next } else { Some(now) };
-                Agent { next, ..agent }
+                if id == backend.id { agent } else { Agent { next: Some(now), must_tell: true, ..agent } }
             });
             let agent = known.unwrap_or_else(|| {
                 // Agents of one pool are not all asked at the same moment.
@@ -208,6 +209,7 @@ impl Agents {
                     next: Some(now + settings.interval.mul_f64(chance / 4.0)),
                     unanswered: 0,
                     advice: None,
+                    must_tell: false,
                     fault: None,
                 }
             });
@@ -282,7 +284,7 @@ impl Agents {
             (before, advice) => before.is_none() && advice.is_none(),
         };
         let advice = agent.advice.clone().map(Arc::new);
-        (!is_same).then_some(Event::Advised { id, incarnation, advice })
+        (!is_same || std::mem::take(&mut agent.must_tell)).then_some(Event::Advised { id, incarnation, advice })
     }
 }
 

@@ -75,6 +75,13 @@ pub enum Event {
         /// The process or container that listens there, if Ringway knows it.
         replica: Option<Replica>,
     },
+    /// The replica has another name. It is the same one.
+    Renamed {
+        /// Ring identity.
+        id: Arc<str>,
+        /// The replica under its name.
+        replica: Replica,
+    },
     /// The backend's replica is gone.
     Stopped {
         /// Ring identity.
@@ -178,6 +185,7 @@ impl Event {
             | Self::Beside { id, .. }
             | Self::Flipped { id, .. }
             | Self::Started { id, .. }
+            | Self::Renamed { id, .. }
             | Self::Stopped { id, .. }
             | Self::Left { id }
             | Self::Reported { id, .. }

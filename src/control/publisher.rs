@@ -256,7 +256,8 @@ impl Publisher {
 
     /// Logs that the pool is in panic mode, which surprises users of other balancers: the first time with an explanation.
     fn tell_panic(&mut self, healthy: usize) {
-        let (pool, backends, threshold) = (&self.pool, self.backends.len(), self.settings.rules.panic_below);
+        let backends = self.backends.values().filter(|one| one.backend.beside.is_none()).count();
+        let (pool, threshold) = (&self.pool, self.settings.rules.panic_below);
         let what = "too few backends are healthy; trying all (panic)";
         if std::mem::replace(&mut self.has_panicked, true) {
             tracing::error!(%pool, healthy, backends, threshold, "{what}");
@@ -401,7 +402,7 @@ impl Publisher {
         backend_state.tell(&self.pool, is);
         self.healthy -= usize::from(backend_state.counts());
         backend_state.backend.state = is;
-        if is == State::Healthy {
+        if backend_state.counts() {
             backend_state.begin(self.healthy > 0, &self.settings, now);
         }
         self.healthy += usize::from(backend_state.counts());

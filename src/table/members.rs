@@ -95,6 +95,8 @@ impl Members {
         let backend = &self[position];
         let (state, has_address) = (backend.state, backend.address.is_some());
         let (number, weight) = (backend.membership.tier, u64::from(backend.membership.weight));
+        // The state of what stands beside a slot is no state of the pool.
+        let is_own = backend.beside.is_none();
         let (admission, is_drained) = (backend.admission, backend.drain.is_some());
         // Without points on the ring, no key leads to a backend.
         let is_on_ring = backend.membership_on_ring().weight > 0;
@@ -107,7 +109,7 @@ impl Members {
             (true, false) => *counter -= 1,
             (false, _) => {}
         };
-        count(&mut self.states[state.index()], true);
+        count(&mut self.states[state.index()], is_own);
         count(&mut self.taking, has_address && !is_drained && is_on_ring);
         self.healthy.set(position, is_in && is_healthy);
         self.reachable.set(position, is_in && is_reachable);

@@ -16,6 +16,16 @@ struct Project {
     owner: Owner,
 }
 
+/// Builds the image of a project. Returns its id.
+fn build(owner: &Owner, folder: &Path, project: &str, version: u32) -> String {
+    let dockerfile = format!(
+        "FROM {IMAGE}\nLABEL com.docker.compose.project={project} com.docker.compose.service=ringway com.docker.compose.version=2.40.3 \
+         rwtest.version={version}\n"
+    );
+    std::fs::write(folder.join("Dockerfile"), dockerfile).unwrap();
+    owner.docker(&["build", "-q", "-t", &format!("ringway-test:{project}"), &folder.display().to_string()])
+}
+
 impl Project {
     /// Creates a project with an image like that of compose v2, which has labels of the project.
     async fn new() -> Self {
@@ -35,11 +45,7 @@ impl Project {
     fn of(name: String, owner: Owner) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let image = format!("ringway-test:{name}");
-        let dockerfile = format!(
-            "FROM {IMAGE}\nLABEL com.docker.compose.project={name} com.docker.compose.service=ringway com.docker.compose.version=2.40.3\n"
-        );
-        std::fs::write(folder.path().join("Dockerfile"), dockerfile).unwrap();
-        owner.docker(&["build", "-q", "-t", &image, &folder.path().display().to_string()]);
+        build(&owner, folder.path(), &name, 1);
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let read = |file: &str| std::fs::read_to_string(root.join(file)).unwrap();
         let config = folder.path().join("ringway.yaml");
@@ -259,4 +265,28 @@ async fn labels_in_a_compose_file_describe_the_backends() {
         String::from_utf8_lossy(answer.body()).contains("\"server\":\"spare\"")
     })
     .await;
+}
+
+/// As after `docker compose build`: a new Ringway starts, adopts the replicas, and rolls out the new image.
+#[tokio::test]
+#[ignore = "needs a Docker engine"]
+async fn up_with_a_new_image_rolls_out_the_replicas() {
+    let project = Project::new().await;
+    project.up().await;
+    let images = || {
+        let images = project
+            .owner
+            .containers()
+            .into_iter()
+            .map(|id| project.owner.try_docker(&["inspect", "-f", "{{.Image}} {{.State.Status}}", &id]).1);
+        images.collect::<Vec<_>>()
+    };
+    let before = images();
+    assert_eq!(before.len(), 3);
+    let id = build(&project.owner, project.folder.path(), &project.name, 2);
+    project.compose(&["up", "-d", "--no-build"]);
+    let id = project.owner.docker(&["inspect", "-f", "{{.Id}}", &id]);
+    let wanted = format!("{id} running");
+    eventually("replicas of the new image", || images() == [wanted.clone(), wanted.clone(), wanted.clone()]).await;
+    project.all_healthy().await;
 }

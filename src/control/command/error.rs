@@ -73,6 +73,11 @@ pub enum CommandError {
     /// No image has such a name.
     #[error("{0:?} is not an image name: write it like nginx:1.27")]
     BadImage(String),
+    /// The supervisor of the pool waits for something.
+    #[error(
+        "the supervisor of pool {0} has not taken the order: it may wait for its Docker engine. See `ringway status`, and try again"
+    )]
+    NotTaken(String),
     /// Only a rollout that goes on can be aborted.
     #[error("no rollout of pool {0} is under way")]
     NoRollout(String),
@@ -151,6 +156,7 @@ impl CommandError {
             | Self::NotSupervised(_)
             | Self::NoImage(_)
             | Self::NoRollout(_)
+            | Self::NotTaken(_)
             | Self::FixedWeight(_)
             | Self::CannotRebalance { .. }
             | Self::TooFewPorts { .. }

@@ -84,7 +84,8 @@ impl Schedule {
             let subject = match known {
                 Some((id, subject)) if id == backend.id => subject,
                 // The replica that stood beside the slot fills it now: what is known about it stays true.
-                Some((_, subject)) => Subject { number: begin(), ..subject },
+                // The publisher may have missed the last result, which came under the other id.
+                Some((_, subject)) => Subject { number: begin(), reported: None, ..subject },
                 None => Subject::of(backend, address, begin(), trusts, now),
             };
             self.subjects.insert(Arc::clone(&backend.id), subject);

@@ -178,6 +178,7 @@ impl BackendState {
                 self.backend.incarnation = next;
                 self.started(address, replica, now);
             }
+            Event::Renamed { replica, .. } => return self.renamed(replica),
             Event::Stopped { crash_loop, exit, .. } => self.stopped(crash_loop, exit, now),
             Event::Reported { healthy, .. } => {
                 if self.backend.reported_bad != healthy {
@@ -277,6 +278,16 @@ impl BackendState {
         backend.replica = replica;
         self.forget(now);
         self.crash_loop = false;
+    }
+
+    /// The replica has another name, and is the same one.
+    fn renamed(&mut self, replica: Replica) -> Change {
+        if self.backend.replica.is_none() {
+            return Change::Nothing;
+        }
+        self.backend.replica = Some(replica.clone());
+        self.runs.last = Some(replica);
+        Change::Backend
     }
 
     fn stopped(&mut self, crash_loop: bool, exit: Option<Arc<Exit>>, now: Instant) {

@@ -84,6 +84,8 @@ pub async fn supervise(
             tokio::select! {
                 () = stop.cancelled() => return,
                 scope = &mut found => break scope,
+                // The sender hears that nobody has taken the order.
+                Some(_order) = signals.orders.recv() => {}
                 Some(handover) = signals.handovers.recv() => if handover.decide(Ok(Vec::new()), &stop).await {
                     return;
                 },
@@ -104,7 +106,7 @@ pub async fn supervise(
     let containers = Containers {
         maker: {
             let spec = Pinned { spec: first.spec.clone(), image: None };
-            Arc::new(Maker::new(engine.clone(), &pool, &scope, spec))
+            Arc::new(Maker::new(engine.clone(), &pool, &scope, spec.clone(), &spec))
         },
         image: None,
         settings: first.clone(),
@@ -198,7 +200,8 @@ impl Adapter for Containers {
     }
 
     fn configure(&mut self, settings: Settings, spec: Pinned) {
-        self.maker = Arc::new(Maker::new(self.engine.clone(), &settings.slots.pool, &self.scope, spec));
+        let wanted = self.spec(&settings);
+        self.maker = Arc::new(Maker::new(self.engine.clone(), &settings.slots.pool, &self.scope, spec, &wanted));
         self.settings = settings;
     }
 
@@ -304,7 +307,7 @@ impl Adapter for Containers {
 
     async fn finish(mut self, slots: Slots, _ending: Ending) {
         let _ = tokio::time::timeout(FINISH, async { while self.work.join_next().await.is_some() {} }).await;
-        tracing::info!(pool = %slots.pool(), owner = self.scope.owner, replicas = self.known.len(),
+        tracing::info!(pool = %slots.pool(), owner = self.scope.owner, containers = self.known.len(),
             "containers keep running; the next Ringway of this owner adopts them, `ringway reap --owner` removes them");
     }
 }

@@ -35,7 +35,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::handover::{Handed, Signals};
 use self::plan::{Action, Failure, Place, Role, Why};
-use self::rollout::{Rollout, RolloutOrder};
+use self::rollout::{Rollout, RolloutOrder, Stage, Target};
 pub use self::slots::SlotSettings;
 use self::slots::{LOOK, Running, Slots};
 use super::Event;
@@ -50,7 +50,7 @@ trait Adapter {
     /// Settings of this kind of replica; they include the [`SlotSettings`].
     type Settings: Clone;
     /// What a replica is started from. One with another spec is outdated.
-    type Spec: Clone + PartialEq;
+    type Spec: Target;
     /// Something that the adapter has observed.
     type Observation;
 
@@ -172,15 +172,14 @@ impl<A: Adapter> Supervisor<A> {
                 observation = self.adapter.next() => {
                     self.adapter.observe(&mut self.slots, observation).await;
                     self.follow_spec().await;
+                    if let Some(reason) = self.slots.failure.take() {
+                        self.fail(&reason).await;
+                    }
                 }
                 Ok(()) = self.table_changes.changed() => self.slots.judge(self.adapter.running()),
                 Ok(()) = settings.changed() => {
-                    self.settings = settings.borrow_and_update().clone();
-                    self.adapter.look_up(&self.settings).await;
-                    self.rollout.configure(self.adapter.spec(&self.settings), Instant::now());
-                    // They may be the remedy.
-                    self.slots.forgive(Instant::now());
-                    self.apply().await;
+                    let changed = settings.borrow_and_update().clone();
+                    self.reconfigure(changed).await;
                 }
                 // The predecessor is gone, and its connections with it: adopted replicas may be outdated or surplus.
                 Ok(()) = settled.changed(), if !self.slots.is_settled => {
@@ -188,6 +187,15 @@ impl<A: Adapter> Supervisor<A> {
                     self.apply().await;
                 }
                 Some((order, obeyed)) = orders.recv() => {
+                    // Whoever has lost patience does not expect it any more.
+                    if obeyed.is_closed() {
+                        continue;
+                    }
+                    // An order is about the settings that were sent before it.
+                    if settings.has_changed().unwrap_or(false) {
+                        let changed = settings.borrow_and_update().clone();
+                        self.reconfigure(changed).await;
+                    }
                     self.obey(order).await;
                     self.follow_rollout(Instant::now());
                     // The sender may have gone.
@@ -205,6 +213,16 @@ impl<A: Adapter> Supervisor<A> {
         self.adapter.finish(self.slots, ending).await;
     }
 
+    /// The settings have changed.
+    async fn reconfigure(&mut self, settings: A::Settings) {
+        self.settings = settings;
+        self.adapter.look_up(&self.settings).await;
+        self.rollout.configure(self.adapter.spec(&self.settings), Instant::now());
+        // They may be the remedy.
+        self.slots.forgive(Instant::now());
+        self.apply().await;
+    }
+
     /// Applies the settings, with the spec that the rollout goes to.
     async fn apply(&mut self) {
         self.slots.configure(A::slot_settings(&self.settings).clone());
@@ -213,10 +231,13 @@ impl<A: Adapter> Supervisor<A> {
         self.slots.announce().await;
         // A leaving slot may have left before it joined again: report its replica to the publisher.
         let wanted = self.slots.settings.replicas as usize;
-        for Running { place, address, replica } in self.adapter.running().filter(|running| running.place.slot < wanted)
-        {
-            let (Some(address), Role::Front) = (address.cloned(), place.role) else { continue };
-            self.slots.report(place, address, replica.clone()).await;
+        // A slot before what stands beside it.
+        let mut running: Vec<_> = self.adapter.running().filter(|running| running.place.slot < wanted).collect();
+        running.sort_by_key(|running| running.place);
+        for Running { place, address, replica } in running {
+            if let (Some(address), false) = (address.cloned(), self.slots[place].is_former) {
+                self.slots.report(place, address, replica.clone()).await;
+            }
         }
         self.slots.withdraw_surplus().await;
     }
@@ -225,6 +246,7 @@ impl<A: Adapter> Supervisor<A> {
     async fn follow_spec(&mut self) {
         let wanted = self.adapter.spec(&self.settings);
         if self.rollout.configure(wanted, Instant::now()) {
+            self.slots.forgive(Instant::now());
             self.apply().await;
         }
     }
@@ -292,7 +314,7 @@ impl<A: Adapter> Supervisor<A> {
         let now = Instant::now();
         let next_look = self.slots.look_at_drains().await.then(|| now + LOOK);
         self.follow_rollout(now);
-        let plan = self.slots.plan(self.rollout.stage(), self.rollout.last_step, now);
+        let plan = self.slots.plan(self.rollout.last_step, now);
         let mut wake = plan.wake.into_iter().chain(next_look).min();
         for action in plan.actions {
             let again = match self.carry_out(action, now).await {
@@ -314,8 +336,12 @@ impl<A: Adapter> Supervisor<A> {
         if self.slots.settle(now) {
             self.rollout.last_step = Some(now);
         }
-        let (updated, total, is_quiet) = self.slots.progress();
-        self.rollout.follow(updated, total, is_quiet, now);
+        // Before that, nobody knows which replicas are outdated.
+        if self.slots.is_settled {
+            let (updated, total, is_quiet) = self.slots.progress();
+            self.rollout.follow(updated, total, is_quiet, now);
+        }
+        self.slots.stage = self.rollout.stage();
     }
 
     async fn carry_out(&mut self, action: Action, now: Instant) -> Progress {
@@ -323,7 +349,13 @@ impl<A: Adapter> Supervisor<A> {
             Action::Start(Place { slot, role: Role::Beside }) if !self.adapter.has_room_beside(slot) => {
                 self.adapter.drain(&mut self.slots, Place::front(slot), Why::Outdated, now).await
             }
-            Action::Start(place) => self.adapter.start(&mut self.slots, place, now).await,
+            Action::Start(place) => {
+                // One that starts in the place of an old one shows whether the new settings work.
+                if place.role == Role::Front && matches!(self.slots.stage, Stage::Running | Stage::RollingBack) {
+                    self.slots[place].begins_anew();
+                }
+                self.adapter.start(&mut self.slots, place, now).await
+            }
             Action::Drain(place, why) => self.adapter.drain(&mut self.slots, place, why, now).await,
             Action::Stop(place, why) => self.adapter.stop(&mut self.slots, place, why, now).await,
             // `apply` has reported this to the publisher.

@@ -133,7 +133,7 @@ pub fn plan(wanted: usize, slots: &[Slot], policy: &Policy, going: Going<'_>, no
     let mut plan = Plan { actions: Vec::new(), wake: None };
     let (kept, surplus) = slots.split_at(wanted.min(slots.len()));
     for (n, slot) in kept.iter().enumerate() {
-        plan.fill(n, slot, now);
+        plan.fill(n, slot, going, now);
         if going.is_settled {
             plan.go_on(n, slot, policy, going, now);
         }
@@ -156,11 +156,13 @@ impl Plan {
     }
 
     /// Fills the first seat of a slot that the pool has.
-    fn fill(&mut self, n: usize, slot: &Slot, now: Instant) {
+    fn fill(&mut self, n: usize, slot: &Slot, going: Going<'_>, now: Instant) {
         let front = &slot.front;
-        if let Some(at) = front.starts_at() {
-            // Whoever stands beside the slot fills it sooner.
-            if !slot.has_successor() || slot.beside.unhealthy_since().is_some() {
+        if slot.is_taken_over(going.stage) {
+            self.actions.push(Action::Flip(n));
+        } else if let Some(at) = front.starts_at() {
+            // Whoever starts beside the slot fills it sooner.
+            if !slot.beside.is_starting() {
                 self.do_at(at, Action::Start(Place::front(n)), now);
             }
         } else if front.drains_or_drained() == Some(Why::Surplus) {
@@ -194,15 +196,13 @@ impl Plan {
             self.actions.push(Action::Stop(place, Why::Outdated));
         } else if beside.serves() && beside.is_former {
             self.actions.push(Action::Drain(place, Why::Outdated));
-        } else if beside.serves() {
+        } else if beside.serves() && !slot.is_taken_over(going.stage) {
             let is_needed =
                 going.stage != Stage::Paused && (front.is_outdated() || !front.is_running()) && !beside.is_outdated();
             if !is_needed {
                 self.actions.push(Action::Stop(place, Why::Surplus));
             } else if beside.unhealthy_since().is_some() {
                 self.fail(n, Failure::Unhealthy, going);
-            } else if front.starts_at().is_some() {
-                self.actions.push(Action::Flip(n));
             } else if let Some(since) = beside.healthy_since() {
                 self.do_at(since + healthy_for, Action::Flip(n), now);
             }
@@ -270,7 +270,11 @@ impl Plan {
             return;
         }
         let all_healthy = kept.iter().filter(|slot| !is_changing(slot)).all(|slot| slot.front.is_healthy());
-        let outdated = kept.iter().enumerate().filter(|(_, slot)| !is_changing(slot));
+        // The one before the last may still be beside the slot, and its connections may go on for long.
+        let has_place = |slot: &Slot| order == Order::StopFirst || !slot.beside.is_running();
+        let may_change =
+            |slot: &Slot| !is_changing(slot) && (has_place(slot) || slot.front.unhealthy_since().is_some());
+        let outdated = kept.iter().enumerate().filter(|(_, slot)| may_change(slot));
         let mut outdated: Vec<_> =
             outdated.filter_map(|(n, slot)| Some((slot.front.outdated_goes_at(all_healthy)?, n))).collect();
         outdated.sort_unstable();
@@ -278,8 +282,6 @@ impl Plan {
             let slot = &kept[n];
             let action = match order {
                 _ if slot.front.unhealthy_since().is_some() => Action::Stop(Place::front(n), Why::Outdated),
-                // The one before the last is still there. Its connections may go on for long.
-                Order::StartFirst if slot.beside.is_running() => continue,
                 Order::StartFirst => Action::Start(Place::beside(n)),
                 Order::StopFirst => Action::Drain(Place::front(n), Why::Outdated),
             };

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::handover::{Handed, Part, Signals, Spec};
 use super::plan::{Place, Role, Why};
+use super::rollout::Target;
 use super::{Adapter, Ending, Progress, Running, SlotSettings, Slots, Supervisor};
 use crate::address::Address;
 use crate::backend::{Exit, Replica};
@@ -89,6 +90,12 @@ struct ChildProcess {
     held: Held,
     /// Sends SIGTERM, and SIGKILL after the grace.
     stop: CancellationToken,
+}
+
+impl Target for Arc<Spec> {
+    fn image(&self) -> Option<&str> {
+        None
+    }
 }
 
 impl Adapter for Processes {
@@ -164,13 +171,13 @@ impl Adapter for Processes {
 
     fn flip(&mut self, _slots: &Slots, slot: usize) -> Option<(Replica, Option<Replica>)> {
         let (front, beside) = (Place::front(slot), Place::beside(slot));
-        let (former, next) = (self.children.remove(&front), self.children.remove(&beside));
+        let next = self.children.remove(&beside)?;
+        let former = self.children.remove(&front);
         self.ports.flip(slot);
-        let replica = |child: &ChildProcess| child.replica.clone();
-        let replicas = (next.as_ref().map(replica), former.as_ref().map(replica));
-        let placed = [(front, next), (beside, former)];
-        self.children.extend(placed.into_iter().filter_map(|(place, child)| Some((place, child?))));
-        Some((replicas.0?, replicas.1))
+        let replicas = (next.replica.clone(), former.as_ref().map(|former| former.replica.clone()));
+        self.children.insert(front, next);
+        self.children.extend(former.map(|former| (beside, former)));
+        Some(replicas)
     }
 
     async fn drain(&mut self, slots: &mut Slots, place: Place, why: Why, _now: Instant) -> Progress {
@@ -201,6 +208,9 @@ impl Adapter for Processes {
         let Some(place) = found else { return };
         if let Some(child) = self.children.remove(&place) {
             sockets::remove(&child.address);
+        }
+        if place.role == Role::Beside {
+            self.ports.release_beside(place.slot);
         }
         slots.ended(place, exit).await;
     }

@@ -74,12 +74,28 @@ pub struct RolloutView {
     pub last: Option<(RolloutResult, Instant)>,
     /// Why the last rollout failed, if it has.
     pub reason: Option<Arc<str>>,
+    /// The image with which it failed, if it has gone back to another one.
+    pub refused_image: Option<Arc<str>>,
+}
+
+/// What replicas are started from.
+pub(super) trait Target: Clone + PartialEq {
+    /// The name of an image; `None` for processes.
+    fn image(&self) -> Option<&str>;
 }
 
 impl RolloutStatus {
     /// The status of a pool that has not had a rollout.
     pub fn new(now: Instant) -> Self {
-        let view = RolloutView { stage: Stage::Idle, updated: 0, total: 0, since: now, last: None, reason: None };
+        let view = RolloutView {
+            stage: Stage::Idle,
+            updated: 0,
+            total: 0,
+            since: now,
+            last: None,
+            reason: None,
+            refused_image: None,
+        };
         Self { view: Mutex::new(view), results: Tally::default() }
     }
 
@@ -109,7 +125,7 @@ pub(super) struct Rollout<S> {
     pub(super) last_step: Option<Instant>,
 }
 
-impl<S: Clone + PartialEq> Rollout<S> {
+impl<S: Target> Rollout<S> {
     pub(super) fn new(pool: Arc<str>, spec: S, status: Arc<RolloutStatus>) -> Self {
         Self { pool, status, spec, previous: None, refused: None, stage: Stage::Idle, last_step: None }
     }
@@ -134,10 +150,12 @@ impl<S: Clone + PartialEq> Rollout<S> {
             self.spec = wanted;
             return false;
         }
-        self.refused = None;
+        self.forget_refused();
         let before = std::mem::replace(&mut self.spec, wanted);
         match self.stage {
-            Stage::Idle | Stage::RollingBack => self.previous = Some(before),
+            Stage::RollingBack => self.previous = Some(before),
+            // What was wanted before may not have been rolled out.
+            Stage::Idle => drop(self.previous.get_or_insert(before)),
             // Whoever mends a rollout still wants to go back to what worked.
             Stage::Running | Stage::Paused => {}
         }
@@ -147,9 +165,12 @@ impl<S: Clone + PartialEq> Rollout<S> {
         true
     }
 
-    /// An operator asks for a rollout to `wanted`, which may have failed before.
+    /// An operator asks for a rollout to `wanted`, which may have failed before, or which the replicas may have already.
     pub(super) fn begin(&mut self, wanted: S, now: Instant) {
-        self.refused = None;
+        self.forget_refused();
+        if self.stage == Stage::Idle {
+            self.previous.get_or_insert_with(|| self.spec.clone());
+        }
         self.configure(wanted, now);
         if self.stage == Stage::Paused {
             self.enter(Stage::Idle, now);
@@ -175,7 +196,11 @@ impl<S: Clone + PartialEq> Rollout<S> {
                 tracing::warn!(%pool, replicas = total, "rolled back");
                 self.end(RolloutResult::RolledBack, Stage::Idle, now);
             }
-            Stage::Paused if is_complete => self.enter(Stage::Idle, now),
+            Stage::Idle if is_complete => self.previous = None,
+            Stage::Paused if is_complete => {
+                self.previous = None;
+                self.enter(Stage::Idle, now);
+            }
             _ => {}
         }
     }
@@ -191,7 +216,10 @@ impl<S: Clone + PartialEq> Rollout<S> {
         self.status.change(|view| view.reason = Some(reason.into()));
         if let Some(previous) = previous {
             tracing::error!(%pool, reason, "rollout failed; Ringway goes back to what the replicas were started from before");
-            self.refused = Some(std::mem::replace(&mut self.spec, previous));
+            let refused = std::mem::replace(&mut self.spec, previous);
+            let image = refused.image().filter(|&image| Some(image) != self.spec.image()).map(Arc::from);
+            self.status.change(|view| view.refused_image = image);
+            self.refused = Some(refused);
             self.enter(Stage::RollingBack, now);
             return true;
         }
@@ -200,6 +228,11 @@ impl<S: Clone + PartialEq> Rollout<S> {
              `ringway rollout`");
         self.end(RolloutResult::Paused, Stage::Paused, now);
         false
+    }
+
+    fn forget_refused(&mut self) {
+        self.refused = None;
+        self.status.change(|view| view.refused_image = None);
     }
 
     fn end(&mut self, result: RolloutResult, stage: Stage, now: Instant) {
@@ -218,6 +251,12 @@ impl<S: Clone + PartialEq> Rollout<S> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    impl Target for u32 {
+        fn image(&self) -> Option<&str> {
+            None
+        }
+    }
 
     fn rollout() -> (Rollout<u32>, Arc<RolloutStatus>, Instant) {
         let now = Instant::now();
@@ -274,6 +313,37 @@ mod tests {
         assert_eq!(status.results.of(RolloutResult::Paused), 1);
         rollout.configure(3, now);
         assert_eq!(rollout.stage(), Stage::Idle, "other settings may be the remedy");
+    }
+
+    /// A command may ask for new replicas from the same settings, which fail for another reason.
+    #[test]
+    fn a_rollout_of_the_same_settings_that_fails_leaves_the_replicas_alone() {
+        let (mut rollout, status, now) = rollout();
+        rollout.begin(1, now);
+        rollout.follow(0, 3, true, now);
+        assert!(rollout.fail("no", OnFailure::Rollback, now));
+        rollout.follow(3, 3, true, now);
+        assert_eq!((status.view().stage, last(&status)), (Stage::Idle, Some(RolloutResult::RolledBack)));
+        rollout.configure(2, now);
+        assert_eq!(*rollout.spec(), 2);
+    }
+
+    #[test]
+    fn settings_that_no_replica_ever_had_are_not_gone_back_to() {
+        let (mut rollout, _, now) = rollout();
+        // The engine is away meanwhile.
+        rollout.configure(2, now);
+        rollout.configure(3, now);
+        rollout.follow(0, 3, true, now);
+        assert!(rollout.fail("no", OnFailure::Rollback, now));
+        assert_eq!(*rollout.spec(), 1);
+        // No slot had a replica.
+        rollout.configure(4, now);
+        rollout.follow(3, 3, true, now);
+        rollout.configure(5, now);
+        rollout.follow(0, 3, true, now);
+        assert!(rollout.fail("no", OnFailure::Rollback, now));
+        assert_eq!(*rollout.spec(), 4);
     }
 
     #[test]

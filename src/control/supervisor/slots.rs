@@ -51,14 +51,29 @@ pub(super) struct Slots {
     pub(super) is_settled: bool,
     /// Whether the table shows an outdated replica.
     shows_outdated: bool,
+    /// What the rollout does.
+    pub(super) stage: Stage,
     /// How the last replica that was not stopped on purpose ended.
     pub(super) last_end: Option<Arc<str>>,
+    /// Why no new replica can be started, before an old one was given up for it.
+    pub(super) failure: Option<String>,
 }
 
 impl Slots {
     pub(super) fn new(settings: SlotSettings, table: TableCell, events: mpsc::Sender<Event>, is_settled: bool) -> Self {
         let ends = Ends::new(Arc::clone(&settings.pool), settings.policy);
-        Self { settings, list: Vec::new(), ends, table, events, is_settled, shows_outdated: false, last_end: None }
+        Self {
+            settings,
+            list: Vec::new(),
+            ends,
+            table,
+            events,
+            is_settled,
+            shows_outdated: false,
+            stage: Stage::Idle,
+            last_end: None,
+            failure: None,
+        }
     }
 
     pub(super) fn pool(&self) -> &Arc<str> {
@@ -139,9 +154,9 @@ impl Slots {
         }
     }
 
-    pub(super) fn plan(&mut self, stage: Stage, last_step: Option<Instant>, now: Instant) -> Plan {
+    pub(super) fn plan(&mut self, last_step: Option<Instant>, now: Instant) -> Plan {
         self.show_outdated();
-        let going = Going { pace: &self.settings.pace, stage, is_settled: self.is_settled, last_step };
+        let going = Going { pace: &self.settings.pace, stage: self.stage, is_settled: self.is_settled, last_step };
         plan(self.wanted(), &self.list, &self.settings.policy, going, now)
     }
 

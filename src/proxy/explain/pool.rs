@@ -190,7 +190,7 @@ fn what_if(table: &Table, route: &Route, question: &Question, key: &[u8]) -> Res
         return Err(Unexplained::NoBackend {
             pool: route.pool.to_string(),
             backend: unknown.clone(),
-            known: table.backends().iter().map(|backend| backend.id.to_string()).collect(),
+            known: table.backends().iter().filter(|one| one.beside.is_none()).map(|one| one.id.to_string()).collect(),
         });
     }
     let weight = |backend: &Backend| {

@@ -12,6 +12,7 @@ use crate::control::docker::engine::{Engine, EngineError};
 use crate::control::docker::label;
 use crate::control::docker::scope::Scope;
 use crate::control::supervisor::plan::Role;
+use crate::control::supervisor::rollout::Target;
 use crate::label_enum;
 
 label_enum! {
@@ -85,6 +86,12 @@ pub(super) struct Pinned {
     pub(super) image: Option<Arc<str>>,
 }
 
+impl Target for Pinned {
+    fn image(&self) -> Option<&str> {
+        Some(&self.spec.image)
+    }
+}
+
 impl PartialEq for Pinned {
     /// An image that is not known may be any.
     fn eq(&self, other: &Self) -> bool {
@@ -102,6 +109,8 @@ pub(super) struct Maker {
     spec: Spec,
     /// The image that all containers of the pool have.
     image: Option<Arc<str>>,
+    /// A rollout has failed, and these are the settings before. The name may stand for the image that has failed.
+    is_rolled_back: bool,
     digest: String,
     /// Limits pulls to one at a time: after the first, the engine has the image.
     pulling: Mutex<Option<FailedPull>>,
@@ -118,9 +127,18 @@ struct FailedPull {
 }
 
 impl Maker {
-    pub(super) fn new(engine: Engine, pool: &str, scope: &Scope, Pinned { spec, image }: Pinned) -> Self {
+    /// Creates containers from `target`, while the settings want `wanted`.
+    pub(super) fn new(engine: Engine, pool: &str, scope: &Scope, target: Pinned, wanted: &Pinned) -> Self {
+        let is_rolled_back = target != *wanted;
+        let Pinned { spec, image } = target;
         let digest = digest(&spec, &scope.network);
-        Self { engine, pool: pool.to_owned(), scope: scope.clone(), spec, image, digest, pulling: Mutex::new(None) }
+        let (pool, scope, pulling) = (pool.to_owned(), scope.clone(), Mutex::new(None));
+        Self { engine, pool, scope, spec, image, is_rolled_back, digest, pulling }
+    }
+
+    /// What containers are created from.
+    pub(super) fn spec(&self) -> &Spec {
+        &self.spec
     }
 
     /// Digest of the settings that containers are created from.
@@ -152,7 +170,7 @@ impl Maker {
             // Not by force: another process may have started it by now.
             self.engine.remove(&old.id, false).await?;
         }
-        if self.spec.pull == Pull::Always {
+        if self.pulls_always() {
             self.pull(&mut *self.pulling.lock().await).await?;
         }
         let id = match self.create(slot, &name).await {
@@ -226,11 +244,16 @@ impl Maker {
         self.engine.create(name, self.body(slot, image)).await
     }
 
+    /// Whether each container comes from the newest image of the registry.
+    fn pulls_always(&self) -> bool {
+        self.spec.pull == Pull::Always && !self.is_rolled_back
+    }
+
     /// What to create a container from: the image's name, or its id if the name stands for another image by now. So all containers of a
     /// pool have the same image until a rollout.
     async fn image(&self) -> Result<String, EngineError> {
         let name = &self.spec.image;
-        let Some(image) = self.image.as_ref().filter(|_| self.spec.pull != Pull::Always) else {
+        let Some(image) = self.image.as_ref().filter(|_| !self.pulls_always()) else {
             return Ok(name.clone());
         };
         let is_current = self.engine.image_id(name).await?.is_some_and(|id| *id == **image);

@@ -26,6 +26,8 @@ pub(super) struct Known {
     pub(super) spec: String,
     /// The engine's id of its image.
     pub(super) image: Arc<str>,
+    /// Its name in the last list.
+    pub(super) name: Arc<str>,
     /// As last reported to the publisher.
     pub(super) address: Option<Address>,
     /// As last reported to the publisher.
@@ -53,17 +55,19 @@ impl Containers {
         for slot in 0..slots.len() {
             let containers = by_slot.remove(&**slots.name(slot)).unwrap_or_default();
             let [front, beside] = [Place::front(slot), Place::beside(slot)];
-            let is_known_better = |place: &Place| {
-                let is_older = self.changed.get(place).is_some_and(|&changed| seen.as_of < changed);
-                self.busy.contains_key(place) || is_older
-            };
-            let skips = [front, beside].map(|place| is_known_better(&place));
+            let skips = [front, beside].map(|place| {
+                let is_older = self.changed.get(&place).is_some_and(|&changed| seen.as_of < changed);
+                self.busy.contains_key(&place) || is_older
+            });
             let [incumbent, other] = self.seat(slots, slot, containers, skips);
             if !skips[0] {
                 self.observe_front(slots, front, incumbent).await;
             }
             if !skips[1] {
                 self.observe_beside(slots, beside, other).await;
+            }
+            if skips == [false; 2] {
+                self.mend_names(slots, slot);
             }
         }
         // The remaining containers name no valid slot.
@@ -111,11 +115,28 @@ impl Containers {
     }
 
     fn remove_double(&mut self, slots: &Slots, place: Place, double: Container) {
-        let is_held = self.double_backoff.until(&double.id, Instant::now()).is_some();
-        if !is_held && self.doubles.insert(Arc::clone(&double.id)) {
+        if self.may_remove(&double) {
             tracing::warn!(pool = %slots.pool(), slot = double.label(label::SLOT), container = %double.name,
                 "removing a duplicate or misnamed container");
             self.remove(place, double);
+        }
+    }
+
+    /// Whether a container that fills no seat is not being removed yet. Notes that it is.
+    fn may_remove(&mut self, double: &Container) -> bool {
+        let is_held = self.double_backoff.until(&double.id, Instant::now()).is_some();
+        !is_held && self.doubles.insert(Arc::clone(&double.id))
+    }
+
+    /// Gives the containers of a slot their names after a flip, if that has failed before.
+    fn mend_names(&mut self, slots: &Slots, slot: usize) {
+        let [front, beside] = [Place::front(slot), Place::beside(slot)];
+        let names = self.maker.names(slots.name(slot));
+        let is_named = |place: Place, name: &str| self.known.get(&place).is_some_and(|known| *known.name == *name);
+        let is_wrong = is_named(front, &names.next()) || slots[beside].is_former && is_named(beside, &names.current());
+        let is_free = !self.busy.contains_key(&front) && !self.busy.contains_key(&beside);
+        if is_wrong && is_free && self.must_wait(beside, Work::Naming, Instant::now()).is_none() {
+            self.name(slots, slot);
         }
     }
 
@@ -146,13 +167,7 @@ impl Containers {
             return;
         }
         match incumbent {
-            Some(container) if container.state == State::Running => {
-                let is_misnamed = *container.name == *self.maker.names(slots.name(place.slot)).next();
-                self.runs(slots, place, &container, now).await;
-                if is_misnamed && self.must_wait(Place::beside(place.slot), Work::Naming, now).is_none() {
-                    self.name(slots, place.slot);
-                }
-            }
+            Some(container) if container.state == State::Running => self.runs(slots, place, &container, now).await,
             other => {
                 let was_there = slots[place].is_running() || slots[place].is_starting();
                 self.known.remove(&place);
@@ -184,7 +199,7 @@ impl Containers {
                 match other {
                     other if was_there => self.died(slots, place, other.as_ref()).await,
                     // It never serves again. The next one is created anew.
-                    Some(container) if self.doubles.insert(Arc::clone(&container.id)) => self.remove(place, container),
+                    Some(container) if self.may_remove(&container) => self.remove(place, container),
                     _ => {}
                 }
             }
@@ -197,6 +212,7 @@ impl Containers {
             self.meet(slots, place, container, now);
         }
         let Some(known) = self.known.get_mut(&place) else { return };
+        known.name = Arc::clone(&container.name);
         let id = &slots[place].id;
         // A container created from other settings may listen on another port and be on another network.
         let port = container.label(label::PORT).parse().unwrap_or(self.settings.spec.port);
@@ -222,8 +238,9 @@ impl Containers {
     fn meet(&mut self, slots: &mut Slots, place: Place, container: &Container, now: Instant) {
         let (pool, name, network) = (slots.pool(), &slots[place].id, &self.scope.network);
         let digest = container.label(label::SPEC);
-        if slots[place].is_starting() && digest == self.maker.digest() {
-            // Its image is the one for which the name stands now.
+        let is_wanted = *self.maker.spec() == self.settings.spec && digest == self.maker.digest();
+        if slots[place].is_starting() && is_wanted {
+            // All others must have the same image.
             self.image = Some((self.settings.spec.image.clone(), Arc::clone(&container.image)));
         }
         let is_outdated = slots.is_settled && self.maker.is_outdated(digest, &container.image);
@@ -245,7 +262,10 @@ impl Containers {
         let replica =
             Replica::Container { id: Arc::clone(&container.id), name: Arc::clone(&container.name), check: None };
         let (id, spec, image) = (Arc::clone(&container.id), digest.to_owned(), Arc::clone(&container.image));
-        self.known.insert(place, Known { id, replica, spec, image, address: None, is_bad: false });
+        self.known.insert(
+            place,
+            Known { id, replica, spec, image, name: Arc::clone(&container.name), address: None, is_bad: false },
+        );
     }
 
     /// The replica has ended. Ringway inspects the container at once, before it is removed for the next one.

@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use super::Containers;
 use super::create::Failure;
-use crate::backend::Exit;
+use crate::backend::{Exit, Replica};
 use crate::control::Event;
 use crate::control::docker::engine::EngineError;
 use crate::control::supervisor::plan::{Action, Place, Why};
+use crate::control::supervisor::rollout::Stage;
 use crate::control::supervisor::{Progress, Slots};
 use crate::labels::Label as _;
 
@@ -18,7 +19,7 @@ const MOST_AT_ONCE: usize = 8;
 /// Conflicts in a row after which Ringway no longer assumes that another process is just creating the container.
 const MANY_CONFLICTS: u32 = 8;
 
-/// Work in progress on a slot.
+/// Work in progress on a seat.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Work {
     Start,
@@ -27,7 +28,7 @@ pub(super) enum Work {
     Naming,
 }
 
-/// Finished work on a slot.
+/// Finished work on a seat.
 pub(super) enum Done {
     /// Whether the engine could create a container from the current settings; the action follows if so.
     Checked(Action, Result<(), Failure>),
@@ -77,24 +78,34 @@ impl Containers {
     pub(super) fn name(&mut self, slots: &Slots, slot: usize) {
         let (front, beside) = (Place::front(slot), Place::beside(slot));
         let names = self.maker.names(slots.name(slot));
-        let id = |place: Place| {
-            let leftover = self.leftovers.get(&place).map(|container| &container.id);
-            self.known.get(&place).map(|known| &known.id).or(leftover).cloned()
+        // The engine refuses to give a container the name that it has.
+        let other_name = |place: Place, wanted: String| {
+            let leftover = self.leftovers.get(&place).map(|container| (&container.id, &container.name));
+            let (id, name) = self.known.get(&place).map(|known| (&known.id, &known.name)).or(leftover)?;
+            (**name != *wanted).then(|| (Arc::clone(id), wanted))
         };
-        let (current, former, engine) = (id(front), id(beside), self.engine.clone());
+        // The name must be free first.
+        let renamed = [other_name(beside, names.former()), other_name(front, names.current())];
+        let engine = self.engine.clone();
         self.begin(beside, Work::Naming, async move {
-            let renamed = async {
-                // The name must be free first.
-                if let Some(former) = former {
-                    engine.rename(&former, &names.former()).await?;
+            for (id, name) in renamed.into_iter().flatten() {
+                if let Err(error) = engine.rename(&id, &name).await {
+                    return Done::Named(Err(error));
                 }
-                match current {
-                    Some(current) => engine.rename(&current, &names.current()).await,
-                    None => Ok(()),
-                }
-            };
-            Done::Named(renamed.await)
+            }
+            Done::Named(Ok(()))
         });
+    }
+
+    /// Reports the name of the container that fills a slot, if it has got another one.
+    async fn show_name(&mut self, slots: &Slots, front: Place) {
+        let name = self.maker.names(slots.name(front.slot)).current();
+        let Some(known) = self.known.get_mut(&front) else { return };
+        let replica = Replica::Container { id: Arc::clone(&known.id), name: name.into(), check: None };
+        if known.replica != replica {
+            known.replica = replica.clone();
+            slots.send(Event::Renamed { id: Arc::clone(&slots[front].id), replica }).await;
+        }
     }
 
     pub(super) fn begin(
@@ -156,13 +167,18 @@ impl Containers {
                 let count = self.backoff.fail(place, now);
                 log_failure(slots, place, count, "could not stop a container", &error);
             }
-            Done::Named(Ok(())) => self.backoff.clear(&place),
-            // The next list shows the names, and Ringway tries again.
+            Done::Named(Ok(())) => {
+                self.backoff.clear(&place);
+                self.show_name(slots, Place::front(place.slot)).await;
+            }
+            // The next list shows the names, and Ringway tries again if they are wrong.
             Done::Named(Err(error)) => {
                 let count = self.backoff.fail(place, now);
                 log_failure(slots, place, count, "could not rename the containers of a slot", &error);
             }
             Done::Examined(exit) => slots.ended(place, exit).await,
+            // Somebody has ended the rollout meanwhile, or put the old settings back.
+            Done::Checked(_, Ok(())) if !slots[place].is_outdated() || slots.stage == Stage::Paused => {}
             Done::Checked(Action::Drain(_, why), Ok(())) => slots.drain(place, why).await,
             Done::Checked(_, Ok(())) => {
                 self.end(slots, place, Why::Outdated).await;
@@ -170,6 +186,10 @@ impl Containers {
             Done::Checked(_, Err(failure)) => {
                 let count = self.backoff.fail(place, now);
                 log_failure(slots, place, count, "could not roll out the new settings", &failure);
+                if matches!(failure, Failure::Refused(_)) && count >= slots.settings.policy.crash_loop_after {
+                    let name = slots.name(place.slot);
+                    slots.failure = Some(format!("no new replica of {name} can be started: {failure}"));
+                }
             }
         }
     }

@@ -136,6 +136,11 @@ impl Seat {
         self.outdated(true);
     }
 
+    /// Records that the replica that is about to start may be from other settings than the one before.
+    pub fn begins_anew(&mut self) {
+        self.is_new = true;
+    }
+
     /// Records that the replica shall stay, if its settings are the current ones.
     pub fn forget_giving_up(&mut self) {
         self.is_given_up = false;
@@ -293,9 +298,14 @@ impl Seat {
         self.in_replacement
     }
 
-    /// Records that the replica fills the slot from now on, after it has been healthy beside it for long enough.
-    pub(super) fn fills(&mut self) {
-        (self.in_replacement, self.is_new) = (false, false);
+    /// Records that the replica fills the slot from now on. It is new until it has been healthy for long enough.
+    pub fn fills(&mut self) {
+        (self.in_replacement, self.is_new) = (false, true);
+    }
+
+    /// Records that another replica fills the slot from now on.
+    pub fn leaves_slot(&mut self) {
+        (self.is_former, self.is_new, self.strikes) = (true, false, 0);
     }
 
     pub(super) fn is_healthy(&self) -> bool {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::seat::{Seat, Why};
+use crate::control::supervisor::rollout::Stage;
 
 /// Which of the two seats of a slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -60,7 +61,7 @@ impl Slot {
         std::mem::swap(&mut self.front, &mut self.beside);
         std::mem::swap(&mut self.front.id, &mut self.beside.id);
         self.front.fills();
-        self.beside.is_former = true;
+        self.beside.leaves_slot();
         self.beside.draining(Why::Outdated);
     }
 
@@ -71,7 +72,16 @@ impl Slot {
 
     /// Whether the replica that was to come next has ended, and another one shall come in its place.
     pub(super) fn waits_for_another(&self) -> bool {
-        self.beside.starts_at().is_some() && !self.beside.is_first_try() && self.front.is_outdated()
+        self.beside.starts_at().is_some()
+            && !self.beside.is_first_try()
+            && self.front.serves()
+            && self.front.is_outdated()
+    }
+
+    /// Whether nothing fills the slot, and the replica beside it may do so at once.
+    pub(super) fn is_taken_over(&self, stage: Stage) -> bool {
+        let may = self.beside.serves() && !self.beside.is_former && !self.beside.is_outdated();
+        self.front.starts_at().is_some() && may && self.beside.unhealthy_since().is_none() && stage != Stage::Paused
     }
 }
 

@@ -11,8 +11,8 @@ use crate::control::provider::slot_number;
 use crate::control::supervisor::plan::Place;
 
 /// Ports reserved for seats. Ringway binds each with `SO_REUSEADDR` but does not listen: the replica can bind it too,
-/// and the system does not assign it to any other program as an ephemeral port. A seat keeps its port for good; only a flip
-/// exchanges those of a slot.
+/// and the system does not assign it to any other program as an ephemeral port. A slot keeps its port until
+/// a flip exchanges it for the one beside it. That is free again when the old replica has ended.
 #[derive(Debug)]
 pub struct Ports {
     range: Option<(u16, u16)>,
@@ -52,6 +52,11 @@ impl Ports {
         let (front, beside) = (Place::front(slot), Place::beside(slot));
         let placed = [(beside, self.reserved.remove(&front)), (front, self.reserved.remove(&beside))];
         self.reserved.extend(placed.into_iter().filter_map(|(place, port)| Some((place, port?))));
+    }
+
+    /// Frees the port of a replica beside a slot.
+    pub(super) fn release_beside(&mut self, slot: usize) {
+        self.reserved.remove(&Place::beside(slot));
     }
 
     fn add(&mut self, place: Place) -> io::Result<()> {

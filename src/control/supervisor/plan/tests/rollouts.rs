@@ -183,3 +183,64 @@ fn nothing_of_a_predecessor_is_stopped_before_its_connections_have_ended() {
     assert_eq!(plan(1, &slots, &POLICY, unsettled, now).actions, []);
     assert_eq!(act(&slots, &START_FIRST, now), [Action::Drain(Place::beside(0), Why::Outdated)]);
 }
+
+/// Whoever fills a slot without proof can still show that the rollout fails.
+#[test]
+fn a_new_replica_that_took_over_too_early_is_not_proven() {
+    let now = Instant::now();
+    let mut slots = outdated(1, now);
+    begin(&mut slots[0], now);
+    slots[0].front.ended(&POLICY, now);
+    assert_eq!(act(&slots, &START_FIRST, now), [Action::Flip(0)]);
+    slots[0].flip();
+    assert!(!slots[0].front.settle(START_FIRST.healthy_for, now));
+    slots[0].front.judged(Some(false), now);
+    assert_eq!(act(&slots, &START_FIRST, now), [Action::Fail(0, Failure::Unhealthy)]);
+    slots[0].front.judged(Some(true), now);
+    assert!(slots[0].front.settle(START_FIRST.healthy_for, now + START_FIRST.healthy_for));
+    // One that starts in the place of an old one that has ended is no proof either.
+    let mut slots = outdated(1, now);
+    slots[0].front.ended(&POLICY, now);
+    assert_eq!(act(&slots, &START_FIRST, now), [Action::Start(Place::front(0))]);
+    slots[0].front.begins_anew();
+    slots[0].front.starting();
+    slots[0].front.running(false, now);
+    slots[0].front.judged(Some(false), now);
+    assert_eq!(act(&slots, &START_FIRST, now), [Action::Fail(0, Failure::Unhealthy)]);
+}
+
+#[test]
+fn an_empty_slot_is_taken_over_even_while_a_predecessor_has_connections() {
+    let now = Instant::now();
+    let mut slots = healthy(1, now);
+    slots[0].beside.running(false, now);
+    slots[0].front.ended(&POLICY, now);
+    let unsettled = Going { is_settled: false, stage: Stage::Idle, ..going(&START_FIRST) };
+    assert_eq!(plan(1, &slots, &POLICY, unsettled, now).actions, [Action::Flip(0)]);
+    slots[0].beside.is_former = true;
+    assert_eq!(plan(1, &slots, &POLICY, unsettled, now).actions, [Action::Start(Place::front(0))]);
+}
+
+#[test]
+fn a_slot_that_waits_for_an_old_replica_does_not_hold_up_the_others() {
+    let now = Instant::now();
+    let mut slots = outdated(2, now);
+    begin(&mut slots[0], now);
+    slots[0].flip();
+    slots[0].front.judged(Some(true), now);
+    assert!(slots[0].front.settle(Duration::ZERO, now));
+    slots[0].front.outdated(true);
+    assert_eq!(act(&slots, &START_FIRST, now), [Action::Start(Place::beside(1))]);
+}
+
+/// Without a free port, the old replica drains, and the one that was refused beside it is not tried again.
+#[test]
+fn a_replica_that_drains_gets_no_successor_beside_it() {
+    let now = Instant::now();
+    let mut slots = outdated(1, now);
+    slots[0].beside.starting();
+    slots[0].beside.ended(&POLICY, now);
+    assert_eq!(act(&slots, &START_FIRST, now), [Action::Start(Place::beside(0))]);
+    slots[0].front.draining(Why::Outdated);
+    assert_eq!(act(&slots, &START_FIRST, now), []);
+}

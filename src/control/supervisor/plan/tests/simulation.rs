@@ -277,6 +277,9 @@ impl World {
                 self.seat(place).ended(&POLICY, now);
             }
             Action::Start(place) => {
+                if place.role == Role::Front && matches!(self.rollout.stage(), Stage::Running | Stage::RollingBack) {
+                    self.seat(place).begins_anew();
+                }
                 assert!(!self.replicas.contains_key(&place), "a second replica at {place:?}");
                 self.seat(place).starting();
                 self.started += 1;
