@@ -53,7 +53,8 @@ async fn every_registered_metric_is_exported_once_there_was_a_connection() {
     let yaml = format!(
         "{yaml}\n  - {{ name: found, provider: {{ docker: {{ discover: {{ label: no.such.label, port: 1 }} }} }} }}\n  \
          - {{ name: named, provider: {{ dns: {{ name: no.such.invalid., port: 1, servers: [127.0.0.1] }} }} }}\n  \
-         - {{ name: listed, provider: {{ file: {{ path: /no/such/list }} }} }}"
+         - {{ name: listed, provider: {{ file: {{ path: /no/such/list }} }} }}\n  \
+         - {{ name: run, provider: {{ process: {{ replicas: 1, command: [ringway, echo-server, --listen, \"127.0.0.1:{{port}}\"] }} }} }}"
     );
     let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
     crate::harness::eventually_async("all metrics", async || {
@@ -123,11 +124,12 @@ async fn open_metrics_are_answered_where_they_are_accepted() {
     }
     let all = ringway::metrics::ALL.iter().map(|metric| metric.name.strip_suffix("_total").unwrap_or(metric.name));
     let missing: Vec<_> = all.filter(|name| !families.contains(name)).collect();
-    // Nothing has failed, no pool has a source address, no listener accepts PROXY headers or has routes, and there is no engine and no name server.
+    // Nothing has failed, no pool has a source address, no listener accepts PROXY headers or has routes, and there is no engine, no name server and no replica.
     assert!(
         missing.iter().all(|name| name.contains("_engine_")
             || name.contains("_dns_")
             || name.contains("_provider_")
+            || name.contains("_rollout")
             || name.ends_with("connect_failures")
             || name.ends_with("source_skipped")
             || name.ends_with("proxy_headers")

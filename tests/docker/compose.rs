@@ -18,12 +18,14 @@ struct Project {
 
 /// Builds the image of a project. Returns its id.
 fn build(owner: &Owner, folder: &Path, project: &str, version: u32) -> String {
+    let image = format!("ringway-test:{project}");
     let dockerfile = format!(
         "FROM {IMAGE}\nLABEL com.docker.compose.project={project} com.docker.compose.service=ringway com.docker.compose.version=2.40.3 \
          rwtest.version={version}\n"
     );
     std::fs::write(folder.join("Dockerfile"), dockerfile).unwrap();
-    owner.docker(&["build", "-q", "-t", &format!("ringway-test:{project}"), &folder.display().to_string()])
+    owner.docker(&["build", "-q", "-t", &image, &folder.display().to_string()]);
+    owner.docker(&["inspect", "-f", "{{.Id}}", &image])
 }
 
 impl Project {
@@ -285,7 +287,6 @@ async fn up_with_a_new_image_rolls_out_the_replicas() {
     assert_eq!(before.len(), 3);
     let id = build(&project.owner, project.folder.path(), &project.name, 2);
     project.compose(&["up", "-d", "--no-build"]);
-    let id = project.owner.docker(&["inspect", "-f", "{{.Id}}", &id]);
     let wanted = format!("{id} running");
     eventually("replicas of the new image", || images() == [wanted.clone(), wanted.clone(), wanted.clone()]).await;
     project.all_healthy().await;

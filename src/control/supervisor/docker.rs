@@ -232,7 +232,14 @@ impl Adapter for Containers {
         let (maker, name) = (Arc::clone(&self.maker), Arc::clone(slots.name(place.slot)));
         let leftover = self.leftovers.remove(&place);
         slots[place].starting();
-        self.begin(place, Work::Start, async move { Done::Started(maker.make(&name, place.role, leftover).await) })
+        self.begin(place, Work::Start, async move {
+            // What is missing has a better text than the engine's.
+            let check = if place.role == Role::Beside { maker.check().await } else { Ok(()) };
+            Done::Started(match check {
+                Ok(()) => maker.make(&name, place.role, leftover).await,
+                Err(failure) => Err(failure),
+            })
+        })
     }
 
     fn has_room_beside(&mut self, _slot: usize) -> bool {
