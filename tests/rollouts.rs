@@ -336,3 +336,46 @@ async fn wrong_calls_are_answered_with_the_remedy() {
     let answer = http(ringway.api(), "POST", "/api/pools/other/rollout", b"").await;
     assert_eq!(answer.status().as_u16(), 404);
 }
+
+/// Old and new replica of a slot together never have more connections than one backend may have.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_and_bounds_hold_through_a_rollout() {
+    let most = 6;
+    let more = format!("max_connections_per_backend: {most}\nring: {{ bound: 150 }}");
+    let ringway = Ringway::start(&pool(3, "v0", QUICK, &more)).await.all_healthy().await;
+    let active = || {
+        let table = ringway.state().pools[0].table.load();
+        let mut slots = BTreeMap::<String, u64>::new();
+        for backend in table.backends() {
+            let slot = backend.beside.as_ref().unwrap_or(&backend.id).to_string();
+            *slots.entry(slot).or_default() += backend.live.active.load(std::sync::atomic::Ordering::Relaxed);
+        }
+        slots
+    };
+    let mut open = loadtest::open(ringway.web(), 3 * most).await.unwrap();
+    for stream in &mut open {
+        assert!(echoes(stream).await);
+    }
+    let full: BTreeMap<_, _> = (1..=3).map(|n| (format!("echo-{n}"), most as u64)).collect();
+    assert_eq!(active(), full);
+    ringway.reload(&pool(3, "v1", QUICK, &more)).await.unwrap();
+    eventually_async("the end of the rollout", async || {
+        assert_eq!(active(), full);
+        let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
+        assert!(!echoes(&mut stream).await, "one connection too many");
+        rollout(ringway.api()).await["last"]["result"] == "done"
+    })
+    .await;
+    for stream in &mut open {
+        assert!(echoes(stream).await, "a connection was cut");
+    }
+    // Each one that ends makes room for one to a new replica.
+    for _ in 0..most {
+        drop(open.swap_remove(0));
+        eventually("room", || active().values().sum::<u64>() < 3 * most as u64).await;
+        let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
+        assert!(echoes(&mut stream).await, "no room although one has ended: {:?}", active());
+        assert!(active().values().all(|&active| active <= most as u64), "{:?}", active());
+        open.push(stream);
+    }
+}

@@ -7,6 +7,7 @@
 //! - [`compare`]: a comparison of the balancers that [`balancers`] starts on a [`mod@bench`]; [`findings`]: its results
 //! - [`tls`]: the first message of a TLS client
 //! - [`tune`]: settings of Ringway on the same bench; [`scale`]: more servers; [`mod@large`]: large configs
+//! - [`even`]: how evenly connections are spread; [`mod@rollouts`]: what clients notice of rollouts
 //! - [`preflight`], [`process`]: the limits of this machine, and the resources that a process uses
 //! - [`spread`], [`plot`], [`table`]: figures of repeated runs, and the presentation of results
 
@@ -21,6 +22,7 @@ pub mod preflight;
 pub mod process;
 pub mod record;
 pub mod report;
+pub mod rollouts;
 pub mod run;
 pub mod scale;
 pub mod soak;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use loadtest::{compare, even, large, run, scale, soak, tune};
+use loadtest::{compare, even, large, rollouts, run, scale, soak, tune};
 
 #[derive(Debug, Parser)]
 #[command(version, about)]
@@ -26,6 +26,8 @@ enum Command {
     Large(large::Options),
     /// Measure how evenly long connections are spread over backends
     Even(even::Options),
+    /// Replace the replicas of a pool under load, and count what clients notice
+    Rollouts(rollouts::Options),
     /// Run a long mixed load with reloads, upgrades and kills, and measure whether memory or descriptors grow
     Soak(soak::Options),
 }
@@ -40,6 +42,7 @@ async fn main() -> ExitCode {
             Command::Scale(options) => scale::scale(&options).await,
             Command::Large(options) => large::large(&options).await,
             Command::Even(options) => even::even(&options).await,
+            Command::Rollouts(options) => rollouts::rollouts(&options).await,
             Command::Soak(options) => soak::soak(&options).await,
         }
     };

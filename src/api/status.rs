@@ -225,6 +225,10 @@ impl Status {
         }
         for pool in &mut self.pools {
             (pool.provider.engine, pool.provider.dns, pool.provider.file) = (None, None, None);
+            if let Some(rollout) = &mut pool.provider.rollout {
+                // It has texts of checks and of replicas.
+                rollout.reason = None;
+            }
             pool.differs.clear();
             for (n, member) in pool.backends.iter_mut().enumerate() {
                 (member.address, member.replica, member.last_exit, member.health.last) = (None, None, None, None);

@@ -6,6 +6,7 @@ use ringway::api::status::{Rollout, Status};
 use ringway::control::command::Command;
 
 use super::side_port::{self, Port};
+use super::table::clean;
 use super::{Common, Failure, commands, print};
 
 /// Time between two reads of the status.
@@ -52,7 +53,7 @@ fn result(pool: &str, rollout: &Rollout, before: u64) -> Result<(), Failure> {
         None | Some("done") => Ok(()),
         Some(result) => {
             let what = if result == "paused" { "failed and is paused" } else { "failed and was rolled back" };
-            let reason = rollout.reason.as_deref().map(|reason| format!(": {reason}")).unwrap_or_default();
+            let reason = rollout.reason.as_deref().map(|reason| format!(": {}", clean(reason))).unwrap_or_default();
             Err(anyhow::anyhow!("the rollout of pool {pool} {what}{reason}").into())
         }
     }
@@ -60,8 +61,6 @@ fn result(pool: &str, rollout: &Rollout, before: u64) -> Result<(), Failure> {
 
 /// The rollout of a pool, which may be named by a listener in front of it.
 fn of(status: &Status, name: &str) -> Result<Rollout, Failure> {
-    let of_listener = || status.listeners.iter().find(|listener| listener.name == name);
-    let pool = status.pool(name).or_else(|| status.pool(&of_listener()?.pool));
-    let rollout = pool.and_then(|pool| pool.provider.rollout.clone());
+    let rollout = status.pool(name).and_then(|pool| pool.provider.rollout.clone());
     rollout.ok_or_else(|| anyhow::anyhow!("there is no pool {name:?} with replicas that Ringway starts").into())
 }

@@ -98,6 +98,7 @@ function why(member) {
 function differs(one) {
   const of = one.backend ? ` of ${one.backend}` : "";
   if (one.now != null) return `${one.what}${of} is ${one.now}${one.config == null ? "" : `, not ${one.config}`}`;
+  if (one.what === "image") return `image is ${one.image}`;
   if (one.what === "drain") return `${one.backend} is drained`;
   return one.backend ? `${one.backend} was ${one.what}` : one.what;
 }
@@ -295,18 +296,16 @@ function showBanners(status, members) {
   if (!status.ready) lines.push(["warn", "Not ready: Ringway is stopping, or a pool has had no healthy backend yet."]);
   if (status.config_error) lines.push(["warn", `The config file is not applied, and an earlier config runs: ${status.config_error}`]);
   for (const pool of status.pools) {
-    const all = members(pool.name);
+    // What stands beside a slot is no backend of its own.
+    const all = members(pool.name).filter((one) => !one.beside);
     if (pool.panic) lines.push(["bad", `Pool ${pool.name} is in panic: too few backends are healthy, so Ringway tries all of them.`]);
     else if (!all.length) lines.push(["bad", `Pool ${pool.name} has no backends.`]);
     else if (!all.some((one) => one.state === "healthy")) lines.push(["bad", `Pool ${pool.name} has no healthy backend.`]);
     if (pool.spilled && !pool.panic) lines.push(["warn", `Pool ${pool.name}: too few backends of the lowest tier are healthy, so keys go to tier ${pool.tiers.join(" and ")}.`]);
     const sick = all.filter((one) => ["unhealthy", "ejected"].includes(one.state)).map((one) => one.id);
     if (sick.length && !pool.panic) lines.push(["warn", `Pool ${pool.name}: ${sick.length} of ${counted(all.length, "backend")} fail: ${sick.slice(0, 5).join(", ")}${sick.length > 5 ? " and others" : ""}.`]);
-    const old = all.filter((one) => one.outdated).length;
-    if (old) {
-      const next = all.find((one) => !one.outdated && !["healthy", "standby"].includes(one.state));
-      lines.push(["warn", `Pool ${pool.name}, rollout: ${old} of ${counted(all.length, "replica")} still ${old === 1 ? "has" : "have"} the old settings${next ? `. Ringway waits until ${next.id} is healthy` : ""}.`]);
-    }
+    const said = rollout(pool, members(pool.name));
+    if (said) lines.push(["warn", `Pool ${pool.name}, rollout: ${said}.`]);
     const looping = all.filter((one) => one.state === "crash_loop").map((one) => one.id);
     if (looping.length) lines.push(["bad", `Pool ${pool.name}: replicas keep exiting: ${looping.slice(0, 5).join(", ")}${looping.length > 5 ? " and others" : ""}.`]);
     const engine = pool.provider.engine;
@@ -319,6 +318,20 @@ function showBanners(status, members) {
   }
   showLines($("alerts"), "bad", lines.filter(([kind]) => kind === "bad").map(([, line]) => `✖ ${line}`));
   showLines($("warnings"), "warn", lines.filter(([kind]) => kind === "warn").map(([, line]) => `▲ ${line}`));
+}
+
+// How far a rollout is, or why the last one failed; nothing if there is nothing to say.
+function rollout(pool, all) {
+  const { state, updated, total, reason, last } = pool.provider.rollout || { state: "idle" };
+  const [old, replicas, why] = [total - updated, counted(total, "replica"), reason ? `: ${reason}` : ""];
+  if (state === "running") {
+    const next = all.find((one) => !one.outdated && !["healthy", "standby", "draining"].includes(one.state));
+    return `${old} of ${replicas} still ${old === 1 ? "has" : "have"} the old settings${next ? `. Ringway waits until ${next.id} is healthy` : ""}`;
+  }
+  if (state === "rolling_back") return `it has failed, and ${old} of ${replicas} go back to the settings before${why}`;
+  if (state === "paused") return `it has failed and is paused, ${old} of ${replicas} have the old settings${why}`;
+  if (last && last.result === "rolled_back") return `it has failed, and all replicas have the settings before${why}`;
+  return null;
 }
 
 // Keeps the lines that stay, so that a screen reader reads only the new ones.

@@ -12,6 +12,8 @@ fn strangers_see_states_and_counts_but_no_addresses_processes_or_texts() {
             "name": "echo", "key": "source", "table_generation": 1, "panic": false, "drain_seconds": 1.0,
             "provider": { "kind": "docker", "engine": {
                 "host": "unix:///secret.sock", "reachable": false, "synced_seconds_ago": 1.0, "error": "secret error",
+            }, "rollout": {
+                "state": "paused", "updated": 1, "total": 3, "since_seconds": 1.0, "reason": "secret line", "last": null, "ended": 1,
             } },
             "ring": { "digest": "0", "points": 1, "virtual_nodes": 1, "probes": 1, "seed": 0 },
             "differs": [{ "what": "drain", "backend": "10.9.9.8:80", "config": null, "now": null }],
@@ -34,5 +36,6 @@ fn strangers_see_states_and_counts_but_no_addresses_processes_or_texts() {
     }
     let backend = &shown["pools"][0]["backends"][0];
     assert_eq!((&backend["id"], &backend["state"]), (&"backend-1".into(), &"unhealthy".into()));
+    assert_eq!(shown["pools"][0]["provider"]["rollout"]["state"], "paused");
     assert_eq!((&backend["share"], &backend["connections"]["total"]), (&0.5.into(), &2.into()));
 }

@@ -1,4 +1,5 @@
-//! The state of one backend and the facts it follows from. Pure except for its counters.
+//! The facts about one backend, and what events and time change of them. Pure except for its counters. [`judging`] has the state that
+//! they give.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,8 +11,9 @@ use super::warmth::Warmth;
 use crate::address::Address;
 use crate::backend::{Admission, Backend, Drain, Eviction, Exit, Health, Membership, Replica, State};
 use crate::control::Event;
-use crate::labels::Label as _;
 use crate::ring::Member;
+
+mod judging;
 
 /// Interval between checks of whether a draining backend's connections have ended. Also the shortest drain: a worker
 /// that picked the backend from an earlier table has begun its connect by then.
@@ -339,75 +341,6 @@ impl BackendState {
         self.backend.live.failed_in_a_row.store(0, Ordering::Relaxed);
     }
 
-    /// Whether the replica works, regardless of drains; `None`: unknown. An agent that says `stopped` before a maintenance does not ask
-    /// for another replica.
-    pub(super) fn well(&self, settings: &Settings) -> Option<bool> {
-        self.backend.address.as_ref()?;
-        if self.backend.reported_bad || self.is_ejected {
-            return Some(false);
-        }
-        match self.verdict {
-            _ if !settings.is_checked => Some(true),
-            // A replica that is not the primary works all the same.
-            Some(Verdict::Declines) => Some(settings.rules.is_exclusive),
-            verdict => verdict.map(|verdict| verdict == Verdict::Healthy),
-        }
-    }
-
-    /// Begins or ends the backend's claim to an exclusive pool. `next` is the number of a new claim.
-    pub(super) fn settle_claim(&mut self, settings: &Settings, next: u64) {
-        let can_serve = self.backend.membership.weight > 0 && self.own_state(settings) == State::Healthy;
-        let claims = settings.rules.is_exclusive && can_serve;
-        self.claim = claims.then(|| self.claim.unwrap_or(Claim { number: next, holds: false }));
-    }
-
-    /// Applies changed settings. A backend that becomes healthy through the settings alone gets all of its keys at
-    /// once.
-    pub(super) fn settle(&mut self, settings: &Settings) {
-        let state = self.state(settings);
-        if state == State::Healthy && self.backend.state != State::Healthy {
-            self.warmth = Warmth::default();
-            self.show_admission();
-        }
-        self.backend.state = state;
-        self.backend.well = self.well(settings);
-    }
-
-    /// Treats the backend as not checked yet.
-    pub(super) fn forget_verdict(&mut self, now: Instant) {
-        self.verdict = None;
-        self.backend.health = Health { last: None, verdict: None, since: now };
-    }
-
-    /// Treats the backend as having passed its checks.
-    pub(super) fn trust(&mut self) {
-        self.verdict = Some(Verdict::Healthy);
-    }
-
-    pub(super) fn state(&self, settings: &Settings) -> State {
-        match self.own_state(settings) {
-            State::Healthy if settings.rules.is_exclusive && !self.claim.is_some_and(|claim| claim.holds) => {
-                State::Standby
-            }
-            state => state,
-        }
-    }
-
-    /// The state by what is known about this backend alone.
-    fn own_state(&self, settings: &Settings) -> State {
-        match (&self.backend.address, self.verdict) {
-            _ if self.backend.drain.is_some() => State::Draining,
-            (None, _) if self.crash_loop => State::CrashLoop,
-            (None, _) => State::Starting,
-            (Some(_), _) if self.backend.reported_bad || self.is_advised_down() => State::Unhealthy,
-            (Some(_), None) if settings.is_checked => State::Starting,
-            (Some(_), Some(Verdict::Declines)) if settings.is_checked && settings.rules.is_exclusive => State::Standby,
-            (Some(_), Some(Verdict::Declines | Verdict::Unhealthy)) if settings.is_checked => State::Unhealthy,
-            (Some(_), _) if self.is_ejected => State::Ejected,
-            (Some(_), _) => State::Healthy,
-        }
-    }
-
     /// The backend became healthy. It starts slowly if other backends can carry its load meanwhile.
     pub(super) fn begin(&mut self, others_serve: bool, settings: &Settings, now: Instant) {
         let is_first = std::mem::take(&mut self.is_first);
@@ -450,20 +383,5 @@ impl BackendState {
 
     fn active(&self) -> u64 {
         self.backend.live.active.load(Ordering::Relaxed)
-    }
-
-    /// Logs a change of state. The level follows its severity.
-    pub(super) fn tell(&self, pool: &str, state: State) {
-        let backend = &self.backend;
-        let (id, was, is) = (&backend.id, backend.state.as_str(), state.as_str());
-        let check = backend.last_check().unwrap_or("-");
-        match (backend.state, state) {
-            // The supervisor has logged the crash loop; further tries are logged at debug level.
-            (State::CrashLoop, State::Starting) | (_, State::CrashLoop) => {
-                tracing::debug!(%pool, %id, was, check, "backend is {is}");
-            }
-            (_, State::Unhealthy | State::Ejected) => tracing::warn!(%pool, %id, was, check, "backend is {is}"),
-            _ => tracing::info!(%pool, %id, was, check, "backend is {is}"),
-        }
     }
 }
