@@ -102,7 +102,7 @@ async fn a_rollout_of_several_replicas_at_a_time_resets_no_connection_and_moves_
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_rollout_that_fails_leaves_the_old_replicas_serving_and_removes_the_new_one() {
     for (version, why) in [("bad-echo-1", "exit status: 3"), ("sick-echo-1", "unhealthy")] {
-        let program = Program::start(&pool(3, "v0", QUICK, "")).await.ready().await;
+        let mut program = Program::start(&pool(3, "v0", QUICK, "")).await.ready().await;
         let api = program.api();
         eventually_async("three replicas", async || slots(api).await.len() == 3).await;
         let before = slots(api).await;
@@ -110,7 +110,7 @@ async fn a_rollout_that_fails_leaves_the_old_replicas_serving_and_removes_the_ne
         program.signal(Signal::HUP);
         eventually_async("the failure", async || rollout(api).await["last"]["result"] == "rolled_back").await;
         let state = rollout(api).await;
-        assert_eq!(state["state"], "idle");
+        assert_eq!((state["state"].clone(), state["updated"].clone()), ("rolled_back".into(), 0.into()));
         assert!(state["reason"].as_str().unwrap().contains(why), "{state}");
         assert_eq!(slots(api).await, before, "an old replica was replaced");
         eventually_async("only the slots", async || {
@@ -118,14 +118,13 @@ async fn a_rollout_that_fails_leaves_the_old_replicas_serving_and_removes_the_ne
         })
         .await;
         let said = run(&["status", "--api", &api.to_string()]).1;
-        let line =
-            "pool echo: rollout: it has failed, and all replicas have the settings before: the new replica of echo-1";
+        let line = "pool echo: rollout: it did not succeed, and all replicas have the settings before: the new replica of echo-1";
         assert!(said.contains(line), "{said}");
         // It is not tried again before somebody asks.
         program.write_config(&pool(3, version, QUICK, "slow_start: 1s"));
         program.signal(Signal::HUP);
         eventually_async("the reload", async || program.log().contains("slow_start")).await;
-        assert_eq!((rollout(api).await["state"].clone(), slots(api).await), ("idle".into(), before.clone()));
+        assert_eq!((rollout(api).await["state"].clone(), slots(api).await), ("rolled_back".into(), before.clone()));
         let (code, shown, error) = run(&["rollout", "echo", "--wait", "--api", &api.to_string()]);
         assert_eq!(code, Some(1), "{shown}{error}");
         assert!(
@@ -133,9 +132,17 @@ async fn a_rollout_that_fails_leaves_the_old_replicas_serving_and_removes_the_ne
             "{error}"
         );
         assert_eq!(slots(api).await, before);
+        // Nor by a successor.
+        program.upgrade().await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(
+            (rollout(program.api()).await["state"].clone(), slots(program.api()).await),
+            ("rolled_back".into(), before.clone())
+        );
+        let api = program.api();
         // Other settings may be the remedy.
         program.write_config(&pool(3, "v2", QUICK, ""));
-        program.signal(Signal::HUP);
+        assert_eq!(run(&["reload", "--api", &api.to_string()]).0, Some(0));
         eventually_async("the rollout", async || rollout(api).await["last"]["result"] == "done").await;
         assert!(slots(api).await.iter().all(|(slot, pid)| before[slot] != *pid));
     }
@@ -222,6 +229,64 @@ async fn a_command_replaces_all_replicas_and_can_be_aborted() {
     eventually("its end", || ringway.state().pools[0].table.load().backends().len() == 2).await;
     assert_eq!(rollout(api).await["reason"], "a command has aborted it");
     assert_eq!(slots(api).await, after);
+}
+
+/// A second order counts for the replicas that were to come next, and the third puts the old settings back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_new_order_or_the_old_settings_end_what_was_under_way() {
+    let slow = "healthy_for: 2s";
+    let ringway = Ringway::start(&pool(2, "v0", slow, "")).await.all_healthy().await;
+    let api = ringway.api();
+    let command = || Command::Rollout { pool: "echo".to_owned(), image: None };
+    let beside = || {
+        let table = ringway.state().pools[0].table.load();
+        let beside = table.backends().iter().find(|one| one.beside.is_some())?;
+        beside.replica.clone()
+    };
+    ringway.send(command()).await.unwrap();
+    eventually("a new replica", || beside().is_some()).await;
+    let first = beside();
+    ringway.send(command()).await.unwrap();
+    eventually("another new replica", || beside().is_some() && beside() != first).await;
+    // Two aborts leave everything as it is, and a reload of the settings that the replicas have is no failure.
+    ringway.reload(&pool(2, "v1", slow, "")).await.unwrap();
+    eventually_async("a rollout", async || rollout(api).await["state"] == "running").await;
+    for _ in 0..2 {
+        let _ = ringway.send(Command::AbortRollout { pool: "echo".to_owned() }).await;
+    }
+    ringway.reload(&pool(2, "v0", slow, "")).await.unwrap();
+    eventually_async("quiet", async || rollout(api).await["state"] == "idle").await;
+    eventually("only the slots", || ringway.states() == [State::Healthy; 2]).await;
+}
+
+/// The old process has connections after an upgrade. Until they have ended, a rollout waits, and says so.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollout_waits_for_the_connections_of_an_old_process() {
+    let mut program = Program::start(&pool(2, "v0", QUICK, "")).await.ready().await;
+    eventually_async("two replicas", async || slots(program.api()).await.len() == 2).await;
+    let before = slots(program.api()).await;
+    let mut open = loadtest::open(program.web(), 3).await.unwrap();
+    for stream in &mut open {
+        assert!(echoes(stream).await);
+    }
+    program.upgrade().await;
+    let api = program.api();
+    let said = run(&["rollout", "echo", "--api", &api.to_string()]).1;
+    assert_eq!(said, "pool echo: replacing 2 of 2 replicas\n");
+    let state = rollout(api).await;
+    assert_eq!(
+        (state["state"].clone(), state["held"].clone(), state["total"].clone()),
+        ("running".into(), true.into(), 2.into())
+    );
+    let said = run(&["status", "--api", &api.to_string()]).1;
+    assert!(said.contains("Ringway waits until the old process has no connections"), "{said}");
+    for stream in &mut open {
+        assert!(echoes(stream).await, "a connection was cut");
+    }
+    assert_eq!(slots(api).await, before);
+    drop(open);
+    eventually_async("the rollout", async || rollout(api).await["last"]["result"] == "done").await;
+    assert!(slots(api).await.iter().all(|(slot, pid)| before[slot] != *pid));
 }
 
 #[tokio::test]
@@ -361,8 +426,9 @@ async fn limits_and_bounds_hold_through_a_rollout() {
     ringway.reload(&pool(3, "v1", QUICK, &more)).await.unwrap();
     eventually_async("the end of the rollout", async || {
         assert_eq!(active(), full);
-        let mut stream = TcpStream::connect(ringway.web()).await.unwrap();
-        assert!(!echoes(&mut stream).await, "one connection too many");
+        if let Ok(mut stream) = TcpStream::connect(ringway.web()).await {
+            assert!(!echoes(&mut stream).await, "one connection too many");
+        }
         rollout(ringway.api()).await["last"]["result"] == "done"
     })
     .await;

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use serde::Serialize;
-use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -147,12 +146,20 @@ async fn measure(options: &Options, program: &Path, replicas: u32, order: &'stat
     let short = tokio::spawn(Arc::clone(&load).short(web, options.rate));
     for n in 1..=options.rollouts {
         side_port.post("/api/pools/web/rollout").await?;
-        let has_ended = async || {
-            let status = side_port.status().await.unwrap_or(Value::Null);
-            let rollout = &status["pools"][0]["provider"]["rollout"];
-            rollout["ended"].as_u64() >= Some(n.into()) && rollout["last"]["result"] == "done"
+        let has_ended = async {
+            loop {
+                let status = side_port.status().await?;
+                let rollout = &status["pools"][0]["provider"]["rollout"];
+                if rollout["ended"].as_u64() >= Some(n.into()) {
+                    return anyhow::Ok(rollout["last"]["result"].clone());
+                }
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
         };
-        running.when("the end of a rollout", Instant::now(), has_ended).await?;
+        // The old replicas wait for their long connections, in the worst case one after the other.
+        let patience = Duration::from_secs(u64::from(replicas * options.lasts + 120));
+        let result = tokio::time::timeout(patience, has_ended).await.context("a rollout did not end")??;
+        anyhow::ensure!(result == "done", "a rollout ended as {result}");
     }
     let seconds = began.elapsed().as_secs_f64();
     load.is_over.store(true, Ordering::Relaxed);

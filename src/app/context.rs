@@ -1,5 +1,6 @@
 //! What pools are prepared with.
 
+use std::collections::BTreeMap;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -7,6 +8,7 @@ use super::Environment;
 use super::inheritance::Named;
 use crate::config::Config;
 use crate::control::docker::engine::Engine;
+use crate::control::supervisor::rollout::Refused;
 use crate::metrics::Exporter;
 
 /// What every pool needs for its preparation.
@@ -17,6 +19,8 @@ pub(super) struct PoolContext<'a> {
     pub(super) exporter: &'a Exporter,
     /// Backends of an old process whose addresses came from a name server.
     pub(super) named: &'a [Named],
+    /// By pool: what a rollout of an old process has failed with.
+    pub(super) refused: &'a BTreeMap<String, Refused>,
     /// Ringway starts; otherwise a reload adds the pool.
     pub(super) is_start: bool,
     /// Cancelled when all replicas must stop.

@@ -1,6 +1,7 @@
 //! Upgrade, the side of the new process: what it inherits from an old Ringway, or from systemd, and the messages in which
 //! the old process sends it.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{Ipv6Addr, SocketAddr};
 use std::path::Path;
@@ -21,6 +22,7 @@ use crate::config::{Config, StaticBackend};
 use crate::control::provider::Location;
 use crate::control::provider::names::Resolve;
 use crate::control::supervisor::handover::{Handed, Part, Spec};
+use crate::control::supervisor::rollout::Refused;
 use crate::handover::Channel;
 use crate::proxy::listening::{FileId, ListeningSocket};
 use crate::table::Table;
@@ -79,6 +81,9 @@ pub(super) enum Message {
         open_files: Option<u64>,
         #[serde(default)]
         named: Vec<Named>,
+        /// By pool: what a rollout has failed with.
+        #[serde(default)]
+        refused: BTreeMap<String, Refused>,
     },
 }
 
@@ -118,7 +123,9 @@ pub struct Inheritance {
     /// The open-file limit that the old process gave to replicas.
     pub(super) open_files: Option<u64>,
     /// Backends of the old process whose addresses came from a name server.
-    pub(super) named: Vec<Named>,
+    named: Vec<Named>,
+    /// By pool: what a rollout of the old process has failed with.
+    refused: BTreeMap<String, Refused>,
     predecessor: Option<Channel>,
 }
 
@@ -230,7 +237,8 @@ impl Inheritance {
                     });
                 }
                 Message::File { part } => inheritance.file.push_str(&part),
-                Message::Rest { changes, healthy, is_ready, open_files, named } => {
+                Message::Rest { changes, healthy, is_ready, open_files, named, refused } => {
+                    inheritance.refused = refused;
                     (inheritance.changes, inheritance.healthy, inheritance.named) = (changes, healthy, named);
                     (inheritance.is_ready, inheritance.open_files) = (is_ready, open_files);
                     break;
@@ -284,6 +292,11 @@ impl Inheritance {
             Some(interface) => Err(other_interface(name, listen, interface)),
             None => Ok(sockets),
         }
+    }
+
+    /// Takes what the old process knew: backends that had their addresses from a name server, and by pool what a rollout has failed with.
+    pub(super) fn known(&mut self) -> (Vec<Named>, BTreeMap<String, Refused>) {
+        (std::mem::take(&mut self.named), std::mem::take(&mut self.refused))
     }
 
     /// Takes the inherited replicas of a pool.

@@ -211,13 +211,14 @@ impl App {
         let engine = engine(&config, environment.docker_host.as_deref())?;
         reload::check_together(&config)?;
         let (tasks, panics) = Tasks::start().map_err(StartError::Threads)?;
-        let named = std::mem::take(&mut inheritance.named);
+        let (named, refused) = inheritance.known();
         let context = PoolContext {
             config: &config,
             engine: engine.as_ref(),
             environment: &environment,
             exporter: &exporter,
             named: &named,
+            refused: &refused,
             is_start: true,
             stop_replicas: &tasks.stop_replicas,
             settled: is_settled.clone(),

@@ -1,7 +1,7 @@
 //! Reload: moves the app from the running config to another one. Ringway first prepares the whole change, then applies
 //! it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -63,6 +63,7 @@ impl App {
             environment: &self.environment,
             exporter: &self.state.exporter,
             named: &[],
+            refused: &BTreeMap::new(),
             is_start: false,
             stop_replicas: &self.tasks.stop_replicas,
             settled: self.is_settled.clone(),

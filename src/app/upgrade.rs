@@ -155,6 +155,11 @@ impl App {
             is_ready: self.state.ready.load(Ordering::Relaxed),
             open_files: self.environment.replica_open_files,
             named: self.pools.iter().flat_map(Pool::named).collect(),
+            refused: self
+                .pools
+                .iter()
+                .filter_map(|pool| Some((pool.config().name.clone(), pool.rollout()?.refused?)))
+                .collect(),
         };
         messages.push((text(&rest)?, Vec::new()));
         Ok(messages)

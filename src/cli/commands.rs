@@ -118,7 +118,7 @@ pub(crate) enum RuntimeCommand {
         /// Wait for the end, and fail unless all replicas were replaced
         #[arg(long)]
         wait: bool,
-        /// End the rollout that is under way, as if it had failed
+        /// End the rollout that is under way, as if it had failed. Once more: end also the way back
         #[arg(long, conflicts_with_all = ["image", "wait"])]
         abort: bool,
         /// Only say what would change

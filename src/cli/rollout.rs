@@ -35,7 +35,9 @@ pub(super) async fn run_and_wait(
             "rolling_back" => format!("{pool}: rolling back, {} of {} replicas", rollout.updated, rollout.total),
             _ => format!("{pool}: {} of {} replicas", rollout.updated, rollout.total),
         };
-        if shown.as_ref() != Some(&line) {
+        // After a rollback, the numbers are about the settings that have failed.
+        let is_done = !goes_on && rollout.state == "idle";
+        if shown.as_ref() != Some(&line) && (goes_on || is_done) {
             print(&format!("{line}\n"))?;
             shown = Some(line);
         }

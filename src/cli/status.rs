@@ -196,8 +196,17 @@ pub(super) fn rollout(pool: &Pool) -> Option<String> {
     let left = rollout.total.saturating_sub(rollout.updated);
     let replicas = counted(rollout.total as u64, "replica");
     let reason = rollout.reason.as_deref().map(|reason| format!(": {reason}")).unwrap_or_default();
-    let last = rollout.last.as_ref().map(|last| last.result.as_str());
+    let remedy = format!("Mend the settings and reload, or try again with `ringway rollout {}`", pool.name);
+    let noun = if left == 1 { "has" } else { "have" };
     let said = match rollout.state.as_str() {
+        "running" if rollout.held => {
+            format!(
+                "{left} of {replicas} still {noun} the old settings: Ringway waits until the old process has no connections"
+            )
+        }
+        "running" if left == 0 => {
+            "all replicas are new, and Ringway waits until they have been healthy for a while".to_owned()
+        }
         "running" => {
             let is_awaited = |backend: &&Member| {
                 let is_new = !backend.outdated && backend.drain.is_none();
@@ -205,17 +214,15 @@ pub(super) fn rollout(pool: &Pool) -> Option<String> {
             };
             let awaited = pool.backends.iter().find(is_awaited);
             let awaited = awaited.map(|backend| format!(": Ringway waits until {} is healthy", backend.id));
-            let noun = if left == 1 { "has" } else { "have" };
             format!("{left} of {replicas} still {noun} the old settings{}", awaited.unwrap_or_default())
         }
-        "rolling_back" => format!("it has failed, and {left} of {replicas} go back to the settings before{reason}"),
-        "paused" => format!("it has failed and is paused, {left} of {replicas} have the old settings{reason}"),
-        _ if last == Some("rolled_back") => {
-            format!(
-                "it has failed, and all replicas have the settings before{reason}. Mend the settings, or try again with `ringway rollout {}`",
-                pool.name
-            )
+        "rolling_back" => {
+            format!("it did not succeed, and {left} of {replicas} go back to the settings before{reason}")
         }
+        "paused" => {
+            format!("it did not succeed and is paused, {left} of {replicas} {noun} the old settings{reason}. {remedy}")
+        }
+        "rolled_back" => format!("it did not succeed, and all replicas have the settings before{reason}. {remedy}"),
         _ => return None,
     };
     Some(format!("pool {}: rollout: {said}", pool.name))

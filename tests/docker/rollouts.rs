@@ -230,7 +230,7 @@ async fn a_rollout_goes_on_after_an_upgrade_at_any_step() {
         let version = format!("v{round}");
         program.write_config(&yaml(&owner, 2, &version, settings));
         let load = tokio::spawn(loadtest::churn(program.web(), 100, Duration::from_secs(4), Duration::from_secs(10)));
-        program.signal(Signal::HUP);
+        assert_eq!(run(&["reload", "--api", &program.api().to_string()]).0, Some(0));
         tokio::time::sleep(Duration::from_millis(random.below(2500) as u64)).await;
         program.upgrade().await;
         eventually_async("the rollout ends", async || {

@@ -322,15 +322,16 @@ function showBanners(status, members) {
 
 // How far a rollout is, or why the last one failed; nothing if there is nothing to say.
 function rollout(pool, all) {
-  const { state, updated, total, reason, last } = pool.provider.rollout || { state: "idle" };
+  const { state, updated, total, held, reason } = pool.provider.rollout || { state: "idle" };
   const [old, replicas, why] = [total - updated, counted(total, "replica"), reason ? `: ${reason}` : ""];
   if (state === "running") {
     const next = all.find((one) => !one.outdated && !["healthy", "standby", "draining"].includes(one.state));
-    return `${old} of ${replicas} still ${old === 1 ? "has" : "have"} the old settings${next ? `. Ringway waits until ${next.id} is healthy` : ""}`;
+    const waits = held ? ". Ringway waits until the old process has no connections" : next ? `. Ringway waits until ${next.id} is healthy` : "";
+    return `${old} of ${replicas} still ${old === 1 ? "has" : "have"} the old settings${waits}`;
   }
-  if (state === "rolling_back") return `it has failed, and ${old} of ${replicas} go back to the settings before${why}`;
-  if (state === "paused") return `it has failed and is paused, ${old} of ${replicas} have the old settings${why}`;
-  if (last && last.result === "rolled_back") return `it has failed, and all replicas have the settings before${why}`;
+  if (state === "rolling_back") return `it did not succeed, and ${old} of ${replicas} go back to the settings before${why}`;
+  if (state === "paused") return `it did not succeed and is paused, ${old} of ${replicas} ${old === 1 ? "has" : "have"} the old settings${why}`;
+  if (state === "rolled_back") return `it did not succeed, and all replicas have the settings before${why}`;
   return null;
 }
 

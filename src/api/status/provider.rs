@@ -29,6 +29,8 @@ pub struct Rollout {
     pub state: String,
     pub updated: usize,
     pub total: usize,
+    #[serde(default)]
+    pub held: bool,
     pub since_seconds: f64,
     pub reason: Option<String>,
     pub last: Option<LastRollout>,
@@ -96,6 +98,7 @@ impl Rollout {
             state: view.stage.as_str().to_owned(),
             updated: view.updated,
             total: view.total,
+            held: view.is_held,
             since_seconds: ago(view.since),
             reason: view.reason.as_deref().map(str::to_owned),
             last: view

@@ -30,7 +30,7 @@ pub(super) fn prepare(
 ) -> Result<Prepared, StartError> {
     let (engine, engine_status) = watched(context.engine)?;
     let (sender, settings) = watch::channel(settings(pool, containers, changes, context.config));
-    let (line, signals) = line(context);
+    let (line, signals) = line(&pool.name, context);
     let status = Arc::clone(&engine_status);
     Ok(Prepared {
         source: Box::new(Containers { settings: sender, line }),

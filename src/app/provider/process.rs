@@ -35,7 +35,7 @@ pub(super) fn prepare(
     let ports = Ports::reserve(&pool.name, process.ports, slots, &taken_over)
         .map_err(|error| StartError::NoPorts { key_path: format!("{key_path}.ports"), error })?;
     let (sender, settings) = watch::channel(settings(pool, process, changes, context.environment));
-    let (line, signals) = line(context);
+    let (line, signals) = line(&pool.name, context);
     Ok(Prepared {
         source: Box::new(Processes { settings: sender, line }),
         known: slots_joined(pool, process.replicas, changes),

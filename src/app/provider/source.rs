@@ -142,11 +142,12 @@ pub(in crate::app) struct Line {
 }
 
 /// The line to a supervisor, and its end of it.
-pub(super) fn line(context: &PoolContext<'_>) -> (Line, Signals) {
+pub(super) fn line(pool: &str, context: &PoolContext<'_>) -> (Line, Signals) {
     let ((handover, handovers), (order, orders)) = (mpsc::channel(1), mpsc::channel(1));
     let rollout = Arc::new(RolloutStatus::new(Instant::now()));
     let line = Line { handovers: handover, orders: order, rollout: Arc::clone(&rollout) };
-    (line, Signals { settled: context.settled.clone(), handovers, orders, rollout })
+    let refused = context.refused.get(pool).cloned();
+    (line, Signals { settled: context.settled.clone(), handovers, orders, refused, rollout })
 }
 
 /// The Docker engine, and a new record of its state.

@@ -138,7 +138,11 @@ impl BackendState {
         (self.is_first, self.claim) = (false, None);
         self.drains.retiring = None;
         std::mem::swap(&mut self.drains.advised, &mut beside.drains.advised);
-        beside.drains.leaving = Some(begin_drain(None, Some(within), true, now));
+        // An earlier deadline of an operator stands.
+        let ordered = self.drains.ordered.and_then(|ordered| ordered.deadline);
+        let leaving = begin_drain(None, Some(within), true, now);
+        let deadline = leaving.deadline.into_iter().chain(ordered).min();
+        beside.drains.leaving = Some(Drain { deadline, ..leaving });
         for state in [self, beside] {
             state.show_drain();
             state.show_admission();

@@ -126,7 +126,7 @@ pub async fn supervise(
         double_backoff: Backoff::default(),
         has_seen: false,
     };
-    let supervisor = Supervisor::new(containers, first, table, events, &mut signals).await;
+    let supervisor = Supervisor::new(containers, first, table, events, &mut signals, None).await;
     supervisor.run(settings, signals, stop).await;
 }
 

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::plan::{Place, Role};
-use super::rollout::{PendingOrder, RolloutStatus};
+use super::rollout::{PendingOrder, Refused, RolloutStatus};
 use crate::address::Address;
 
 /// Asks a supervisor to pause and to hand its replicas over to another process.
@@ -30,6 +30,8 @@ pub struct Signals {
     pub handovers: mpsc::Receiver<Handover>,
     /// Orders about the rollout.
     pub orders: mpsc::Receiver<PendingOrder>,
+    /// What a rollout of an old Ringway has failed with.
+    pub refused: Option<Refused>,
     /// Where the supervisor shows its rollouts.
     pub rollout: Arc<RolloutStatus>,
 }

@@ -138,19 +138,21 @@ struct Supervisor<A: Adapter> {
 }
 
 impl<A: Adapter> Supervisor<A> {
-    /// A supervisor with its first settings. Reports the slots to the publisher.
+    /// A supervisor with its first settings. Reports the slots to the publisher. `previous`: what the replicas of a predecessor are from.
     async fn new(
         adapter: A,
         settings: A::Settings,
         table: TableCell,
         events: mpsc::Sender<Event>,
         signals: &mut Signals,
+        previous: Option<A::Spec>,
     ) -> Self {
         let is_settled = *signals.settled.borrow_and_update();
         let slots = Slots::new(A::slot_settings(&settings).clone(), table, events, is_settled);
         let mut adapter = adapter;
         adapter.look_up(&settings).await;
-        let rollout = Rollout::new(Arc::clone(slots.pool()), adapter.spec(&settings), Arc::clone(&signals.rollout));
+        let mut rollout = Rollout::new(Arc::clone(slots.pool()), adapter.spec(&settings), Arc::clone(&signals.rollout));
+        rollout.go_on(previous, signals.refused.take(), Instant::now());
         let table_changes = slots.watch_table();
         let mut supervisor = Self { adapter, slots, settings, rollout, table_changes };
         supervisor.apply().await;
@@ -162,7 +164,7 @@ impl<A: Adapter> Supervisor<A> {
     async fn run(mut self, mut settings: watch::Receiver<A::Settings>, signals: Signals, stop: CancellationToken) {
         /// The timeout when nothing is due.
         const LONG: Duration = Duration::from_secs(3600);
-        let Signals { mut settled, mut handovers, mut orders, rollout } = signals;
+        let Signals { mut settled, mut handovers, mut orders, rollout, .. } = signals;
         let mut ending = Ending::Stopped;
         while !stop.is_cancelled() && !self.is_done() {
             let wake = self.act().await.unwrap_or_else(|| Instant::now() + LONG);
@@ -336,17 +338,22 @@ impl<A: Adapter> Supervisor<A> {
         if self.slots.settle(now) {
             self.rollout.last_step = Some(now);
         }
-        // Before that, nobody knows which replicas are outdated.
-        if self.slots.is_settled {
-            let (updated, total, is_quiet) = self.slots.progress();
-            self.rollout.follow(updated, total, is_quiet, now);
-        }
+        let is_settled = self.slots.is_settled;
+        let outdated = self.adapter.running().filter(|one| self.adapter.is_outdated(one.place)).map(|one| one.place);
+        let outdated: Vec<_> = outdated.filter(|_| !is_settled).collect();
+        let (updated, total, is_quiet) = self.slots.progress(&outdated);
+        self.rollout.follow(updated, total, is_quiet && is_settled, now);
+        self.rollout.hold(!is_settled);
         self.slots.stage = self.rollout.stage();
     }
 
     async fn carry_out(&mut self, action: Action, now: Instant) -> Progress {
         match action {
             Action::Start(Place { slot, role: Role::Beside }) if !self.adapter.has_room_beside(slot) => {
+                // Only one at a time: with each, the pool has one less.
+                if self.slots.is_any_replaced() {
+                    return Progress::UnderWay;
+                }
                 self.adapter.drain(&mut self.slots, Place::front(slot), Why::Outdated, now).await
             }
             Action::Start(place) => {

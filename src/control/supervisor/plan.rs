@@ -61,7 +61,7 @@ label_enum! {
 pub struct Pace {
     /// Which replica of a slot is there first.
     pub order: Order,
-    /// Slots whose replicas are replaced at the same time, at least 1.
+    /// Slots whose replicas are replaced at the same time, at least 1. One slot stays if the old replicas leave first.
     pub parallel: u32,
     /// Wait between the end of one replacement and the start of the next.
     pub pause: Duration,
@@ -261,7 +261,9 @@ impl Plan {
         let is_changing =
             |slot: &Slot| slot.front.is_replaced() || is_new(slot) || slot.has_successor() || slot.waits_for_another();
         let changing = kept.iter().filter(|slot| is_changing(slot)).count();
-        let room = (parallel as usize).saturating_sub(changing);
+        // Where the old replica leaves first, one must stay.
+        let most = if order == Order::StopFirst { kept.len().saturating_sub(1).max(1) } else { kept.len() };
+        let room = most.min(parallel as usize).saturating_sub(changing);
         if going.stage == Stage::Paused
             || !going.is_settled
             || room == 0

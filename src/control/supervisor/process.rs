@@ -63,8 +63,17 @@ pub async fn supervise(
     stop: CancellationToken,
 ) {
     let first = settings.borrow_and_update().clone();
-    let processes = Processes { settings: first.clone(), ports, waiting: JoinSet::new(), children: HashMap::new() };
-    let mut supervisor = Supervisor::new(processes, first, table, events, &mut signals).await;
+    let processes = Processes {
+        settings: first.clone(),
+        ports,
+        waiting: JoinSet::new(),
+        lacks_ports: false,
+        children: HashMap::new(),
+    };
+    // All of an old process had the same one, unless a rollout was under way.
+    let current = taken_over.iter().filter(|one| one.part == Part::Current).map(|one| &one.spec);
+    let previous = current.clone().find(|spec| **spec != first.spec).cloned();
+    let mut supervisor = Supervisor::new(processes, first, table, events, &mut signals, previous).await;
     supervisor.adapter.take_over(&mut supervisor.slots, taken_over).await;
     supervisor.run(settings, signals, stop).await;
 }
@@ -75,6 +84,8 @@ struct Processes {
     ports: Ports,
     /// Waits for each child. Yields its process id, and how it ended.
     waiting: JoinSet<(u32, Exit)>,
+    /// The log says that a second replica finds no port.
+    lacks_ports: bool,
     /// The running replicas.
     children: HashMap<Place, ChildProcess>,
 }
@@ -96,6 +107,10 @@ impl Target for Arc<Spec> {
     fn image(&self) -> Option<&str> {
         None
     }
+
+    fn text(&self) -> String {
+        format!("{self:?}")
+    }
 }
 
 impl Adapter for Processes {
@@ -113,6 +128,7 @@ impl Adapter for Processes {
     }
 
     fn configure(&mut self, settings: Settings, spec: Arc<Spec>) {
+        self.lacks_ports = false;
         let settings = Settings { spec, ..settings };
         let ports = if settings.spec.uses_sockets() { 0 } else { settings.slots.replicas as usize };
         if let Err(error) = self.ports.extend(ports) {
@@ -161,10 +177,12 @@ impl Adapter for Processes {
             return true;
         }
         let reserved = self.ports.reserve_beside(slot);
-        if let Err(error) = &reserved {
+        if let Err(error) = &reserved
+            && !std::mem::replace(&mut self.lacks_ports, true)
+        {
             tracing::warn!(pool = %self.settings.slots.pool, %error,
-                "no free port for a second replica of the slot: the old one leaves before the new one starts. Add ports to \
-                 `ports`, or set rollout.order: stop_first");
+                "`ports` has no free port for a second replica: in one slot after the other, the old one leaves before the new one starts. \
+                 Add ports, so that no key moves");
         }
         reserved.is_ok()
     }

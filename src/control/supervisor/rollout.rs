@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use super::plan::OnFailure;
@@ -21,6 +22,8 @@ label_enum! {
         RollingBack => "rolling_back",
         /// It has failed, and replaces no more replicas.
         Paused => "paused",
+        /// It has failed, and all replicas are from the settings before.
+        RolledBack => "rolled_back",
     }
 }
 
@@ -76,12 +79,32 @@ pub struct RolloutView {
     pub reason: Option<Arc<str>>,
     /// The image with which it failed, if it has gone back to another one.
     pub refused_image: Option<Arc<str>>,
+    /// What it has failed with, for a successor.
+    pub refused: Option<Refused>,
+    /// It waits until an old Ringway process has no connections any more.
+    pub is_held: bool,
+}
+
+/// What a rollout has failed with. A successor does not try it again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// Identifies it.
+    pub digest: u64,
+    /// Why it failed.
+    pub reason: String,
 }
 
 /// What replicas are started from.
 pub(super) trait Target: Clone + PartialEq {
     /// The name of an image; `None` for processes.
     fn image(&self) -> Option<&str>;
+
+    /// All that it says, as text.
+    fn text(&self) -> String;
+}
+
+fn digest(target: &impl Target) -> u64 {
+    seahash::hash(target.text().as_bytes())
 }
 
 impl RolloutStatus {
@@ -95,6 +118,8 @@ impl RolloutStatus {
             last: None,
             reason: None,
             refused_image: None,
+            refused: None,
+            is_held: false,
         };
         Self { view: Mutex::new(view), results: Tally::default() }
     }
@@ -118,6 +143,8 @@ pub(super) struct Rollout<S> {
     spec: S,
     /// What they were started from before the rollout began.
     previous: Option<S>,
+    /// What the settings wanted last.
+    wanted: S,
     /// What a rollout has failed with. It is not tried again before an operator asks for it.
     refused: Option<S>,
     stage: Stage,
@@ -127,7 +154,26 @@ pub(super) struct Rollout<S> {
 
 impl<S: Target> Rollout<S> {
     pub(super) fn new(pool: Arc<str>, spec: S, status: Arc<RolloutStatus>) -> Self {
-        Self { pool, status, spec, previous: None, refused: None, stage: Stage::Idle, last_step: None }
+        let wanted = spec.clone();
+        Self { pool, status, spec, wanted, previous: None, refused: None, stage: Stage::Idle, last_step: None }
+    }
+
+    /// Goes on where a predecessor was, whose replicas are from `previous`, if that is known. It may have failed with what is wanted.
+    pub(super) fn go_on(&mut self, previous: Option<S>, refused: Option<Refused>, now: Instant) {
+        let has_refused = refused.filter(|refused| refused.digest == digest(&self.spec));
+        let previous = previous.filter(|previous| *previous != self.spec);
+        let Some(refused) = has_refused else {
+            self.previous = previous;
+            return;
+        };
+        self.status.change(|view| view.reason = Some(refused.reason.as_str().into()));
+        if let Some(previous) = previous {
+            self.refuse(previous, &refused.reason);
+            self.enter(Stage::RolledBack, now);
+        } else {
+            self.status.change(|view| view.refused = Some(refused));
+            self.enter(Stage::Paused, now);
+        }
     }
 
     /// What new replicas are started from.
@@ -142,6 +188,14 @@ impl<S: Target> Rollout<S> {
 
     /// The settings want replicas that are started from `wanted`. Returns whether new replicas are started from something else now.
     pub(super) fn configure(&mut self, wanted: S, now: Instant) -> bool {
+        if self.wanted != wanted {
+            // Others than those that failed, even if they are what the replicas have.
+            self.forget_refused();
+            if matches!(self.stage, Stage::Paused | Stage::RolledBack) {
+                self.enter(Stage::Idle, now);
+            }
+        }
+        self.wanted = wanted.clone();
         if self.refused.as_ref() == Some(&wanted) {
             return false;
         }
@@ -155,7 +209,7 @@ impl<S: Target> Rollout<S> {
         match self.stage {
             Stage::RollingBack => self.previous = Some(before),
             // What was wanted before may not have been rolled out.
-            Stage::Idle => drop(self.previous.get_or_insert(before)),
+            Stage::Idle | Stage::RolledBack => drop(self.previous.get_or_insert(before)),
             // Whoever mends a rollout still wants to go back to what worked.
             Stage::Running | Stage::Paused => {}
         }
@@ -168,21 +222,20 @@ impl<S: Target> Rollout<S> {
     /// An operator asks for a rollout to `wanted`, which may have failed before, or which the replicas may have already.
     pub(super) fn begin(&mut self, wanted: S, now: Instant) {
         self.forget_refused();
-        if self.stage == Stage::Idle {
+        if matches!(self.stage, Stage::Idle | Stage::RolledBack) {
             self.previous.get_or_insert_with(|| self.spec.clone());
         }
         self.configure(wanted, now);
-        if self.stage == Stage::Paused {
+        if matches!(self.stage, Stage::Paused | Stage::RolledBack) {
             self.enter(Stage::Idle, now);
         }
     }
 
     /// Follows the replicas: `updated` of `total` slots have one from the current settings, and nothing is under way if `is_quiet`.
     pub(super) fn follow(&mut self, updated: usize, total: usize, is_quiet: bool, now: Instant) {
-        self.status.change(|view| (view.updated, view.total) = (updated, total));
         let (pool, is_complete) = (&self.pool, updated == total && is_quiet);
         match self.stage {
-            Stage::Idle if updated < total => {
+            Stage::Idle | Stage::RolledBack if updated < total => {
                 tracing::info!(%pool, replicas = total - updated, "rollout begins");
                 self.status.change(|view| view.reason = None);
                 self.enter(Stage::Running, now);
@@ -194,7 +247,7 @@ impl<S: Target> Rollout<S> {
             }
             Stage::RollingBack if is_complete => {
                 tracing::warn!(%pool, replicas = total, "rolled back");
-                self.end(RolloutResult::RolledBack, Stage::Idle, now);
+                self.end(RolloutResult::RolledBack, Stage::RolledBack, now);
             }
             Stage::Idle if is_complete => self.previous = None,
             Stage::Paused if is_complete => {
@@ -203,36 +256,52 @@ impl<S: Target> Rollout<S> {
             }
             _ => {}
         }
+        // After a rollback, no replica is from the current settings.
+        let shown = if self.stage == Stage::RolledBack { 0 } else { updated };
+        self.status.change(|view| (view.updated, view.total) = (shown, total));
+    }
+
+    /// Notes whether it waits for the end of an old Ringway process.
+    pub(super) fn hold(&mut self, is_held: bool) {
+        self.status.change(|view| view.is_held = is_held);
     }
 
     /// A new replica has failed, or an operator has lost patience. Returns whether new replicas are started from something else now.
     pub(super) fn fail(&mut self, reason: &str, on_failure: OnFailure, now: Instant) -> bool {
         let pool = &self.pool;
         let previous = match (self.stage, on_failure) {
-            (Stage::Idle | Stage::Paused, _) => return false,
+            (Stage::Idle | Stage::Paused | Stage::RolledBack, _) => return false,
             (Stage::Running, OnFailure::Rollback) => self.previous.take(),
             (Stage::RollingBack, _) | (Stage::Running, OnFailure::Pause) => None,
         };
         self.status.change(|view| view.reason = Some(reason.into()));
         if let Some(previous) = previous {
             tracing::error!(%pool, reason, "rollout failed; Ringway goes back to what the replicas were started from before");
-            let refused = std::mem::replace(&mut self.spec, previous);
-            let image = refused.image().filter(|&image| Some(image) != self.spec.image()).map(Arc::from);
-            self.status.change(|view| view.refused_image = image);
-            self.refused = Some(refused);
+            self.refuse(previous, reason);
             self.enter(Stage::RollingBack, now);
             return true;
         }
         tracing::error!(%pool, reason,
             "rollout failed and is paused: the other replicas stay as they are. Mend the settings, or try again with \
              `ringway rollout`");
+        let shown = Refused { digest: digest(&self.spec), reason: reason.to_owned() };
+        self.status.change(|view| view.refused = Some(shown));
         self.end(RolloutResult::Paused, Stage::Paused, now);
         false
     }
 
+    /// Goes back to `previous`.
+    fn refuse(&mut self, previous: S, reason: &str) {
+        let refused = std::mem::replace(&mut self.spec, previous);
+        let image = refused.image().filter(|&image| Some(image) != self.spec.image()).map(Arc::from);
+        let shown = Refused { digest: digest(&refused), reason: reason.to_owned() };
+        self.status.change(|view| (view.refused_image, view.refused) = (image, Some(shown)));
+        self.refused = Some(refused);
+    }
+
     fn forget_refused(&mut self) {
         self.refused = None;
-        self.status.change(|view| view.refused_image = None);
+        self.status.change(|view| (view.refused_image, view.refused) = (None, None));
     }
 
     fn end(&mut self, result: RolloutResult, stage: Stage, now: Instant) {
@@ -255,6 +324,10 @@ mod tests {
     impl Target for u32 {
         fn image(&self) -> Option<&str> {
             None
+        }
+
+        fn text(&self) -> String {
+            self.to_string()
         }
     }
 
@@ -293,7 +366,7 @@ mod tests {
         rollout.configure(2, now);
         assert_eq!(*rollout.spec(), 1, "a reload of the same settings");
         rollout.follow(3, 3, true, now);
-        assert_eq!((status.view().stage, last(&status)), (Stage::Idle, Some(RolloutResult::RolledBack)));
+        assert_eq!((status.view().stage, last(&status)), (Stage::RolledBack, Some(RolloutResult::RolledBack)));
         assert_eq!(status.view().reason.as_deref(), Some("it does not start"));
         rollout.begin(2, now);
         rollout.follow(0, 3, true, now);
@@ -323,9 +396,43 @@ mod tests {
         rollout.follow(0, 3, true, now);
         assert!(rollout.fail("no", OnFailure::Rollback, now));
         rollout.follow(3, 3, true, now);
-        assert_eq!((status.view().stage, last(&status)), (Stage::Idle, Some(RolloutResult::RolledBack)));
+        assert_eq!((status.view().stage, last(&status)), (Stage::RolledBack, Some(RolloutResult::RolledBack)));
         rollout.configure(2, now);
         assert_eq!(*rollout.spec(), 2);
+    }
+
+    #[test]
+    fn a_successor_does_not_try_again_what_has_failed() {
+        let (mut rollout, status, now) = rollout();
+        rollout.configure(2, now);
+        rollout.follow(0, 3, true, now);
+        rollout.fail("no", OnFailure::Rollback, now);
+        rollout.follow(3, 3, true, now);
+        let refused = status.view().refused;
+        let next = |previous: Option<u32>, wanted: u32| {
+            let status = Arc::new(RolloutStatus::new(now));
+            let mut next = Rollout::new("echo".into(), wanted, Arc::clone(&status));
+            next.go_on(previous, refused.clone(), now);
+            (*next.spec(), status.view().stage, status.view().reason.is_some())
+        };
+        assert_eq!(next(Some(1), 2), (1, Stage::RolledBack, true));
+        assert_eq!(next(None, 2), (2, Stage::Paused, true), "nobody knows what the containers are from");
+        assert_eq!(next(Some(1), 3), (3, Stage::Idle, false), "the config has changed");
+        assert_eq!(next(Some(1), 1), (1, Stage::Idle, false));
+    }
+
+    #[test]
+    fn whoever_puts_the_old_settings_back_ends_a_pause() {
+        let (mut rollout, status, now) = rollout();
+        rollout.configure(2, now);
+        rollout.follow(0, 3, true, now);
+        rollout.fail("a command has aborted it", OnFailure::Rollback, now);
+        rollout.fail("a command has aborted it", OnFailure::Rollback, now);
+        assert_eq!((*rollout.spec(), status.view().stage), (1, Stage::Paused));
+        rollout.configure(2, now);
+        assert_eq!(status.view().stage, Stage::Paused, "no change of the settings");
+        rollout.configure(1, now);
+        assert_eq!((status.view().stage, status.view().refused), (Stage::Idle, None));
     }
 
     #[test]

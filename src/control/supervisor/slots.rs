@@ -168,23 +168,38 @@ impl Slots {
     }
 
     /// How many of the pool's slots have a replica from the current settings, how many slots there are, and whether no replica is being
-    /// replaced.
-    pub(super) fn progress(&self) -> (usize, usize, bool) {
+    /// replaced. `outdated`: replicas that will be outdated once a predecessor has gone.
+    pub(super) fn progress(&self, outdated: &[Place]) -> (usize, usize, bool) {
         let kept = || self.list.iter().take(self.wanted());
-        let is_updated = |slot: &&Slot| !slot.front.is_outdated();
+        let is_updated =
+            |(n, slot): &(usize, &Slot)| !slot.front.is_outdated() && !outdated.contains(&Place::front(*n));
         let is_quiet = |slot: &Slot| !slot.front.is_new() && !slot.has_successor();
-        (kept().filter(is_updated).count(), kept().count(), kept().all(is_quiet))
+        (kept().enumerate().filter(is_updated).count(), kept().count(), kept().all(is_quiet))
     }
 
     /// Marks all replicas that run for replacement.
     pub(super) fn give_up_all(&mut self) {
         let wanted = self.wanted();
-        self.list.iter_mut().take(wanted).for_each(|slot| slot.front.give_up());
+        for slot in self.list.iter_mut().take(wanted) {
+            slot.front.give_up();
+            // One that comes next is from before the order too.
+            if slot.has_successor() {
+                slot.beside.give_up();
+            }
+        }
+    }
+
+    /// Whether the replica of any slot leaves before the next one starts, or the next one has no verdict.
+    pub(super) fn is_any_replaced(&self) -> bool {
+        self.list.iter().any(|slot| slot.front.is_replaced())
     }
 
     /// Takes back that replicas from the current settings shall be replaced.
     pub(super) fn give_up_none(&mut self) {
-        self.list.iter_mut().for_each(|slot| slot.front.forget_giving_up());
+        for slot in &mut self.list {
+            slot.front.forget_giving_up();
+            slot.beside.forget_giving_up();
+        }
     }
 
     /// What the last check of the new replica of a slot said: of the one beside it, if there is one.

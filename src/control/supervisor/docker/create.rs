@@ -90,6 +90,10 @@ impl Target for Pinned {
     fn image(&self) -> Option<&str> {
         Some(&self.spec.image)
     }
+
+    fn text(&self) -> String {
+        format!("{:?}", self.spec)
+    }
 }
 
 impl PartialEq for Pinned {

@@ -233,6 +233,15 @@ fn a_slot_that_waits_for_an_old_replica_does_not_hold_up_the_others() {
     assert_eq!(act(&slots, &START_FIRST, now), [Action::Start(Place::beside(1))]);
 }
 
+#[test]
+fn one_slot_stays_if_the_old_replicas_leave_first() {
+    let now = Instant::now();
+    let pace = Pace { order: Order::StopFirst, parallel: 10, ..START_FIRST };
+    let drains = |count: usize| (0..count).map(|n| Action::Drain(Place::front(n), Why::Outdated)).collect::<Vec<_>>();
+    assert_eq!(act(&outdated(3, now), &pace, now), drains(2));
+    assert_eq!(act(&outdated(1, now), &pace, now), drains(1));
+}
+
 /// Without a free port, the old replica drains, and the one that was refused beside it is not tried again.
 #[test]
 fn a_replica_that_drains_gets_no_successor_beside_it() {
