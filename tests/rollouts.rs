@@ -318,7 +318,7 @@ async fn a_spare_port_serves_one_slot_after_the_other_and_then_a_larger_pool() {
     let mapping = ringway.mapping();
     ringway.reload(&yaml("v1", 2)).await.unwrap();
     eventually_async("the rollout", async || {
-        assert_eq!(ringway.mapping(), mapping, "a slot was empty");
+        assert!(ringway.mapping() == mapping, "a slot was empty");
         rollout(ringway.api()).await["last"]["result"] == "done"
     })
     .await;

@@ -242,8 +242,8 @@ impl Adapter for Containers {
         })
     }
 
-    fn has_room_beside(&mut self, _slot: usize) -> bool {
-        true
+    fn has_room_beside(&mut self, _slot: usize) -> Result<(), &'static str> {
+        Ok(())
     }
 
     fn flip(&mut self, slots: &Slots, slot: usize) -> Option<(Replica, Option<Replica>)> {

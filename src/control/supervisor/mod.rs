@@ -81,8 +81,8 @@ trait Adapter {
     /// Starts a replica.
     async fn start(&mut self, slots: &mut Slots, place: Place, now: Instant) -> Progress;
 
-    /// Whether a second replica can run beside the one that fills the slot.
-    fn has_room_beside(&mut self, slot: usize) -> bool;
+    /// Makes room for a second replica beside the one that fills the slot, or says why there is none.
+    fn has_room_beside(&mut self, slot: usize) -> Result<(), &'static str>;
 
     /// Exchanges the replica that fills a slot and the one beside it. Returns the one that fills it now, and the other one; `None`:
     /// work on one of them is in progress.
@@ -349,12 +349,17 @@ impl<A: Adapter> Supervisor<A> {
 
     async fn carry_out(&mut self, action: Action, now: Instant) -> Progress {
         match action {
-            Action::Start(Place { slot, role: Role::Beside }) if !self.adapter.has_room_beside(slot) => {
-                // Only one at a time: with each, the pool has one less.
-                if self.slots.is_any_replaced() {
+            Action::Start(place) if place.role == Role::Beside => {
+                let Err(why) = self.adapter.has_room_beside(place.slot) else {
+                    return self.adapter.start(&mut self.slots, place, now).await;
+                };
+                // Another slot may give its room back. And only one old replica leaves at a time: with each, the pool has one less.
+                if self.slots.is_any_in_change() {
                     return Progress::UnderWay;
                 }
-                self.adapter.drain(&mut self.slots, Place::front(slot), Why::Outdated, now).await
+                let (pool, slot) = (self.slots.pool(), self.slots.name(place.slot));
+                tracing::warn!(%pool, %slot, why, "the old replica leaves before the new one starts");
+                self.adapter.drain(&mut self.slots, Place::front(place.slot), Why::Outdated, now).await
             }
             Action::Start(place) => {
                 // One that starts in the place of an old one shows whether the new settings work.

@@ -63,13 +63,7 @@ pub async fn supervise(
     stop: CancellationToken,
 ) {
     let first = settings.borrow_and_update().clone();
-    let processes = Processes {
-        settings: first.clone(),
-        ports,
-        waiting: JoinSet::new(),
-        lacks_ports: false,
-        children: HashMap::new(),
-    };
+    let processes = Processes { settings: first.clone(), ports, waiting: JoinSet::new(), children: HashMap::new() };
     // All of an old process had the same one, unless a rollout was under way.
     let current = taken_over.iter().filter(|one| one.part == Part::Current).map(|one| &one.spec);
     let previous = current.clone().find(|spec| **spec != first.spec).cloned();
@@ -84,8 +78,6 @@ struct Processes {
     ports: Ports,
     /// Waits for each child. Yields its process id, and how it ended.
     waiting: JoinSet<(u32, Exit)>,
-    /// The log says that a second replica finds no port.
-    lacks_ports: bool,
     /// The running replicas.
     children: HashMap<Place, ChildProcess>,
 }
@@ -128,7 +120,6 @@ impl Adapter for Processes {
     }
 
     fn configure(&mut self, settings: Settings, spec: Arc<Spec>) {
-        self.lacks_ports = false;
         let settings = Settings { spec, ..settings };
         let ports = if settings.spec.uses_sockets() { 0 } else { settings.slots.replicas as usize };
         if let Err(error) = self.ports.extend(ports) {
@@ -172,19 +163,12 @@ impl Adapter for Processes {
         Progress::Done
     }
 
-    fn has_room_beside(&mut self, slot: usize) -> bool {
+    fn has_room_beside(&mut self, slot: usize) -> Result<(), &'static str> {
         if self.settings.spec.uses_sockets() {
-            return true;
+            return Ok(());
         }
         let reserved = self.ports.reserve_beside(slot);
-        if let Err(error) = &reserved
-            && !std::mem::replace(&mut self.lacks_ports, true)
-        {
-            tracing::warn!(pool = %self.settings.slots.pool, %error,
-                "`ports` has no free port for a second replica: in one slot after the other, the old one leaves before the new one starts. \
-                 Add ports, so that no key moves");
-        }
-        reserved.is_ok()
+        reserved.map_err(|_| "`ports` has no free one for a second replica; add ports, so that no key moves")
     }
 
     fn flip(&mut self, _slots: &Slots, slot: usize) -> Option<(Replica, Option<Replica>)> {

@@ -189,9 +189,10 @@ impl Slots {
         }
     }
 
-    /// Whether the replica of any slot leaves before the next one starts, or the next one has no verdict.
-    pub(super) fn is_any_replaced(&self) -> bool {
-        self.list.iter().any(|slot| slot.front.is_replaced())
+    /// Whether any slot has a second replica, or one that leaves before the next one starts.
+    pub(super) fn is_any_in_change(&self) -> bool {
+        let is_taken = |seat: &Seat| seat.is_running() || seat.is_starting();
+        self.list.iter().any(|slot| slot.front.is_replaced() || is_taken(&slot.beside))
     }
 
     /// Takes back that replicas from the current settings shall be replaced.
