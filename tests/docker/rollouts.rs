@@ -129,7 +129,7 @@ async fn an_image_that_cannot_run_is_rolled_back_and_another_one_rolled_out() {
     eventually("a replacement", || ringway.backend(1).restarts == 1 && ringway.states() == [State::Healthy; 2]).await;
     tokio::time::sleep(Duration::from_secs(2)).await;
     let state = rollout(api).await;
-    assert_eq!((state["state"].clone(), state["ended"].clone()), ("idle".into(), ended));
+    assert_eq!((state["state"].clone(), state["ended"].clone()), ("rolled_back".into(), ended));
     let image = containers(&owner, "{{.Config.Image}}");
     assert!(image.values().all(|image| image == IMAGE) && image.len() == 2, "{image:?}");
     let (code, said, error) = wait(&good).await;
