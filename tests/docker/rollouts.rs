@@ -134,8 +134,11 @@ async fn an_image_that_cannot_run_is_rolled_back_and_another_one_rolled_out() {
     assert!(image.values().all(|image| image == IMAGE) && image.len() == 2, "{image:?}");
     let (code, said, error) = wait(&good).await;
     assert_eq!(code, Some(0), "{said}{error}");
-    let image = containers(&owner, "{{.Config.Image}}");
-    assert!(image.values().all(|image| *image == good) && image.len() == 2, "{image:?}");
+    eventually("containers of the good image alone", || {
+        let image = containers(&owner, "{{.Config.Image}}");
+        image.values().all(|image| *image == good) && image.len() == 2
+    })
+    .await;
     let status: Value = serde_json::from_str(&get(api, "/api/status").await.1).unwrap();
     assert_eq!(status["pools"][0]["differs"][0]["image"], *good);
     drop(ringway);
