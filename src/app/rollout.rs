@@ -84,8 +84,7 @@ impl App {
             None => None,
         };
         let view = view.ok_or_else(|| CommandError::NotTaken(pool.to_owned()))?;
-        let left = view.total - view.updated.min(view.total);
-        let total = view.total;
+        let (left, total) = (view.total.saturating_sub(view.updated), view.total);
         report.changes.push(match (order, view.stage) {
             (RolloutOrder::Begin { .. }, _) if left == 0 => format!("pool {pool}: no replica is outdated"),
             (RolloutOrder::Begin { .. }, _) => format!("pool {pool}: replacing {left} of {total} replicas"),
@@ -106,9 +105,9 @@ impl App {
     pub(super) fn proven_changes(&self) -> Changes {
         let mut changes = self.changes.clone();
         for pool in &self.pools {
-            let refused = pool.rollout().and_then(|view| view.refused_image);
+            let refused = pool.rollout().and_then(|view| view.refused?.image);
             let name = &pool.config().name;
-            if refused.is_some() && changes.get(name).image.as_deref() == refused.as_deref() {
+            if refused.is_some() && changes.get(name).image == refused {
                 changes.of(name).image = None;
             }
         }

@@ -74,7 +74,6 @@ impl Schedule {
         for backend in members {
             let Some(address) = &backend.address else { continue };
             let known = before.remove(&backend.incarnation);
-            let known = known.filter(|(id, subject)| *id == backend.id || subject.address == *address);
             let mut begin = || {
                 self.number += 1;
                 let ticket = Ticket { number: self.number, id: Arc::clone(&backend.id) };
@@ -291,7 +290,10 @@ mod tests {
         let (mut schedule, now, settings) = (Schedule::default(), Instant::now(), settings());
         schedule.follow(&members(&[("a", 1), ("b", 2)]), true, now);
         let (old, ..) = schedule.start(now).unwrap();
-        let replaced = Members::new(members(&[("b", 3)]).iter().cloned(), 99);
+        // A publisher gives each replica of a pool another number.
+        let replaced =
+            members(&[("b", 3)]).iter().map(|one| Backend { incarnation: 3, ..one.clone() }).collect::<Vec<_>>();
+        let replaced = Members::new(replaced, 99);
         schedule.follow(&replaced, true, now + SECOND);
         assert!(schedule.finish(&old, failed(), &settings, now).is_none());
         let later = now + 10 * SECOND;

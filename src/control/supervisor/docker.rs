@@ -1,7 +1,8 @@
 //! The supervisor's adapter for containers.
 //!
 //! Ringway learns the state of containers only from full lists, see [`Watch`]. Every container has labels for owner,
-//! pool and slot, and a name made of owner and slot. If two Ringways fill the same slot, both ask for the same name,
+//! pool and slot, and a name made of owner and slot. One that comes next in a rollout, and one that has filled the slot before, have a
+//! suffix. If two Ringways fill the same slot, both ask for the same name,
 //! and the engine gives it to one of them. Ringway never touches a container without its owner's label.
 //!
 //! # Layout
@@ -252,9 +253,8 @@ impl Adapter for Containers {
             return None;
         }
         let names = self.maker.names(slots.name(slot));
-        let mut next = self.known.remove(&places[1])?;
+        let next = self.known.remove(&places[1])?.named(&names.current());
         let former = self.known.remove(&places[0]).map(|former| former.named(&names.former()));
-        next = next.named(&names.current());
         let replicas = (next.replica.clone(), former.as_ref().map(|former| former.replica.clone()));
         self.known.insert(places[0], next);
         self.known.extend(former.map(|former| (places[1], former)));

@@ -81,7 +81,10 @@ trait Adapter {
     /// Starts a replica.
     async fn start(&mut self, slots: &mut Slots, place: Place, now: Instant) -> Progress;
 
-    /// Makes room for a second replica beside the one that fills the slot, or says why there is none.
+    /// Makes room for a second replica beside the one that fills the slot.
+    ///
+    /// # Errors
+    /// Why there is no room.
     fn has_room_beside(&mut self, slot: usize) -> Result<(), &'static str>;
 
     /// Exchanges the replica that fills a slot and the one beside it. Returns the one that fills it now, and the other one; `None`:
@@ -339,8 +342,9 @@ impl<A: Adapter> Supervisor<A> {
             self.rollout.last_step = Some(now);
         }
         let is_settled = self.slots.is_settled;
-        let outdated = self.adapter.running().filter(|one| self.adapter.is_outdated(one.place)).map(|one| one.place);
-        let outdated: Vec<_> = outdated.filter(|_| !is_settled).collect();
+        // Before that, the slots do not say which replicas are outdated.
+        let unsettled = self.adapter.running().filter(|_| !is_settled).map(|one| one.place);
+        let outdated: Vec<_> = unsettled.filter(|&place| self.adapter.is_outdated(place)).collect();
         let (updated, total, is_quiet) = self.slots.progress(&outdated);
         self.rollout.follow(updated, total, is_quiet && is_settled, now);
         self.rollout.hold(!is_settled);

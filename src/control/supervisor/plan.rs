@@ -109,7 +109,7 @@ pub enum Action {
     Stop(Place, Why),
     /// Let the replica beside the slot fill it.
     Flip(usize),
-    /// The new replica of this slot shows that the rollout fails.
+    /// The new replica of this slot shows that the rollout fails. What the plan has after this may no longer be wanted.
     Fail(usize, Failure),
 }
 
@@ -226,8 +226,7 @@ impl Plan {
 
     /// The new replica of a slot has failed, and the rollout with it, unless that has failed before.
     fn fail(&mut self, n: usize, failure: Failure, going: Going<'_>) {
-        let has_failed = self.actions.iter().any(|action| matches!(action, Action::Fail(..)));
-        if !has_failed && matches!(going.stage, Stage::Running | Stage::RollingBack) {
+        if matches!(going.stage, Stage::Running | Stage::RollingBack) {
             self.actions.push(Action::Fail(n, failure));
         }
     }

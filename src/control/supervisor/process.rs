@@ -99,10 +99,6 @@ impl Target for Arc<Spec> {
     fn image(&self) -> Option<&str> {
         None
     }
-
-    fn text(&self) -> String {
-        format!("{self:?}")
-    }
 }
 
 impl Adapter for Processes {

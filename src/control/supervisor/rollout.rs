@@ -1,6 +1,7 @@
 //! The rollout of a pool: what new replicas are started from, and how far the replacement of the others is. Pure except for its
 //! status, which others read.
 
+use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -10,6 +11,9 @@ use tokio::sync::oneshot;
 use super::plan::OnFailure;
 use crate::label_enum;
 use crate::labels::Tally;
+
+#[cfg(test)]
+mod tests;
 
 label_enum! {
     /// What the rollout of a pool does now.
@@ -77,9 +81,7 @@ pub struct RolloutView {
     pub last: Option<(RolloutResult, Instant)>,
     /// Why the last rollout failed, if it has.
     pub reason: Option<Arc<str>>,
-    /// The image with which it failed, if it has gone back to another one.
-    pub refused_image: Option<Arc<str>>,
-    /// What it has failed with, for a successor.
+    /// What it has failed with.
     pub refused: Option<Refused>,
     /// It waits until an old Ringway process has no connections any more.
     pub is_held: bool,
@@ -92,19 +94,19 @@ pub struct Refused {
     pub digest: u64,
     /// Why it failed.
     pub reason: String,
+    /// Its image, if the rollout has gone back to another one.
+    #[serde(default)]
+    pub image: Option<String>,
 }
 
 /// What replicas are started from.
-pub(super) trait Target: Clone + PartialEq {
+pub(super) trait Target: Clone + Debug + PartialEq {
     /// The name of an image; `None` for processes.
     fn image(&self) -> Option<&str>;
-
-    /// All that it says, as text.
-    fn text(&self) -> String;
 }
 
 fn digest(target: &impl Target) -> u64 {
-    seahash::hash(target.text().as_bytes())
+    seahash::hash(format!("{target:?}").as_bytes())
 }
 
 impl RolloutStatus {
@@ -117,7 +119,6 @@ impl RolloutStatus {
             since: now,
             last: None,
             reason: None,
-            refused_image: None,
             refused: None,
             is_held: false,
         };
@@ -191,9 +192,7 @@ impl<S: Target> Rollout<S> {
         if self.wanted != wanted {
             // Others than those that failed, even if they are what the replicas have.
             self.forget_refused();
-            if matches!(self.stage, Stage::Paused | Stage::RolledBack) {
-                self.enter(Stage::Idle, now);
-            }
+            self.start_over(now);
         }
         self.wanted = wanted.clone();
         if self.refused.as_ref() == Some(&wanted) {
@@ -204,17 +203,10 @@ impl<S: Target> Rollout<S> {
             self.spec = wanted;
             return false;
         }
-        self.forget_refused();
         let before = std::mem::replace(&mut self.spec, wanted);
-        match self.stage {
-            Stage::RollingBack => self.previous = Some(before),
-            // What was wanted before may not have been rolled out.
-            Stage::Idle | Stage::RolledBack => drop(self.previous.get_or_insert(before)),
-            // Whoever mends a rollout still wants to go back to what worked.
-            Stage::Running | Stage::Paused => {}
-        }
-        if self.stage != Stage::Running {
-            self.enter(Stage::Idle, now);
+        // Whoever mends a rollout that goes on still wants to go back to what worked, and not to what failed.
+        if self.stage == Stage::Idle {
+            self.previous.get_or_insert(before);
         }
         true
     }
@@ -222,11 +214,16 @@ impl<S: Target> Rollout<S> {
     /// An operator asks for a rollout to `wanted`, which may have failed before, or which the replicas may have already.
     pub(super) fn begin(&mut self, wanted: S, now: Instant) {
         self.forget_refused();
-        if matches!(self.stage, Stage::Idle | Stage::RolledBack) {
+        if !matches!(self.stage, Stage::Running | Stage::Paused) {
             self.previous.get_or_insert_with(|| self.spec.clone());
         }
+        self.start_over(now);
         self.configure(wanted, now);
-        if matches!(self.stage, Stage::Paused | Stage::RolledBack) {
+    }
+
+    /// Forgets that the last rollout has failed. One that goes on does so.
+    fn start_over(&mut self, now: Instant) {
+        if self.stage != Stage::Running {
             self.enter(Stage::Idle, now);
         }
     }
@@ -284,7 +281,7 @@ impl<S: Target> Rollout<S> {
         tracing::error!(%pool, reason,
             "rollout failed and is paused: the other replicas stay as they are. Mend the settings, or try again with \
              `ringway rollout`");
-        let shown = Refused { digest: digest(&self.spec), reason: reason.to_owned() };
+        let shown = Refused { digest: digest(&self.spec), reason: reason.to_owned(), image: None };
         self.status.change(|view| view.refused = Some(shown));
         self.end(RolloutResult::Paused, Stage::Paused, now);
         false
@@ -293,15 +290,15 @@ impl<S: Target> Rollout<S> {
     /// Goes back to `previous`.
     fn refuse(&mut self, previous: S, reason: &str) {
         let refused = std::mem::replace(&mut self.spec, previous);
-        let image = refused.image().filter(|&image| Some(image) != self.spec.image()).map(Arc::from);
-        let shown = Refused { digest: digest(&refused), reason: reason.to_owned() };
-        self.status.change(|view| (view.refused_image, view.refused) = (image, Some(shown)));
+        let image = refused.image().filter(|&image| Some(image) != self.spec.image()).map(str::to_owned);
+        let shown = Refused { digest: digest(&refused), reason: reason.to_owned(), image };
+        self.status.change(|view| view.refused = Some(shown));
         self.refused = Some(refused);
     }
 
     fn forget_refused(&mut self) {
         self.refused = None;
-        self.status.change(|view| (view.refused_image, view.refused) = (None, None));
+        self.status.change(|view| view.refused = None);
     }
 
     fn end(&mut self, result: RolloutResult, stage: Stage, now: Instant) {
@@ -314,156 +311,5 @@ impl<S: Target> Rollout<S> {
         if std::mem::replace(&mut self.stage, stage) != stage {
             self.status.change(|view| (view.stage, view.since) = (stage, now));
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    impl Target for u32 {
-        fn image(&self) -> Option<&str> {
-            None
-        }
-
-        fn text(&self) -> String {
-            self.to_string()
-        }
-    }
-
-    fn rollout() -> (Rollout<u32>, Arc<RolloutStatus>, Instant) {
-        let now = Instant::now();
-        let status = Arc::new(RolloutStatus::new(now));
-        (Rollout::new("echo".into(), 1, Arc::clone(&status)), status, now)
-    }
-
-    fn last(status: &RolloutStatus) -> Option<RolloutResult> {
-        status.view().last.map(|(result, _)| result)
-    }
-
-    #[test]
-    fn a_rollout_ends_when_all_slots_have_a_new_replica_and_nothing_is_under_way() {
-        let (mut rollout, status, now) = rollout();
-        rollout.follow(3, 3, true, now);
-        assert_eq!((status.view().stage, last(&status)), (Stage::Idle, None));
-        rollout.configure(2, now);
-        rollout.follow(0, 3, true, now);
-        assert_eq!(status.view().stage, Stage::Running);
-        rollout.follow(3, 3, false, now);
-        assert_eq!(status.view().stage, Stage::Running);
-        rollout.follow(3, 3, true, now);
-        assert_eq!((status.view().stage, last(&status)), (Stage::Idle, Some(RolloutResult::Done)));
-        assert_eq!(status.results.of(RolloutResult::Done), 1);
-    }
-
-    #[test]
-    fn a_failed_rollout_goes_back_and_is_not_tried_again_before_somebody_asks() {
-        let (mut rollout, status, now) = rollout();
-        rollout.configure(2, now);
-        rollout.follow(1, 3, false, now);
-        assert!(rollout.fail("it does not start", OnFailure::Rollback, now));
-        assert_eq!((*rollout.spec(), status.view().stage), (1, Stage::RollingBack));
-        rollout.configure(2, now);
-        assert_eq!(*rollout.spec(), 1, "a reload of the same settings");
-        rollout.follow(3, 3, true, now);
-        assert_eq!((status.view().stage, last(&status)), (Stage::RolledBack, Some(RolloutResult::RolledBack)));
-        assert_eq!(status.view().reason.as_deref(), Some("it does not start"));
-        rollout.begin(2, now);
-        rollout.follow(0, 3, true, now);
-        assert_eq!((*rollout.spec(), status.view().stage), (2, Stage::Running));
-        assert_eq!(status.view().reason, None);
-    }
-
-    #[test]
-    fn without_anything_to_go_back_to_a_failed_rollout_is_paused() {
-        let (mut rollout, status, now) = rollout();
-        // After a restart of Ringway, nobody knows what the replicas were started from.
-        rollout.follow(1, 3, true, now);
-        assert!(!rollout.fail("no", OnFailure::Rollback, now));
-        assert_eq!(rollout.stage(), Stage::Paused);
-        assert_eq!(last(&status), Some(RolloutResult::Paused));
-        assert!(!rollout.fail("no", OnFailure::Rollback, now), "it fails once");
-        assert_eq!(status.results.of(RolloutResult::Paused), 1);
-        rollout.configure(3, now);
-        assert_eq!(rollout.stage(), Stage::Idle, "other settings may be the remedy");
-    }
-
-    /// A command may ask for new replicas from the same settings, which fail for another reason.
-    #[test]
-    fn a_rollout_of_the_same_settings_that_fails_leaves_the_replicas_alone() {
-        let (mut rollout, status, now) = rollout();
-        rollout.begin(1, now);
-        rollout.follow(0, 3, true, now);
-        assert!(rollout.fail("no", OnFailure::Rollback, now));
-        rollout.follow(3, 3, true, now);
-        assert_eq!((status.view().stage, last(&status)), (Stage::RolledBack, Some(RolloutResult::RolledBack)));
-        rollout.configure(2, now);
-        assert_eq!(*rollout.spec(), 2);
-    }
-
-    #[test]
-    fn a_successor_does_not_try_again_what_has_failed() {
-        let (mut rollout, status, now) = rollout();
-        rollout.configure(2, now);
-        rollout.follow(0, 3, true, now);
-        rollout.fail("no", OnFailure::Rollback, now);
-        rollout.follow(3, 3, true, now);
-        let refused = status.view().refused;
-        let next = |previous: Option<u32>, wanted: u32| {
-            let status = Arc::new(RolloutStatus::new(now));
-            let mut next = Rollout::new("echo".into(), wanted, Arc::clone(&status));
-            next.go_on(previous, refused.clone(), now);
-            (*next.spec(), status.view().stage, status.view().reason.is_some())
-        };
-        assert_eq!(next(Some(1), 2), (1, Stage::RolledBack, true));
-        assert_eq!(next(None, 2), (2, Stage::Paused, true), "nobody knows what the containers are from");
-        assert_eq!(next(Some(1), 3), (3, Stage::Idle, false), "the config has changed");
-        assert_eq!(next(Some(1), 1), (1, Stage::Idle, false));
-    }
-
-    #[test]
-    fn whoever_puts_the_old_settings_back_ends_a_pause() {
-        let (mut rollout, status, now) = rollout();
-        rollout.configure(2, now);
-        rollout.follow(0, 3, true, now);
-        rollout.fail("a command has aborted it", OnFailure::Rollback, now);
-        rollout.fail("a command has aborted it", OnFailure::Rollback, now);
-        assert_eq!((*rollout.spec(), status.view().stage), (1, Stage::Paused));
-        rollout.configure(2, now);
-        assert_eq!(status.view().stage, Stage::Paused, "no change of the settings");
-        rollout.configure(1, now);
-        assert_eq!((status.view().stage, status.view().refused), (Stage::Idle, None));
-    }
-
-    #[test]
-    fn settings_that_no_replica_ever_had_are_not_gone_back_to() {
-        let (mut rollout, _, now) = rollout();
-        // The engine is away meanwhile.
-        rollout.configure(2, now);
-        rollout.configure(3, now);
-        rollout.follow(0, 3, true, now);
-        assert!(rollout.fail("no", OnFailure::Rollback, now));
-        assert_eq!(*rollout.spec(), 1);
-        // No slot had a replica.
-        rollout.configure(4, now);
-        rollout.follow(3, 3, true, now);
-        rollout.configure(5, now);
-        rollout.follow(0, 3, true, now);
-        assert!(rollout.fail("no", OnFailure::Rollback, now));
-        assert_eq!(*rollout.spec(), 4);
-    }
-
-    #[test]
-    fn a_rollback_that_fails_is_paused_and_a_mended_rollout_can_still_go_back() {
-        let (mut rollout, _, now) = rollout();
-        rollout.configure(2, now);
-        rollout.follow(0, 3, true, now);
-        assert!(!rollout.fail("no", OnFailure::Pause, now));
-        rollout.configure(3, now);
-        rollout.follow(0, 3, true, now);
-        assert!(rollout.fail("no", OnFailure::Rollback, now));
-        assert_eq!(*rollout.spec(), 1, "what worked last");
-        assert!(!rollout.fail("no", OnFailure::Rollback, now));
-        assert_eq!(rollout.stage(), Stage::Paused);
     }
 }

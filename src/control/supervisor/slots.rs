@@ -163,8 +163,11 @@ impl Slots {
     /// Records the new replicas that have been healthy for long enough. Returns whether there are any.
     pub(super) fn settle(&mut self, now: Instant) -> bool {
         let healthy_for = self.settings.pace.healthy_for;
-        // All of them, not only the first.
-        self.list.iter_mut().filter_map(|slot| slot.front.settle(healthy_for, now).then_some(())).count() > 0
+        let mut any = false;
+        for slot in &mut self.list {
+            any |= slot.front.settle(healthy_for, now);
+        }
+        any
     }
 
     /// How many of the pool's slots have a replica from the current settings, how many slots there are, and whether no replica is being

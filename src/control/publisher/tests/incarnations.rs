@@ -118,6 +118,20 @@ fn the_orders_of_an_operator_stay_with_the_slot() {
 }
 
 #[test]
+fn a_replica_with_another_name_is_the_same_one() {
+    let mut publisher = with_successor();
+    let container = |name: &str| Replica::Container { id: "x".into(), name: name.into(), check: None };
+    let address = || Event::Started { id: "b".into(), address: port(7), replica: Some(container("b-next")) };
+    publisher.take([address(), checked("b", 5, true)], Instant::now());
+    let restarts = publisher.table().load().backends().find("b").unwrap().restarts;
+    publisher.take([Event::Renamed { id: "b".into(), replica: container("b") }], Instant::now());
+    let b = publisher.table().load().backends().find("b").unwrap().clone();
+    assert_eq!((b.replica, b.state, b.restarts), (Some(container("b")), State::Healthy, restarts));
+    publisher.take([stopped("b", false), Event::Renamed { id: "b".into(), replica: container("b") }], Instant::now());
+    assert_eq!(publisher.table().load().backends().find("b").unwrap().replica, None, "it has gone");
+}
+
+#[test]
 fn an_event_about_an_incarnation_that_is_not_there_changes_nothing() {
     let mut publisher = with_successor();
     let before = publisher.table().load().generation();

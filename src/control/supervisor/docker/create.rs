@@ -90,10 +90,6 @@ impl Target for Pinned {
     fn image(&self) -> Option<&str> {
         Some(&self.spec.image)
     }
-
-    fn text(&self) -> String {
-        format!("{:?}", self.spec)
-    }
 }
 
 impl PartialEq for Pinned {
@@ -196,11 +192,11 @@ impl Maker {
                 "the network {network:?} does not exist; create it, or check its name"
             )));
         }
-        let image = &self.spec.image;
-        if self.engine.has_image(image).await? {
+        // After a failed rollout, the name may have no image any more, but the id has.
+        if self.engine.has_image(&self.image().await?).await? {
             Ok(())
         } else if self.spec.pull == Pull::Never {
-            Err(no_image(image))
+            Err(no_image(&self.spec.image))
         } else {
             self.pull(&mut *self.pulling.lock().await).await
         }

@@ -198,7 +198,7 @@ impl Containers {
                 self.known.remove(&place);
                 match other {
                     other if was_there => self.died(slots, place, other.as_ref()).await,
-                    // It never serves again. The next one is created anew.
+                    // It never serves again: Ringway creates another one.
                     Some(container) if self.may_remove(&container) => self.remove(place, container),
                     _ => {}
                 }

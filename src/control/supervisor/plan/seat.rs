@@ -88,7 +88,7 @@ impl Seat {
 
     /// Records that a start has begun.
     pub fn starting(&mut self) {
-        (self.phase, self.is_former) = (Phase::Starting, false);
+        (self.phase, self.is_former, self.is_given_up) = (Phase::Starting, false, false);
     }
 
     /// Forgets how the last replicas ended, because their settings have changed. An empty slot starts at once.
@@ -106,8 +106,9 @@ impl Seat {
 
     /// Records that a new replica runs.
     pub fn running(&mut self, is_outdated: bool, now: Instant) {
-        (self.is_given_up, self.is_former) = (false, false);
-        self.phase = Phase::Running { since: now, worth: Worth::Unknown, is_outdated };
+        self.is_former = false;
+        // A command may have come since its start began.
+        self.phase = Phase::Running { since: now, worth: Worth::Unknown, is_outdated: is_outdated || self.is_given_up };
     }
 
     /// Records the verdict of the health checks on the running replica; `None` while undecided.
@@ -208,6 +209,7 @@ impl Seat {
         };
         // The end of a successor counts as its verdict.
         self.in_replacement &= matches!(self.phase, Phase::Stopping { .. } | Phase::Draining { .. });
+        self.is_given_up = false;
         self.strikes = if lasted { 0 } else { self.strikes.saturating_add(1) };
         let wait = self.backoff(policy);
         self.phase = Phase::Empty { start_at: now + wait };

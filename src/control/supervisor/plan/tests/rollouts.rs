@@ -242,6 +242,21 @@ fn one_slot_stays_if_the_old_replicas_leave_first() {
     assert_eq!(act(&outdated(1, now), &pace, now), drains(1));
 }
 
+/// The replica may have been started from a program that has been replaced since.
+#[test]
+fn a_command_counts_for_a_replica_whose_start_has_begun() {
+    let now = Instant::now();
+    let mut slots = outdated(1, now);
+    slots[0].beside.starting();
+    slots[0].beside.give_up();
+    slots[0].beside.running(false, now);
+    assert!(slots[0].beside.is_outdated());
+    slots[0].beside.stopping(Why::Surplus);
+    slots[0].beside.ended(&POLICY, now);
+    begin(&mut slots[0], now);
+    assert!(!slots[0].beside.is_outdated());
+}
+
 /// Without a free port, the old replica drains, and the one that was refused beside it is not tried again.
 #[test]
 fn a_replica_that_drains_gets_no_successor_beside_it() {
