@@ -402,6 +402,24 @@ async fn wrong_calls_are_answered_with_the_remedy() {
     assert_eq!(answer.status().as_u16(), 404);
 }
 
+/// Never may two replicas of such a pool have connections at once: the old one leaves first, whatever the order says.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_an_exclusive_pool_no_replica_stands_beside_another() {
+    let exclusive = "tiers: { exclusive: true }";
+    let ringway =
+        Ringway::start(&pool(2, "v0", &format!("{QUICK}, order: start_first"), exclusive)).await.ready().await;
+    let before = slots(ringway.api()).await;
+    ringway.reload(&pool(2, "v1", &format!("{QUICK}, order: start_first"), exclusive)).await.unwrap();
+    eventually_async("the end of the rollout", async || {
+        let table = ringway.state().pools[0].table.load();
+        assert!(table.backends().iter().all(|one| one.beside.is_none()));
+        rollout(ringway.api()).await["last"]["result"] == "done"
+    })
+    .await;
+    let after = slots(ringway.api()).await;
+    assert!(before.len() == 2 && before.iter().all(|(slot, pid)| after[slot] != *pid), "{before:?} {after:?}");
+}
+
 /// Old and new replica of a slot together never have more connections than one backend may have.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_and_bounds_hold_through_a_rollout() {

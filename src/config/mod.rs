@@ -26,6 +26,7 @@ mod parse_check;
 mod parse_listener;
 mod parse_pool;
 mod parse_provider;
+mod parse_replicas;
 mod parse_routes;
 mod places;
 mod pool;

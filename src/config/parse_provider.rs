@@ -6,16 +6,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::keys::MOST_CPUS;
+use super::parse_replicas::{restart, rollout};
 use super::provider::ListedState;
 use super::reader::{Item, Section, narrow, show};
-use super::{BackendsFile, Containers, Discover, Process, Provider, Restart, Rollout, StaticBackend};
+use super::{BackendsFile, Containers, Discover, Process, Provider, StaticBackend};
 use crate::backend::Membership;
 use crate::control::docker::label;
 use crate::control::provider::dns::{self, Question, Servers};
 use crate::control::provider::{Listed, Location};
 use crate::control::supervisor::docker::Spec;
 use crate::control::supervisor::handover;
-use crate::control::supervisor::plan::Policy;
 
 /// The possible providers, for fault messages.
 pub(super) const KINDS: &str = "one of static, process, docker, dns, file";
@@ -368,38 +368,6 @@ fn ports(section: &mut Section<'_>, replicas: u32) -> Option<(u16, u16)> {
         Some(_) => {}
     }
     range
-}
-
-fn restart(mut section: Section<'_>) -> Restart {
-    let policy = Policy {
-        backoff: section.duration("backoff"),
-        max_backoff: section.duration("max_backoff"),
-        stable_after: section.duration("stable_after"),
-        crash_loop_after: narrow(section.integer("crash_loop_after")),
-        replace_after: section.off_or_duration("replace_after"),
-    };
-    let start_grace = section.duration("start_grace");
-    if policy.max_backoff < policy.backoff {
-        section.fault("max_backoff is shorter than backoff: set max_backoff to backoff or longer");
-    }
-    section.finish();
-    Restart { policy, start_grace }
-}
-
-fn rollout(mut section: Section<'_>) -> Rollout {
-    let rollout = Rollout {
-        order: section.choice("order"),
-        parallel: narrow(section.integer("parallel")),
-        pause: section.duration("pause"),
-        healthy_for: section.duration("healthy_for"),
-        on_failure: section.choice("on_failure"),
-        drain: section
-            .item("drain")
-            .filter(|item| item.value.as_str() != Some("auto"))
-            .and_then(|item| item.duration()),
-    };
-    section.finish();
-    rollout
 }
 
 fn location(item: &Item<'_>) -> Option<Location> {

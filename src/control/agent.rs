@@ -291,7 +291,7 @@ impl Agents {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::Membership;
+    use crate::backend::{Backend, Membership};
     use crate::control::publisher::{self, Publisher};
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -335,5 +335,31 @@ mod tests {
         let retired = agents.retire();
         assert!(matches!(&retired[..], [Event::Advised { advice: None, .. }]));
         assert!(agents.answered("p", answer(Ok("50%".to_owned())), &settings, now).is_none());
+    }
+
+    /// An answer under the id beside a slot may come too late for the publisher.
+    #[test]
+    fn an_agent_that_gets_the_id_of_its_slot_is_asked_at_once_and_its_answer_told_again() {
+        let settings = Settings { port: 9, interval: 2 * SECOND, timeout: SECOND, send: String::new(), outgoing: None };
+        let known = [("a", 1), ("a+", 2)].into_iter().flat_map(|(id, port)| {
+            let address = Address::Ip(([127, 0, 0, 1], port).into());
+            let membership = Membership::weighing(1);
+            [Event::Joined { id: id.into(), membership }, Event::Started { id: id.into(), address, replica: None }]
+        });
+        let publisher = Publisher::new("p".into(), publisher::Settings::plain(), known, Instant::now());
+        let (members, now) = (publisher.table().load().backends().clone(), Instant::now());
+        let mut agents = Agents::default();
+        agents.follow(&members, &settings, now);
+        let mut later = now + SECOND;
+        let answer = |id: &str, incarnation| Answer { id: id.into(), incarnation, line: Ok("50%".to_owned()) };
+        assert_eq!(agents.due(&settings, later).len(), 2);
+        assert!(agents.answered("p", answer("a+", 2), &settings, later).is_some());
+        let other = |one: usize, of: usize| Backend { id: Arc::clone(&members[one].id), ..members[of].clone() };
+        agents.follow(&Members::new([other(0, 1), other(1, 0)], members.roster() + 1), &settings, later);
+        assert!(agents.due(&settings, later).iter().any(|(id, incarnation, _)| (&**id, *incarnation) == ("a", 2)));
+        assert!(agents.answered("p", answer("a", 2), &settings, later).is_some(), "the same advice, told again");
+        later += 3 * SECOND;
+        agents.due(&settings, later);
+        assert!(agents.answered("p", answer("a", 2), &settings, later).is_none(), "once");
     }
 }

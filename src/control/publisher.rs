@@ -2,6 +2,7 @@
 //!
 //! - this file: the queue, the ring and the table
 //! - [`mod@backend_state`]: the state of one backend and the facts it follows from
+//! - [`mod@settings`]: the settings of a table
 //! - [`mod@drains`]: why it drains
 //! - [`mod@warmth`]: its slow start
 //! - [`mod@incarnations`]: the incarnation beside a slot, and how it takes the place of the other one
@@ -11,6 +12,7 @@ mod backend_state;
 mod drains;
 mod holder;
 mod incarnations;
+mod settings;
 mod warmth;
 
 #[cfg(test)]
@@ -25,12 +27,12 @@ use tokio_util::sync::CancellationToken;
 
 use self::backend_state::{BackendState, Change};
 use self::holder::Holder;
+pub use self::settings::{OnDown, Settings};
 use super::Event;
 use crate::backend::{Eviction, State};
-use crate::label_enum;
 use crate::labels::Label as _;
-use crate::ring::{Parameters, Ring};
-use crate::table::{Members, Rules, Table, TableCell};
+use crate::ring::Ring;
+use crate::table::{Members, Table, TableCell};
 
 /// Capacity of the event queue. A sender waits while the queue is full.
 const QUEUE: usize = 256;
@@ -38,48 +40,6 @@ const QUEUE: usize = 256;
 /// Time from one publication to the next. Events that arrive meanwhile share the next one: thousands of backends can
 /// change at once.
 const BETWEEN: Duration = Duration::from_millis(2);
-
-label_enum! {
-    /// What Ringway does with the connections of a backend that goes down.
-    pub enum OnDown {
-        /// Keeps them open until one side closes.
-        Keep => "keep",
-        /// Resets them, so that clients reconnect and get another backend.
-        Reset => "reset",
-    }
-}
-
-/// Settings of a pool's table.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Settings {
-    /// Parameters of the ring.
-    pub parameters: Parameters,
-    /// Whether backends must pass a check before they count as healthy.
-    pub is_checked: bool,
-    /// What decides which backends get connections.
-    pub rules: Rules,
-    /// What Ringway does with the connections of a backend that goes down.
-    pub on_down: OnDown,
-    /// Time that connections have when the provider says that their backend is drained.
-    pub drain: Duration,
-    /// Time over which a recovered backend gets back all of its keys; zero: at once.
-    pub slow_start: Duration,
-}
-
-#[cfg(test)]
-impl Settings {
-    /// For tests: a ring of few points, no checks, and the usual rules.
-    pub(crate) fn plain() -> Self {
-        Self {
-            parameters: Parameters { virtual_nodes: 10, probes: 3, seed: 0 },
-            is_checked: false,
-            rules: Rules { panic_below: 50, spill_below: 50, is_exclusive: false },
-            on_down: OnDown::Keep,
-            drain: Duration::ZERO,
-            slow_start: Duration::ZERO,
-        }
-    }
-}
 
 /// The writer of one pool's table.
 #[derive(Debug)]

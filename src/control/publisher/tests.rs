@@ -1,6 +1,8 @@
 use super::*;
 use crate::address::Address;
 use crate::backend::{Admission, Advice, BackendPermit, Exit, Membership, Replica};
+use crate::ring::Parameters;
+use crate::table::Rules;
 
 mod exclusive;
 mod incarnations;
