@@ -10,8 +10,8 @@
 //! - [`provider`]: where the backends of a pool come from, one file for each kind
 //! - [`access`]: who may change something by the side port; [`readiness`]: when `/readyz` succeeds
 //! - [`settings`]: from the config to the settings of the parts; [`mod@capacity`]: how many connections and pipes fit
-//! - [`commands`]: the effect of run-time commands; [`mod@rebalance`] and [`mod@rollout`]: those of
-//!   `rebalance` and `rollout`
+//! - [`commands`]: the effect of run-time commands; [`mod@rebalance`], [`mod@rollout`] and
+//!   [`mod@reload_commands`]: those of `rebalance`, `rollout`, and `reload` and `check`
 //! - [`reload`]: from one config to another; [`outlook`]: what that changes; [`changes`]: run-time changes, kept beside the config
 //! - [`offline`]: the listeners and pools of a config that does not run; [`mod@probe`]: whether it could run on this machine
 //! - [`upgrade`], [`inheritance`]: from one process to another, as the old and as the new process
@@ -36,6 +36,7 @@ mod provider;
 mod readiness;
 mod rebalance;
 mod reload;
+mod reload_commands;
 mod rollout;
 mod run;
 mod service_manager;
