@@ -187,6 +187,35 @@ async fn all_containers_come_from_one_image_until_a_rollout() {
     owner.docker(&["rmi", "-f", &first, &second]);
 }
 
+/// Somebody has removed the name of the image in the middle of the rollout. Its id is enough to go back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs a Docker engine"]
+async fn a_rollback_needs_only_the_id_of_the_image() {
+    let owner = Owner::new().await;
+    let [old, new] = ["old", "new"].map(|tag| {
+        let (name, folder) = (format!("{}:{tag}", owner.name), tempfile::tempdir().unwrap());
+        std::fs::write(folder.path().join("Dockerfile"), format!("FROM {IMAGE}\nLABEL rwtest.tag={tag}\n")).unwrap();
+        owner.docker(&["build", "-q", "-t", &name, &folder.path().display().to_string()]);
+        name
+    });
+    let id = owner.docker(&["inspect", "-f", "{{.Id}}", &old]);
+    let config = yaml(&owner, 2, "v0", "healthy_for: 100ms, pause: 10m").replace(IMAGE, &old);
+    let ringway = Ringway::start(&config).await.all_healthy().await;
+    ringway.send(Command::Rollout { pool: "echo".to_owned(), image: Some(new.clone()) }).await.unwrap();
+    eventually_async("one of two", async || rollout(ringway.api()).await["updated"] == 1).await;
+    owner.docker(&["rmi", "-f", &old]);
+    ringway.send(Command::AbortRollout { pool: "echo".to_owned() }).await.unwrap();
+    eventually_async("the way back", async || rollout(ringway.api()).await["last"]["result"] == "rolled_back").await;
+    eventually("the old image", || {
+        let images = containers(&owner, "{{.Image}}");
+        images.len() == 2 && images.values().all(|image| *image == id)
+    })
+    .await;
+    drop(ringway);
+    owner.docker(&["rm", "-f", &owner.container("echo-1"), &owner.container("echo-2")]);
+    owner.docker(&["rmi", "-f", &new, &id]);
+}
+
 async fn is_healthy(program: &Program, replicas: usize) -> bool {
     let status = program.status().await;
     let backends = status["pools"][0]["backends"].as_array().unwrap();
