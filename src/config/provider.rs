@@ -138,7 +138,7 @@ pub struct Rollout {
     pub order: Order,
     /// Slots at a time.
     pub parallel: u32,
-    /// Wait between two replacements.
+    /// Wait between two replacements; none on the way back.
     pub pause: Duration,
     /// How long a new replica must have been healthy.
     pub healthy_for: Duration,

@@ -190,7 +190,7 @@ const ROLLOUT: &[Key] = &[
         "pause",
         Duration::ZERO..=days(1),
         Duration::ZERO,
-        "wait between the end of one replacement and the start of the next",
+        "wait between the end of one replacement and the start of the next. After a failure, the way back does not wait",
     ),
     Key::duration(
         "healthy_for",

@@ -63,7 +63,7 @@ pub struct Pace {
     pub order: Order,
     /// Slots whose replicas are replaced at the same time, at least 1. One slot stays if the old replicas leave first.
     pub parallel: u32,
-    /// Wait between the end of one replacement and the start of the next.
+    /// Wait between the end of one replacement and the start of the next. On the way back there is none.
     pub pause: Duration,
     /// How long a new replica must have been healthy before it counts.
     pub healthy_for: Duration,
@@ -286,9 +286,10 @@ impl Plan {
                 Order::StartFirst => Action::Start(Place::beside(n)),
                 Order::StopFirst => Action::Drain(Place::front(n), Why::Outdated),
             };
-            // An unhealthy one has nothing to lose.
-            let paused = going.last_step.map_or(at, |last| last + pause);
-            let at = if matches!(action, Action::Stop(..)) { at } else { at.max(paused) };
+            // An unhealthy one has nothing to lose, and what has failed is not left to serve for longer than it must.
+            let is_urgent = matches!(action, Action::Stop(..)) || going.stage == Stage::RollingBack;
+            let paused = going.last_step.filter(|_| !is_urgent).map(|last| last + pause);
+            let at = paused.map_or(at, |paused| at.max(paused));
             self.do_at(at, action, now);
         }
     }

@@ -85,6 +85,8 @@ fn at_most_parallel_slots_are_replaced_and_each_step_is_followed_by_a_pause() {
         let paused = Going { last_step: Some(now), ..going(&pace) };
         let later = plan(5, &slots, &POLICY, paused, now);
         assert_eq!((later.actions, later.wake), (vec![], Some(now + pace.pause)), "{action}");
+        let back = Going { stage: Stage::RollingBack, ..paused };
+        assert_eq!(plan(5, &slots, &POLICY, back, now).actions, [expected(0)], "the way back does not pause");
     }
 }
 
