@@ -8,6 +8,8 @@ use std::borrow::Cow;
 use std::fmt;
 use std::net::IpAddr;
 
+use serde::{Deserialize, Serialize};
+
 /// Length of a record's header: its type, version and length.
 const RECORD_HEADER: usize = 5;
 
@@ -67,7 +69,7 @@ pub enum Fault {
 }
 
 /// What a ClientHello asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hello {
     /// The server's host name (SNI): lower case, without a dot at its end. An IP address is not a host name (RFC 6066,
     /// section 3), so it counts as no name.

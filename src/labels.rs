@@ -11,6 +11,11 @@ pub trait Label: Copy + 'static {
     fn as_str(self) -> &'static str;
     /// The value's position in [`Label::ALL`].
     fn index(self) -> usize;
+
+    /// The value with this name.
+    fn named(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|value| value.as_str() == name)
+    }
 }
 
 /// Declares an enum with a name for each value: `Refused => "refused"`.

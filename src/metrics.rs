@@ -49,7 +49,8 @@ macro_rules! metrics {
 }
 
 metrics! {
-    ACCEPTED: Counter "connections_accepted_total" ["listener"] "Accepted connections; each one is active, ended or refused";
+    ACCEPTED: Counter "connections_accepted_total" ["listener"] "Accepted connections. With those taken over, they are the active, ended and refused ones";
+    TAKEN_OVER: Counter "connections_taken_over_total" ["listener"] "Open connections that the old process has handed over in an upgrade";
     ACTIVE: Gauge "connections_active" ["listener"] "Open connections";
     ENDED: Counter "connections_ended_total" ["listener", "reason"] "Served connections that ended, by reason";
     REFUSED: Counter "connections_refused_total" ["listener", "reason"] "Connections reset without being served, by reason";

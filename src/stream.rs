@@ -5,7 +5,7 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags};
+use serde::{Deserialize, Serialize};
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf, Ready};
 use tokio::net::{TcpStream, UnixStream};
@@ -209,6 +210,16 @@ impl IdleStream {
     }
 }
 
+impl TryFrom<OwnedFd> for IdleStream {
+    type Error = io::Error;
+
+    /// The stream socket of a descriptor. It has to be in non-blocking mode.
+    fn try_from(socket: OwnedFd) -> io::Result<Self> {
+        let socket = Socket::from(socket);
+        Ok(if socket.domain()? == Domain::UNIX { Self::Unix(socket.into()) } else { Self::Tcp(socket.into()) })
+    }
+}
+
 impl TryFrom<IdleStream> for Stream {
     type Error = io::Error;
 
@@ -259,7 +270,7 @@ impl AsyncWrite for Stream {
 }
 
 /// Who is at the other end of an accepted connection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Client {
     /// The client's address and port.
     Ip(SocketAddr),

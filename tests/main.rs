@@ -23,6 +23,7 @@ mod documents;
 mod engine;
 mod explain;
 mod failover;
+mod hand_over;
 mod house;
 mod kubernetes;
 mod limits;

@@ -7,7 +7,8 @@
 //! - [`compare`]: a comparison of the balancers that [`balancers`] starts on a [`mod@bench`]; [`findings`]: its results
 //! - [`tls`]: the first message of a TLS client
 //! - [`tune`]: settings of Ringway on the same bench; [`scale`]: more servers; [`mod@large`]: large configs
-//! - [`even`]: how evenly connections are spread; [`mod@rollouts`]: what clients notice of rollouts
+//! - [`even`]: how evenly connections are spread; [`mod@rollouts`]: what clients notice of rollouts;
+//!   [`mod@upgrades`]: and of upgrades, with [`streams`] whose every byte is checked
 //! - [`preflight`], [`process`]: the limits of this machine, and the resources that a process uses
 //! - [`spread`], [`plot`], [`table`]: figures of repeated runs, and the presentation of results
 
@@ -27,12 +28,15 @@ pub mod run;
 pub mod scale;
 pub mod soak;
 pub mod spread;
+pub mod streams;
 pub mod table;
 pub mod tls;
 pub mod tune;
+pub mod upgrades;
 
 mod bench;
 mod client;
+mod short;
 mod side_port;
 
 use std::net::SocketAddr;

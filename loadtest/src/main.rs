@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use loadtest::{compare, even, large, rollouts, run, scale, soak, tune};
+use loadtest::{compare, even, large, rollouts, run, scale, soak, tune, upgrades};
 
 #[derive(Debug, Parser)]
 #[command(version, about)]
@@ -28,6 +28,8 @@ enum Command {
     Even(even::Options),
     /// Replace the replicas of a pool under load, and count what clients notice
     Rollouts(rollouts::Options),
+    /// Upgrade Ringway under load, and count what clients notice
+    Upgrades(upgrades::Options),
     /// Run a long mixed load with reloads, upgrades and kills, and measure whether memory or descriptors grow
     Soak(soak::Options),
 }
@@ -43,6 +45,7 @@ async fn main() -> ExitCode {
             Command::Large(options) => large::large(&options).await,
             Command::Even(options) => even::even(&options).await,
             Command::Rollouts(options) => rollouts::rollouts(&options).await,
+            Command::Upgrades(options) => upgrades::upgrades(&options).await,
             Command::Soak(options) => soak::soak(&options).await,
         }
     };

@@ -16,10 +16,11 @@ use tokio::task::JoinSet;
 use crate::balancers::{Kind, free_addresses, ringway};
 use crate::findings::{Output, machine};
 use crate::large::Running;
+use crate::short::Short;
 use crate::side_port::SidePort;
 use crate::table::Table;
 
-/// Longest wait for the answer to a short connection or to a message.
+/// Longest wait for the answer to a message.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Arguments of `loadtest rollouts`.
@@ -137,13 +138,14 @@ async fn measure(options: &Options, program: &Path, replicas: u32, order: &'stat
     running.when("all replicas are healthy", running.began, all_healthy).await?;
     let digest = async || anyhow::Ok(side_port.status().await?["pools"][0]["ring"]["digest"].clone());
     let (before, began, load) = (digest().await?, Instant::now(), Arc::new(Load::default()));
+    let short = Arc::new(Short::default());
     let mut clients = JoinSet::new();
     for n in 0..options.long {
         let (load, lasts) = (Arc::clone(&load), Duration::from_secs(options.lasts.into()));
         let first_part = f64::from(n + 1) / f64::from(options.long);
         clients.spawn(async move { load.long(web, lasts, first_part).await });
     }
-    let short = tokio::spawn(Arc::clone(&load).short(web, options.rate));
+    let short_load = tokio::spawn(Arc::clone(&short).run(web, options.rate));
     for n in 1..=options.rollouts {
         side_port.post("/api/pools/web/rollout").await?;
         let has_ended = async {
@@ -163,46 +165,33 @@ async fn measure(options: &Options, program: &Path, replicas: u32, order: &'stat
     }
     let seconds = began.elapsed().as_secs_f64();
     load.is_over.store(true, Ordering::Relaxed);
-    short.await?;
+    short.end();
+    short_load.await?;
     while clients.join_next().await.is_some() {}
     let of = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+    let (short, short_failed) = short.counts();
     Ok(Finding {
         replicas,
         order,
         rollouts: options.rollouts,
         seconds,
-        short: of(&load.short),
-        short_failed: of(&load.short_failed),
+        short,
+        short_failed,
         long: of(&load.long),
         long_cut: of(&load.long_cut),
         same_ring: digest().await? == before,
     })
 }
 
-/// The load of one measurement, and what its clients noticed.
+/// The long connections of one measurement, and what their clients noticed.
 #[derive(Debug, Default)]
 struct Load {
     is_over: AtomicBool,
-    short: AtomicU64,
-    short_failed: AtomicU64,
     long: AtomicU64,
     long_cut: AtomicU64,
 }
 
 impl Load {
-    /// Opens short connections at this rate until the measurement is over.
-    async fn short(self: Arc<Self>, target: SocketAddr, rate: u32) {
-        while !self.is_over.load(Ordering::Relaxed) {
-            let report = crate::churn(target, rate, Duration::from_secs(2), PATIENCE).await;
-            let failed = report.outcomes.iter().filter(|outcome| outcome.server.is_err());
-            for outcome in failed.clone().take(3) {
-                eprintln!("a short connection failed: {:?}", outcome.server);
-            }
-            self.short_failed.fetch_add(failed.count() as u64, Ordering::Relaxed);
-            self.short.fetch_add(report.outcomes.len() as u64, Ordering::Relaxed);
-        }
-    }
-
     /// Opens one long connection after the other until the measurement is over. The first one lasts for a part of the time, so that
     /// they do not all end at once.
     async fn long(&self, target: SocketAddr, lasts: Duration, first_part: f64) {

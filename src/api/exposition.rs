@@ -64,6 +64,7 @@ fn listeners(text: &mut Text, listeners: &[ListenerView]) {
         }
     };
     each(&metrics::ACCEPTED, &|samples, labels, listener| samples.add(labels, listener.stats.accepted()));
+    each(&metrics::TAKEN_OVER, &|samples, labels, listener| samples.add(labels, listener.stats.taken_over()));
     each(&metrics::ACTIVE, &|samples, labels, listener| samples.add(labels, listener.stats.active()));
     each(&metrics::ENDED, &|samples, labels, listener| tally(samples, labels, |reason| listener.stats.ended(reason)));
     each(&metrics::REFUSED, &|samples, labels, listener| {

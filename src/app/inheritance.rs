@@ -12,10 +12,10 @@ use serde::{Deserialize, Serialize};
 use socket2::SockRef;
 use tokio::sync::watch;
 
-use super::StartError;
 use super::bound::{fits_managed, turn_away};
 use super::changes::Changes;
 use super::pools::Pool;
+use super::{StartError, connections};
 use crate::address::Address;
 use crate::backend::{Membership, State};
 use crate::config::{Config, StaticBackend};
@@ -24,6 +24,7 @@ use crate::control::provider::names::Resolve;
 use crate::control::supervisor::handover::{Handed, Part, Spec};
 use crate::control::supervisor::rollout::Refused;
 use crate::handover::Channel;
+use crate::proxy::TakeOver;
 use crate::proxy::listening::{FileId, ListeningSocket};
 use crate::table::Table;
 
@@ -41,6 +42,9 @@ pub(super) const SIDE_PORT: &str = "";
 
 /// The message that reports that the successor serves.
 pub(super) const READY: &str = "ready";
+
+/// The message that reports that the successor serves and takes over open connections. It goes only to an old process that can hand them over.
+pub(super) const READY_FOR_CONNECTIONS: &str = "ready for connections";
 
 /// Begins the message that reports why the successor does not serve.
 pub(super) const FAILED: &str = "failed ";
@@ -84,6 +88,9 @@ pub(super) enum Message {
         /// By pool: what a rollout has failed with.
         #[serde(default)]
         refused: BTreeMap<String, Refused>,
+        /// The old process can hand over open connections.
+        #[serde(default)]
+        has_connections: bool,
     },
 }
 
@@ -126,6 +133,8 @@ pub struct Inheritance {
     named: Vec<Named>,
     /// By pool: what a rollout of the old process has failed with.
     refused: BTreeMap<String, Refused>,
+    /// The old process can hand over open connections.
+    has_connections: bool,
     predecessor: Option<Channel>,
 }
 
@@ -237,8 +246,8 @@ impl Inheritance {
                     });
                 }
                 Message::File { part } => inheritance.file.push_str(&part),
-                Message::Rest { changes, healthy, is_ready, open_files, named, refused } => {
-                    inheritance.refused = refused;
+                Message::Rest { changes, healthy, is_ready, open_files, named, refused, has_connections } => {
+                    (inheritance.refused, inheritance.has_connections) = (refused, has_connections);
                     (inheritance.changes, inheritance.healthy, inheritance.named) = (changes, healthy, named);
                     (inheritance.is_ready, inheritance.open_files) = (is_ready, open_files);
                     break;
@@ -342,8 +351,9 @@ impl Inheritance {
         self.changes.kept(before.as_ref().unwrap_or(file), file)
     }
 
-    /// Tells the old process that this process serves. Sets `settled` to true once the old process has exited.
-    pub(super) fn tell_ready(&mut self, settled: watch::Sender<bool>) {
+    /// Tells the old process that this process serves. Then takes over its open connections with `taker`, if there is one and the old
+    /// process can hand them over. Sets `settled` to true once the old process has exited.
+    pub(super) fn tell_ready(&mut self, settled: watch::Sender<bool>, taker: Option<TakeOver>) {
         let Some(channel) = self.predecessor.take() else { return };
         // The old process accepts the connections that wait on the sockets of a listener that has moved or is removed.
         let left = self.sockets.drain(..).filter(|left| !left.is_managed);
@@ -351,19 +361,24 @@ impl Inheritance {
         for left in &on_ip {
             turn_away(&left.sockets, &left.listen);
         }
-        match channel.send(READY, &[]) {
+        let taker = taker.filter(|_| self.has_connections);
+        match channel.send(if taker.is_some() { READY_FOR_CONNECTIONS } else { READY }, &[]) {
             // The old process cannot take back a file. So it loses the file only now.
             Ok(()) => on_unix.iter().for_each(|left| turn_away(&left.sockets, &left.listen)),
             Err(error) => {
                 tracing::warn!(%error, "the old process exited before this process could report that it is ready");
             }
         }
-        // The old process sends nothing more; the channel closes when it exits. That can take long, so a separate
-        // thread waits for it.
+        // The channel closes when the old process exits. That can take long, so a separate thread waits for it.
         tokio::task::spawn_blocking(move || {
             let _ = channel.set_timeout(Duration::ZERO);
-            let _ = channel.receive();
-            tracing::info!("the old process has exited");
+            if let Some(taker) = taker {
+                let taken = connections::take_over(&channel, &taker);
+                tracing::info!(connections = taken, "the old process has exited, and has handed over its connections");
+            } else {
+                let _ = channel.receive();
+                tracing::info!("the old process has exited");
+            }
             settled.send_replace(true);
         });
     }

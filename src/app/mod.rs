@@ -14,7 +14,8 @@
 //!   [`mod@reload_commands`]: those of `rebalance`, `rollout`, and `reload` and `check`
 //! - [`reload`]: from one config to another; [`outlook`]: what that changes; [`changes`]: run-time changes, kept beside the config
 //! - [`offline`]: the listeners and pools of a config that does not run; [`mod@probe`]: whether it could run on this machine
-//! - [`upgrade`], [`inheritance`]: from one process to another, as the old and as the new process
+//! - [`upgrade`], [`inheritance`]: from one process to another, as the old and as the new process; [`connections`]: how open
+//!   connections follow
 //! - [`service_manager`]: notifications to systemd; [`error`]: why the app could not start, or ended early
 
 mod access;
@@ -23,6 +24,7 @@ mod capacity;
 mod changes;
 mod commands;
 mod config_watch;
+mod connections;
 mod context;
 mod error;
 mod inheritance;
@@ -68,6 +70,7 @@ pub use self::offline::Offline;
 use self::pools::Pool;
 pub use self::probe::{Finding, probe};
 use self::tasks::Tasks;
+use self::upgrade::Ready;
 use crate::address::Address;
 use crate::api::{self, LogView, State, View};
 use crate::config::{self, Config};
@@ -77,7 +80,6 @@ use crate::control::docker::engine::Engine;
 use crate::control::supervisor::handover::Handed;
 use crate::control::supervisor::process::let_go;
 use crate::events::Events;
-use crate::handover::Channel;
 use crate::lossy_writer::LostLines;
 use crate::metrics::Exporter;
 use crate::proxy::access_log::{AccessLog, FlushGuard};
@@ -151,8 +153,8 @@ pub struct App {
     /// Set to true when the predecessor has exited.
     settled: Option<watch::Sender<bool>>,
     is_settled: watch::Receiver<bool>,
-    /// Stays open until this process exits; the successor sees it close.
-    successor: Option<Channel>,
+    /// The successor that serves.
+    successor: Option<Ready>,
     /// Copies of the handles of the replicas that were handed over. The replicas live as long as one process has them, so
     /// they outlive a successor that fails.
     handed_over: Vec<Handed>,

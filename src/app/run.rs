@@ -15,6 +15,7 @@ use super::service_manager::{keep_alive, notify, watchdog};
 use super::tasks::until;
 use super::{App, RunError};
 use crate::api;
+use crate::config::OpenConnections;
 use crate::control::command::{Caller, Command, CommandError, PendingCommand, Report};
 use crate::limits;
 use crate::proxy::WorkersEnded;
@@ -49,7 +50,9 @@ impl App {
             self.show();
             self.catch_up_with_rotation();
             if let Some(settled) = self.settled.take() {
-                self.inheritance.tell_ready(settled);
+                let taker =
+                    (self.config.upgrade.connections == OpenConnections::HandOver).then(|| self.proxy.take_over());
+                self.inheritance.tell_ready(settled, taker);
             }
             if self.inheritance.is_ready {
                 self.state.ready.store(true, Ordering::Relaxed);
@@ -201,7 +204,7 @@ impl App {
                         side_port.closed.cancelled().await;
                         // And only the successor serves who connects after the answer.
                         self.listeners.clear();
-                        self.proxy.stop();
+                        self.proxy.stop_accepting();
                         tokio::select! {
                             () = &mut shutdown => {}
                             () = self.proxy.stopped() => {}
@@ -209,7 +212,18 @@ impl App {
                                 tracing::warn!("this process still accepts connections that were queued before");
                             }
                         }
-                        let changes = vec![format!("process {pid} has taken over")];
+                        // The connections that stay have their drain times from now on.
+                        let handed_over = tokio::select! {
+                            () = &mut shutdown => None,
+                            handed_over = self.hand_over_connections() => handed_over,
+                            () = tokio::time::sleep(LAST_ANSWERS) => {
+                                tracing::warn!("not all connections are handed over yet");
+                                None
+                            }
+                        };
+                        self.proxy.stop();
+                        let mut changes = vec![format!("process {pid} has taken over")];
+                        changes.extend(handed_over.map(|handed_over| handed_over.to_string()));
                         self.answer(&command, caller, Ok(Report { changes, ..Report::default() }), outcome);
                         return Ok(RunOutcome::Succeeded);
                     }

@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -14,7 +15,8 @@ use tokio::sync::oneshot;
 
 use super::App;
 use super::bound::Opened;
-use super::inheritance::{FAILED, MESSAGE_TIMEOUT, Message, READY, SIDE_PORT};
+use super::connections::{HandedOver, start_to_hand_over};
+use super::inheritance::{FAILED, MESSAGE_TIMEOUT, Message, READY, READY_FOR_CONNECTIONS, SIDE_PORT};
 use super::pools::Pool;
 use super::service_manager::notify;
 use crate::address::Address;
@@ -71,10 +73,10 @@ impl App {
             Err(_elapsed) => Err(format!("it was not ready within {} s", PATIENCE.as_secs())),
             Ok(Err(panicked)) => Err(panicked.to_string()),
             Ok(Ok(Err(error))) => Err(error.to_string()),
-            Ok(Ok(Ok(channel))) => Ok(channel),
+            Ok(Ok(Ok(ready))) => Ok(ready),
         };
-        let channel = match ready {
-            Ok(channel) => channel,
+        let ready = match ready {
+            Ok(ready) => ready,
             Err(why) => {
                 let ended = successor.end().await;
                 self.take_back_sockets();
@@ -83,7 +85,7 @@ impl App {
                 )));
             }
         };
-        (self.successor, self.handed_over) = (Some(channel), replicas);
+        (self.successor, self.handed_over) = (Some(ready), replicas);
         for decide in decisions {
             // A supervisor that has ended has no replicas to release.
             let _ = decide.send(true);
@@ -91,6 +93,23 @@ impl App {
         successor.leave_alone();
         notify(&format!("MAINPID={pid}"));
         Ok(pid)
+    }
+
+    /// Hands the open connections over to the successor, if it takes them. Returns once each has been offered; the others are offered again as
+    /// long as this process runs. `None`: the successor takes none.
+    pub(super) async fn hand_over_connections(&self) -> Option<HandedOver> {
+        let Ready { channel, .. } = self.successor.as_ref().filter(|ready| ready.takes_connections)?;
+        // As long as the successor may still answer, nobody else knows who has a connection.
+        let started = channel
+            .set_timeout(Duration::ZERO)
+            .and_then(|()| start_to_hand_over(Arc::clone(channel), self.proxy.hand_over()));
+        match started {
+            Ok(first) => first.await.ok(),
+            Err(error) => {
+                tracing::warn!(%error, "cannot hand over open connections: they finish in this process");
+                None
+            }
+        }
     }
 
     /// Lets all sockets take clients again: the successor may have turned them away before it failed.
@@ -160,6 +179,7 @@ impl App {
                 .iter()
                 .filter_map(|pool| Some((pool.config().name.clone(), pool.rollout()?.refused?)))
                 .collect(),
+            has_connections: true,
         };
         messages.push((text(&rest)?, Vec::new()));
         Ok(messages)
@@ -194,9 +214,17 @@ impl Drop for Successor {
     }
 }
 
-/// Sends all handover messages and waits until the successor serves. The returned channel must stay open: its close
-/// tells the successor that this process has exited.
-fn exchange_messages(channel: Channel, messages: &[(String, Vec<OwnedFd>)]) -> io::Result<Channel> {
+/// A successor that serves.
+#[derive(Debug)]
+pub(super) struct Ready {
+    /// Stays open until this process exits: the close tells the successor.
+    channel: Arc<Channel>,
+    /// Whether the successor takes over open connections.
+    takes_connections: bool,
+}
+
+/// Sends all handover messages and waits until the successor serves.
+fn exchange_messages(channel: Channel, messages: &[(String, Vec<OwnedFd>)]) -> io::Result<Ready> {
     channel.set_timeout(MESSAGE_TIMEOUT)?;
     let sent = messages.iter().try_for_each(|(text, descriptors)| {
         channel.send(text, &descriptors.iter().map(AsFd::as_fd).collect::<Vec<_>>())
@@ -208,7 +236,9 @@ fn exchange_messages(channel: Channel, messages: &[(String, Vec<OwnedFd>)]) -> i
         received = channel.receive();
     }
     match received.ok().flatten().map(|message| message.text) {
-        Some(text) if text == READY => Ok(channel),
+        Some(text) if text == READY || text == READY_FOR_CONNECTIONS => {
+            Ok(Ready { channel: Arc::new(channel), takes_connections: text == READY_FOR_CONNECTIONS })
+        }
         Some(text) if text.starts_with(FAILED) => Err(io::Error::other(text[FAILED.len()..].to_owned())),
         _ => Err(sent.err().unwrap_or_else(|| io::Error::other("it exited before it was ready"))),
     }

@@ -69,6 +69,7 @@ pub(super) fn value(config: &Config, lists: Lists) -> Value {
     });
     root.push(("config_watch", off(watch)));
     root.push(("shutdown", map([("delay", duration(config.shutdown.delay))])));
+    root.push(("upgrade", map([("connections", config.upgrade.connections.as_str().into())])));
     let of_listener = |one: &Listener| listener(one, lists);
     root.push(("listeners", list(config.listeners.iter().map(of_listener))));
     root.push(("pools", list(config.pools.iter().map(pool))));

@@ -43,6 +43,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::label_enum;
 use crate::metrics::PerBackend;
 use crate::proxy::access_log::Format;
 use crate::proxy::socket::TcpOptions;
@@ -162,6 +163,8 @@ pub struct Config {
     pub config_watch: Option<ConfigWatch>,
     /// Settings of a graceful shutdown.
     pub shutdown: Shutdown,
+    /// Settings of upgrades.
+    pub upgrade: Upgrade,
     /// Addresses that accept clients; at least one.
     pub listeners: Vec<Listener>,
     /// Pools of backends; at least one.
@@ -231,6 +234,23 @@ pub struct Metrics {
 pub struct Shutdown {
     /// How long Ringway still accepts connections after `/readyz` reports not ready.
     pub delay: Duration,
+}
+
+/// Settings of upgrades.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Upgrade {
+    /// What happens to the connections of the old process.
+    pub connections: OpenConnections,
+}
+
+label_enum! {
+    /// What happens in an upgrade to the connections that are open in the old process.
+    pub enum OpenConnections {
+        /// They finish there, within the drain times of their pools.
+        Finish => "finish",
+        /// They go on in the new process.
+        HandOver => "hand_over",
+    }
 }
 
 /// Settings for pools that use the Docker engine.

@@ -11,7 +11,7 @@ use super::document::INCLUDE;
 use super::parse_listener::{listener, text_of_address};
 use super::parse_pool::pool;
 use super::reader::{Faults, Item, Section, check_name, narrow};
-use super::{AccessLog, Api, Config, ConfigWatch, Docker, Fault, Metrics, Relay, Shutdown};
+use super::{AccessLog, Api, Config, ConfigWatch, Docker, Fault, Metrics, Relay, Shutdown, Upgrade};
 use crate::address::listen_ip;
 use crate::proxy::socket::{Keepalive, TcpOptions};
 
@@ -36,6 +36,10 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
     let delay = shutdown.duration("delay");
     shutdown.finish();
     let shutdown = Shutdown { delay };
+    let mut upgrade = root.section("upgrade");
+    let connections = upgrade.choice("connections");
+    upgrade.finish();
+    let upgrade = Upgrade { connections };
     let pools = root.required("pools", "at least one pool").map(|item| (item.list(), item));
     let pools = pools.map_or(Vec::new(), |(items, list)| {
         if items.is_empty() && list.value.is_sequence() {
@@ -70,6 +74,7 @@ pub(super) fn config(value: &Value) -> Result<Config, Vec<Fault>> {
             docker,
             config_watch,
             shutdown,
+            upgrade,
             listeners,
             pools,
         })

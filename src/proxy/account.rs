@@ -70,6 +70,14 @@ impl Account {
         Self { connection, permit: Some(permit), tries: Vec::new(), slot, outcome: Outcome::Ended(EndReason::Dropped) }
     }
 
+    /// Counts a connection that an old process has handed over. It is counted for the worker already.
+    pub(super) fn take_over(connection: Connection, permit: ConnectionPermit, tries: Vec<Try>) -> Self {
+        connection.listener.share().count_taken_over();
+        let connection = Rc::new(connection);
+        let slot = connection.listener.worker.open.borrow_mut().insert(Rc::clone(&connection));
+        Self { connection, permit: Some(permit), tries, slot, outcome: Outcome::Ended(EndReason::Dropped) }
+    }
+
     /// Counts the connection for its backend. From now on, the timeout task watches it.
     pub(super) fn serve(&mut self, backend: Arc<str>, address: Address, permit: BackendPermit) {
         permit.live().counters.total.fetch_add(1, Ordering::Relaxed);
@@ -102,10 +110,13 @@ impl Drop for Account {
             }
         }
         let is_kept_out = matches!(self.outcome, Outcome::Refused(refusal) if refusal.is_by_list());
-        if let Some(log) = listener.serving.access_log.as_ref().filter(|_| !is_kept_out) {
+        let is_over = self.outcome != Outcome::Ended(EndReason::HandedOver);
+        if let Some(log) = listener.serving.access_log.as_ref().filter(|_| is_over && !is_kept_out) {
             log.write(&Line { connection, tries: &self.tries, outcome: self.outcome.as_str(), duration });
         }
-        listener.serving.connection_seconds.record(duration.as_secs_f64());
+        if is_over {
+            listener.serving.connection_seconds.record(duration.as_secs_f64());
+        }
         if let (Outcome::Ended(EndReason::DrainDeadline), Some(served)) = (self.outcome, connection.served.get()) {
             served.permit.live().counters.cut_by_drain.fetch_add(1, Ordering::Relaxed);
             if let Some(route) = connection.route() {

@@ -3,6 +3,7 @@
 use std::cell::{Cell, OnceCell, RefCell};
 use std::fmt;
 use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::io;
 use std::net::SocketAddr;
 use std::num::ParseIntError;
 use std::rc::Rc;
@@ -14,11 +15,14 @@ use std::time::{Duration, Instant};
 
 use super::Route;
 use super::context::WorkerListener;
+use super::handover::Record;
+use super::handover::record::Half;
 use super::moving::MoveTime;
 use super::stats::{EndReason, ProxyResult};
 use crate::address::Address;
 use crate::backend::{BackendPermit, Moved};
 use crate::client_hello::Hello;
+use crate::labels::Label as _;
 use crate::stream::Client;
 
 /// Identifies a connection. No two connections of a process have the same id. Two processes hardly ever use the same id.
@@ -154,6 +158,33 @@ impl Connection {
         }
     }
 
+    /// A connection that an old process has handed over, and the position of the rule that leads to its pool.
+    ///
+    /// # Errors
+    /// When its id is wrong.
+    pub(super) fn taken_over(listener: Rc<WorkerListener>, record: &Record, rule: u16) -> io::Result<Self> {
+        let id = record.id().ok_or(io::ErrorKind::InvalidData)?;
+        let mut connection = Self::new(listener, record.peer);
+        let worker = &connection.listener.worker;
+        connection.id = id;
+        connection.opened = connection.opened.checked_sub(record.age).unwrap_or(connection.opened);
+        connection.rule.set(Some(rule));
+        connection.is_active.set(record.silent.is_zero());
+        connection.last_active.set(worker.clock.get().saturating_sub(record.silent));
+        connection.proxy_header.set(record.proxy_header.as_deref().and_then(ProxyResult::named));
+        connection.keepalive.set(if record.keepalive { KeepaliveState::On } else { KeepaliveState::NotYet });
+        connection.from_client = Traffic::taken_over(&record.up);
+        connection.to_client = Traffic::taken_over(&record.down);
+        // Both cells of a new connection are empty.
+        if let Some((client, destination)) = record.proxied {
+            let _ = connection.proxied.set(Box::new(Proxied { client, destination, fields: RefCell::default() }));
+        }
+        if let Some(hello) = &record.hello {
+            let _ = connection.hello.set(Box::new(hello.clone()));
+        }
+        Ok(connection)
+    }
+
     /// The client: the one in the PROXY header, or the peer itself.
     pub(super) fn client(&self) -> Client {
         self.proxied.get().map_or(self.peer, |proxied| proxied.client)
@@ -216,6 +247,13 @@ pub(super) struct Traffic {
 }
 
 impl Traffic {
+    /// The bytes that the old process has moved and reported.
+    fn taken_over(half: &Half) -> Self {
+        let both = || (Cell::new(half.copied), Cell::new(half.spliced));
+        let (copied, spliced) = both();
+        Self { copied, spliced, reported: both() }
+    }
+
     pub(super) fn total(&self) -> u64 {
         self.copied.get() + self.spliced.get()
     }

@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 
 use super::Serving;
 use super::connection::{Connection, ConnectionId};
+use super::handover::Offered;
 use super::pipe::PipePool;
 use super::stats::{ListenerShare, WorkerStats};
 use super::write_backlog::WriteBacklog;
@@ -28,8 +29,10 @@ pub(super) struct Worker {
     pub(super) open: RefCell<Slab<Rc<Connection>>>,
     /// The id of the next connection.
     pub(super) next_id: Cell<ConnectionId>,
-    /// Time from the worker's start to the last tick of the timeout task: coarse, and cheap to read.
+    /// Time to the last tick of the timeout task, from [`START`](super::timeouts::START) on: coarse, and cheap to read.
     pub(super) clock: Cell<Duration>,
+    /// Connections that stand still and are about to be offered to a successor.
+    pub(super) offers: RefCell<Vec<(ConnectionId, Offered)>>,
     /// Interval that the timeouts of the current listeners need.
     pub(super) tick: Cell<Duration>,
     /// Tells the timeout task of a new interval.

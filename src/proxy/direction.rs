@@ -11,10 +11,13 @@ use std::task::{Context, Poll, ready};
 
 use bytes::{Buf as _, BytesMut};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf};
 
 use super::connection::Traffic;
 use super::context::Worker;
+use super::handover::record::{Half, Holds};
+use super::handover::{Luggage, Unpacking};
 use super::pipe::Pipe;
 use crate::stream::Stream;
 
@@ -43,8 +46,9 @@ pub(super) struct Direction {
     pub(super) last_words: bool,
 }
 
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum Path {
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Path {
     #[default]
     Copy,
     Splice,
@@ -54,8 +58,9 @@ enum Path {
 
 /// When the sink gets `TCP_NODELAY`. It matters from the second write: only a small write that follows another
 /// unacknowledged small one waits (Minshall's version of the Nagle algorithm, as in Linux).
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum Nodelay {
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Nodelay {
     #[default]
     BeforeSecondWrite,
     /// A PROXY header was the first write.
@@ -91,6 +96,51 @@ impl Direction {
     /// A direction to a sink that has inherited `TCP_NODELAY`.
     pub(super) fn to_accepted() -> Self {
         Self { nodelay: Nodelay::Set, ..Self::default() }
+    }
+
+    /// Packs the direction for a successor: what it holds goes into the luggage. It stays as it is.
+    ///
+    /// # Errors
+    /// When the process has no free descriptor.
+    pub(super) fn pack(&self, traffic: &Traffic, luggage: &mut Luggage) -> io::Result<Half> {
+        let holds = match &self.held {
+            Held::Nothing => Holds::Nothing,
+            Held::Bytes(bytes) => Holds::Bytes(bytes.len()),
+            Held::MovedOut(bytes) => Holds::MovedOut(bytes.len()),
+            Held::Piped(pipe) => Holds::Piped(pipe.held()),
+        };
+        match &self.held {
+            Held::Nothing => {}
+            Held::Bytes(bytes) | Held::MovedOut(bytes) => luggage.bytes.extend_from_slice(bytes),
+            Held::Piped(pipe) => luggage.descriptors.extend(pipe.copies()?),
+        }
+        Ok(Half {
+            copied: traffic.copied.get(),
+            spliced: traffic.spliced.get(),
+            path: self.path,
+            run: self.run,
+            nodelay: self.nodelay,
+            ended: self.ended,
+            holds,
+        })
+    }
+
+    /// The direction that an old process has packed.
+    pub(super) fn unpack(half: &Half, luggage: &mut Unpacking, worker: &Worker) -> Self {
+        let held = match half.holds {
+            Holds::Nothing => Held::Nothing,
+            Holds::Bytes(length) => Held::Bytes(worker.write_backlog.borrow_mut().take(&luggage.bytes(length))),
+            Holds::MovedOut(length) => {
+                worker.moved_out.set(worker.moved_out.get() + 1);
+                Held::MovedOut(luggage.bytes(length).as_slice().into())
+            }
+            Holds::Piped(held) => {
+                luggage.pipe().map_or(Held::Nothing, |ends| Held::Piped(worker.pipes.borrow_mut().adopt(ends, held)))
+            }
+        };
+        // Without pipes of its own, this process copies.
+        let path = if half.path == Path::Splice && worker.splice_from.is_none() { Path::Copy } else { half.path };
+        Self { path, run: half.run, held, ended: half.ended, nodelay: half.nodelay, last_words: false }
     }
 
     /// Whether the source has ended and the end was passed on to the sink.

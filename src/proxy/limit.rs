@@ -68,6 +68,17 @@ impl Limit {
         self.wake_next();
     }
 
+    /// The number of free permits.
+    pub(super) fn free(&self) -> usize {
+        self.size().saturating_sub(self.used.load(Ordering::SeqCst))
+    }
+
+    /// Takes a permit even if none is free: the connection exists already.
+    fn take_anyway(self: &Arc<Self>) -> SinglePermit {
+        self.used.fetch_add(1, Ordering::SeqCst);
+        SinglePermit(Arc::clone(self))
+    }
+
     /// Takes a permit if one is free.
     fn try_take(self: &Arc<Self>) -> Option<SinglePermit> {
         let size = self.size();
@@ -136,6 +147,13 @@ impl ConnectionPermit {
     pub(super) async fn acquire(listener: &Arc<Limit>, process: &Arc<Limit>) -> Self {
         let of_listener = listener.take().await;
         Self { _listener: of_listener, _process: process.take().await, source: None }
+    }
+
+    /// Takes permits for a connection that was open before; `None` when the process has none. It counts for the listener even if that is
+    /// full.
+    pub(super) fn for_open_one(listener: &Arc<Limit>, process: &Arc<Limit>) -> Option<Self> {
+        let of_process = process.try_take()?;
+        Some(Self { _listener: listener.take_anyway(), _process: of_process, source: None })
     }
 
     /// Takes a permit under both limits; `None` when either limit is full.

@@ -11,6 +11,7 @@
 //! - [`connection`]: one connection: what the stages have found out, and the flags of the timeout task
 //! - [`direction`], [`pipe`], [`write_backlog`]: one half of a relay, and the pipes and buffers that it uses
 //! - [`worker`], [`timeouts`]: a worker's thread, and its timeout task with a coarse clock
+//! - [`mod@handover`]: open connections on their way from an old process to the one that takes over
 //! - [`moving`]: the end of connections whose keys lead to other backends after a change of the ring
 //! - [`context`], [`stats`]: state shared by the connections of one worker, and counters shared by all workers
 //! - [`mod@proxy_protocol`], [`mod@peek`]: PROXY headers, and a look at first bytes
@@ -37,6 +38,7 @@ mod context;
 mod deal;
 mod dial;
 mod direction;
+mod handover;
 mod limit;
 mod moving;
 mod not_served;
@@ -66,6 +68,7 @@ use self::access_log::AccessLog;
 pub use self::connect::{Connected, Try, Want, connect};
 pub use self::connection::ConnectionId;
 use self::deal::Peer;
+pub use self::handover::{Batch, HandOver, Offered, Packed, Record, TakeOver, Taken};
 pub use self::limit::{ConnectionPermit, Limit};
 use self::listening::ListeningSocket;
 pub use self::pick::Balance;
@@ -156,7 +159,10 @@ pub struct Intercepted {
 /// The running data plane.
 #[derive(Debug)]
 pub struct Proxy {
+    /// Cancelled when the workers are to stop accepting.
     stop: CancellationToken,
+    /// Cancelled when open connections have only their drain times left.
+    drain: CancellationToken,
     /// Has a token of each worker that accepts.
     accepting: TaskTracker,
     limit: Arc<Limit>,
@@ -200,6 +206,7 @@ impl Proxy {
             .unzip();
         let proxy = Self {
             stop: CancellationToken::new(),
+            drain: CancellationToken::new(),
             accepting: TaskTracker::new(),
             limit: Arc::new(Limit::new(Some(settings.max_connections))),
             workers: peers.into(),
@@ -217,6 +224,7 @@ impl Proxy {
                 commands,
                 searches,
                 stop: proxy.stop.clone(),
+                drain: proxy.drain.clone(),
                 accepts: proxy.accepting.token(),
                 ended: ended_sender.clone(),
             };
@@ -267,13 +275,29 @@ impl Proxy {
         self.workers.iter().map(|worker| Arc::clone(&worker.stats)).collect()
     }
 
-    /// Stops accepting. Open connections may finish until their pool's `drain` time has passed.
-    pub fn stop(&self) {
+    /// Offers the open connections to a successor.
+    pub fn hand_over(&self) -> HandOver {
+        HandOver(Arc::clone(&self.workers))
+    }
+
+    /// Takes over connections of an old process.
+    pub fn take_over(&self) -> TakeOver {
+        TakeOver { workers: Arc::clone(&self.workers), limit: Arc::clone(&self.limit) }
+    }
+
+    /// Stops accepting.
+    pub fn stop_accepting(&self) {
         self.stop.cancel();
         self.accepting.close();
     }
 
-    /// Waits after [`Proxy::stop`] until no worker accepts any more.
+    /// Stops accepting. Open connections may finish until their pool's `drain` time has passed.
+    pub fn stop(&self) {
+        self.stop_accepting();
+        self.drain.cancel();
+    }
+
+    /// Waits after [`Proxy::stop_accepting`] until no worker accepts any more.
     pub async fn stopped(&self) {
         self.accepting.wait().await;
     }
@@ -296,5 +320,6 @@ impl Pulse {
 impl Drop for Proxy {
     fn drop(&mut self) {
         self.stop.cancel();
+        self.drain.cancel();
     }
 }

@@ -7,6 +7,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::Route;
 use super::connection::{Connection, Served};
 use super::key::{Key, KeyKind};
@@ -37,7 +39,26 @@ pub(super) struct MoveTime {
 /// bytes more would put what a connection holds into the allocator's next class of sizes.
 const ORDERED: u32 = 1 << 31;
 
+/// The same, from a certain time on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct MoveIn {
+    from: Duration,
+    until: Duration,
+    ordered: bool,
+}
+
 impl MoveTime {
+    /// The time that is left.
+    pub(super) fn as_of(self, now: Duration) -> MoveIn {
+        let left = |tenths: u32| Duration::from_millis(u64::from(tenths) * 100).saturating_sub(now);
+        MoveIn { from: left(self.from.get()), until: left(self.until & !ORDERED), ordered: self.is_ordered() }
+    }
+
+    /// The time to move of a connection that has this time left.
+    pub(super) fn after(now: Duration, left: MoveIn) -> Self {
+        Self::new(now.saturating_add(left.from), now.saturating_add(left.until), left.ordered)
+    }
+
     fn new(from: Duration, until: Duration, is_ordered: bool) -> Self {
         let until = tenths(until) | if is_ordered { ORDERED } else { 0 };
         Self { from: NonZeroU32::new(tenths(from)).unwrap_or(NonZeroU32::MIN), until }
@@ -58,7 +79,7 @@ impl MoveTime {
     }
 }
 
-/// The clock of a worker that runs for six years stands still.
+/// The clock of a worker that runs for five years stands still.
 fn tenths(time: Duration) -> u32 {
     u32::try_from(time.as_millis() / 100).map_or(!ORDERED, |tenths| tenths.min(!ORDERED))
 }
@@ -253,6 +274,12 @@ mod tests {
         assert!(time.has_come(second(10), Some(SILENT)));
         assert!(!time.has_come(second(19), Some(Duration::ZERO)));
         assert!(time.has_come(second(20), Some(Duration::ZERO)) && time.has_come(second(20), None));
+        let left = MoveTime::new(second(10), second(20), true).as_of(second(4));
+        let there = MoveTime::after(second(1000), left);
+        assert!(there.is_ordered() && !there.has_come(second(1005), Some(SILENT)));
+        assert!(
+            there.has_come(second(1006), Some(SILENT)) && !there.is_over(second(1015)) && there.is_over(second(1016))
+        );
         // The clock of a new worker.
         assert!(MoveTime::new(Duration::ZERO, Duration::ZERO, true).has_come(second(1), Some(SILENT)));
         assert!(MoveTime::new(Duration::MAX, Duration::MAX, true).has_come(Duration::MAX, Some(SILENT)));

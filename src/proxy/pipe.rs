@@ -59,6 +59,11 @@ impl Pipe {
         Ok(bytes)
     }
 
+    /// Duplicates of the descriptors, for another process.
+    pub(super) fn copies(&self) -> io::Result<[OwnedFd; 2]> {
+        Ok([self.reader.try_clone()?, self.writer.try_clone()?])
+    }
+
     /// Number of bytes in the pipe.
     pub(super) fn held(&self) -> usize {
         self.held
@@ -129,6 +134,13 @@ impl PipePool {
         pipe
     }
 
+    /// A pipe of another process, with this number of bytes in it. It counts as lent, even beyond the maximum.
+    pub(super) fn adopt(&mut self, [reader, writer]: [OwnedFd; 2], held: usize) -> Pipe {
+        self.lent += 1;
+        self.count();
+        Pipe { reader, writer, held }
+    }
+
     /// Starts the next tick. Returns whether a direction found no pipe in this one.
     pub(super) fn tick(&mut self) -> bool {
         self.is_refused = false;
@@ -140,7 +152,7 @@ impl PipePool {
         /// Maximum idle pipes kept for reuse; surplus pipes after a peak are closed.
         const KEPT: usize = 64;
         self.lent -= 1;
-        if pipe.held == 0 && self.idle.len() < KEPT {
+        if pipe.held == 0 && self.idle.len() < KEPT && self.idle.len() + self.lent < self.most {
             self.idle.push(pipe);
         }
         self.count();

@@ -49,10 +49,36 @@ impl Relay {
         Self { client, backend, up, down, breaking: None, end: EndReason::Dropped, connection }
     }
 
+    /// The relay of a connection that an old process has handed over: from client to backend, and back. It belongs to the old process
+    /// until it is told to go on.
+    pub(super) fn taken_over(
+        client: Stream,
+        backend: Stream,
+        [up, down]: [Direction; 2],
+        connection: Rc<Connection>,
+    ) -> Self {
+        Self { client, backend, up, down, breaking: None, end: EndReason::HandedOver, connection }
+    }
+
+    /// The sockets of the client and the backend.
+    pub(super) fn streams(&self) -> (&Stream, &Stream) {
+        (&self.client, &self.backend)
+    }
+
+    /// The directions from client to backend, and back.
+    pub(super) fn directions(&self) -> (&Direction, &Direction) {
+        (&self.up, &self.down)
+    }
+
+    /// Goes on in this process with a connection that was on its way to another.
+    pub(super) fn go_on(&mut self) {
+        self.end = EndReason::Dropped;
+    }
+
     fn advance(&mut self, cx: &mut Context<'_>) -> Poll<EndReason> {
         let connection = Rc::clone(&self.connection);
         if let Some(verdict) = connection.verdict.get() {
-            if verdict != EndReason::Moved || !self.begins_exchange() {
+            if !self.can_wait_with(verdict) {
                 return Poll::Ready(verdict);
             }
             connection.verdict.set(None);
@@ -89,6 +115,16 @@ impl Relay {
             }
         }
         polled
+    }
+
+    /// Whether the relay goes on despite this verdict.
+    fn can_wait_with(&self, verdict: EndReason) -> bool {
+        match verdict {
+            EndReason::Moved => self.begins_exchange(),
+            // The socket that has broken does not tell the successor why.
+            EndReason::HandedOver => self.breaking.is_some(),
+            _ => false,
+        }
     }
 
     /// Whether bytes have come since the timeout task found the connection silent, so that it may wait for another silent moment.
@@ -189,7 +225,9 @@ impl Drop for Relay {
         self.up.release(worker);
         self.down.release(worker);
         let gave_up = self.end.is_by_ringway();
-        let is_whole = |direction: &Direction| self.end == EndReason::Finished || gave_up && direction.has_ended();
+        // Another process goes on with the sockets of a connection that is handed over.
+        let is_over_here = matches!(self.end, EndReason::Finished | EndReason::HandedOver);
+        let is_whole = |direction: &Direction| is_over_here || gave_up && direction.has_ended();
         if !is_whole(&self.up) {
             self.backend.reset_on_close();
         }

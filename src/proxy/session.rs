@@ -1,11 +1,15 @@
 //! The path of one connection through all stages, one line per stage.
 
 use std::borrow::Cow;
+use std::pin::Pin;
 use std::rc::Rc;
+
+use tokio::sync::watch;
 
 use super::account::{Account, Outcome};
 use super::admit::admit;
 use super::connect::{Want, connect};
+use super::handover::offer;
 use super::key::Key;
 use super::not_served::NotServed;
 use super::proxy_protocol::header_of;
@@ -31,10 +35,33 @@ pub(super) fn serve_connection(client: Stream, mut account: Account) -> impl Fut
         };
         (relay, account)
     });
+    relaying(connecting)
+}
+
+/// Goes on with a connection that an old process has handed over, once `go` is true. If it closes before, the old process has kept the
+/// connection.
+pub(super) fn go_on(mut relay: Relay, account: Account, mut go: watch::Receiver<bool>) -> impl Future<Output = ()> {
+    relaying(Box::pin(async move {
+        if go.wait_for(|&go| go).await.is_err() {
+            return (Err(EndReason::HandedOver.into()), account);
+        }
+        relay.go_on();
+        (Ok(relay), account)
+    }))
+}
+
+/// Relays once there is a backend, and closes the account.
+#[expect(clippy::manual_async_fn, reason = "an async fn would store its argument twice")]
+fn relaying(connecting: Pin<Box<impl Future<Output = (Result<Relay, Outcome>, Account)>>>) -> impl Future<Output = ()> {
     async move {
         let (mut relay, account) = connecting.await;
         let outcome = match &mut relay {
-            Ok(relay) => relay.await.into(),
+            Ok(relay) => loop {
+                let end = (&mut *relay).await;
+                if end != EndReason::HandedOver || Box::pin(offer(relay, &account)).await {
+                    break end.into();
+                }
+            },
             Err(outcome) => *outcome,
         };
         drop(relay);

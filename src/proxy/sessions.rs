@@ -12,6 +12,7 @@ use super::Route;
 use super::connection::{Connection, ConnectionId};
 use super::context::Worker;
 use super::deal::Peer;
+use super::handover::{Batch, collect};
 use super::moving::{Found, schedule};
 use super::pick::{Claims, Homes};
 use super::stats::EndReason;
@@ -119,6 +120,8 @@ pub(super) enum Search {
     List { filter: Filter, from: usize, limit: usize, answer: oneshot::Sender<(Vec<Session>, Option<usize>)> },
     /// End them, and count them.
     End { filter: Filter, answer: oneshot::Sender<usize> },
+    /// Stop at most `most` connections, from this position on, and offer them to a successor.
+    HandOver { from: usize, most: usize, answer: oneshot::Sender<Batch> },
     /// Count the connections of a pool, and those whose keys lead to other backends by these settings of it. They end within `over`, if
     /// it is given. `claimed`: places that connections of other workers get.
     Move { route: Box<Route>, over: Option<Duration>, claimed: Claims, answer: oneshot::Sender<(Away, Claims)> },
@@ -173,7 +176,8 @@ impl Sessions {
         let _one = self.one.lock().await;
         let mut ended = 0;
         for (n, worker) in self.workers.iter().enumerate() {
-            if filter.id.is_some_and(|id| id.worker() != n) {
+            // A connection that was taken over has the number of its worker in the old process, which may have had more workers.
+            if filter.id.is_some_and(|id| id.worker() % self.workers.len() != n) {
                 continue;
             }
             let (answer, answered) = oneshot::channel();
@@ -229,6 +233,10 @@ pub(super) async fn answer(worker: Rc<Worker>, open: TaskTracker, mut searches: 
                     tokio::task::yield_now().await;
                 }
                 let _ = answer.send(ended);
+            }
+            Search::HandOver { from, most, answer } => {
+                // Without a taker, the connections go on.
+                let _ = answer.send(collect(&worker, from, most).await);
             }
             Search::Move { route, over, claimed, answer } => {
                 let filter = Filter { pool: Some(route.pool.to_string()), ..Filter::default() };

@@ -116,6 +116,19 @@ impl Sources {
         Ok(Some(SourcePermit { sources: Arc::clone(self), source }))
     }
 
+    /// Counts a connection that was open before, whatever the limits are; `None`: it is not tracked.
+    pub(super) fn count_open(self: &Arc<Self>, source: Client, now: Instant) -> Option<SourcePermit> {
+        let source = source_of(source);
+        let mut shard = self.shard(source);
+        if shard.len() >= MOST_IN_SHARD && !shard.contains_key(&source) {
+            self.untracked.fetch_add(1, Ordering::Relaxed);
+            return None;
+        }
+        shard.entry(source).or_insert(Source { connections: 0, full_at: now }).connections += 1;
+        drop(shard);
+        Some(SourcePermit { sources: Arc::clone(self), source })
+    }
+
     fn shard(&self, source: u64) -> MutexGuard<'_, HashMap<u64, Source>> {
         self.shards[(source >> 58) as usize].lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -37,6 +37,8 @@ label_enum! {
         Moved => "moved",
         /// An operator ended it (`ringway kill`).
         Operator => "operator",
+        /// It goes on in the process that has taken over in an upgrade.
+        HandedOver => "handed_over",
         /// Ringway answered the connection itself (`answer_status`).
         Answered => "answered",
         /// Local failure: the system had no memory for the connection.
@@ -176,6 +178,7 @@ pub struct ListenerStats {
 #[repr(align(128))]
 pub(super) struct ListenerShare {
     accepted: Counter,
+    taken_over: Counter,
     ended: [Counter; EndReason::ALL.len()],
     refused: [Counter; RefusalReason::ALL.len()],
     accept_errors: [Counter; AcceptError::ALL.len()],
@@ -202,6 +205,10 @@ impl Counter {
 impl ListenerShare {
     pub(super) fn count_accepted(&self) {
         self.accepted.add_one();
+    }
+
+    pub(super) fn count_taken_over(&self) {
+        self.taken_over.add_one();
     }
 
     pub(super) fn count_end(&self, reason: EndReason) {
@@ -240,16 +247,21 @@ impl ListenerStats {
         &self.shares[worker]
     }
 
-    /// Connections accepted so far: active, ended and refused ones.
+    /// Connections accepted so far. With those taken over, they are the active, ended and refused ones.
     pub fn accepted(&self) -> u64 {
         self.sum(|share| &share.accepted)
+    }
+
+    /// Connections that an old process has handed over in an upgrade.
+    pub fn taken_over(&self) -> u64 {
+        self.sum(|share| &share.taken_over)
     }
 
     /// Connections open now.
     pub fn active(&self) -> u64 {
         let over = self.total_ended() + RefusalReason::ALL.iter().map(|&reason| self.refused(reason)).sum::<u64>();
         // Reads `accepted` last. Otherwise a connection that begins and ends meanwhile would make the result negative.
-        self.accepted().saturating_sub(over)
+        (self.taken_over() + self.accepted()).saturating_sub(over)
     }
 
     /// Connections that ended for this reason.

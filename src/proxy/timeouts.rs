@@ -19,8 +19,11 @@ use crate::backend::Eviction;
 /// end a backend's connections takes effect within it.
 pub(super) const SLOWEST: Duration = Duration::from_millis(500);
 
-/// Maximum interval once the worker stops, because a drain can be short.
-const STOPPING: Duration = Duration::from_millis(50);
+/// The clock of a worker at its start. It is not zero, because a connection that is taken over may have been silent for long.
+pub(super) const START: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// Maximum interval once the worker drains, because a drain can be short.
+const DRAINING: Duration = Duration::from_millis(50);
 
 /// The interval that a route's timeouts need: an eighth of the shortest, so each timeout fires nearly on time.
 pub(super) fn tick(route: &Route) -> Duration {
@@ -35,19 +38,19 @@ const INSPECTION: Duration = Duration::from_secs(1);
 const PIPE_HELD: Duration = Duration::from_secs(1);
 
 /// Runs the timeout task as often as the timeouts of the listeners and of the open connections need, until the worker
-/// ends.
-pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
+/// ends. From `drain` on, connections have the drain times of their routes.
+pub(super) async fn watch(worker: Rc<Worker>, drain: CancellationToken) {
     let mut last = Instant::now();
-    let mut stopped = None;
+    let mut drains = None;
     let mut inspected = Duration::ZERO;
     let mut of_open = SLOWEST;
     let mut movers = Movers::default();
     loop {
         let tick = worker.tick.get().min(of_open);
         tokio::select! {
-            () = tokio::time::sleep(if stopped.is_some() { tick.min(STOPPING) } else { tick }) => {}
+            () = tokio::time::sleep(if drains.is_some() { tick.min(DRAINING) } else { tick }) => {}
             () = worker.new_tick.notified() => {}
-            () = stop.cancelled(), if stopped.is_none() => {}
+            () = drain.cancelled(), if drains.is_none() => {}
         }
         // While the whole worker is suspended (a paused or overloaded machine), connections cannot be active. So at
         // most two ticks of that time count.
@@ -56,8 +59,8 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
         last = Instant::now();
         worker.clock.set(now);
         worker.stats.tasks.store(Handle::current().metrics().num_alive_tasks() as u64, Ordering::Relaxed);
-        if stop.is_cancelled() && stopped.is_none() {
-            stopped = Some(last);
+        if drain.is_cancelled() && drains.is_none() {
+            drains = Some(last);
         }
         let is_short_of_pipes = worker.pipes.borrow_mut().tick();
         let inspects = now.saturating_sub(inspected) >= INSPECTION;
@@ -80,7 +83,7 @@ pub(super) async fn watch(worker: Rc<Worker>, stop: CancellationToken) {
             if let Some(route) = route.filter(|route| route.on_move.is_some()) {
                 movers.see(connection, route, served);
             }
-            let verdict = route.and_then(|route| verdict(connection, route, served, now, silent, stopped));
+            let verdict = route.and_then(|route| verdict(connection, route, served, now, silent, drains));
             // A connection in this state does not notice by itself that a side has broken.
             let inspect = inspects && (connection.blocked.get() || connection.half_closed.get());
             let give_up_pipes = is_short_of_pipes && connection.blocked.get() && silent >= PIPE_HELD;
@@ -113,7 +116,7 @@ fn verdict(
     served: &Served,
     now: Duration,
     silent: Duration,
-    stopped: Option<Instant>,
+    drains: Option<Instant>,
 ) -> Option<EndReason> {
     if connection.half_closed.get() && silent >= route.half_closed {
         return Some(EndReason::HalfClosedTimeout);
@@ -133,5 +136,5 @@ fn verdict(
     if must_move(connection, route, served, now, silent) {
         return Some(EndReason::Moved);
     }
-    stopped.filter(|stopped| stopped.elapsed() >= route.drain).map(|_| EndReason::Shutdown)
+    drains.filter(|since| since.elapsed() >= route.drain).map(|_| EndReason::Shutdown)
 }

@@ -17,9 +17,11 @@ use super::accept::{AcceptSocket, Acceptor, accept, spawn_connection};
 use super::connection::ConnectionId;
 use super::context::{Worker, WorkerListener};
 use super::deal::{Dealer, Dealt, Peer};
+use super::handover::{Arriving, unpack};
 use super::limit::Limit;
 use super::listening::ListeningSocket;
 use super::pipe::PipePool;
+use super::session::go_on;
 use super::sessions::{Search, answer};
 use super::stats::WorkerStats;
 use super::write_backlog::WriteBacklog;
@@ -45,7 +47,10 @@ pub(super) struct Setup {
     pub(super) limit: Arc<Limit>,
     pub(super) commands: mpsc::UnboundedReceiver<WorkerCommand>,
     pub(super) searches: mpsc::UnboundedReceiver<Search>,
+    /// Cancelled when the worker is to stop accepting.
     pub(super) stop: CancellationToken,
+    /// Cancelled when open connections have only the drain times of their routes left.
+    pub(super) drain: CancellationToken,
     /// Dropped when the worker does not accept any more.
     pub(super) accepts: TaskTrackerToken,
     pub(super) ended: mpsc::UnboundedSender<usize>,
@@ -59,6 +64,8 @@ pub(super) enum WorkerCommand {
     Update(ListenerId, Arc<Serving>),
     /// Serve a connection that another worker has accepted.
     Serve(Dealt),
+    /// Take over connections of an old process.
+    TakeOver(Arriving),
     /// Accept the queued connections, then close the listener.
     Close(ListenerId),
     /// Show that this worker runs.
@@ -102,7 +109,8 @@ async fn serve(mut setup: Setup) {
         write_backlog: RefCell::new(WriteBacklog::new(setup.buffer)),
         open: RefCell::default(),
         next_id: Cell::new(ConnectionId::first(setup.index)),
-        clock: Cell::default(),
+        clock: Cell::new(timeouts::START),
+        offers: RefCell::default(),
         tick: Cell::new(timeouts::SLOWEST),
         new_tick: Notify::new(),
         short: Cell::new(0),
@@ -118,7 +126,7 @@ async fn serve(mut setup: Setup) {
         sessions: TaskTracker::new(),
     };
     let accepting = TaskTracker::new();
-    let timeout_task = timeouts::watch(Rc::clone(&worker), setup.stop.clone());
+    let timeout_task = timeouts::watch(Rc::clone(&worker), setup.drain.clone());
     tokio::task::spawn_local(timeout_task);
     tokio::task::spawn_local(answer(Rc::clone(&worker), listeners.sessions.clone(), setup.searches));
     loop {
@@ -135,6 +143,10 @@ async fn serve(mut setup: Setup) {
             }
             Some(WorkerCommand::Serve(dealt)) => {
                 listeners.serve(dealt);
+                Ok(())
+            }
+            Some(WorkerCommand::TakeOver(arriving)) => {
+                listeners.take_over(arriving);
                 Ok(())
             }
             Some(WorkerCommand::Update(id, serving)) => listeners.update(id, serving),
@@ -159,8 +171,10 @@ async fn serve(mut setup: Setup) {
     setup.commands.close();
     // Ends once no worker is in the middle of a handover.
     while let Some(command) = setup.commands.recv().await {
-        if let WorkerCommand::Serve(dealt) = command {
-            listeners.serve(dealt);
+        match command {
+            WorkerCommand::Serve(dealt) => listeners.serve(dealt),
+            WorkerCommand::TakeOver(arriving) => listeners.take_over(arriving),
+            _ => {}
         }
     }
     let drain = listeners.longest_drain();
@@ -171,7 +185,14 @@ async fn serve(mut setup: Setup) {
     drop(setup.accepts);
     sessions.close();
     // The timeout task ends connections that outlive their drain. Connect timeouts and this timeout bound the rest.
-    let _ = tokio::time::timeout(drain + 2 * worker.tick.get() + LEAVE, sessions.wait()).await;
+    let too_late = async {
+        setup.drain.cancelled().await;
+        tokio::time::sleep(drain + 2 * worker.tick.get() + LEAVE).await;
+    };
+    tokio::select! {
+        () = sessions.wait() => {}
+        () = too_late => {}
+    }
 }
 
 /// The listeners of one worker.
@@ -221,6 +242,31 @@ impl Listeners {
                 self.worker.stats.connections.fetch_sub(1, Ordering::Relaxed);
             }
         }
+    }
+
+    /// Takes over connections of an old process, and answers which ones.
+    fn take_over(&self, arriving: Arriving) {
+        let Arriving { packed, go, answer } = arriving;
+        let taken = packed.into_iter().map(|packed| {
+            let (id, name) = (packed.record.id(), packed.record.listener.clone());
+            let listeners = self.acceptors.iter().map(|(_, acceptor, _)| acceptor.listener.borrow());
+            let own = listeners.map(|listener| Rc::clone(&listener)).find(|listener| *listener.serving.name == *name);
+            let unpacked = own.ok_or(io::ErrorKind::NotFound.into()).and_then(|own| unpack(packed, &own, &self.limit));
+            match unpacked {
+                Ok((relay, account)) => {
+                    self.dealer.keep();
+                    tokio::task::spawn_local(self.sessions.track_future(go_on(relay, account, go.clone())));
+                    true
+                }
+                Err(error) => {
+                    tracing::debug!(id = id.map(tracing::field::display), listener = name, %error,
+                        "a connection stays with the old process");
+                    false
+                }
+            }
+        });
+        // The old process keeps them if nobody waits for the answer.
+        let _ = answer.send(taken.collect());
     }
 
     fn update(&mut self, id: ListenerId, serving: Arc<Serving>) -> io::Result<()> {

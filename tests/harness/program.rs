@@ -51,6 +51,25 @@ impl Program {
         Self::launch(shell, yaml, &[], Stdio::null()).await
     }
 
+    /// As [`Program::start`], from a copy of the binary that [`Program::replace_binary`] can replace.
+    pub(crate) async fn start_copy(yaml: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let binary = folder.path().join("ringway");
+        std::fs::copy(env!("CARGO_BIN_EXE_ringway"), &binary).unwrap();
+        let mut program = Self::launch(Command::new(binary), yaml, &[], Stdio::null()).await;
+        program.binary = Some(folder);
+        program
+    }
+
+    /// Puts a shell script in the place of the binary, so that the next upgrade runs it.
+    pub(crate) fn replace_binary(&self, script: &str) {
+        let folder = self.binary.as_ref().unwrap().path();
+        let new = folder.join("new");
+        std::fs::write(&new, script).unwrap();
+        std::fs::set_permissions(&new, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        std::fs::rename(new, folder.join("ringway")).unwrap();
+    }
+
     /// As [`Program::start_with`], by `setpriv` with these arguments. Only root can do this.
     pub(crate) async fn start_as(user: &[&str], yaml: &str, environment: &[(&str, &str)]) -> Self {
         // The other user may not enter the folder of the built binary.
@@ -154,6 +173,11 @@ impl Program {
         self.successors.push(pid);
         self.watch(pid);
         pid
+    }
+
+    /// The process that has taken over last, or else the first one.
+    pub(crate) fn newest(&self) -> Pid {
+        self.successors.last().copied().unwrap_or_else(|| self.pid())
     }
 
     fn watch(&mut self, pid: Pid) {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::listener::LISTENER;
 use super::pool::POOL;
 use super::{Form, Key, days, hours, minutes, ms, names, seconds};
+use crate::config::OpenConnections;
 use crate::metrics::PerBackend;
 use crate::proxy::access_log::Format;
 
@@ -41,6 +42,7 @@ pub(in crate::config) const ROOT: &[Key] = &[
         "whether Ringway reloads by itself when the config, an included file or the file of an access list [changes](operations.md#watch-the-config). `{}`: with the defaults below",
     ),
     Key::section("shutdown", SHUTDOWN, "{ delay: 5s }", "how Ringway stops"),
+    Key::section("upgrade", UPGRADE, "{ connections: hand_over }", "how a new process takes over"),
     Key::required("listeners", Form::List(&Form::Section(LISTENER, "")), "addresses that accept clients"),
     Key::required("pools", Form::List(&Form::Section(POOL, "")), "sets of backends"),
 ];
@@ -195,6 +197,14 @@ const DOCKER: &[Key] = &[
         "file with [credentials](docker.md#private-images) for registries, as `docker login` writes it, like `/etc/ringway/registries.json`. Ringway reads it before each pull",
     ),
 ];
+
+/// Section `upgrade`.
+const UPGRADE: &[Key] = &[Key::choice(
+    "connections",
+    names::<OpenConnections>,
+    "finish",
+    "what happens to connections that are open in the old process. finish: they finish there, within the `drain` of their pools. hand_over: they [go on in the new process](operations.md#open-connections). The config of the new process decides",
+)];
 
 /// Section `shutdown`.
 const SHUTDOWN: &[Key] = &[Key::duration(
