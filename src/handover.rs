@@ -39,6 +39,14 @@ pub struct Message {
     pub descriptors: Vec<OwnedFd>,
 }
 
+/// A part of a message.
+struct Packet {
+    bytes: Vec<u8>,
+    descriptors: Vec<OwnedFd>,
+    /// Nothing of it is missing: this process had room for all of its descriptors.
+    is_whole: bool,
+}
+
 impl Channel {
     /// Creates a channel and returns both of its ends.
     ///
@@ -102,15 +110,32 @@ impl Channel {
         Ok(())
     }
 
+    /// Waits for the answer of the other end to a message. If the other end has closed without reading the message, its last answer
+    /// counts.
+    ///
+    /// # Errors
+    /// As [`Channel::receive`].
+    pub fn answer(&self) -> io::Result<Option<Message>> {
+        match self.receive() {
+            // The first read reports the unread message, and the next one the answer.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => self.receive(),
+            other => other,
+        }
+    }
+
     /// Waits for a message. Returns `None` if the other end is closed.
     ///
     /// # Errors
     /// Returns an error if the timeout expires or if the message is truncated or not UTF-8.
     pub fn receive(&self) -> io::Result<Option<Message>> {
-        let (mut text, mut descriptors) = (Vec::new(), Vec::new());
+        let (mut text, mut descriptors, mut is_whole) = (Vec::new(), Vec::new(), true);
         loop {
-            let Some((packet, more)) = self.receive_packet()? else { return Ok(None) };
+            let Some(Packet { bytes: packet, descriptors: more, is_whole: all }) = self.receive_packet()? else {
+                return Ok(None);
+            };
             descriptors.extend(more);
+            // The next packets belong to this message in any case.
+            is_whole &= all;
             match packet.first() {
                 Some(&MORE) => text.extend_from_slice(&packet[1..]),
                 Some(&LAST) => {
@@ -123,12 +148,15 @@ impl Channel {
                 }
             }
         }
+        if !is_whole {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the handover message is truncated"));
+        }
         let text = String::from_utf8(text).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
         Ok(Some(Message { text, descriptors }))
     }
 
-    /// The bytes and the descriptors of the next packet.
-    fn receive_packet(&self) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    /// The next packet.
+    fn receive_packet(&self) -> io::Result<Option<Packet>> {
         let mut bytes = vec![0; LONGEST];
         let mut space = [MaybeUninit::uninit(); cmsg_space!(ScmRights(MOST_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -146,11 +174,9 @@ impl Channel {
         if received.bytes == 0 {
             return Ok(None);
         }
-        if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the handover message is truncated"));
-        }
         bytes.truncate(received.bytes);
-        Ok(Some((bytes, descriptors)))
+        let is_whole = !received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+        Ok(Some(Packet { bytes, descriptors, is_whole }))
     }
 }
 

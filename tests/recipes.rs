@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
 
@@ -46,7 +47,7 @@ fn with_check(backends: &[SocketAddr], check: &str, pool: &str) -> String {
 }
 
 /// A server that ends when this is dropped, with all of its processes.
-struct Ended(Child);
+pub(crate) struct Ended(Child);
 
 impl Ended {
     fn start(command: &mut Command) -> Self {
@@ -180,9 +181,25 @@ async fn mqtt() {
 }
 
 /// The folder with the server's programs. Debian has only some of them in the `PATH`.
-fn postgresql() -> Option<String> {
+pub(crate) fn postgresql() -> Option<String> {
     let versions = std::fs::read_dir("/usr/lib/postgresql").ok()?;
     versions.filter_map(|entry| Some(entry.ok()?.path().join("bin").display().to_string())).max()
+}
+
+/// The database server, made with these options of `initdb`. Every user may write to the folder.
+pub(crate) fn postgresql_server(programs: &str, folder: &Path, port: u16, options: &[&str]) -> Ended {
+    let data = folder.join("data").display().to_string();
+    // The server refuses to run as root.
+    let as_user = |program: &str| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", &format!("{programs}/{program}")]);
+        command.current_dir("/");
+        command
+    };
+    let made = as_user("initdb").args(["-D", &data]).args(options).output().unwrap();
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let socket = format!("-k{}", folder.display());
+    Ended::start(as_user("postgres").args(["-D", &data, "-p", &port.to_string(), "-h127.0.0.1", &socket]))
 }
 
 #[tokio::test]
@@ -192,20 +209,8 @@ async fn postgresql_with_a_password() {
     let [port] = free_ports();
     let folder = tempfile::tempdir().unwrap();
     std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
-    let data = folder.path().join("data").display().to_string();
-    // The server refuses to run as root.
-    let as_user = |program: &str| {
-        let mut command = Command::new("setpriv");
-        command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups", &format!("{programs}/{program}")]);
-        command.current_dir("/");
-        command
-    };
-    let made =
-        as_user("initdb").args(["-D", &data, "--auth=scram-sha-256", "--pwfile=/etc/hostname"]).output().unwrap();
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    let socket = format!("-k{}", folder.path().display());
     let _server =
-        Ended::start(as_user("postgres").args(["-D", &data, "-p", &port.to_string(), "-h127.0.0.1", &socket]));
+        postgresql_server(&programs, folder.path(), port, &["--auth=scram-sha-256", "--pwfile=/etc/hostname"]);
     passes("PostgreSQL", at(port)).await;
 }
 

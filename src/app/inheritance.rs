@@ -374,7 +374,7 @@ impl Inheritance {
             let _ = channel.set_timeout(Duration::ZERO);
             if let Some(taker) = taker {
                 let taken = connections::take_over(&channel, &taker);
-                tracing::info!(connections = taken, "the old process has exited, and has handed over its connections");
+                tracing::info!(taken_over = taken, "the old process has exited");
             } else {
                 let _ = channel.receive();
                 tracing::info!("the old process has exited");

@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::commands::Planned;
+use super::connections::HandedOver;
 use super::listeners::Listener;
 use super::reload::ReloadPlan;
 use super::service_manager::{keep_alive, notify, watchdog};
@@ -24,12 +25,15 @@ use crate::proxy::WorkersEnded;
 /// taken over.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
 
+/// Longest time until each open connection has been offered to a successor.
+const OFFERS: Duration = Duration::from_secs(60);
+
 /// Why [`App::serve`] returned.
 enum RunOutcome {
     /// The caller asked for shutdown.
     Stopped,
-    /// A successor has taken over.
-    Succeeded,
+    /// A successor has taken over. What has become of the open connections follows, unless that is known already.
+    Succeeded(Option<oneshot::Receiver<HandedOver>>),
 }
 
 impl App {
@@ -87,8 +91,8 @@ impl App {
         });
         self.watch_config();
         let mut trouble = Trouble { workers, panics, side_port: side_port.ended.clone() };
-        let outcome = self.serve(shutdown, &mut trouble, &side_port).await;
-        if matches!(outcome, Ok(RunOutcome::Succeeded)) {
+        let mut outcome = self.serve(shutdown, &mut trouble, &side_port).await;
+        if matches!(outcome, Ok(RunOutcome::Succeeded(_))) {
             self.watching = None;
             // The service manager watches the successor now. A process that stops or fails shows that it lives while connections drain.
             watched.cancel();
@@ -101,17 +105,22 @@ impl App {
                 tokio::time::sleep(self.config.shutdown.delay).await;
             }
             // The successor answers now.
-            Ok(RunOutcome::Succeeded) => self.api_socket = None,
+            Ok(RunOutcome::Succeeded(_)) => self.api_socket = None,
             Err(_) => {}
         }
         // Commands that still wait are answered with `Stopping`.
         self.commands.close();
         while self.commands.try_recv().is_ok() {}
         // The copies of their sockets close too, or the kernel would keep accepting connections.
-        if !matches!(outcome, Ok(RunOutcome::Succeeded)) {
+        if !matches!(outcome, Ok(RunOutcome::Succeeded(_))) {
             self.listeners.iter().for_each(Listener::remove_file);
         }
         self.listeners.clear();
+        self.proxy.stop_accepting();
+        if let Ok(RunOutcome::Succeeded(Some(handing_over))) = &mut outcome {
+            // The drain times begin when each connection has been offered, unless the successor hangs.
+            let _ = tokio::time::timeout(OFFERS, handing_over).await;
+        }
         self.proxy.stop();
         // The side port shows meanwhile how the connections drain.
         while trouble.workers.next().await.is_some() {}
@@ -205,27 +214,23 @@ impl App {
                         // And only the successor serves who connects after the answer.
                         self.listeners.clear();
                         self.proxy.stop_accepting();
-                        tokio::select! {
-                            () = &mut shutdown => {}
-                            () = self.proxy.stopped() => {}
-                            () = tokio::time::sleep(LAST_ANSWERS) => {
-                                tracing::warn!("this process still accepts connections that were queued before");
+                        if tokio::time::timeout(LAST_ANSWERS, self.proxy.stopped()).await.is_err() {
+                            tracing::warn!("this process still accepts connections that were queued before");
+                        }
+                        let mut changes = vec![format!("process {pid} has taken over")];
+                        let mut handing_over = self.hand_over_connections();
+                        if let Some(mut result) = handing_over.take() {
+                            match tokio::time::timeout(LAST_ANSWERS, &mut result).await {
+                                Ok(Ok(handed_over)) => changes.push(handed_over.to_string()),
+                                Ok(Err(_)) => changes.push("the new process takes no open connections".to_owned()),
+                                Err(_elapsed) => {
+                                    changes.push("open connections follow".to_owned());
+                                    handing_over = Some(result);
+                                }
                             }
                         }
-                        // The connections that stay have their drain times from now on.
-                        let handed_over = tokio::select! {
-                            () = &mut shutdown => None,
-                            handed_over = self.hand_over_connections() => handed_over,
-                            () = tokio::time::sleep(LAST_ANSWERS) => {
-                                tracing::warn!("not all connections are handed over yet");
-                                None
-                            }
-                        };
-                        self.proxy.stop();
-                        let mut changes = vec![format!("process {pid} has taken over")];
-                        changes.extend(handed_over.map(|handed_over| handed_over.to_string()));
                         self.answer(&command, caller, Ok(Report { changes, ..Report::default() }), outcome);
-                        return Ok(RunOutcome::Succeeded);
+                        return Ok(RunOutcome::Succeeded(handing_over));
                     }
                     successor.map(|_pid| Report::default())
                 }

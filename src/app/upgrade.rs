@@ -95,21 +95,18 @@ impl App {
         Ok(pid)
     }
 
-    /// Hands the open connections over to the successor, if it takes them. Returns once each has been offered; the others are offered again as
-    /// long as this process runs. `None`: the successor takes none.
-    pub(super) async fn hand_over_connections(&self) -> Option<HandedOver> {
+    /// Begins to hand the open connections over to the successor, if it takes them. They are offered as long as this process runs. The
+    /// receiver hears when each has been offered once.
+    pub(super) fn hand_over_connections(&self) -> Option<oneshot::Receiver<HandedOver>> {
         let Ready { channel, .. } = self.successor.as_ref().filter(|ready| ready.takes_connections)?;
         // As long as the successor may still answer, nobody else knows who has a connection.
         let started = channel
             .set_timeout(Duration::ZERO)
             .and_then(|()| start_to_hand_over(Arc::clone(channel), self.proxy.hand_over()));
-        match started {
-            Ok(first) => first.await.ok(),
-            Err(error) => {
-                tracing::warn!(%error, "cannot hand over open connections: they finish in this process");
-                None
-            }
-        }
+        let failed = |error: &io::Error| {
+            tracing::warn!(%error, "cannot hand over open connections: they finish in this process");
+        };
+        started.inspect_err(failed).ok()
     }
 
     /// Lets all sockets take clients again: the successor may have turned them away before it failed.
@@ -230,12 +227,7 @@ fn exchange_messages(channel: Channel, messages: &[(String, Vec<OwnedFd>)]) -> i
         channel.send(text, &descriptors.iter().map(AsFd::as_fd).collect::<Vec<_>>())
     });
     channel.set_timeout(PATIENCE + MESSAGE_TIMEOUT)?;
-    let mut received = channel.receive();
-    // If the successor has not read every message, the first read reports that, and the next one its answer.
-    if received.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionReset) {
-        received = channel.receive();
-    }
-    match received.ok().flatten().map(|message| message.text) {
+    match channel.answer().ok().flatten().map(|message| message.text) {
         Some(text) if text == READY || text == READY_FOR_CONNECTIONS => {
             Ok(Ready { channel: Arc::new(channel), takes_connections: text == READY_FOR_CONNECTIONS })
         }

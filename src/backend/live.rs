@@ -103,6 +103,13 @@ impl BackendPermit {
         Some(Self { live: Arc::clone(live), era: live.evictions.era() })
     }
 
+    /// Takes a permit for a connection that an old process has made, whatever the limit is. All requests to end connections that this
+    /// process has had so far mean it too.
+    pub fn take_over(live: &Arc<Live>) -> Self {
+        live.active.fetch_add(1, Ordering::Relaxed);
+        Self { live: Arc::clone(live), era: Evictions::default().era() }
+    }
+
     /// The backend's live counters.
     pub fn live(&self) -> &Live {
         &self.live
@@ -167,6 +174,17 @@ mod tests {
         drop(permits);
         assert!(BackendPermit::take(&live, 1).is_some());
         assert_eq!(live.active.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn an_eviction_ends_a_connection_that_is_taken_over_later() {
+        let live = Arc::new(Live::default());
+        let permit = BackendPermit::take_over(&live);
+        assert_eq!((permit.eviction(), live.active.load(Ordering::Relaxed)), (None, 1));
+        live.evictions.request(Eviction::Down);
+        assert_eq!(permit.eviction(), Some(Eviction::Down));
+        assert_eq!(BackendPermit::take_over(&live).eviction(), Some(Eviction::Down));
+        assert_eq!(BackendPermit::take(&live, 10).unwrap().eviction(), None);
     }
 
     #[test]

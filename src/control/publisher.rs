@@ -366,8 +366,10 @@ impl Publisher {
             backend_state.begin(self.healthy > 0, &self.settings, now);
         }
         self.healthy += usize::from(backend_state.counts());
-        let is_down = matches!(is, State::Unhealthy | State::Ejected);
-        if is_down && was == State::Healthy && self.settings.on_down == OnDown::Reset {
+        // One that is judged for the first time may have connections that an old process has handed over.
+        let has_gone_down =
+            matches!(was, State::Starting | State::Healthy) && matches!(is, State::Unhealthy | State::Ejected);
+        if has_gone_down && self.settings.on_down == OnDown::Reset {
             backend_state.backend.live.evictions.request(Eviction::Down);
         }
     }

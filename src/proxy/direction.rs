@@ -16,8 +16,9 @@ use tokio::io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf};
 
 use super::connection::Traffic;
 use super::context::Worker;
+use super::handover::Luggage;
 use super::handover::record::{Half, Holds};
-use super::handover::{Luggage, Unpacking};
+use super::handover::taking::Unpacking;
 use super::pipe::Pipe;
 use crate::stream::Stream;
 
@@ -211,7 +212,7 @@ impl Direction {
 
     /// Moves the bytes of a held pipe to memory, so that others can use the pipe. After an error, the stream has a gap.
     pub(super) fn give_up_pipe(&mut self, worker: &Worker) -> io::Result<()> {
-        if worker.moved_out.get() == MOST_MOVED_OUT {
+        if worker.moved_out.get() >= MOST_MOVED_OUT {
             return Ok(());
         }
         if let Held::Piped(pipe) = &mut self.held {

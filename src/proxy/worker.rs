@@ -17,7 +17,7 @@ use super::accept::{AcceptSocket, Acceptor, accept, spawn_connection};
 use super::connection::ConnectionId;
 use super::context::{Worker, WorkerListener};
 use super::deal::{Dealer, Dealt, Peer};
-use super::handover::{Arriving, unpack};
+use super::handover::taking::{Arriving, unpack};
 use super::limit::Limit;
 use super::listening::ListeningSocket;
 use super::pipe::PipePool;

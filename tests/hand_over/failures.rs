@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use ringway::handover::Channel;
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 use tokio::net::TcpStream;
@@ -14,8 +15,9 @@ use crate::harness::backends::Server;
 use crate::harness::program::{Killed, Program, file};
 use crate::harness::{echoes, http, soon, static_config};
 
-/// The environment variable that tells this program to act as a successor, and how.
+/// The environment variables that tell this program to act as a successor, and how, and where it notes how many connections it was offered.
 const ROLE: &str = "RINGWAY_TEST_SUCCESSOR";
+const NOTES: &str = "RINGWAY_TEST_NOTES";
 
 /// Acts as a successor. An upgrade starts it by way of a script; otherwise it does nothing.
 #[test]
@@ -32,51 +34,66 @@ fn successor() {
         }
     }
     channel.send(if role == "old" { "ready" } else { "ready for connections" }, &[]).unwrap();
-    let mut offered = 0;
+    let (mut offered, mut numbers) = (0, 0);
     while let Ok(Some(message)) = channel.receive() {
         let offer: Value = serde_json::from_str(&message.text).unwrap();
+        numbers += 1;
+        assert_eq!((&offer["version"], &offer["number"]), (&json!(1), &json!(numbers)));
         let connections = offer["connections"].as_array().unwrap().len();
-        assert!(message.descriptors.len() >= 2 * connections && offer["version"] == 1, "{offer}");
+        assert!(message.descriptors.len() >= 2 * connections, "{offer}");
         offered += connections;
+        std::fs::write(std::env::var(NOTES).unwrap(), offered.to_string()).unwrap();
+        let answer = |taken: Vec<bool>, room| json!({ "number": numbers, "taken": taken, "room": room }).to_string();
         let answer = match role.as_str() {
             // The first question is for the room.
-            _ if connections == 0 => json!({ "taken": [], "room": 10 }).to_string(),
+            _ if connections == 0 => answer(Vec::new(), 10),
             "dies" => std::process::exit(0),
             "speaks another language" => "?".to_owned(),
-            "has no room" => json!({ "taken": [], "room": 0 }).to_string(),
-            _ => json!({ "taken": vec![false; connections], "room": 10 }).to_string(),
+            "answers another batch" => {
+                json!({ "number": 77, "taken": vec![true; connections], "room": 10 }).to_string()
+            }
+            "has no room" => answer(Vec::new(), 0),
+            _ => answer(vec![false; connections], 10),
         };
         channel.send(&answer, &[]).unwrap();
     }
-    assert!(offered > 0 || role == "old");
 }
 
-/// Upgrades to a successor with this role. Returns the answer.
-async fn upgrade_to(program: &Program, role: &str) -> String {
+/// Upgrades to a successor with this role. Returns the answer, and how many connections it was offered meanwhile.
+async fn upgrade_to(program: &Program, role: &str) -> (String, usize) {
+    let notes = file("0");
     let own = std::env::current_exe().unwrap();
     let script = format!(
-        "#!/bin/sh\nexport {ROLE}='{role}'\nexec '{}' --exact hand_over::failures::successor --ignored --nocapture >/dev/null\n",
+        "#!/bin/sh\nexport {ROLE}='{role}' {NOTES}='{}'\nexec '{}' --exact hand_over::failures::successor --ignored --nocapture >/dev/null\n",
+        notes.path().display(),
         own.display()
     );
     program.replace_binary(&script);
     let answer = soon("an answer", http(program.api(), "POST", "/api/upgrade", b"")).await;
     let text = String::from_utf8_lossy(answer.body()).into_owned();
     assert_eq!(answer.status(), 200, "{role}: {text}");
-    text
+    (text, std::fs::read_to_string(notes.path()).unwrap().parse().unwrap())
 }
 
 #[tokio::test]
 async fn the_old_process_goes_on_with_what_no_successor_takes() {
     let server = Server::echo("a").await;
     let yaml = handing_over(&static_config(&[server.address], &format!("{NO_CHECK}\ndrain: 10m")));
-    for role in ["dies", "refuses", "has no room", "speaks another language", "old"] {
+    for (role, least, said) in [
+        ("dies", 1, "takes no open connections"),
+        ("refuses", 50, "0 go on there, 50 are in the old process"),
+        ("has no room", 1, "0 go on there, 50 are in the old process"),
+        ("speaks another language", 1, "takes no open connections"),
+        ("answers another batch", 1, "takes no open connections"),
+        ("old", 0, "has taken over"),
+    ] {
         let mut program = Program::start_copy(&yaml).await.ready().await;
         let mut open = loadtest::open(program.web(), 50).await.unwrap();
         for stream in &mut open {
             assert!(soon("an echo", echoes(stream)).await);
         }
-        let text = upgrade_to(&program, role).await;
-        assert_eq!(text.contains("0 go on there, 50 finish"), role == "refuses", "{role}: {text}");
+        let (text, offered) = upgrade_to(&program, role).await;
+        assert!(offered >= least && text.contains(said), "{role}: {offered}, {text}");
         for _ in 0..3 {
             for stream in &mut open {
                 assert!(soon("an echo of the old process", echoes(stream)).await, "{role}");
@@ -131,14 +148,34 @@ async fn a_successor_understands_only_its_own_version() {
         channel.send(text, &[stream.as_fd()]).unwrap();
         serde_json::from_str(&answer(&channel)).unwrap()
     };
-    for text in [
-        r#"{"version":2,"connections":[],"has_bytes":false}"#,
-        r#"{"version":1,"connections":[{}],"has_bytes":false}"#,
-        r#"{"version":1,"connections":[],"has_bytes":true}"#,
+    let nonsense = [
+        r#"{"version":2,"number":1,"connections":[],"has_bytes":false}"#,
+        r#"{"version":1,"number":2,"connections":[{}],"has_bytes":false}"#,
+        r#"{"version":1,"number":3,"connections":[],"has_bytes":true}"#,
         "?",
-    ] {
+    ];
+    for (n, text) in nonsense.iter().enumerate() {
         let answer = ask(text);
-        assert_eq!(answer["taken"], json!([]), "{text}: {answer}");
+        assert_eq!((&answer["number"], &answer["taken"]), (&json!(n + 1), &json!([])), "{text}: {answer}");
         assert!(answer["room"].as_u64().unwrap() > 0);
+    }
+}
+
+/// A message of several packets whose descriptors do not fit gets one answer, and the next message another one.
+#[tokio::test]
+async fn a_successor_without_descriptors_refuses_and_stays_in_step() {
+    let server = Server::echo("a").await;
+    let yaml = file(&handing_over(&static_config(&[server.address], NO_CHECK)));
+    let rest = json!({ "changes": {}, "healthy": [], "is_ready": true, "open_files": null, "has_connections": true });
+    let (child, channel) = take_over(&yaml, &rest);
+    assert_eq!(channel.receive().unwrap().unwrap().text, "ready for connections");
+    let few = Rlimit { current: Some(100), maximum: Some(100) };
+    prlimit(Some(Pid::from_child(&child.0)), Resource::Nofile, few).unwrap();
+    let stream = TcpStream::connect(server.address).await.unwrap();
+    let many = vec![stream.as_fd(); 190];
+    for (n, length) in [(1, 10), (2, 400_000), (3, 10), (4, 400_000)] {
+        channel.send(&"x".repeat(length), &many).unwrap();
+        let answer: Value = serde_json::from_str(&channel.receive().unwrap().unwrap().text).unwrap();
+        assert_eq!((&answer["number"], &answer["taken"]), (&json!(n), &json!([])));
     }
 }

@@ -1,5 +1,5 @@
-//! What a process tells its successor of one open connection. Names stand for positions and durations for times, because both differ in
-//! the two processes.
+//! What a process tells its successor of one open connection: with names in place of positions, and durations in place of points in time,
+//! because both differ in the two processes.
 
 use std::net::SocketAddr;
 use std::time::Duration;
