@@ -262,7 +262,7 @@ async fn connections_that_the_new_config_does_not_know_finish_in_the_old_process
     // The next upgrade leaves them where they are. The process in the middle lives as long as the first one.
     let second = program.newest();
     program.upgrade().await;
-    assert_eq!(sessions(&program).await, to("b0"));
+    assert_eq!(sessions(&program).await.len(), taken);
     for stream in clients.iter_mut().chain([&mut of_gone]) {
         assert!(soon("an echo", echoes(stream)).await);
     }
