@@ -10,12 +10,14 @@ use serde::{Deserialize, Serialize};
 
 pub use self::live::{BackendPermit, Counters, Eviction, Evictions, Failing, Live, Moved};
 pub use self::port_search::PortSearch;
+pub use self::waiting::{Waiting, WaitingPermit};
 use crate::address::Address;
 use crate::label_enum;
 use crate::outgoing::Refused;
 
 mod live;
 mod port_search;
+mod waiting;
 
 label_enum! {
     /// Whether a backend may get connections, and if not, why.

@@ -95,6 +95,9 @@ metrics! {
     DNS_BACKENDS: Gauge "dns_addresses" ["pool"] "Addresses, or targets of SRV records, that the pool's name has led to and that have not left";
     ROLLOUTS: Counter "rollouts_total" ["pool", "result"] "Rollouts that have ended, by result; only for pools with replicas";
     ROLLOUT_PROGRESS: Gauge "rollout_progress" ["pool"] "Share of the pool's slots whose replica is from the current settings, from 0 to 1; only for pools with replicas";
+    SCALING_REPLICAS: Gauge "scaling_replicas" ["pool"] "Replicas that the pool should have now; 0 while it sleeps. Only for pools that scale by themselves";
+    SCALING_CHANGES: Counter "scaling_changes_total" ["pool", "direction"] "Changes of that number, by direction (up, down); only for pools that scale by themselves";
+    WAITING: Gauge "pool_waiting_connections" ["pool"] "Connections that wait while the pool wakes; only for pools that scale by themselves";
     PROVIDER_CHANGES: Counter "provider_changes_total" ["pool", "kind"] "Changes of the backends by the pool's name or file, by kind (joined, changed, left)";
     PROVIDER_FILE_FAULTY: Gauge "provider_file_faulty" ["pool"] "1 while the pool's file of backends cannot be applied and the last list stays, else 0";
     HEALTH_CHECKS: Counter "health_checks_total" ["pool", "backend", "result"] "Completed health checks, by result (ok, failed)";

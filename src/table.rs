@@ -153,6 +153,11 @@ impl Table {
         self.tiers[..self.joined].iter().map(|tier| tier.tier)
     }
 
+    /// Whether a backend on the ring has been judged by its checks: healthy or not.
+    pub fn is_judged(&self) -> bool {
+        self.backends.tiers().iter().any(|tier| tier.rated > 0)
+    }
+
     /// Whether the backends on the ring have different tiers.
     pub fn has_tiers(&self) -> bool {
         self.backends.tiers().len() > 1

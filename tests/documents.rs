@@ -54,7 +54,7 @@ async fn every_registered_metric_is_exported_once_there_was_a_connection() {
         "{yaml}\n  - {{ name: found, provider: {{ docker: {{ discover: {{ label: no.such.label, port: 1 }} }} }} }}\n  \
          - {{ name: named, provider: {{ dns: {{ name: no.such.invalid., port: 1, servers: [127.0.0.1] }} }} }}\n  \
          - {{ name: listed, provider: {{ file: {{ path: /no/such/list }} }} }}\n  \
-         - {{ name: run, provider: {{ process: {{ replicas: 1, command: [ringway, echo-server, --listen, \"127.0.0.1:{{port}}\"] }} }} }}"
+         - {{ name: run, provider: {{ process: {{ replicas: {{ max: 1 }}, command: [ringway, echo-server, --listen, \"127.0.0.1:{{port}}\"] }} }} }}"
     );
     let ringway = crate::harness::Ringway::start(&yaml).await.all_healthy().await;
     crate::harness::eventually_async("all metrics", async || {
@@ -130,6 +130,8 @@ async fn open_metrics_are_answered_where_they_are_accepted() {
             || name.contains("_dns_")
             || name.contains("_provider_")
             || name.contains("_rollout")
+            || name.contains("_scaling_")
+            || name.ends_with("waiting_connections")
             || name.ends_with("connect_failures")
             || name.ends_with("source_skipped")
             || name.ends_with("proxy_headers")
@@ -185,7 +187,9 @@ fn defaults() -> BTreeMap<String, String> {
     let providers = [
         "static: [{ address: \"h:1\" }]",
         "process: { replicas: 1, command: [x, \"{port}\"] }",
+        "process: { replicas: { max: 1, scale_on: { connections_per_replica: 1 } }, command: [x, \"{port}\"] }",
         "docker: { replicas: 1, image: i, command: [x], port: 1, resources: { memory: 64MiB, cpus: 1 } }",
+        "docker: { replicas: { max: 1, scale_on: { connections_per_replica: 1 } }, image: i, command: [x], port: 1, resources: { memory: 64MiB, cpus: 1 } }",
         "docker: { discover: { label: l, port: 1 } }",
         "dns: { name: n, port: 1 }",
         "dns: { srv: n }",

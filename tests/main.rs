@@ -40,6 +40,7 @@ mod reload;
 mod replicas;
 mod rollouts;
 mod routes;
+mod scaling;
 mod service_manager;
 mod serving;
 mod sessions;

@@ -12,6 +12,7 @@ use crate::control::provider::ChangeKind;
 use crate::control::provider::dns::status::DnsStatus;
 use crate::control::provider::file::FileStatus;
 use crate::control::supervisor::rollout::RolloutStatus;
+use crate::control::supervisor::scaling::ScalingStatus;
 use crate::labels::{Label, Tally};
 use crate::limits;
 use crate::lossy_writer::LostLines;
@@ -32,6 +33,7 @@ pub(super) fn text(state: &State, format: Format) -> Vec<Bytes> {
     names(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.status.dns()?))));
     files(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.status.file()?))));
     rollouts(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.rollout.as_deref()?))));
+    scalings(&mut text, of_pools.clone().filter_map(|(pool, view)| Some((&pool.labels, view.scaling.as_deref()?))));
     changes(&mut text, of_pools.filter_map(|(pool, view)| Some((&pool.labels, view.status.changes()?))));
     backends(&mut text, &pools, view.per_backend);
     limits_of_backends(&mut text, &pools, view.per_backend);
@@ -157,6 +159,22 @@ fn rollouts<'a>(text: &mut Text, pools: impl Iterator<Item = (&'a Labels, &'a Ro
     for (labels, rollout) in pools {
         let view = rollout.view();
         progress.add(labels, if view.total == 0 { 1.0 } else { view.updated as f64 / view.total as f64 });
+    }
+}
+
+fn scalings<'a>(text: &mut Text, pools: impl Iterator<Item = (&'a Labels, &'a ScalingStatus)>) {
+    let scaling: Vec<_> = pools.filter_map(|(labels, scaling)| Some((labels, scaling, scaling.view()?))).collect();
+    let mut replicas = text.metric(&metrics::SCALING_REPLICAS);
+    for (labels, _, view) in &scaling {
+        replicas.add(labels, view.wanted);
+    }
+    let mut changes = text.metric(&metrics::SCALING_CHANGES);
+    for (labels, scaling, _) in &scaling {
+        tally(&mut changes, labels, |one| scaling.changes.of(one));
+    }
+    let mut waiting = text.metric(&metrics::WAITING);
+    for (labels, scaling, _) in scaling {
+        waiting.add(labels, scaling.waiting.now() as u64);
     }
 }
 

@@ -55,6 +55,7 @@ use crate::address::Address;
 use crate::control::command::{CommandSender, Differs};
 use crate::control::provider::ProviderStatus;
 use crate::control::supervisor::rollout::RolloutStatus;
+use crate::control::supervisor::scaling::ScalingStatus;
 use crate::events::Events;
 use crate::label_enum;
 use crate::labels::Tally;
@@ -244,6 +245,8 @@ pub struct ProviderView {
     pub status: ProviderStatus,
     /// The rollouts of a pool with replicas.
     pub rollout: Option<Arc<RolloutStatus>>,
+    /// How a pool with replicas scales by itself.
+    pub scaling: Option<Arc<ScalingStatus>>,
 }
 
 /// A listener as the side port shows it.

@@ -104,6 +104,12 @@ async fn connect(pool: &Route, tcp: &TcpOptions, key: &[u8]) -> Result<Connected
             RefusalReason::BackendsFull => {
                 (StatusCode::SERVICE_UNAVAILABLE, "has no backend below its connection limit")
             }
+            RefusalReason::WakeTimeout => {
+                (StatusCode::SERVICE_UNAVAILABLE, "slept, and no backend was healthy in time")
+            }
+            RefusalReason::TooManyWaiting => {
+                (StatusCode::SERVICE_UNAVAILABLE, "sleeps, and no more connections may wait for it")
+            }
             // Only listeners have these reasons.
             RefusalReason::SourceConnections
             | RefusalReason::SourceRate

@@ -15,7 +15,7 @@ use axum::extract::State as Extract;
 use serde::{Deserialize, Serialize};
 
 pub use self::member::{BackendConnections, Drain, Exit, Health, Member, Moved, Replica};
-pub use self::provider::{Dns, Engine, File, LastRollout, Provider, Rollout};
+pub use self::provider::{Dns, Engine, File, LastRollout, Provider, Rollout, Scaling};
 use super::{ListenerView, LogView, ProviderView, State};
 use crate::control::command::Differs;
 use crate::control::provider::Location;

@@ -110,6 +110,9 @@ impl App {
                 if provider.replicas().is_none() {
                     return Err(CommandError::NotSupervised(pool));
                 }
+                if provider.scaled().is_some() {
+                    return Err(CommandError::ScalesItself(pool));
+                }
                 if let Some((first, last)) = provider.port_range()
                     && u32::from(last - first) + 1 < replicas
                 {

@@ -59,7 +59,7 @@ fn pool_route(pool: &config::Pool, exporter: &Exporter) -> Route {
     let settings = Settings { is_checked: false, slow_start: std::time::Duration::ZERO, ..publishing(pool) };
     let publisher = Publisher::new(pool.name.as_str().into(), settings, joined, Instant::now());
     let (reports, _) = mpsc::channel(1);
-    route(&base_route(pool, publisher.table(), exporter), pool, &reports)
+    route(&base_route(pool, publisher.table(), exporter), pool, &reports, None)
 }
 
 /// The backends of a pool, as its provider lists them.

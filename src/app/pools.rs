@@ -88,11 +88,12 @@ pub(super) async fn prepare(
     let base = base_route(pool, publisher.table(), context.exporter);
     let (events, queue) = Publisher::queue();
     let pool = Pool {
-        route: route(&base, pool, &reports),
+        route: route(&base, pool, &reports, source.supervisor().map(|line| &line.scaling.waiting)),
         provider: ProviderView {
             kind: pool.provider.kind(),
             status,
             rollout: source.supervisor().map(|line| Arc::clone(&line.rollout)),
+            scaling: source.supervisor().map(|line| Arc::clone(&line.scaling)),
         },
         config: pool.clone(),
         events,
@@ -181,7 +182,8 @@ impl Pool {
     /// Applies an update. Cannot fail.
     pub(super) async fn update(&mut self, update: Update, config: &Config, environment: &Environment) {
         let Update { config: new, changes, addresses } = update;
-        self.route = route(&self.route, &new, &self.reports);
+        let waiting = self.source.supervisor().map(|line| &line.scaling.waiting);
+        self.route = route(&self.route, &new, &self.reports, waiting);
         let mut events = vec![Event::Configured(publishing(&new))];
         let update = provider::Update { pool: &new, changes: &changes, config, environment, addresses };
         events.extend(self.source.update(&update));

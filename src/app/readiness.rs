@@ -51,9 +51,12 @@ pub(super) async fn become_ready(state: Arc<State>) {
     }
 }
 
-/// A pool whose list has no backend that takes keys would not become healthy.
+/// A pool whose list has no backend that takes keys would not become healthy, and neither would one that sleeps.
 pub(super) fn is_empty_on_purpose(pool: &Route, provider: &ProviderView) -> bool {
-    provider.status.has_list() && !pool.table.load().backends().iter().any(|backend| backend.membership.takes_keys())
+    let sleeps = provider.scaling.as_ref().and_then(|scaling| scaling.view()).is_some_and(|view| view.wanted == 0);
+    sleeps
+        || provider.status.has_list()
+            && !pool.table.load().backends().iter().any(|backend| backend.membership.takes_keys())
 }
 
 /// A backend without an address waits for its name or its replica, which can take long.

@@ -9,11 +9,11 @@ use super::Environment;
 use super::capacity::Capacity;
 use super::tasks::Tasks;
 use crate::api;
-use crate::backend::Failing;
+use crate::backend::{Failing, Waiting};
 use crate::config::{self, Config};
 use crate::control::publisher;
 use crate::metrics::{self, Exporter};
-use crate::proxy::{self, Reports, Route};
+use crate::proxy::{self, Reports, Route, Wake};
 use crate::table::{Bound, Rules, TableCell};
 
 /// The route of a new pool. [`route`] adds the settings.
@@ -50,7 +50,17 @@ pub(super) fn side_port(
 
 /// Builds the route of a pool. What lasts as long as the pool carries over from `base`: the table, the counters and the
 /// histogram.
-pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Failing>) -> Route {
+pub(super) fn route(
+    base: &Route,
+    pool: &config::Pool,
+    reports: &mpsc::Sender<Failing>,
+    waiting: Option<&Arc<Waiting>>,
+) -> Route {
+    let wake = |scaled: config::Scaled| Wake {
+        waiting: waiting.map(Arc::clone).unwrap_or_default(),
+        timeout: scaled.wake_timeout,
+        most: scaled.max_waiting as usize,
+    };
     Route {
         pool: Arc::clone(&base.pool),
         key: pool.key,
@@ -58,6 +68,7 @@ pub(super) fn route(base: &Route, pool: &config::Pool, reports: &mpsc::Sender<Fa
         bound: pool.bound.map(|percent| Arc::new(Bound::new(percent))),
         table: base.table.clone(),
         most_per_backend: pool.max_connections_per_backend.map_or(u64::MAX, Into::into),
+        wake: pool.provider.scaled().map(wake),
         send_proxy: pool.send_proxy.clone().map(Arc::new),
         own_header: pool.own_header(),
         outgoing: pool.connect.outgoing.clone(),

@@ -97,6 +97,7 @@ fn in_words(status: &Status, terminal: Terminal) -> String {
     for pool in &status.pools {
         lines.extend(problems(pool).into_iter().map(|problem| terminal.coloured(&clean(&problem), Some(Colour::Bad))));
         lines.extend(spill(pool).map(|spill| terminal.coloured(&clean(&spill), Some(Colour::Warning))));
+        lines.extend(scaling(pool).map(|scaling| clean(&scaling)));
         lines.extend(rollout(pool).map(|rollout| terminal.coloured(&clean(&rollout), Some(Colour::Warning))));
         lines
             .extend(pool.provider.dns.as_ref().map(|dns| clean(&format!("pool {}: {}", pool.name, dns_in_words(dns)))));
@@ -159,12 +160,19 @@ pub(super) fn problems(pool: &Pool) -> Vec<String> {
     if pool.panic {
         let what = "panic: too few backends are healthy, so Ringway tries all of them";
         problems.push(format!("pool {}: {what}", pool.name));
+    } else if wakes(pool) {
+        // `scaling` says so.
     } else if pool.backends.is_empty() {
         problems.push(format!("pool {}: no backends, so Ringway resets new connections", pool.name));
     } else if !pool.backends.iter().any(|backend| backend.state == "healthy") {
         problems.push(format!("pool {}: no healthy backend, so Ringway resets new connections", pool.name));
     }
     problems
+}
+
+/// Whether the pool sleeps, or connections wait until it is awake.
+fn wakes(pool: &Pool) -> bool {
+    pool.provider.scaling.as_ref().is_some_and(|scaling| scaling.wanted == 0 || scaling.waiting > 0)
 }
 
 /// An error of a file, which has a line for each fault.
@@ -188,6 +196,18 @@ fn spill(pool: &Pool) -> Option<String> {
     let tiers: Vec<_> = pool.tiers.iter().map(ToString::to_string).collect();
     let what = "too few backends of the lowest tier are healthy, so the keys go to tier";
     pool.spilled.then(|| format!("pool {}: {what} {}", pool.name, tiers.join(" and ")))
+}
+
+/// How many replicas the pool has, if it scales by itself.
+pub(super) fn scaling(pool: &Pool) -> Option<String> {
+    let scaling = pool.provider.scaling.as_ref()?;
+    let waiting = counted(scaling.waiting as u64, "connection");
+    let said = match (scaling.wanted, scaling.waiting) {
+        (0, 0) => "it sleeps until a connection comes".to_owned(),
+        (wanted, 0) => format!("it has {wanted} of {} to {} replicas", scaling.min, scaling.max),
+        _ => format!("it wakes up, and {waiting} wait"),
+    };
+    Some(format!("pool {}: {said}", pool.name))
 }
 
 /// How far a rollout is, and what it waits for, or why the last one failed; `None` if there is nothing to say.

@@ -52,7 +52,9 @@ pub use self::backends_file::FileFormat;
 pub use self::keys::markdown;
 pub use self::listener::{AccessList, BackendPort, Listener, MOST_PORTS, PerSource, Route};
 pub use self::pool::{Connect, Ejection, Pool, Timeouts};
-pub use self::provider::{BackendsFile, Containers, Discover, Process, Provider, Restart, Rollout, StaticBackend};
+pub use self::provider::{
+    BackendsFile, Containers, Discover, Process, Provider, Restart, Rollout, Scaled, StaticBackend,
+};
 pub use self::schema::schema;
 pub use self::source::{BUILT_IN, Source, USUAL_FILES};
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::keys::MOST_CPUS;
-use super::parse_replicas::{restart, rollout};
+use super::parse_replicas::{replicas, restart, rollout};
 use super::provider::ListedState;
 use super::reader::{Item, Section, narrow, show};
 use super::{BackendsFile, Containers, Discover, Process, Provider, StaticBackend};
@@ -94,7 +94,7 @@ pub(super) fn static_backends(list: &Item<'_>) -> Vec<StaticBackend> {
 }
 
 fn process_of(mut section: Section<'_>) -> Process {
-    let replicas = replicas(&mut section);
+    let (replicas, scaled) = replicas(&mut section);
     let command =
         section.required("command", "a list of the program and its arguments, with {port} or {socket}").map(|item| {
             let words = words(&item);
@@ -123,7 +123,7 @@ fn process_of(mut section: Section<'_>) -> Process {
     let rollout = rollout(section.section("rollout"));
     let stop_grace = section.duration("stop_grace");
     section.finish();
-    Process { replicas, spec, ports, restart, rollout, stop_grace }
+    Process { replicas, scaled, spec, ports, restart, rollout, stop_grace }
 }
 
 fn docker_of(mut section: Section<'_>) -> Provider {
@@ -136,7 +136,7 @@ fn docker_of(mut section: Section<'_>) -> Provider {
         section.finish();
         return provider;
     }
-    let replicas = replicas(&mut section);
+    let (replicas, scaled) = replicas(&mut section);
     let image = section.required("image", "the name of an image").and_then(|item| {
         let image = item.text()?;
         if !Provider::is_image(&image) {
@@ -159,7 +159,7 @@ fn docker_of(mut section: Section<'_>) -> Provider {
     let stop_grace = section.duration("stop_grace");
     section.finish();
     let spec = Spec { image: image.unwrap_or_default(), command, port, env, labels, memory, milli_cpus, pull };
-    Provider::Containers(Containers { replicas, spec, network, restart, rollout, stop_grace })
+    Provider::Containers(Containers { replicas, scaled, spec, network, restart, rollout, stop_grace })
 }
 
 /// Parses a network name. Engine modes without a separate container network are rejected: replicas would share the
@@ -261,12 +261,6 @@ fn servers(item: &Item<'_>) -> Servers {
         server
     };
     Servers::Listed(items.iter().filter_map(server).collect())
-}
-
-fn replicas(section: &mut Section<'_>) -> u32 {
-    let replicas =
-        section.required("replicas", "the number of replicas, from 1 to 1000").and_then(|item| item.integer());
-    narrow(replicas.unwrap_or(1))
 }
 
 fn port(section: &mut Section<'_>) -> u16 {

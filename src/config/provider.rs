@@ -14,6 +14,7 @@ use crate::control::provider::names::Resolve;
 use crate::control::supervisor::docker::Spec;
 use crate::control::supervisor::handover;
 use crate::control::supervisor::plan::{OnFailure, Order, Policy};
+use crate::control::supervisor::scaling::Scaling;
 use crate::label_enum;
 
 /// The source of a pool's backends.
@@ -78,8 +79,10 @@ pub struct BackendsFile {
 /// Settings of a pool of child processes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Process {
-    /// Number of replicas.
+    /// Number of replicas, or the maximum if the pool scales by itself.
     pub replicas: u32,
+    /// How the pool scales by itself; `None`: it does not.
+    pub scaled: Option<Scaled>,
     /// Command and environment variables of each replica.
     pub spec: handover::Spec,
     /// First and last port of a range; `None`: the system chooses the ports.
@@ -95,8 +98,10 @@ pub struct Process {
 /// Settings of a pool of containers that Ringway creates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Containers {
-    /// Number of replicas.
+    /// Number of replicas, or the maximum if the pool scales by itself.
     pub replicas: u32,
+    /// How the pool scales by itself; `None`: it does not.
+    pub scaled: Option<Scaled>,
     /// Image, command and resources of each container.
     pub spec: Spec,
     /// Docker network on which Ringway reaches the containers; `None`: the network that Ringway itself is on.
@@ -129,6 +134,17 @@ pub struct Restart {
     pub policy: Policy,
     /// How long a new replica may fail its health checks and still count as starting.
     pub start_grace: Duration,
+}
+
+/// How a pool scales by itself, between a minimum and the number of replicas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Scaled {
+    /// When the number changes.
+    pub scaling: Scaling,
+    /// How long a connection may wait for a healthy backend while the pool wakes.
+    pub wake_timeout: Duration,
+    /// Connections that may wait at the same time.
+    pub max_waiting: u32,
 }
 
 /// How Ringway replaces replicas that were started from other settings.
@@ -172,11 +188,20 @@ impl Provider {
         std::mem::discriminant(self) == std::mem::discriminant(other)
     }
 
-    /// The configured number of replicas; `None` if Ringway does not start the pool's backends.
+    /// The configured number of replicas, or the maximum; `None` if Ringway does not start the pool's backends.
     pub fn replicas(&self) -> Option<u32> {
         match self {
             Self::Process(process) => Some(process.replicas),
             Self::Containers(containers) => Some(containers.replicas),
+            Self::Static(_) | Self::Discover(_) | Self::Dns(_) | Self::File(_) => None,
+        }
+    }
+
+    /// How the pool scales by itself; `None`: it does not.
+    pub fn scaled(&self) -> Option<Scaled> {
+        match self {
+            Self::Process(process) => process.scaled,
+            Self::Containers(containers) => containers.scaled,
             Self::Static(_) | Self::Discover(_) | Self::Dns(_) | Self::File(_) => None,
         }
     }

@@ -208,7 +208,14 @@ impl Publisher {
         match (before.is_panic(), table.is_panic()) {
             (false, true) => self.tell_panic(healthy),
             (true, false) => tracing::info!(%pool, healthy, "enough backends are healthy again"),
-            _ if before.any_healthy() && !is_served => tracing::error!(%pool, "no backend is healthy"),
+            _ if before.any_healthy() && !is_served => {
+                // A pool that falls asleep is no fault.
+                if table.backends().iter().all(|backend| backend.drain.is_some_and(|drain| drain.leaves)) {
+                    tracing::info!(%pool, "all backends leave");
+                } else {
+                    tracing::error!(%pool, "no backend is healthy");
+                }
+            }
             _ => {}
         }
         self.cell.publish(table);

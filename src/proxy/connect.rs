@@ -11,6 +11,7 @@ use super::dial::dial;
 use super::pick::{Picked, pick};
 use super::socket::TcpOptions;
 use super::stats::RefusalReason;
+use super::wake::is_asleep;
 use crate::address::Address;
 use crate::backend::{Backend, BackendPermit, ConnectFailure, Failing};
 use crate::labels::Label as _;
@@ -72,6 +73,10 @@ pub async fn connect<'a, T: AsRef<Table>>(
 ) -> Result<Connected, RefusalReason> {
     let mut refusal = None;
     for attempts in 0..route.connect_attempts {
+        if let Some(wake) = route.wake.as_ref().filter(|_| is_asleep(current().as_ref())) {
+            // Boxed: all other connections need no room for it.
+            Box::pin(wake.wait(&route.table, &mut current)).await?;
+        }
         let table = current();
         let table = table.as_ref();
         if attempts == 0 && table.is_panic() {

@@ -7,7 +7,7 @@
 //!
 //! - [`mod@session`]: the path of one connection, one line per stage
 //! - [`accept`], [`deal`], [`admit`], [`mod@route`], [`key`], [`mod@pick`], [`mod@connect`], [`relay`], [`account`]: the stages
-//! - [`routing`]: what a listener decides for a connection; [`mod@dial`]: one attempt to connect
+//! - [`routing`]: what a listener decides for a connection; [`mod@dial`]: one attempt to connect; [`wake`]: the wait for a pool that sleeps
 //! - [`connection`]: one connection: what the stages have found out, and the flags of the timeout task
 //! - [`direction`], [`pipe`], [`write_backlog`]: one half of a relay, and the pipes and buffers that it uses
 //! - [`worker`], [`timeouts`]: a worker's thread, and its timeout task with a coarse clock
@@ -52,6 +52,7 @@ mod routing;
 mod session;
 mod source_limits;
 mod timeouts;
+mod wake;
 mod worker;
 mod write_backlog;
 
@@ -79,6 +80,7 @@ use self::sessions::Sessions;
 use self::socket::TcpOptions;
 pub use self::source_limits::{Rate, SourceLimits, Sources};
 use self::stats::{ListenerStats, WorkerStats};
+pub use self::wake::Wake;
 use self::worker::{Setup, WorkerCommand};
 use crate::stream::{Client, IdleStream};
 

@@ -11,6 +11,7 @@ use tokio::sync::mpsc;
 use super::key::KeyKind;
 use super::pick::Balance;
 use super::stats::{PoolStats, RefusalReason};
+use super::wake::Wake;
 use crate::backend::Failing;
 use crate::client_hello::{Hello, host_name};
 use crate::networks::Networks;
@@ -289,6 +290,8 @@ pub struct Route {
     pub table: TableCell,
     /// Maximum connections per backend; a backend that has reached it is skipped.
     pub most_per_backend: u64,
+    /// How connections wake the pool; `None`: it does not sleep.
+    pub wake: Option<Wake>,
     /// The PROXY header that backends get; `None`: none.
     pub send_proxy: Option<Arc<SendProxy>>,
     /// The PROXY header with which the side port speaks to them.
@@ -327,6 +330,7 @@ impl Route {
             bound: None,
             table,
             most_per_backend: u64::MAX,
+            wake: None,
             send_proxy: None,
             own_header: OwnHeader::Absent,
             outgoing: None,

@@ -70,6 +70,10 @@ label_enum! {
     pub enum RefusalReason {
         /// The pool has no backend that may get connections.
         NoBackend => "no_backend",
+        /// The pool slept, and no backend was healthy in time.
+        WakeTimeout => "wake_timeout",
+        /// The pool sleeps, and as many connections as may wait for it already do.
+        TooManyWaiting => "too_many_waiting",
         /// Every backend that may get connections has reached its connection limit.
         BackendsFull => "backends_full",
         /// Every backend that was tried failed to connect.

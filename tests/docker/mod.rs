@@ -12,4 +12,5 @@ mod registry;
 mod replacement;
 mod rivals;
 mod rollouts;
+mod scaling;
 mod swarm;

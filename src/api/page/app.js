@@ -299,6 +299,7 @@ function showBanners(status, members) {
     // What stands beside a slot is no backend of its own.
     const all = members(pool.name).filter((one) => !one.beside);
     if (pool.panic) lines.push(["bad", `Pool ${pool.name} is in panic: too few backends are healthy, so Ringway tries all of them.`]);
+    else if (sleeps(pool)) lines.push(["note", `Pool ${pool.name}: ${scaling(pool)}.`]);
     else if (!all.length) lines.push(["bad", `Pool ${pool.name} has no backends.`]);
     else if (!all.some((one) => one.state === "healthy")) lines.push(["bad", `Pool ${pool.name} has no healthy backend.`]);
     if (pool.spilled && !pool.panic) lines.push(["warn", `Pool ${pool.name}: too few backends of the lowest tier are healthy, so keys go to tier ${pool.tiers.join(" and ")}.`]);
@@ -318,6 +319,20 @@ function showBanners(status, members) {
   }
   showLines($("alerts"), "bad", lines.filter(([kind]) => kind === "bad").map(([, line]) => `✖ ${line}`));
   showLines($("warnings"), "warn", lines.filter(([kind]) => kind === "warn").map(([, line]) => `▲ ${line}`));
+}
+
+// Whether a pool sleeps, or connections wait until it is awake.
+function sleeps(pool) {
+  const scaling = pool.provider.scaling;
+  return scaling && (scaling.wanted === 0 || scaling.waiting > 0);
+}
+
+// How many replicas a pool has that scales by itself; nothing for other pools.
+function scaling(pool) {
+  if (!pool.provider.scaling) return null;
+  const { min, max, wanted, waiting } = pool.provider.scaling;
+  if (waiting) return `it wakes up, and ${counted(waiting, "connection")} wait`;
+  return wanted ? `it has ${wanted} of ${min} to ${max} replicas` : "it sleeps until a connection comes";
 }
 
 // How far a rollout is, or why the last one failed; nothing if there is nothing to say.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::api::ProviderView;
 use crate::control::provider::{dns, file};
 use crate::control::supervisor::rollout::RolloutStatus;
+use crate::control::supervisor::scaling::{ScalingStatus, ScalingView};
 use crate::labels::Label as _;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -21,6 +22,19 @@ pub struct Provider {
     /// `None`: Ringway does not start the backends.
     #[serde(default)]
     pub rollout: Option<Rollout>,
+    /// `None`: the pool does not scale by itself.
+    #[serde(default)]
+    pub scaling: Option<Scaling>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "docs/api.md explains each field")]
+pub struct Scaling {
+    pub min: u32,
+    pub max: u32,
+    pub wanted: u32,
+    pub waiting: usize,
+    pub since_seconds: f64,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -86,7 +100,16 @@ impl Provider {
         let dns = provider.status.dns().map(|dns| Dns::of(&dns.last(), Instant::now()));
         let file = provider.status.file().map(|file| File::of(&file.last(), Instant::now()));
         let rollout = provider.rollout.as_ref().map(|rollout| Rollout::of(rollout, Instant::now()));
-        Self { kind: provider.kind.to_owned(), engine, dns, file, rollout }
+        let scaling = provider.scaling.as_ref().and_then(|scaling| Scaling::of(scaling, Instant::now()));
+        Self { kind: provider.kind.to_owned(), engine, dns, file, rollout, scaling }
+    }
+}
+
+impl Scaling {
+    fn of(scaling: &ScalingStatus, now: Instant) -> Option<Self> {
+        let ScalingView { min, max, wanted, since } = scaling.view()?;
+        let since_seconds = now.saturating_duration_since(since).as_secs_f64();
+        Some(Self { min, max, wanted, waiting: scaling.waiting.now(), since_seconds })
     }
 }
 

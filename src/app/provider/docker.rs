@@ -34,7 +34,7 @@ pub(super) fn prepare(
     let status = Arc::clone(&engine_status);
     Ok(Prepared {
         source: Box::new(Containers { settings: sender, line }),
-        known: slots_joined(pool, containers.replicas, changes),
+        known: slots_joined(pool, changes),
         status: ProviderStatus::Engine(engine_status),
         start: Box::new(move |start| {
             let supervisor = supervise(settings, engine, start.table, start.events, status, signals, start.stop);
@@ -80,7 +80,13 @@ impl Source for Containers {
 
 fn settings(pool: &config::Pool, containers: &config::Containers, changes: &OfPool, config: &Config) -> Settings {
     Settings {
-        slots: slot_settings(pool, containers.replicas, containers.restart, containers.rollout, changes),
+        slots: slot_settings(
+            pool,
+            (containers.replicas, containers.scaled),
+            containers.restart,
+            containers.rollout,
+            changes,
+        ),
         spec: containers.spec.clone(),
         scope: scope(config, containers.network.as_ref()),
         stop_grace: containers.stop_grace,

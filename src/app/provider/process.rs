@@ -38,7 +38,7 @@ pub(super) fn prepare(
     let (line, signals) = line(&pool.name, context);
     Ok(Prepared {
         source: Box::new(Processes { settings: sender, line }),
-        known: slots_joined(pool, process.replicas, changes),
+        known: slots_joined(pool, changes),
         status: ProviderStatus::Independent,
         start: Box::new(move |start| {
             let supervisor = supervise(settings, ports, taken_over, signals, start.table, start.events, start.stop);
@@ -81,7 +81,7 @@ impl Source for Processes {
 
 fn settings(pool: &config::Pool, process: &config::Process, changes: &OfPool, environment: &Environment) -> Settings {
     Settings {
-        slots: slot_settings(pool, process.replicas, process.restart, process.rollout, changes),
+        slots: slot_settings(pool, (process.replicas, process.scaled), process.restart, process.rollout, changes),
         spec: Arc::new(process.spec.clone()),
         stop_grace: process.stop_grace,
         launcher: environment.executable.clone(),

@@ -23,6 +23,7 @@ use crate::control::supervisor::SlotSettings;
 use crate::control::supervisor::handover::{Handover, Signals};
 use crate::control::supervisor::plan::{Order, Pace};
 use crate::control::supervisor::rollout::{PendingOrder, RolloutStatus};
+use crate::control::supervisor::scaling::ScalingStatus;
 use crate::control::{self, Event};
 use crate::table::TableCell;
 
@@ -102,16 +103,17 @@ pub(in crate::app) fn change<T: PartialEq>(settings: &watch::Sender<T>, new: T) 
 }
 
 /// The events that announce the slots of a supervised pool.
-pub(super) fn slots_joined(pool: &config::Pool, replicas: u32, changes: &OfPool) -> Vec<Event> {
+pub(super) fn slots_joined(pool: &config::Pool, changes: &OfPool) -> Vec<Event> {
     let weight = |id: &Arc<str>| changes.weights.get(&**id).copied().unwrap_or(1);
-    let slots = control::provider::slots(&pool.name, replicas);
+    let min = pool.provider.scaled().map(|scaled| scaled.scaling.min);
+    let slots = control::provider::slots(&pool.name, min.or(pool.provider.replicas()).unwrap_or_default());
     slots.into_iter().map(|id| Event::Joined { membership: Membership::weighing(weight(&id)), id }).collect()
 }
 
 /// The settings that all supervisors share.
 pub(super) fn slot_settings(
     pool: &config::Pool,
-    replicas: u32,
+    (replicas, scaled): (u32, Option<config::Scaled>),
     restart: config::Restart,
     rollout: config::Rollout,
     changes: &OfPool,
@@ -124,6 +126,7 @@ pub(super) fn slot_settings(
         pace: Pace { order, parallel, pause, healthy_for, on_failure, drain },
         pool: pool.name.as_str().into(),
         replicas,
+        scaling: scaled.map(|scaled| scaled.scaling),
         weights: changes.weights.iter().map(|(id, &weight)| (id.as_str().into(), weight)).collect(),
         drain: pool.drain,
         policy: restart.policy,
@@ -139,15 +142,19 @@ pub(in crate::app) struct Line {
     pub(in crate::app) orders: mpsc::Sender<PendingOrder>,
     /// Shows the rollouts.
     pub(in crate::app) rollout: Arc<RolloutStatus>,
+    /// Shows how the pool scales by itself, and has the connections that wait.
+    pub(in crate::app) scaling: Arc<ScalingStatus>,
 }
 
 /// The line to a supervisor, and its end of it.
 pub(super) fn line(pool: &str, context: &PoolContext<'_>) -> (Line, Signals) {
     let ((handover, handovers), (order, orders)) = (mpsc::channel(1), mpsc::channel(1));
     let rollout = Arc::new(RolloutStatus::new(Instant::now()));
-    let line = Line { handovers: handover, orders: order, rollout: Arc::clone(&rollout) };
+    let scaling = Arc::new(ScalingStatus::default());
+    let line =
+        Line { handovers: handover, orders: order, rollout: Arc::clone(&rollout), scaling: Arc::clone(&scaling) };
     let refused = context.refused.get(pool).cloned();
-    (line, Signals { settled: context.settled.clone(), handovers, orders, refused, rollout })
+    (line, Signals { settled: context.settled.clone(), handovers, orders, refused, rollout, scaling })
 }
 
 /// The Docker engine, and a new record of its state.

@@ -4,7 +4,7 @@ use serde_yaml::Value;
 
 use super::{auto_text, duration, list, map, off, words};
 use crate::config::provider::ListedState;
-use crate::config::{Containers, Process, Provider, Restart, Rollout};
+use crate::config::{Containers, Process, Provider, Restart, Rollout, Scaled};
 use crate::control::provider::dns::{self, Question, Servers};
 use crate::labels::Label as _;
 
@@ -64,7 +64,7 @@ fn dns(dns: &dns::Settings) -> Value {
 fn process(process: &Process) -> Value {
     let ports = process.ports.map_or("auto".to_owned(), |(first, last)| format!("{first}-{last}"));
     let mut entries = vec![
-        ("replicas", process.replicas.into()),
+        ("replicas", replicas(process.replicas, process.scaled)),
         ("command", words(&process.spec.command)),
         ("env", pairs(&process.spec.env)),
     ];
@@ -79,7 +79,8 @@ fn process(process: &Process) -> Value {
 
 fn containers(containers: &Containers) -> Value {
     let spec = &containers.spec;
-    let mut entries = vec![("replicas", containers.replicas.into()), ("image", spec.image.as_str().into())];
+    let number = replicas(containers.replicas, containers.scaled);
+    let mut entries = vec![("replicas", number), ("image", spec.image.as_str().into())];
     entries.extend(spec.command.as_ref().map(|command| ("command", words(command))));
     entries.extend([
         ("port", spec.port.into()),
@@ -97,6 +98,22 @@ fn containers(containers: &Containers) -> Value {
         ("stop_grace", duration(containers.stop_grace)),
     ]);
     map(entries)
+}
+
+fn replicas(replicas: u32, scaled: Option<Scaled>) -> Value {
+    let Some(Scaled { scaling, wake_timeout, max_waiting }) = scaled else { return replicas.into() };
+    let scale_on = scaling.by_load.map(|by_load| {
+        let most = ("connections_per_replica", by_load.connections_per_replica.into());
+        ("scale_on", map([most, ("cool_down", duration(by_load.cool_down))]))
+    });
+    let entries = [
+        ("min", scaling.min.into()),
+        ("max", replicas.into()),
+        ("idle_stop", duration(scaling.idle_stop)),
+        ("wake_timeout", duration(wake_timeout)),
+        ("max_waiting", max_waiting.into()),
+    ];
+    map(entries.into_iter().chain(scale_on))
 }
 
 fn restart(restart: &Restart) -> Value {

@@ -119,7 +119,11 @@ const BACKEND: &[Key] = &[
 
 /// Section `pools[].provider.process`.
 const REPLICAS: &[Key] = &[
-    Key::required("replicas", Form::Integer(1..=1000), "number of child processes to keep alive"),
+    Key::required(
+        "replicas",
+        NUMBER,
+        "number of child processes to keep alive. A section: the pool [scales by itself](operations.md#asleep-until-needed)",
+    ),
     Key::required(
         "command",
         Form::List(&Form::Text),
@@ -177,6 +181,54 @@ const RESTART: &[Key] = &[
     ),
 ];
 
+/// `replicas` of the providers `process` and `docker`.
+const NUMBER: Form = Form::Any(&[Form::Integer(1..=1000), Form::Section(SCALED, "{ min: 0, max: 3 }")]);
+
+/// Section `replicas` of the providers `process` and `docker`.
+const SCALED: &[Key] = &[
+    Key::integer(
+        "min",
+        0..=1000,
+        0,
+        "replicas without connections. 0: the pool sleeps, and its first connection wakes it",
+    ),
+    Key::required("max", Form::Integer(1..=1000), "the highest number of replicas"),
+    Key::duration(
+        "idle_stop",
+        seconds(1)..=days(30),
+        minutes(15),
+        "time without connections after which only `min` replicas stay",
+    ),
+    Key::duration(
+        "wake_timeout",
+        ms(100)..=minutes(10),
+        seconds(20),
+        "how long a connection waits for a healthy replica while the pool wakes. Then Ringway resets it",
+    ),
+    Key::integer("max_waiting", 1..=1_000_000, 1000, "connections that may wait. Ringway resets further ones"),
+    Key::section(
+        "scale_on",
+        SCALE_ON,
+        "{ connections_per_replica: 100 }",
+        "how the number follows the connections. Without this section, the pool has `max` replicas as soon as it has a connection",
+    ),
+];
+
+/// Section `scale_on` of `replicas`.
+const SCALE_ON: &[Key] = &[
+    Key::required(
+        "connections_per_replica",
+        Form::Integer(1..=1_000_000),
+        "connections for which one replica is enough",
+    ),
+    Key::duration(
+        "cool_down",
+        seconds(1)..=days(1),
+        minutes(5),
+        "how long a lower number must have been enough before the number falls. It rises at once",
+    ),
+];
+
 /// Section `rollout` of the providers `process` and `docker`.
 const ROLLOUT: &[Key] = &[
     Key::choice(
@@ -222,7 +274,11 @@ const NETWORK: Key = Key::usual(
 
 /// Section `pools[].provider.docker` for containers that Ringway creates.
 const CREATED: &[Key] = &[
-    Key::required("replicas", Form::Integer(1..=1000), "number of containers to keep alive"),
+    Key::required(
+        "replicas",
+        NUMBER,
+        "number of containers to keep alive. A section: the pool [scales by itself](operations.md#asleep-until-needed)",
+    ),
     Key::required("image", Form::Text, "image of the containers"),
     Key::optional("command", Form::List(&Form::Text), "(the image's)", "arguments, with `{port}` and `{slot}`"),
     Key::required(

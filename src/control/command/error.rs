@@ -67,6 +67,9 @@ pub enum CommandError {
     /// Only supervised pools have a number of replicas.
     #[error("pool {0} has no replicas: Ringway does not start its backends")]
     NotSupervised(String),
+    /// The pool's connections decide.
+    #[error("pool {0} scales by itself: change min and max of its `replicas` in the config, and reload")]
+    ScalesItself(String),
     /// Only containers have an image.
     #[error("the replicas of pool {0} are processes, which have no image: omit it to replace all of them")]
     NoImage(String),
@@ -154,6 +157,7 @@ impl CommandError {
             | Self::TooManyKeys { .. }
             | Self::NotStatic(_)
             | Self::NotSupervised(_)
+            | Self::ScalesItself(_)
             | Self::NoImage(_)
             | Self::NoRollout(_)
             | Self::NotTaken(_)

@@ -127,7 +127,7 @@ pub async fn supervise(
         double_backoff: Backoff::default(),
         has_seen: false,
     };
-    let supervisor = Supervisor::new(containers, first, table, events, &mut signals, None).await;
+    let supervisor = Supervisor::new(containers, first, table, events, &mut signals, None, None).await;
     supervisor.run(settings, signals, stop).await;
 }
 

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::plan::{Place, Role};
 use super::rollout::{PendingOrder, Refused, RolloutStatus};
+use super::scaling::ScalingStatus;
 use crate::address::Address;
 
 /// Asks a supervisor to pause and to hand its replicas over to another process.
@@ -34,6 +35,8 @@ pub struct Signals {
     pub refused: Option<Refused>,
     /// Where the supervisor shows its rollouts.
     pub rollout: Arc<RolloutStatus>,
+    /// Where the supervisor shows how it scales the pool, and learns of connections that wait.
+    pub scaling: Arc<ScalingStatus>,
 }
 
 impl Handover {

@@ -5,6 +5,7 @@
 //! - this file: the loop, and the [`Adapter`] that starts, stops and observes replicas
 //! - [`plan`]: decides what to do next; pure
 //! - [`rollout`]: how far the replacement of outdated replicas is; pure
+//! - [`scaling`]: how many replicas a pool has that scales by itself; pure
 //! - [`slots`]: the slots of a pool, and their events for the publisher
 //! - [`handover`]: what one Ringway hands over to the next during an upgrade
 //! - [`ends`]: records and logs ends of replicas and failed starts
@@ -20,6 +21,7 @@ pub mod launch;
 pub mod plan;
 pub mod process;
 pub mod rollout;
+pub mod scaling;
 pub mod shim;
 
 mod ends;
@@ -36,11 +38,15 @@ use tokio_util::sync::CancellationToken;
 use self::handover::{Handed, Signals};
 use self::plan::{Action, Failure, Place, Role, Why};
 use self::rollout::{Rollout, RolloutOrder, Stage, Target};
+use self::scaling::{Direction, Load, Scaler, ScalingStatus, ScalingView};
 pub use self::slots::SlotSettings;
 use self::slots::{LOOK, Running, Slots};
 use super::Event;
 use crate::backend::Replica;
 use crate::table::TableCell;
+
+/// Interval between looks at the connections of a pool that scales by itself.
+const LOAD: Duration = Duration::from_secs(1);
 
 /// Number of lines of a replica's output kept for its [`Exit`](crate::backend::Exit).
 const LAST_LINES: usize = 10;
@@ -137,11 +143,14 @@ struct Supervisor<A: Adapter> {
     /// The settings as they are configured. A rollout that has failed may have gone back to another spec.
     settings: A::Settings,
     rollout: Rollout<A::Spec>,
+    scaler: Scaler,
+    scaling: Arc<ScalingStatus>,
     table_changes: watch::Receiver<u64>,
 }
 
 impl<A: Adapter> Supervisor<A> {
     /// A supervisor with its first settings. Reports the slots to the publisher. `previous`: what the replicas of a predecessor are from.
+    /// `running`: the number of its slots, if that is known already.
     async fn new(
         adapter: A,
         settings: A::Settings,
@@ -149,15 +158,19 @@ impl<A: Adapter> Supervisor<A> {
         events: mpsc::Sender<Event>,
         signals: &mut Signals,
         previous: Option<A::Spec>,
+        running: Option<u32>,
     ) -> Self {
         let is_settled = *signals.settled.borrow_and_update();
-        let slots = Slots::new(A::slot_settings(&settings).clone(), table, events, is_settled);
+        let mut slots = Slots::new(A::slot_settings(&settings).clone(), table, events, is_settled);
+        slots.scaled = running;
         let mut adapter = adapter;
         adapter.look_up(&settings).await;
         let mut rollout = Rollout::new(Arc::clone(slots.pool()), adapter.spec(&settings), Arc::clone(&signals.rollout));
         rollout.go_on(previous, signals.refused.take(), Instant::now());
         let table_changes = slots.watch_table();
-        let mut supervisor = Self { adapter, slots, settings, rollout, table_changes };
+        let scaling = Arc::clone(&signals.scaling);
+        let mut supervisor =
+            Self { adapter, slots, settings, rollout, scaler: Scaler::default(), scaling, table_changes };
         supervisor.apply().await;
         supervisor
     }
@@ -182,6 +195,8 @@ impl<A: Adapter> Supervisor<A> {
                     }
                 }
                 Ok(()) = self.table_changes.changed() => self.slots.judge(self.adapter.running()),
+                // The next turn of the loop counts it.
+                () = self.scaling.waiting.called() => {}
                 Ok(()) = settings.changed() => {
                     let changed = settings.borrow_and_update().clone();
                     self.reconfigure(changed).await;
@@ -235,7 +250,7 @@ impl<A: Adapter> Supervisor<A> {
         self.mark_outdated();
         self.slots.announce().await;
         // A leaving slot may have left before it joined again: report its replica to the publisher.
-        let wanted = self.slots.settings.replicas as usize;
+        let wanted = self.slots.goal() as usize;
         // A slot before what stands beside it.
         let mut running: Vec<_> = self.adapter.running().filter(|running| running.place.slot < wanted).collect();
         running.sort_by_key(|running| running.place);
@@ -317,10 +332,11 @@ impl<A: Adapter> Supervisor<A> {
             return None;
         }
         let now = Instant::now();
+        let next_load = self.follow_load(now).await;
         let next_look = self.slots.look_at_drains().await.then(|| now + LOOK);
         self.follow_rollout(now);
         let plan = self.slots.plan(self.rollout.last_step, now);
-        let mut wake = plan.wake.into_iter().chain(next_look).min();
+        let mut wake = plan.wake.into_iter().chain(next_look).chain(next_load).min();
         for action in plan.actions {
             let again = match self.carry_out(action, now).await {
                 Progress::Done => Some(now),
@@ -334,6 +350,38 @@ impl<A: Adapter> Supervisor<A> {
             }
         }
         wake
+    }
+
+    /// Scales the pool by its connections, if it does that. Returns when to look again.
+    async fn follow_load(&mut self, now: Instant) -> Option<Instant> {
+        let SlotSettings { scaling, replicas: max, .. } = self.slots.settings;
+        let Some(scaling) = scaling else {
+            if self.slots.scaled.take().is_some() {
+                self.scaler = Scaler::default();
+                self.scaling.show(None);
+            }
+            return None;
+        };
+        let waiting = self.scaling.waiting.now() as u64;
+        let load = Load { open: self.slots.connections(), waiting };
+        // Whoever was supervised before, by another Ringway or with another config, stays until the load says otherwise.
+        let before = self.slots.scaled.unwrap_or_else(|| self.slots.in_use());
+        let wanted = self.scaler.wanted(&scaling, max, before, load, now);
+        let is_first = self.scaling.view().is_none();
+        if is_first || wanted != before || self.slots.scaled != Some(wanted) {
+            if wanted != before {
+                let pool = self.slots.pool();
+                let direction = if wanted > before { Direction::Up } else { Direction::Down };
+                self.scaling.changes.count(direction);
+                tracing::info!(%pool, from = before, to = wanted, connections = load.open, waiting, "scaling");
+            }
+            self.slots.scaled = Some(wanted);
+            self.apply().await;
+        }
+        let since = self.scaling.view().filter(|view| view.wanted == wanted).map_or(now, |view| view.since);
+        self.scaling.show(Some(ScalingView { min: scaling.min, max, wanted, since }));
+        // A pool that sleeps is called.
+        (wanted > 0 || waiting > 0).then_some(now + LOAD)
     }
 
     /// Notes how far the rollout is.

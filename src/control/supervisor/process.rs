@@ -67,7 +67,9 @@ pub async fn supervise(
     // All of an old process had the same one, unless a rollout was under way.
     let current = taken_over.iter().filter(|one| one.part == Part::Current).map(|one| &one.spec);
     let previous = current.clone().find(|spec| **spec != first.spec).cloned();
-    let mut supervisor = Supervisor::new(processes, first, table, events, &mut signals, previous).await;
+    let numbers = taken_over.iter().filter_map(|one| slot_number(&first.slots.pool, &one.slot));
+    let last = numbers.max().unwrap_or_default();
+    let mut supervisor = Supervisor::new(processes, first, table, events, &mut signals, previous, Some(last)).await;
     supervisor.adapter.take_over(&mut supervisor.slots, taken_over).await;
     supervisor.run(settings, signals, stop).await;
 }

@@ -72,8 +72,8 @@ impl Scaler {
         let least = scaling.min.max(1);
         let need = match scaling.by_load {
             // A pool that sleeps needs nothing before a connection comes, and one that was awake stays so.
-            _ if connections == 0 && now_wanted == 0 => 0,
-            None if connections == 0 => now_wanted,
+            _ if connections == 0 && now_wanted == 0 => scaling.min,
+            None if connections == 0 => now_wanted.max(scaling.min),
             None => most,
             Some(by_load) => {
                 let need = connections.div_ceil(by_load.connections_per_replica.max(1).into());

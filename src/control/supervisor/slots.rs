@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, watch};
 use super::ends::Ends;
 use super::plan::{Going, Pace, Place, Plan, Policy, Role, Seat, Slot, Why, plan};
 use super::rollout::Stage;
+use super::scaling::Scaling;
 use crate::address::Address;
 use crate::backend::{Exit, Membership, Replica};
 use crate::control::Event;
@@ -27,8 +28,10 @@ pub(super) const LOOK: Duration = Duration::from_millis(100);
 pub struct SlotSettings {
     /// The pool's name.
     pub pool: Arc<str>,
-    /// Number of replicas. With 0 the supervisor ends once the last replica has ended.
+    /// Number of replicas, or the maximum if the pool scales by itself. With 0 the supervisor ends once the last replica has ended.
     pub replicas: u32,
+    /// How the pool scales by itself; `None`: it does not.
+    pub scaling: Option<Scaling>,
     /// Weights of slots; the default is 1.
     pub weights: BTreeMap<Arc<str>, u32>,
     /// How long a surplus replica's connections may stay open before Ringway stops it.
@@ -44,6 +47,8 @@ pub struct SlotSettings {
 pub(super) struct Slots {
     pub(super) settings: SlotSettings,
     list: Vec<Slot>,
+    /// The number of slots to fill, if the pool scales by itself; `None`: not known yet.
+    pub(super) scaled: Option<u32>,
     ends: Ends,
     table: TableCell,
     events: mpsc::Sender<Event>,
@@ -65,6 +70,7 @@ impl Slots {
         Self {
             settings,
             list: Vec::new(),
+            scaled: None,
             ends,
             table,
             events,
@@ -94,10 +100,28 @@ impl Slots {
         self.table.watch()
     }
 
-    /// Number of slots to fill now.
+    /// Number of slots that the pool shall have now.
+    pub(super) fn goal(&self) -> u32 {
+        let SlotSettings { replicas, scaling, .. } = self.settings;
+        scaling.and_then(|scaling| Some(self.scaled?.max(scaling.min).min(replicas))).unwrap_or(replicas)
+    }
+
+    /// Number of slots to fill now. While a predecessor may have connections, this is at least the number of those that it has filled.
     pub(super) fn wanted(&self) -> usize {
-        let wanted = self.settings.replicas as usize;
+        let wanted = self.goal() as usize;
         if self.is_settled { wanted } else { wanted.max(self.list.len()) }
+    }
+
+    /// Connections to all backends of the pool.
+    pub(super) fn connections(&self) -> u64 {
+        let table = self.table.load();
+        table.backends().iter().map(|backend| backend.live.active.load(Ordering::Relaxed)).sum()
+    }
+
+    /// The number of the last slot that has a replica.
+    pub(super) fn in_use(&self) -> u32 {
+        let last = self.list.iter().rposition(|slot| slot.front.is_running() || slot.front.is_starting());
+        last.map_or(0, |last| last as u32 + 1)
     }
 
     /// The name of a slot.
@@ -127,8 +151,8 @@ impl Slots {
     /// Applies the first settings, or changed ones.
     pub(super) fn configure(&mut self, settings: SlotSettings) {
         self.ends.policy = settings.policy;
-        self.extend(settings.replicas);
         self.settings = settings;
+        self.extend(self.goal());
     }
 
     /// Forgets how the last replicas ended: empty slots start at once.
@@ -141,7 +165,7 @@ impl Slots {
 
     /// Reports the pool's slots to the publisher, each with its weight.
     pub(super) async fn announce(&self) {
-        for id in slots(&self.settings.pool, self.settings.replicas) {
+        for id in slots(&self.settings.pool, self.goal()) {
             let weight = self.settings.weights.get(&id).copied().unwrap_or(1);
             self.send(Event::Joined { id, membership: Membership::weighing(weight) }).await;
         }

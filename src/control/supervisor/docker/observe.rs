@@ -152,7 +152,7 @@ impl Containers {
     async fn observe_front(&mut self, slots: &mut Slots, place: Place, incumbent: Option<Container>) {
         let now = Instant::now();
         self.leftovers.remove(&place);
-        if place.slot >= slots.settings.replicas as usize && !self.known.contains_key(&place) {
+        if place.slot >= slots.goal() as usize && !self.known.contains_key(&place) {
             // The plan stops and removes the container, whatever its state.
             match incumbent {
                 Some(container) => {

@@ -6,6 +6,7 @@ fn settings(replicas: u32) -> SlotSettings {
     SlotSettings {
         pool: "echo".into(),
         replicas,
+        scaling: None,
         weights: BTreeMap::new(),
         drain: Duration::from_secs(30),
         pace: Pace {
