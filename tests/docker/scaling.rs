@@ -16,8 +16,9 @@ fn yaml(owner: &Owner, replicas: &str) -> String {
         .replace("replicas: 77", &format!("replicas: {{ {replicas} }}"))
 }
 
-async fn wanted(program: &Program) -> u64 {
-    program.status().await["pools"][0]["provider"]["scaling"]["wanted"].as_u64().unwrap()
+/// The number of replicas that the pool should have; `None`: Ringway does not know the containers yet.
+async fn wanted(program: &Program) -> Option<u64> {
+    program.status().await["pools"][0]["provider"]["scaling"]["wanted"].as_u64()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -31,7 +32,7 @@ async fn the_first_connection_starts_a_container_and_the_last_one_ends_it() {
         assert!(soon("an echo", echoes(&mut first)).await);
         eventually("both containers", || owner.containers().len() == 2).await;
         drop(first);
-        eventually_async("it sleeps", async || wanted(&program).await == 0).await;
+        eventually_async("it sleeps", async || wanted(&program).await == Some(0)).await;
     }
     eventually("no container", || owner.containers().is_empty()).await;
 }
@@ -42,18 +43,28 @@ async fn a_ringway_that_was_killed_goes_on_with_the_containers_that_run() {
     let owner = Owner::new().await;
     let yaml = yaml(&owner, "min: 0, max: 3, idle_stop: 1h, scale_on: { connections_per_replica: 10, cool_down: 1h }");
     let mut program = owner.program(&yaml).await;
-    let open = loadtest::open(program.web(), 15).await.unwrap();
-    eventually_async("two containers", async || wanted(&program).await == 2 && owner.containers().len() == 2).await;
+    let mut open = loadtest::open(program.web(), 15).await.unwrap();
+    for stream in &mut open {
+        assert!(soon("an echo", echoes(stream)).await);
+    }
+    eventually_async("two containers", async || wanted(&program).await == Some(2) && owner.containers().len() == 2)
+        .await;
+    // A container that does not run yet is not kept.
+    let all_healthy = async || {
+        let status = program.status().await;
+        status["pools"][0]["backends"].as_array().unwrap().iter().all(|one| one["state"] == "healthy")
+    };
+    eventually_async("both are healthy", all_healthy).await;
     let containers = owner.containers();
     program.signal(Signal::KILL);
     program.ended().await;
     drop(open);
     let mut program = owner.program(&yaml).await;
-    eventually_async("it knows them", async || wanted(&program).await == 2).await;
+    eventually_async("it knows them", async || wanted(&program).await == Some(2)).await;
     let mut stream = TcpStream::connect(program.web()).await.unwrap();
     assert!(soon("an echo", echoes(&mut stream)).await);
     program.upgrade().await;
-    eventually_async("the successor knows them", async || wanted(&program).await == 2).await;
+    eventually_async("the successor knows them", async || wanted(&program).await == Some(2)).await;
     // It would have removed one by now.
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(owner.containers(), containers);

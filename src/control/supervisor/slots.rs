@@ -109,7 +109,7 @@ impl Slots {
     /// Number of slots to fill now. While a predecessor may have connections, this is at least the number of those that it has filled.
     pub(super) fn wanted(&self) -> usize {
         let wanted = self.goal() as usize;
-        if self.is_settled { wanted } else { wanted.max(self.list.len()) }
+        if self.is_settled { wanted } else { wanted.max(self.in_use() as usize) }
     }
 
     /// Connections to all backends of the pool.
@@ -120,7 +120,8 @@ impl Slots {
 
     /// The number of the last slot that has a replica.
     pub(super) fn in_use(&self) -> u32 {
-        let last = self.list.iter().rposition(|slot| slot.front.is_running() || slot.front.is_starting());
+        let is_used = |seat: &Seat| seat.is_running() || seat.is_starting();
+        let last = self.list.iter().rposition(|slot| is_used(&slot.front) || is_used(&slot.beside));
         last.map_or(0, |last| last as u32 + 1)
     }
 
