@@ -139,6 +139,16 @@ async fn no_connection_fails_while_the_number_rises_and_falls() {
 }
 
 #[tokio::test]
+async fn short_connections_keep_a_pool_awake() {
+    let program = Program::start(&scaled("min: 0, max: 1, idle_stop: 1s")).await;
+    let report = churn(program.web(), 10, Duration::from_secs(5), Duration::from_secs(20)).await;
+    assert_eq!(report.failures(), std::collections::BTreeMap::new());
+    let text = get(program.api(), "/metrics").await.1;
+    assert_eq!(metric_in(&text, "ringway_scaling_changes_total", &["down"]), 0.0);
+    eventually_async("it sleeps", async || counts(&program).await == (0, 0)).await;
+}
+
+#[tokio::test]
 async fn an_upgrade_and_a_reload_keep_the_number() {
     let yaml = scaled("min: 0, max: 3, scale_on: { connections_per_replica: 10, cool_down: 1h }");
     let mut program = Program::start(&yaml).await;

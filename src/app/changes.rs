@@ -127,7 +127,8 @@ impl OfPool {
                 kept.weights.retain(|id, _| is_there(id) && weight(before, id) == weight(after, id));
                 kept.drained.retain(|id| is_there(id));
             }
-            _ if before.replicas() != after.replicas() => kept.replicas = None,
+            // A pool that scales by itself has no fixed number.
+            _ if before.replicas() != after.replicas() || after.scaled().is_some() => kept.replicas = None,
             _ => {}
         }
         if before.image() != after.image() {
@@ -240,6 +241,8 @@ mod tests {
         assert_eq!(changes.over(&process(3)).pools[0].provider.replicas(), Some(5));
         assert_eq!(changes.kept(&process(3), &process(3)).get("p").replicas, Some(5));
         assert_eq!(changes.kept(&process(3), &process(4)).get("p").replicas, None);
+        let scaled = config("process: { replicas: { max: 3 }, command: [server, \"{port}\"] }");
+        assert_eq!(changes.kept(&process(3), &scaled).get("p").replicas, None);
     }
 
     #[test]

@@ -145,6 +145,8 @@ struct Supervisor<A: Adapter> {
     rollout: Rollout<A::Spec>,
     scaler: Scaler,
     scaling: Arc<ScalingStatus>,
+    /// Connections that had been made to the pool's backends at the last look.
+    made: u64,
     table_changes: watch::Receiver<u64>,
 }
 
@@ -170,7 +172,7 @@ impl<A: Adapter> Supervisor<A> {
         let table_changes = slots.watch_table();
         let scaling = Arc::clone(&signals.scaling);
         let mut supervisor =
-            Self { adapter, slots, settings, rollout, scaler: Scaler::default(), scaling, table_changes };
+            Self { adapter, slots, settings, rollout, scaler: Scaler::default(), scaling, made: 0, table_changes };
         supervisor.apply().await;
         supervisor
     }
@@ -363,7 +365,10 @@ impl<A: Adapter> Supervisor<A> {
             return None;
         };
         let waiting = self.scaling.waiting.now() as u64;
-        let load = Load { open: self.slots.connections(), waiting };
+        let (open, made) = self.slots.connections();
+        // The sum falls when a slot leaves.
+        let any_began = made > std::mem::replace(&mut self.made, made);
+        let load = Load { open, waiting, any_began };
         // Whoever was supervised before, by another Ringway or with another config, stays until the load says otherwise.
         let before = self.slots.scaled.unwrap_or_else(|| self.slots.in_use());
         let wanted = self.scaler.wanted(&scaling, max, before, load, now);
@@ -373,7 +378,7 @@ impl<A: Adapter> Supervisor<A> {
                 let pool = self.slots.pool();
                 let direction = if wanted > before { Direction::Up } else { Direction::Down };
                 self.scaling.changes.count(direction);
-                tracing::info!(%pool, from = before, to = wanted, connections = load.open, waiting, "scaling");
+                tracing::info!(%pool, from = before, to = wanted, connections = open, waiting, "scaling");
             }
             self.slots.scaled = Some(wanted);
             self.apply().await;

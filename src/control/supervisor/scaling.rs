@@ -43,11 +43,12 @@ label_enum! {
     }
 }
 
-/// The connections of a pool: those to its backends, and those that wait for one.
+/// The connections of a pool: those to its backends, those that wait for one, and whether any began since the last look.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Load {
     pub(super) open: u64,
     pub(super) waiting: u64,
+    pub(super) any_began: bool,
 }
 
 /// What a pool has needed lately.
@@ -62,7 +63,8 @@ pub(super) struct Scaler {
 impl Scaler {
     /// The number of replicas from now on. `now_wanted`: the number until now.
     pub(super) fn wanted(&mut self, scaling: &Scaling, most: u32, now_wanted: u32, load: Load, now: Instant) -> u32 {
-        let connections = load.open + load.waiting;
+        // Short connections begin and end between two looks.
+        let connections = (load.open + load.waiting).max(load.any_began.into());
         if connections > 0 {
             self.idle_since = None;
         } else if now.saturating_duration_since(*self.idle_since.get_or_insert(now)) >= scaling.idle_stop {

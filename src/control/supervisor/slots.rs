@@ -13,7 +13,7 @@ use super::plan::{Going, Pace, Place, Plan, Policy, Role, Seat, Slot, Why, plan}
 use super::rollout::Stage;
 use super::scaling::Scaling;
 use crate::address::Address;
-use crate::backend::{Exit, Membership, Replica};
+use crate::backend::{Backend, Exit, Membership, Replica};
 use crate::control::Event;
 use crate::control::provider::slots;
 use crate::labels::Label as _;
@@ -112,10 +112,14 @@ impl Slots {
         if self.is_settled { wanted } else { wanted.max(self.in_use() as usize) }
     }
 
-    /// Connections to all backends of the pool.
-    pub(super) fn connections(&self) -> u64 {
+    /// Connections to all backends of the pool: those that are open now, and all that have been made.
+    pub(super) fn connections(&self) -> (u64, u64) {
         let table = self.table.load();
-        table.backends().iter().map(|backend| backend.live.active.load(Ordering::Relaxed)).sum()
+        let of = |backend: &Backend| {
+            let live = &backend.live;
+            (live.active.load(Ordering::Relaxed), live.counters.total.load(Ordering::Relaxed))
+        };
+        table.backends().iter().map(of).fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
     }
 
     /// The number of the last slot that has a replica.

@@ -26,7 +26,7 @@ impl Simulation {
     }
 
     fn look(&mut self, open: u64) -> u32 {
-        self.look_with(Load { open, waiting: 0 })
+        self.look_with(Load { open, ..Load::default() })
     }
 
     fn look_with(&mut self, load: Load) -> u32 {
@@ -48,16 +48,26 @@ impl Simulation {
 fn a_pool_sleeps_without_connections_and_the_first_one_wakes_it() {
     let mut pool = Simulation::new(scaling(0, None), 3, 0);
     assert_eq!(pool.after(0, MINUTE), 0);
-    assert_eq!(pool.look_with(Load { open: 0, waiting: 1 }), 3);
+    assert_eq!(pool.look_with(Load { waiting: 1, ..Load::default() }), 3);
     // The connection has ended: it stays awake for `idle_stop`.
     assert_eq!(pool.after(0, 15 * MINUTE), 3);
     assert_eq!(pool.look(0), 0);
     assert_eq!(pool.after(0, MINUTE), 0);
     // One connection begins the time again.
-    pool.look_with(Load { open: 0, waiting: 1 });
+    pool.look_with(Load { waiting: 1, ..Load::default() });
     pool.after(0, 10 * MINUTE);
     pool.look(1);
     assert_eq!(pool.after(0, 14 * MINUTE), 3);
+    assert_eq!(pool.after(0, 2 * MINUTE), 0);
+}
+
+#[test]
+fn short_connections_between_the_looks_keep_a_pool_awake() {
+    let mut pool = Simulation::new(scaling(0, Some(100)), 3, 1);
+    for _ in 0..3600 {
+        assert_eq!(pool.look_with(Load { any_began: true, ..Load::default() }), 1);
+    }
+    assert_eq!(pool.after(0, 14 * MINUTE), 1);
     assert_eq!(pool.after(0, 2 * MINUTE), 0);
 }
 
@@ -77,7 +87,7 @@ fn a_minimum_stays() {
 #[test]
 fn the_number_rises_at_once_and_falls_after_the_cool_down() {
     let mut pool = Simulation::new(scaling(0, Some(100)), 10, 0);
-    assert_eq!(pool.look_with(Load { open: 0, waiting: 250 }), 3);
+    assert_eq!(pool.look_with(Load { waiting: 250, ..Load::default() }), 3);
     assert_eq!((pool.look(100), pool.look(901), pool.look(5000)), (3, 10, 10));
     assert_eq!(pool.after(150, 299 * SECOND), 10);
     assert_eq!(pool.look(150), 2);
