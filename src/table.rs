@@ -153,9 +153,11 @@ impl Table {
         self.tiers[..self.joined].iter().map(|tier| tier.tier)
     }
 
-    /// Whether a backend on the ring has been judged by its checks: healthy or not.
-    pub fn is_judged(&self) -> bool {
-        self.backends.tiers().iter().any(|tier| tier.rated > 0)
+    /// Whether a first backend may become healthy soon: none is, and none that can be reached has failed its checks. An exclusive pool
+    /// waits for the one that claims it.
+    pub fn awaits_first(&self) -> bool {
+        let has_failed = |tier: &Tier| tier.reachable > tier.unknown + tier.healthy;
+        !self.any_healthy() && (self.rules.is_exclusive || !self.backends.tiers().iter().any(has_failed))
     }
 
     /// Whether the backends on the ring have different tiers.

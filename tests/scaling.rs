@@ -26,7 +26,9 @@ fn scaled(replicas: &str) -> String {
 /// The number of replicas that the pool should have, and the number of those that run.
 async fn counts(program: &Program) -> (u64, usize) {
     let status = program.status().await;
-    (status["pools"][0]["provider"]["scaling"]["wanted"].as_u64().unwrap(), program.replicas().await.len())
+    // The supervisor may not have looked yet.
+    let wanted = status["pools"][0]["provider"]["scaling"]["wanted"].as_u64();
+    (wanted.unwrap_or(u64::MAX), program.replicas().await.len())
 }
 
 #[tokio::test]
@@ -34,7 +36,7 @@ async fn the_first_connection_wakes_a_pool_and_it_falls_asleep_again() {
     let program = Program::start(&scaled("min: 0, max: 2, idle_stop: 1s")).await;
     // A pool that sleeps does not keep Ringway from being ready.
     eventually_async("ready", async || get(program.api(), "/readyz").await.0 == 200).await;
-    assert_eq!(counts(&program).await, (0, 0));
+    eventually_async("asleep", async || counts(&program).await == (0, 0)).await;
     let (_, out, _) = run(&["status", "--api", &program.api().to_string()]);
     assert!(out.contains("pool echo: it sleeps until a connection comes") && !out.contains("no backends"), "{out}");
     for _ in 0..2 {
@@ -74,7 +76,7 @@ async fn five_hundred_clients_at_once_wake_a_pool_and_all_are_served() {
 
 #[tokio::test]
 async fn who_waits_too_long_or_in_too_great_a_number_is_reset() {
-    let yaml = scaled("min: 0, max: 1, wake_timeout: 2s, max_waiting: 5").replace(
+    let yaml = scaled("min: 0, max: 1, wake_timeout: 5s, max_waiting: 5").replace(
         "[ringway, echo-server, --listen, \"127.0.0.1:{port}\", --name, \"{slot}\"]",
         "[sleep, \"1000{port}\"]",
     );
@@ -153,14 +155,14 @@ async fn an_upgrade_and_a_reload_keep_the_number() {
     let yaml = scaled("min: 0, max: 3, scale_on: { connections_per_replica: 10, cool_down: 1h }");
     let mut program = Program::start(&yaml).await;
     program.upgrade().await;
-    assert_eq!(counts(&program).await, (0, 0));
+    eventually_async("asleep", async || counts(&program).await == (0, 0)).await;
     let open = loadtest::open(program.web(), 15).await.unwrap();
     eventually_async("two replicas", async || counts(&program).await == (2, 2)).await;
     let replicas = program.replicas().await;
     drop(open);
     program.upgrade().await;
     eventually_async("the same replicas", async || program.replicas().await == replicas).await;
-    assert_eq!(counts(&program).await.0, 2);
+    eventually_async("the same number", async || counts(&program).await.0 == 2).await;
     // From there to a fixed number, and back.
     program.write_config(&scaled("X").replace("{ X }", "3"));
     assert_eq!(http(program.api(), "POST", "/api/reload", b"").await.status(), 200);
@@ -189,4 +191,25 @@ async fn a_sleeping_pool_answers_requests_of_the_side_port() {
     let answer = soon("an answer", http(ringway.api(), "POST", "/api/request", b"x")).await;
     assert_eq!(answer.status(), 200);
     assert_eq!(ringway.states(), [State::Healthy]);
+}
+
+/// The replica goes on to accept for two seconds after SIGTERM.
+#[tokio::test]
+async fn a_replica_that_is_being_stopped_gets_no_connection_when_the_pool_wakes() {
+    let server = format!("{} echo-server --listen 127.0.0.1:{{port}}", env!("CARGO_BIN_EXE_ringway"));
+    let script = format!("trap 'sleep 2; exit' TERM; {server} & while true; do wait; done");
+    let yaml = scaled("min: 0, max: 1, idle_stop: 1s").replace(
+        "[ringway, echo-server, --listen, \"127.0.0.1:{port}\", --name, \"{slot}\"]",
+        &format!("[sh, -c, \"{script}\"]"),
+    );
+    let program = Program::start(&yaml).await;
+    let mut first = TcpStream::connect(program.web()).await.unwrap();
+    assert!(soon("an echo", echoes(&mut first)).await);
+    drop(first);
+    eventually("the stop", || program.log().contains("stopping the replica")).await;
+    let mut second = TcpStream::connect(program.web()).await.unwrap();
+    for _ in 0..30 {
+        assert!(soon("an echo of the next replica", echoes(&mut second)).await);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }

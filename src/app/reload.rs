@@ -149,7 +149,8 @@ impl App {
                         stop.cancel();
                     }
                     let started = prepared.start(&self.tasks);
-                    if !is_empty_on_purpose(&started.route, &started.provider) {
+                    let may_sleep = pool.provider.scaled().is_some_and(|scaled| scaled.scaling.min == 0);
+                    if !may_sleep && !is_empty_on_purpose(&started.route, &started.provider) {
                         fresh.push(started.route.table.clone());
                     }
                     started

@@ -76,6 +76,8 @@ pub async fn connect<'a, T: AsRef<Table>>(
         if let Some(wake) = route.wake.as_ref().filter(|_| is_asleep(current().as_ref())) {
             // Boxed: all other connections need no room for it.
             Box::pin(wake.wait(&route.table, &mut current)).await?;
+            // One that was about to leave may be the one that stays.
+            tries.retain(|tried| tried.failure.is_some());
         }
         let table = current();
         let table = table.as_ref();

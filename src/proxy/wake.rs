@@ -35,7 +35,7 @@ impl Wake {
     }
 }
 
-/// Whether the pool has no replica that its checks have judged. A connection to one that is starting would fail.
+/// Whether the pool sleeps or wakes. A connection to a replica that is starting would fail.
 pub(super) fn is_asleep(table: &Table) -> bool {
-    !table.is_judged()
+    table.awaits_first()
 }

@@ -257,7 +257,9 @@ impl<A: Adapter> Supervisor<A> {
         let mut running: Vec<_> = self.adapter.running().filter(|running| running.place.slot < wanted).collect();
         running.sort_by_key(|running| running.place);
         for Running { place, address, replica } in running {
-            if let (Some(address), false) = (address.cloned(), self.slots[place].is_former) {
+            // One that is being stopped serves no more, even if its slot is wanted again.
+            let serves = !self.slots[place].is_former && self.slots[place].stops_for().is_none();
+            if let (Some(address), true) = (address.cloned(), serves) {
                 self.slots.report(place, address, replica.clone()).await;
             }
         }
@@ -367,14 +369,14 @@ impl<A: Adapter> Supervisor<A> {
         let waiting = self.scaling.waiting.now() as u64;
         let (open, made) = self.slots.connections();
         // The sum falls when a slot leaves.
-        let any_began = made > std::mem::replace(&mut self.made, made);
+        let is_first = self.scaling.view().is_none();
+        let any_began = made > std::mem::replace(&mut self.made, made) && !is_first;
         let load = Load { open, waiting, any_began };
         // Whoever was supervised before, by another Ringway or with another config, stays until the load says otherwise.
         let before = self.slots.scaled.unwrap_or_else(|| self.slots.in_use());
         let wanted = self.scaler.wanted(&scaling, max, before, load, now);
-        let is_first = self.scaling.view().is_none();
         if is_first || wanted != before || self.slots.scaled != Some(wanted) {
-            if wanted != before {
+            if wanted != before && !is_first {
                 let pool = self.slots.pool();
                 let direction = if wanted > before { Direction::Up } else { Direction::Down };
                 self.scaling.changes.count(direction);
@@ -385,8 +387,8 @@ impl<A: Adapter> Supervisor<A> {
         }
         let since = self.scaling.view().filter(|view| view.wanted == wanted).map_or(now, |view| view.since);
         self.scaling.show(Some(ScalingView { min: scaling.min, max, wanted, since }));
-        // A pool that sleeps is called.
-        (wanted > 0 || waiting > 0).then_some(now + LOAD)
+        // A pool that sleeps is called, unless replicas of an old process still serve.
+        (wanted > 0 || waiting > 0 || !self.slots.is_settled).then_some(now + LOAD)
     }
 
     /// Notes how far the rollout is.

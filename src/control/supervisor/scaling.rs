@@ -95,7 +95,8 @@ impl Scaler {
         while self.needs.len() > 1 && self.needs[0].0 + cool_down <= now {
             self.needs.pop_front();
         }
-        self.needs[0].1
+        // The maximum may have become less.
+        self.needs[0].1.min(most)
     }
 }
 

@@ -91,6 +91,11 @@ fn the_number_rises_at_once_and_falls_after_the_cool_down() {
     assert_eq!((pool.look(100), pool.look(901), pool.look(5000)), (3, 10, 10));
     assert_eq!(pool.after(150, 299 * SECOND), 10);
     assert_eq!(pool.look(150), 2);
+    pool.look(1000);
+    pool.most = 4;
+    assert_eq!(pool.look(1000), 4);
+    pool.most = 10;
+    pool.after(150, 6 * MINUTE);
     // A short peak within the cool-down begins it again.
     pool.after(150, 10 * MINUTE);
     assert_eq!((pool.look(350), pool.after(90, 4 * MINUTE)), (4, 4));
