@@ -125,8 +125,11 @@ async fn banners_tell_of_empty_pools_and_of_tiers_that_have_spilled() {
         dead.address, spare.address
     );
     let yaml = config(&list, "", "health_check: { kind: tcp, interval: 50ms, fall: 1 }");
-    let program =
-        Program::start(&format!("{yaml}\n  - {{ name: none, provider: {{ static: [] }} }}")).await.ready().await;
+    let asleep = "process: { replicas: { max: 1 }, command: [ringway, echo-server, --listen, \"127.0.0.1:{port}\"] }";
+    let pools = format!(
+        "{yaml}\n  - {{ name: none, provider: {{ static: [] }} }}\n  - {{ name: tired, provider: {{ {asleep} }} }}"
+    );
+    let program = Program::start(&pools).await.ready().await;
     let Some(browser) = opened(&program, 1000, 800).await else { return };
     let banner = |text: &str| format!("return document.getElementById('banners').textContent.includes('{text}')");
     browser
@@ -136,6 +139,8 @@ async fn banners_tell_of_empty_pools_and_of_tiers_that_have_spilled() {
         )
         .await;
     browser.until("the empty pool", &banner("Pool none has no backends.")).await;
+    browser.until("the sleeping pool", &banner("Pool tired sleeps until a connection comes.")).await;
+    assert_eq!(browser.script(&banner("Pool tired has no")).await, false, "it sleeps on purpose");
     browser.until("the failing backend", &banner("1 of 2 backends fail: dead")).await;
     assert_eq!(browser.script(&banner("Pool echo has no")).await, false, "it has a healthy backend");
     assert_eq!(browser.complaints().await, [] as [&str; 0]);

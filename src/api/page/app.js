@@ -299,7 +299,7 @@ function showBanners(status, members) {
     // What stands beside a slot is no backend of its own.
     const all = members(pool.name).filter((one) => !one.beside);
     if (pool.panic) lines.push(["bad", `Pool ${pool.name} is in panic: too few backends are healthy, so Ringway tries all of them.`]);
-    else if (sleeps(pool)) lines.push(["note", `Pool ${pool.name}: ${scaling(pool)}.`]);
+    else if (asleep(pool)) lines.push(["note", `Pool ${pool.name} ${asleep(pool)}.`]);
     else if (!all.length) lines.push(["bad", `Pool ${pool.name} has no backends.`]);
     else if (!all.some((one) => one.state === "healthy")) lines.push(["bad", `Pool ${pool.name} has no healthy backend.`]);
     if (pool.spilled && !pool.panic) lines.push(["warn", `Pool ${pool.name}: too few backends of the lowest tier are healthy, so keys go to tier ${pool.tiers.join(" and ")}.`]);
@@ -318,21 +318,15 @@ function showBanners(status, members) {
     if (pool.differs.length) lines.push(["warn", `Pool ${pool.name} differs from its config: ${pool.differs.slice(0, 8).map(differs).join("; ")}.`]);
   }
   showLines($("alerts"), "bad", lines.filter(([kind]) => kind === "bad").map(([, line]) => `✖ ${line}`));
-  showLines($("warnings"), "warn", lines.filter(([kind]) => kind === "warn").map(([, line]) => `▲ ${line}`));
+  const others = lines.filter(([kind]) => kind !== "bad");
+  showLines($("warnings"), "warn", others.map(([kind, line]) => `${kind === "note" ? "◌" : "▲"} ${line}`));
 }
 
-// Whether a pool sleeps, or connections wait until it is awake.
-function sleeps(pool) {
-  const scaling = pool.provider.scaling;
-  return scaling && (scaling.wanted === 0 || scaling.waiting > 0);
-}
-
-// How many replicas a pool has that scales by itself; nothing for other pools.
-function scaling(pool) {
-  if (!pool.provider.scaling) return null;
-  const { min, max, wanted, waiting } = pool.provider.scaling;
-  if (waiting) return `it wakes up, and ${counted(waiting, "connection")} wait`;
-  return wanted ? `it has ${wanted} of ${min} to ${max} replicas` : "it sleeps until a connection comes";
+// That a pool sleeps or wakes, in words; nothing for one that is awake.
+function asleep(pool) {
+  const { wanted, waiting } = pool.provider.scaling || { wanted: 1, waiting: 0 };
+  if (waiting) return `wakes up, and ${counted(waiting, "connection")} ${waiting === 1 ? "waits" : "wait"}`;
+  return wanted ? null : "sleeps until a connection comes";
 }
 
 // How far a rollout is, or why the last one failed; nothing if there is nothing to say.
