@@ -11,6 +11,7 @@
 mod listener;
 mod pool;
 mod provider;
+mod replicas;
 mod root;
 
 use std::fmt::Write as _;

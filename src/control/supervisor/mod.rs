@@ -5,7 +5,7 @@
 //! - this file: the loop, and the [`Adapter`] that starts, stops and observes replicas
 //! - [`plan`]: decides what to do next; pure
 //! - [`rollout`]: how far the replacement of outdated replicas is; pure
-//! - [`scaling`]: how many replicas a pool has that scales by itself; pure
+//! - [`scaling`]: how many replicas a pool has that scales by itself; pure. [`load`]: where the supervisor follows it
 //! - [`slots`]: the slots of a pool, and their events for the publisher
 //! - [`handover`]: what one Ringway hands over to the next during an upgrade
 //! - [`ends`]: records and logs ends of replicas and failed starts
@@ -25,6 +25,7 @@ pub mod scaling;
 pub mod shim;
 
 mod ends;
+mod load;
 mod output;
 mod slots;
 
@@ -38,15 +39,12 @@ use tokio_util::sync::CancellationToken;
 use self::handover::{Handed, Signals};
 use self::plan::{Action, Failure, Place, Role, Why};
 use self::rollout::{Rollout, RolloutOrder, Stage, Target};
-use self::scaling::{Direction, Load, Scaler, ScalingStatus, ScalingView};
+use self::scaling::{Scaler, ScalingStatus};
 pub use self::slots::SlotSettings;
 use self::slots::{LOOK, Running, Slots};
 use super::Event;
 use crate::backend::Replica;
 use crate::table::TableCell;
-
-/// Interval between looks at the connections of a pool that scales by itself.
-const LOAD: Duration = Duration::from_secs(1);
 
 /// Number of lines of a replica's output kept for its [`Exit`](crate::backend::Exit).
 const LAST_LINES: usize = 10;
@@ -354,41 +352,6 @@ impl<A: Adapter> Supervisor<A> {
             }
         }
         wake
-    }
-
-    /// Scales the pool by its connections, if it does that. Returns when to look again.
-    async fn follow_load(&mut self, now: Instant) -> Option<Instant> {
-        let SlotSettings { scaling, replicas: max, .. } = self.slots.settings;
-        let Some(scaling) = scaling else {
-            if self.slots.scaled.take().is_some() {
-                self.scaler = Scaler::default();
-                self.scaling.show(None);
-            }
-            return None;
-        };
-        let waiting = self.scaling.waiting.now() as u64;
-        let (open, made) = self.slots.connections();
-        // The sum falls when a slot leaves.
-        let is_first = self.scaling.view().is_none();
-        let any_began = made > std::mem::replace(&mut self.made, made) && !is_first;
-        let load = Load { open, waiting, any_began };
-        // Whoever was supervised before, by another Ringway or with another config, stays until the load says otherwise.
-        let before = self.slots.scaled.unwrap_or_else(|| self.slots.in_use());
-        let wanted = self.scaler.wanted(&scaling, max, before, load, now);
-        if is_first || wanted != before || self.slots.scaled != Some(wanted) {
-            if wanted != before && !is_first {
-                let pool = self.slots.pool();
-                let direction = if wanted > before { Direction::Up } else { Direction::Down };
-                self.scaling.changes.count(direction);
-                tracing::info!(%pool, from = before, to = wanted, connections = open, waiting, "scaling");
-            }
-            self.slots.scaled = Some(wanted);
-            self.apply().await;
-        }
-        let since = self.scaling.view().filter(|view| view.wanted == wanted).map_or(now, |view| view.since);
-        self.scaling.show(Some(ScalingView { min: scaling.min, max, wanted, since }));
-        // A pool that sleeps is called, unless replicas of an old process still serve.
-        (wanted > 0 || waiting > 0 || !self.slots.is_settled).then_some(now + LOAD)
     }
 
     /// Notes how far the rollout is.
