@@ -215,13 +215,7 @@ impl Shared {
                 Ok(())
             }
             Kind::ClosedByServer => {
-                let mut at = 0;
-                while !self.is_over() {
-                    stream.write_all(&pattern(at, 1000)).await?;
-                    at += 1000;
-                    self.sent.fetch_add(1000, Ordering::Relaxed);
-                    self.rest(self.pause).await;
-                }
+                self.send(&mut stream).await?;
                 Ok(stream.shutdown().await?)
             }
             Kind::Blocked => {
@@ -253,6 +247,18 @@ impl Shared {
         tokio::time::timeout(PATIENCE, stream.read_exact(&mut back)).await.context("no echo")??;
         ensure!(sent == back, "a wrong echo at byte {at}");
         self.checked.fetch_add(64, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Sends the pattern until the streams are to end, on a stream whose other direction has ended.
+    async fn send(&self, stream: &mut TcpStream) -> anyhow::Result<()> {
+        let mut at = 0;
+        while !self.is_over() {
+            stream.write_all(&pattern(at, 1000)).await?;
+            at += 1000;
+            self.sent.fetch_add(1000, Ordering::Relaxed);
+            self.rest(self.pause).await;
+        }
         Ok(())
     }
 
@@ -288,13 +294,7 @@ impl Shared {
                 }
                 SEND => {
                     ensure!(stream.read(&mut [0]).await? == 0, "the client sends");
-                    let mut at = 0;
-                    while !self.is_over() {
-                        stream.write_all(&pattern(at, 1000)).await?;
-                        at += 1000;
-                        self.sent.fetch_add(1000, Ordering::Relaxed);
-                        self.rest(self.pause).await;
-                    }
+                    self.send(&mut stream).await?;
                 }
                 _ => {
                     stream.shutdown().await?;

@@ -1,4 +1,4 @@
-//! Real clients whose connections go through upgrades: each finishes its work as if nothing had happened.
+//! Real clients whose connections go through upgrades: each finishes its work.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::SocketAddr;

@@ -63,7 +63,7 @@ pub struct Pace {
     pub order: Order,
     /// Slots whose replicas are replaced at the same time, at least 1. One slot stays if the old replicas leave first.
     pub parallel: u32,
-    /// Wait between the end of one replacement and the start of the next. On the way back there is none.
+    /// Wait between the end of one replacement and the start of the next. On the way back, Ringway does not wait.
     pub pause: Duration,
     /// How long a new replica must have been healthy before it counts.
     pub healthy_for: Duration,
